@@ -1,0 +1,45 @@
+# The same targets for a person, for the README and for .ci/run. Every one makes and reuses .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
+ASAN_SITE := build/asan/site
+
+.PHONY: build test lint typecheck demo bench asan clean raftpb help
+
+help:
+	@echo "make demo test lint typecheck bench asan build raftpb clean"
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+# Editable, so that a change of a .py needs no build; a change of a .pyx or .pxd does.
+$(VENV)/.built: $(VENV)/.created $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.linters: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet 'mypy>=1.15' 'ruff>=0.9' 'cython-lint>=0.16' types-protobuf 'grpcio-tools>=1.72'
+	touch $@
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/raft-pipeline demo
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build $(VENV)/.linters typecheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint pipeline
+
+typecheck: build $(VENV)/.linters
+	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages
+
+clean:
+	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin

@@ -1,0 +1,115 @@
+"""Settings, with etcd's defaults where the wire is concerned and bounds where our process is.
+
+Every class is frozen and validates itself: a value out of range raises ``UsageError`` naming
+field, value and rule. Times are seconds, sizes bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.errors import UsageError
+
+__all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig"]
+
+MIB = 1 << 20
+
+#: Messages up to this size are copied at ``send``; larger payloads are borrowed (design R3).
+#: Copying 16 KiB costs about 1 us, less than keeping and giving back a reference.
+COPY_LIMIT = 16 * 1024
+
+PROFILES = ("3.5", "3.6", "3.7")
+
+
+def _require(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UsageError(f"{name}: {value!r} is not in {low:g}..{high:g}")
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name}: {value!r} is not a whole number in {low}..{high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineConfig:
+    """How one peer's pipeline sends."""
+
+    #: Workers, each with one connection; etcd ``connPerPipeline``.
+    connections: int = 4
+    #: Messages msgc holds; etcd ``pipelineBufSize``: a short pause of the network loses nothing.
+    queue_length: int = 64
+    #: Bytes msgc holds. One larger message is let through when msgc is empty.
+    queue_bytes: int = 128 * MIB
+    #: Encoding on the wire: "3.5" (etcd 3.4 and 3.5), "3.6" or "3.7".
+    profile: str = "3.5"
+    #: TCP connect; etcd's peer dial timeout with default election settings.
+    dial_timeout_s: float = 2.0
+    #: From the last byte written to the first of the answer; none applies to MsgSnap.
+    response_timeout_s: float = 30.0
+    #: Writing without a byte moving. A slow link is not an error, a stuck one is.
+    stall_timeout_s: float = 30.0
+    #: A connection unused for this long is not used again: etcd closes it at 5 s.
+    idle_timeout_s: float = 4.0
+    #: TCP_USER_TIMEOUT and keepalive: a dead link is found in this time.
+    dead_link_timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require_int("connections", self.connections, 1, 64)
+        _require_int("queue_length", self.queue_length, 1, 1 << 16)
+        _require_int("queue_bytes", self.queue_bytes, 1, 1 << 50)
+        if self.profile not in PROFILES:
+            raise UsageError(f"profile: {self.profile!r} is not one of {', '.join(PROFILES)}")
+        for name in ("dial_timeout_s", "response_timeout_s", "stall_timeout_s", "idle_timeout_s"):
+            _require(name, getattr(self, name), 0.001, 86400.0)
+        _require("dead_link_timeout_s", self.dead_link_timeout_s, 1.0, 86400.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiverConfig:
+    """What a listener accepts, and for how long it waits."""
+
+    #: Body of ``POST /raft``. etcd sets no limit; we do (docs/divergence.md).
+    max_body_bytes: int = 512 * MIB
+    #: Request line and headers together.
+    max_head_bytes: int = 16 * 1024
+    #: Calls of ``raft.process`` that may run at once.
+    handlers: int = 4
+    #: Open connections.
+    max_connections: int = 1024
+    #: Without a request, a connection is closed after this long.
+    idle_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
+        _require_int("max_head_bytes", self.max_head_bytes, 256, MIB)
+        _require_int("handlers", self.handlers, 1, 256)
+        _require_int("max_connections", self.max_connections, 1, 1 << 20)
+        _require("idle_timeout_s", self.idle_timeout_s, 0.001, 86400.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportConfig:
+    """A whole node: every peer's pipeline, the receiver, and what they share."""
+
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
+    #: Bytes queued for all peers together.
+    queue_bytes: int = 512 * MIB
+    #: The etcd version we claim in X-Server-Version.
+    server_version: str = "3.5.1"
+    #: X-Min-Cluster-Version; etcd's own value in every 3.x.
+    min_cluster_version: str = "3.0.0"
+    #: Python threads for dialling, odd answers and callbacks, started as they are needed.
+    dispatchers: int = 8
+    #: ``stop()`` returns within this, whatever its workers and callbacks do.
+    stop_timeout_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pipeline, PipelineConfig):
+            raise UsageError(f"pipeline: {self.pipeline!r} is not a PipelineConfig")
+        if not isinstance(self.receiver, ReceiverConfig):
+            raise UsageError(f"receiver: {self.receiver!r} is not a ReceiverConfig")
+        _require_int("queue_bytes", self.queue_bytes, 1, 1 << 50)
+        _require_int("dispatchers", self.dispatchers, 1, 256)
+        _require("stop_timeout_s", self.stop_timeout_s, 0.01, 3600.0)
