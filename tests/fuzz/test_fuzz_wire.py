@@ -273,11 +273,15 @@ def explained(data: bytes, error: UnmarshalError | None) -> bool:
     """Tell whether one of the two may refuse what the other reads.
 
     We refuse a varint whose tenth byte has bits beyond the 64th, as Go does; protobuf drops
-    them. We skip field 14, `responses`, without looking into it; protobuf looks. We read a tag
-    of any length up to ten bytes, as Go does; protobuf reads up to five.
+    them. We refuse field number 0 wherever it is, as Go does; protobuf lets it pass in a group
+    it does not know. We skip field 14, `responses`, without looking into it; protobuf looks.
+    We read a tag of any length up to ten bytes, as Go does; protobuf reads up to five.
     """
     if error is not None:
-        return error.reason == "a varint of more than 64 bits"
+        return error.reason in (
+            "a varint of more than 64 bits",
+            "a field number outside 1..2**29-1",
+        )
     return b"\x72" in data or b"\xf2\x80" in data or b"\x80\x80\x80\x80" in data
 
 
@@ -285,6 +289,7 @@ def explained(data: bytes, error: UnmarshalError | None) -> bool:
 @given(damaged())
 @example(b"malformed garbage")
 @example(b"\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f")
+@example(b"\x0b\x00\x00\x0c")
 @example(b"\x72\x01\x08")
 @example(b"\x90\x80\x80\x80\x80\x00\x05")
 def test_damaged_bytes_are_read_or_refused_as_protobuf_does(data: bytes) -> None:
