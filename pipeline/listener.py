@@ -221,9 +221,8 @@ class _Protocol(H11Protocol):
         self._unwatch_head()
 
     def _watch_head(self) -> None:
-        """Let the timer run while a head is awaited; whole ones and bodies have other limits."""
-        is_awaited = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-        if not is_awaited or self.timeout_keep_alive_task is not None:
+        """Let the timer run while a head is awaited; bodies and idle connections have others."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._unwatch_head()
         elif self._head_timer is None:
             timeout_s = self._limits.head_timeout_s

@@ -513,14 +513,22 @@ def test_garbage_after_an_early_answer_ends_the_connection(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.mark.parametrize(
+    ("cluster_id", "failures"), [(f"{CLUSTER_ID:x}", 1), ("1", 0)], ids=["peer", "stranger"]
+)
 def test_garbage_together_with_a_head_is_answered_once(
-    handlers: Handlers, url: str, caplog: pytest.LogCaptureFixture
+    handlers: Handlers,
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    cluster_id: str,
+    failures: int,
 ) -> None:
+    head = raw_head(CHUNKED, headers=peer_headers(x_etcd_cluster_id=cluster_id))
     with dial(url) as sock, sock.makefile("rb") as received:
-        sock.sendall(raw_head(CHUNKED) + b"zz\r\n")
+        sock.sendall(head + b"zz\r\n")
         assert received.read().count(b"HTTP/1.1 ") == 1
     assert post_heartbeat(url).status == 204
-    assert handlers.received_failures == 1
+    assert handlers.received_failures == failures
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
