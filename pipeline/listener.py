@@ -86,8 +86,7 @@ class Listener:
                 backlog=config.max_connections,
                 timeout_keep_alive=config.idle_timeout_s,  # type: ignore[arg-type]
                 h11_max_incomplete_event_size=config.max_head_bytes,
-            ),
-            config,
+            )
         )
         self._thread = threading.Thread(
             target=self._server.run_on, args=(sock,), name=f"pipeline-listen-{port}", daemon=True
@@ -150,7 +149,7 @@ def _bind(url: str, backlog: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """A uvicorn that keeps a deadline and leaves no socket behind."""
 
-    def __init__(self, config: uvicorn.Config, limits: ReceiverConfig) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.ready = threading.Event()  # started, or failed to
         self.failure: BaseException | None = None

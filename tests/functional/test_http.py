@@ -16,8 +16,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pipeline._messages import Entry, Message
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipeline._messages import Entry, Message
 from pipeline.asgi import asgi_app
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
@@ -450,6 +452,30 @@ def test_a_flood_of_strangers_is_warned_of_once(
     assert levels() == ["DEBUG"] * 4
     now += 1.0
     assert levels() == ["WARNING", "WARNING", "DEBUG", "DEBUG"]
+
+
+HEADER_NAMES = ["content-length", "content-encoding", *peer_headers(), "x-raft-to"]
+
+
+@given(
+    method=st.sampled_from(["POST", "GET", ""]) | st.text(),
+    path=st.sampled_from(["/raft", "/raft/snapshot", "/raft/probing", "/raft/stream/message/1"])
+    | st.text(),
+    changes=st.dictionaries(st.sampled_from(HEADER_NAMES), st.none() | st.text()),
+    body=st.binary(max_size=64),
+)
+def test_any_request_is_answered_with_a_known_status_and_clean_headers(
+    method: str, path: str, changes: dict[str, str | None], body: bytes
+) -> None:
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+    request = Request(method, path, peer_headers(**changes), "127.0.0.1:1")
+    answer = handlers.check(request)
+    if answer is None:
+        answer = handlers.deliver(request, body)
+    assert answer.status in (200, 204, 400, 404, 405, 412, 413, 415, 501)
+    for name, value in answer.headers:
+        assert f"{name}{value}".isascii()
+        assert f"{name}{value}".isprintable()
 
 
 CHUNKED = "transfer-encoding: chunked"
