@@ -117,12 +117,18 @@ class Follower:
 
     # Life and what others may see of it.
 
-    def start(self, send: Callable[[list[Message]], object]) -> None:
+    def start(
+        self,
+        send: Callable[[list[Message]], object],
+        heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S,
+    ) -> None:
         """Give messages to ``send`` (``Transport.send``) from now on."""
         with self._changed:
             self._send = send
         self._stopping.clear()
-        self._ticker = threading.Thread(target=self._tick, name="follower-tick", daemon=True)
+        self._ticker = threading.Thread(
+            target=self._tick_until_stopped, args=(heartbeat_interval_s,), name="follower-tick"
+        )
         self._ticker.start()
 
     def stop(self) -> None:
@@ -158,6 +164,19 @@ class Follower:
             send, messages = self._take_outbox()
         self._deliver(send, messages)
         return True
+
+    def tick(self) -> None:
+        """Send a heartbeat if we lead: it keeps the peer from campaigning, and from its answer
+        we learn that an append was lost."""
+        with self._changed:
+            if self._role is Role.LEADER:
+                self._emit(MessageType.HEARTBEAT, commit=min(self._match, self._commit))
+            send, messages = self._take_outbox()
+        self._deliver(send, messages)
+
+    def _tick_until_stopped(self, interval_s: float) -> None:
+        while not self._stopping.wait(interval_s):
+            self.tick()
 
     # pipeline.Raft
 
@@ -384,13 +403,3 @@ class Follower:
             self._emit(
                 MessageType.READ_INDEX_RESP, index=self._commit, entries=list(message.entries)
             )
-
-    def _tick(self) -> None:
-        """The thread that keeps the peer from campaigning while we lead. Takes the lock itself."""
-        while not self._stopping.wait(HEARTBEAT_INTERVAL_S):
-            with self._changed:
-                if self._role is Role.LEADER:
-                    commit = min(self._match, self._commit)
-                    self._emit(MessageType.HEARTBEAT, commit=commit)
-                send, messages = self._take_outbox()
-            self._deliver(send, messages)

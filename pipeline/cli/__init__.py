@@ -12,10 +12,11 @@ def main() -> None:
 
         from pipeline.cli.demo import demo
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("click", "rich"):
             raise
         raise SystemExit(
-            f"raft-pipeline needs {error.name}: pip install 'raft-pipeline[cli]'"
+            f"raft-pipeline needs {missing}: pip install 'raft-pipeline[cli]'"
         ) from None
 
     group = click.Group(

@@ -1,0 +1,114 @@
+"""A cluster of a real etcd and the example member on our Transport, for the interop tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import urllib3
+
+from pipeline import Message, PipelineStats, Transport
+from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
+from pipeline.examples.follower import Follower
+
+#: Only a test that fails waits this long. Elections take 1 to 2 s on an idle machine.
+LONG_TIMEOUT_S = 60.0
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Poll something that cannot be waited for otherwise, such as another process."""
+    deadline = time.monotonic() + LONG_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {LONG_TIMEOUT_S:g} s: {what}"
+        time.sleep(0.01)
+
+
+def assert_balanced(stats: PipelineStats) -> None:
+    """Check the books (design R4)."""
+    assert stats.offered == stats.accepted + stats.refused, stats
+    outcomes = stats.sent + stats.failed + stats.dropped + stats.queued + stats.in_flight
+    assert stats.accepted == outcomes, stats
+
+
+class RecordingFollower(Follower):
+    """The example member; keeps what it is given."""
+
+    def __init__(self, member_id: int, peer_id: int) -> None:
+        super().__init__(member_id, peer_id)
+        self.messages: list[Message] = []
+
+    def process(self, message: Message) -> None:
+        self.messages.append(message)
+        super().process(message)
+
+
+class Cluster:
+    """Two members: ``etcd``, and ``follower`` on ``transport``.
+
+    Parameters
+    ----------
+    directory : Path
+        For etcd's data and log.
+    our_cluster_id : callable
+        From etcd's cluster id to the one our Transport is given.
+    """
+
+    def __init__(
+        self, directory: Path, our_cluster_id: Callable[[int], int] = lambda right: right
+    ) -> None:
+        binary = find_etcd()
+        assert binary is not None, "no etcd binary: the `test` extra brings one"
+        self.our_url = f"http://127.0.0.1:{free_port()}"
+        self.etcd = EtcdMember(binary, directory, self.our_url)
+        self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
+        self.our_cluster_id = our_cluster_id(self.etcd.cluster_id)
+        self.transport: Transport | None = None
+
+    def start(self) -> None:
+        """Start both members and wait until they have a leader."""
+        self.start_ours()
+        self.etcd.start()
+        self.etcd.wait_ready()
+
+    def start_ours(self) -> None:
+        """Start our member, with the log it had when it was stopped."""
+        self.transport = Transport(
+            self.follower.member_id,
+            self.our_cluster_id,
+            self.follower,
+            peer_urls=[self.our_url],
+        )
+        self.transport.start()
+        self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
+        self.transport.listen(self.our_url)
+        self.follower.start(self.transport.send)
+
+    def stop_ours(self) -> None:
+        """Stop our member; its books are closed and must balance."""
+        transport, self.transport = self.transport, None
+        assert transport is not None
+        self.follower.stop()
+        before = transport.stats()[self.etcd.id]
+        assert_balanced(before)
+        transport.stop()
+
+    def stop(self) -> None:
+        """Stop what runs. Print etcd's log: pytest shows it when the test failed."""
+        self.etcd.stop()
+        if self.transport is not None:
+            self.stop_ours()
+        print(self.etcd.log_tail(100))
+
+    def stats(self) -> PipelineStats:
+        """Return the books of the pipeline to etcd."""
+        assert self.transport is not None
+        return self.transport.stats()[self.etcd.id]
+
+    def etcd_metric(self, sample: str) -> float:
+        """Read a sample, such as ``name{To="1"}``, from etcd's metrics; 0 if it is not there."""
+        text = urllib3.request("GET", f"{self.etcd.client_url}/metrics").data.decode()
+        for line in text.splitlines():
+            if line.startswith(f"{sample} "):
+                return float(line.rpartition(" ")[2])
+        return 0.0
