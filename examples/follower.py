@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline import Entry, Message, MessageType, RequestRejected, SnapshotStatus
 
@@ -214,7 +215,7 @@ class Follower:
     def _term_at(self, index: int) -> int:
         return self._log[index - 1].term if index else 0
 
-    def _emit(self, kind: MessageType, *, term: int | None = None, **fields: object) -> None:
+    def _emit(self, kind: MessageType, *, term: int | None = None, **fields: Any) -> None:
         message = Message(
             type=kind,
             to=self.peer_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ class Bench:
         self.out: list[Message] = []
         self.follower.start(self.out.extend, heartbeat_interval_s=3600.0)
 
-    def answer(self, kind: MessageType, **fields: object) -> Message:
+    def answer(self, kind: MessageType, **fields: Any) -> Message:
         """Give it one message and return its only answer."""
         self.out.clear()
         self.follower.process(Message(type=kind, to=US, from_=PEER, **fields))
