@@ -211,6 +211,16 @@ class EtcdMember:
         """Return the version the member runs, such as ``3.5.1``."""
         return str(self._http.request("GET", f"{self.client_url}/version").json()["etcdserver"])
 
+    def metric(self, sample: str) -> float:
+        """Return a sample of its metrics, such as ``name{To="1"}``; 0 if it is not there yet."""
+        for line in (
+            self._http.request("GET", f"{self.client_url}/metrics").data.decode().splitlines()
+        ):
+            name, _, value = line.rpartition(" ")
+            if name == sample:
+                return float(value)
+        return 0.0
+
     def put(self, key: bytes, value: bytes) -> None:
         """Write one key; returns when the write is committed."""
         self.call("/v3/kv/put", {"key": _to_base64(key), "value": _to_base64(value)})

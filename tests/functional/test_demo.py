@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click.testing
@@ -21,15 +22,30 @@ from tests.support.etcd import wait_until
 RUN_TIMEOUT_S = 90.0
 
 
-def start_demo(directory: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the installed command; its temporary files go below ``directory``."""
-    return subprocess.Popen(
-        [Path(sys.executable).with_name("raft-pipeline"), "demo", *options],
-        env={**os.environ, "TMPDIR": os.fspath(directory)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+StartDemo = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start_demo(tmp_path: Path) -> Iterator[StartDemo]:
+    """Start the installed command; its temporary files go below ``tmp_path``."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("raft-pipeline"), "demo", *options],
+            env={**os.environ, "TMPDIR": os.fspath(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:  # only after a failure: its etcd must not stay
+            process.terminate()
+            process.communicate()
 
 
 def assert_nothing_is_left(directory: Path) -> None:
@@ -44,8 +60,10 @@ def assert_nothing_is_left(directory: Path) -> None:
 
 
 @pytest.mark.etcd
-def test_every_write_is_committed_and_the_last_line_says_so(tmp_path: Path) -> None:
-    process = start_demo(tmp_path, "--writes", "100")
+def test_every_write_is_committed_and_the_last_line_says_so(
+    start_demo: StartDemo, tmp_path: Path
+) -> None:
+    process = start_demo("--writes", "100")
     out, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
     assert err == ""
@@ -57,8 +75,8 @@ def test_every_write_is_committed_and_the_last_line_says_so(tmp_path: Path) -> N
 
 
 @pytest.mark.etcd
-def test_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:
-    process = start_demo(tmp_path, "--writes", "20", "--json")
+def test_json_is_one_object_and_nothing_else(start_demo: StartDemo) -> None:
+    process = start_demo("--writes", "20", "--json")
     out, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, err
     assert err == ""
@@ -76,9 +94,9 @@ def test_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 @pytest.mark.parametrize("moment", ["starting", "writing"])
 def test_a_signal_leaves_no_etcd_and_no_directory(
-    tmp_path: Path, number: signal.Signals, moment: str
+    start_demo: StartDemo, tmp_path: Path, number: signal.Signals, moment: str
 ) -> None:
-    process = start_demo(tmp_path, "--writes", "100000")
+    process = start_demo("--writes", "100000")
 
     def has_come() -> bool:
         assert process.poll() is None, process.communicate()
@@ -93,8 +111,8 @@ def test_a_signal_leaves_no_etcd_and_no_directory(
     assert_nothing_is_left(tmp_path)
 
 
-def test_an_etcd_that_does_not_start_is_reported(tmp_path: Path) -> None:
-    process = start_demo(tmp_path, "--etcd", "/bin/false")
+def test_an_etcd_that_does_not_start_is_reported(start_demo: StartDemo, tmp_path: Path) -> None:
+    process = start_demo("--etcd", "/bin/false")
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 1
     assert "etcd ended instead of starting" in err

@@ -49,8 +49,8 @@ def test_both_accept_the_posts_of_the_other(cluster: Cluster) -> None:
     assert stats.sent >= len(written)
     assert (stats.failed, stats.dropped, stats.refused) == (0, 0, 0)
     to_us = f'To="{cluster.follower.member_id:x}"'
-    assert cluster.etcd_metric(f"etcd_network_peer_sent_bytes_total{{{to_us}}}") > 0
-    assert cluster.etcd_metric(f"etcd_network_peer_sent_failures_total{{{to_us}}}") == 0
+    assert cluster.etcd.metric(f"etcd_network_peer_sent_bytes_total{{{to_us}}}") > 0
+    assert cluster.etcd.metric(f"etcd_network_peer_sent_failures_total{{{to_us}}}") == 0
 
 
 def test_etcd_counts_the_bytes_that_we_count_as_sent(cluster: Cluster) -> None:
@@ -60,7 +60,7 @@ def test_etcd_counts_the_bytes_that_we_count_as_sent(cluster: Cluster) -> None:
 
     def is_equal() -> bool:
         before = cluster.stats()
-        received = cluster.etcd_metric(sample)
+        received = cluster.etcd.metric(sample)
         # Only an instant without a heartbeat between the two readings says anything.
         return received == before.sent_bytes and before == cluster.stats()
 

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import urllib3
-
 from pipeline import Message, PipelineStats, Transport
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from pipeline.examples.follower import Follower
@@ -104,11 +102,3 @@ class Cluster:
         """Return the books of the pipeline to etcd."""
         assert self.transport is not None
         return self.transport.stats()[self.etcd.id]
-
-    def etcd_metric(self, sample: str) -> float:
-        """Read a sample, such as ``name{To="1"}``, from etcd's metrics; 0 if it is not there."""
-        text = urllib3.request("GET", f"{self.etcd.client_url}/metrics").data.decode()
-        for line in text.splitlines():
-            if line.startswith(f"{sample} "):
-                return float(line.rpartition(" ")[2])
-        return 0.0
