@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -266,7 +266,7 @@ def _as_json(report: Report) -> dict[str, object]:
             "in": {_name(kind): count for kind, count in sorted(report.received.items())},
             "out": {_name(kind): count for kind, count in sorted(report.sent.items())},
         },
-        "books": asdict(report.books),
+        "books": report.books._asdict(),
         "books_balance": report.balances(),
     }
 
