@@ -65,8 +65,8 @@ class Follower:
 
     Attributes
     ----------
-    received, sent : Counter of MessageType
-        Messages taken from and handed to the Transport.
+    received, sent : Counter of int
+        Messages, by type, taken from and handed to the Transport.
     unreachable : int
         How often the Transport reported that a message was not delivered.
 
@@ -80,8 +80,8 @@ class Follower:
     def __init__(self, member_id: int, peer_id: int) -> None:
         self.member_id = member_id
         self.peer_id = peer_id
-        self.received: Counter[MessageType] = Counter()
-        self.sent: Counter[MessageType] = Counter()
+        self.received: Counter[int] = Counter()
+        self.sent: Counter[int] = Counter()
         self.unreachable = 0
 
         self._changed = threading.Condition()  # guards everything below and the counters
@@ -103,7 +103,7 @@ class Follower:
         self._next = 1
         self._in_flight = False
 
-        self._handlers: dict[MessageType, Callable[[Message], None]] = {
+        self._handlers: dict[int, Callable[[Message], None]] = {
             MessageType.APP: self._on_append,
             MessageType.HEARTBEAT: self._on_heartbeat,
             MessageType.PRE_VOTE: self._on_vote,
@@ -358,7 +358,7 @@ class Follower:
         size = 0
         entries: list[Entry] = []
         for entry in self._log[self._next - 1 :]:
-            size += len(entry.data or b"")
+            size += memoryview(entry.data or b"").nbytes
             if entries and size > MAX_APPEND_BYTES:
                 break
             entries.append(entry)

@@ -26,6 +26,6 @@ with Transport(1, 0x77, a) as one, Transport(2, 0x77, b) as two:
     one.add_peer(2, [two.listen("http://127.0.0.1:0").url])
     two.add_peer(1, [one.listen("http://127.0.0.1:0").url])
     one.send([Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)])
-    print(2, "got", b.inbox.get(timeout=10).type.name)
+    print("2 got", b.inbox.get(timeout=10))
     two.send([Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=1)])
-    print(1, "got", a.inbox.get(timeout=10).type.name)
+    print("1 got", a.inbox.get(timeout=10))

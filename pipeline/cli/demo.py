@@ -49,8 +49,8 @@ class Report:
     committed: int
     write_seconds: float
     latencies_s: list[float]
-    received: Counter[MessageType]
-    sent: Counter[MessageType]
+    received: Counter[int]
+    sent: Counter[int]
     books: PipelineStats
 
     def latency_ms(self, quantile: float) -> float:
@@ -244,9 +244,9 @@ def _for_each(
             raise
 
 
-def _name(kind: MessageType) -> str:
+def _name(kind: int) -> str:
     """Return etcd's name of a message type: ``MsgAppResp`` of ``APP_RESP``."""
-    return "Msg" + kind.name.title().replace("_", "")
+    return "Msg" + MessageType(kind).name.title().replace("_", "")
 
 
 def _as_json(report: Report) -> dict[str, object]:

@@ -152,4 +152,7 @@ def test_the_program_of_the_readme_exchanges_two_messages() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "2 got HEARTBEAT\n1 got HEARTBEAT_RESP\n"
+    assert result.stdout.splitlines() == [
+        "2 got Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)",
+        "1 got Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=1)",
+    ]

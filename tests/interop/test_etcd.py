@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import Message, MessageType
+from pipeline import Message, MessageType, PipelineConfig, TransportConfig
 from pipeline.examples.etcd import EtcdError, put_of
 from pipeline.examples.follower import Role
-from tests.support.etcd import LONG_TIMEOUT_S, Cluster, assert_balanced, wait_until
+from tests.support import LONG_TIMEOUT
+from tests.support.etcd import Cluster, assert_balanced, wait_until
 
 pytestmark = pytest.mark.etcd
 
@@ -29,7 +30,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def puts_in_our_log(cluster: Cluster) -> dict[bytes, bytes]:
     """Return what is committed in our log, once all of it is."""
-    assert cluster.follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT_S)
+    assert cluster.follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT)
     return dict(put for entry in cluster.follower.committed() if (put := put_of(entry)))
 
 
@@ -51,6 +52,21 @@ def test_both_accept_the_posts_of_the_other(cluster: Cluster) -> None:
     to_us = f'To="{cluster.follower.member_id:x}"'
     assert cluster.etcd.metric(f"etcd_network_peer_sent_bytes_total{{{to_us}}}") > 0
     assert cluster.etcd.metric(f"etcd_network_peer_sent_failures_total{{{to_us}}}") == 0
+
+
+@pytest.mark.parametrize("profile", ["3.6", "3.7"])
+def test_etcd_understands_the_encodings_of_its_successors(tmp_path: Path, profile: str) -> None:
+    config = TransportConfig(pipeline=PipelineConfig(profile=profile))
+    cluster = Cluster(tmp_path, config=config)
+    try:
+        cluster.start()
+        move_leadership_to_us(cluster)  # so that we send every type of message we know
+        cluster.etcd.put(b"key", b"value")
+        assert cluster.etcd.get(b"key") == b"value"
+        assert puts_in_our_log(cluster) == {b"key": b"value"}
+        assert cluster.stats().failed == 0
+    finally:
+        cluster.stop()
 
 
 def test_etcd_counts_the_bytes_that_we_count_as_sent(cluster: Cluster) -> None:
@@ -85,7 +101,7 @@ def test_etcd_hands_its_leadership_to_us_and_takes_it_back(cluster: Cluster) -> 
     led_term = cluster.follower.state().term
 
     wait_until(cluster.follower.transfer_leadership, "etcd holds our whole log")
-    assert cluster.follower.wait_for(lambda s: s.leader == cluster.etcd.id, LONG_TIMEOUT_S)
+    assert cluster.follower.wait_for(lambda s: s.leader == cluster.etcd.id, LONG_TIMEOUT)
     cluster.etcd.put(b"under etcd again", b"3")
 
     assert puts_in_our_log(cluster) == {
@@ -162,7 +178,7 @@ def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, le
 def test_a_wrong_cluster_id_is_refused_on_both_sides(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cluster = Cluster(tmp_path, our_cluster_id=lambda right: right ^ 1)
+    cluster = Cluster(tmp_path, has_right_cluster_id=False)
     try:
         with caplog.at_level(logging.DEBUG, logger="pipeline"):
             cluster.start_ours()

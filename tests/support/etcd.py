@@ -6,19 +6,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline import Message, PipelineStats, Transport
+from pipeline import Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from pipeline.examples.follower import Follower
-
-#: Only a test that fails waits this long. Elections take 1 to 2 s on an idle machine.
-LONG_TIMEOUT_S = 60.0
+from tests.support import LONG_TIMEOUT
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Poll something that cannot be waited for otherwise, such as another process."""
-    deadline = time.monotonic() + LONG_TIMEOUT_S
+    deadline = time.monotonic() + LONG_TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, f"not within {LONG_TIMEOUT_S:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {LONG_TIMEOUT:g} s: {what}"
         time.sleep(0.01)
 
 
@@ -48,19 +46,26 @@ class Cluster:
     ----------
     directory : Path
         For etcd's data and log.
-    our_cluster_id : callable
-        From etcd's cluster id to the one our Transport is given.
+    config : TransportConfig, optional
+        Of our Transport.
+    has_right_cluster_id : bool
+        False gives our Transport another cluster's.
     """
 
     def __init__(
-        self, directory: Path, our_cluster_id: Callable[[int], int] = lambda right: right
+        self,
+        directory: Path,
+        *,
+        config: TransportConfig | None = None,
+        has_right_cluster_id: bool = True,
     ) -> None:
         binary = find_etcd()
         assert binary is not None, "no etcd binary: the `test` extra brings one"
         self.our_url = f"http://127.0.0.1:{free_port()}"
         self.etcd = EtcdMember(binary, directory, self.our_url)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
-        self.our_cluster_id = our_cluster_id(self.etcd.cluster_id)
+        self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
+        self.config = config
         self.transport: Transport | None = None
 
     def start(self) -> None:
@@ -76,6 +81,7 @@ class Cluster:
             self.our_cluster_id,
             self.follower,
             peer_urls=[self.our_url],
+            config=self.config,
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
@@ -83,13 +89,13 @@ class Cluster:
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
-        """Stop our member; its books are closed and must balance."""
+        """Stop our member; its books must balance to the end."""
         transport, self.transport = self.transport, None
         assert transport is not None
         self.follower.stop()
-        before = transport.stats()[self.etcd.id]
-        assert_balanced(before)
+        stats = transport.stats()[self.etcd.id]
         transport.stop()
+        assert_balanced(stats)
 
     def stop(self) -> None:
         """Stop what runs. Print etcd's log: pytest shows it when the test failed."""
