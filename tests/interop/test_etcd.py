@@ -175,6 +175,37 @@ def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, le
     assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
 
 
+def connections_to(url: str) -> int:
+    """Count the established TCP connections of this machine to a loopback URL."""
+    port = int(url.rpartition(":")[2])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2] == f"0100007F:{port:04X}" and row[3] == "01" for row in rows)
+
+
+@pytest.mark.parametrize("idle_timeout_s", [4.0, 60.0], ids=["too old for us", "young enough"])
+def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout_s: float) -> None:
+    """etcd closes a connection after 5 s without a read (spec section 10.1)."""
+    config = TransportConfig(pipeline=PipelineConfig(idle_timeout_s=idle_timeout_s))
+    cluster = Cluster(tmp_path, config=config)
+    heartbeat = Message(
+        type=MessageType.HEARTBEAT_RESP, to=cluster.etcd.id, from_=cluster.follower.member_id
+    )
+    try:
+        cluster.etcd.start()
+        wait_until(lambda: "serving peer traffic" in cluster.etcd.log_tail(1000), "etcd listens")
+        cluster.start_ours(listening=False)  # else etcd's elections would keep us talking
+        assert cluster.transport is not None
+        cluster.transport.send([heartbeat])
+        wait_until(lambda: cluster.stats().sent == 1, "the first is sent")
+        assert connections_to(cluster.etcd.peer_url) == 1
+        wait_until(lambda: connections_to(cluster.etcd.peer_url) == 0, "the connection is closed")
+        cluster.transport.send([heartbeat])
+        wait_until(lambda: cluster.stats().sent == 2, "the second is sent")
+        assert cluster.stats().failed == 0
+    finally:
+        cluster.stop()
+
+
 def test_a_wrong_cluster_id_is_refused_on_both_sides(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,7 +74,7 @@ class Cluster:
         self.etcd.start()
         self.etcd.wait_ready()
 
-    def start_ours(self) -> None:
+    def start_ours(self, *, listening: bool = True) -> None:
         """Start our member, with the log it had when it was stopped."""
         self.transport = Transport(
             self.follower.member_id,
@@ -85,7 +85,8 @@ class Cluster:
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
-        self.transport.listen(self.our_url)
+        if listening:
+            self.transport.listen(self.our_url)
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
