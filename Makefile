@@ -39,7 +39,7 @@ lint: build $(VENV)/.linters typecheck
 
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
-	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages
+	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
 
 # The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow
 # (protobuf >= 6.31 in pyproject.toml), which is not so with a newer one.
@@ -58,7 +58,8 @@ asan: build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(ASAN_SITE) \
-	$(BIN)/python -P -m pytest -p no:cacheprovider tests/unit tests/functional
+	$(BIN)/python -P -m pytest -p no:cacheprovider --import-mode=append \
+		tests/unit tests/functional
 
 clean:
 	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin

@@ -27,8 +27,15 @@ SANITIZERS = {
 if SANITIZE not in SANITIZERS:
     raise SystemExit(f"PIPELINE_SANITIZE={SANITIZE!r}: must be one of {sorted(SANITIZERS)}")
 
-compile_args = ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unused-parameter",
-                "-Wno-missing-field-initializers", "-Wno-cast-function-type"]
+compile_args = [
+    "-std=gnu11",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-function",
+    "-Wno-unused-parameter",
+    "-Wno-missing-field-initializers",
+    "-Wno-cast-function-type",
+]
 link_args = list(SANITIZERS[SANITIZE])
 if DEBUG:
     compile_args += ["-O0", "-g3", "-UNDEBUG"]
@@ -70,7 +77,7 @@ directives = {
 
 setup(
     ext_modules=cythonize(
-        [extension("_messages"), extension("_core")],
+        [extension("_messages"), extension("_core"), extension("_receiver")],
         # A directory per set of directives: cythonize looks at time stamps only.
         build_dir="build/cython" + ("-debug" if DEBUG else "") + ("-trace" if COVERAGE else ""),
         compiler_directives=directives,

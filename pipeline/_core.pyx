@@ -24,9 +24,9 @@ from pipeline._loop cimport (
     ERROR_CLOSED, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
     EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED,
     EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED, OUTCOME_FAILED,
-    OUTCOME_SENT, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init,
-    loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_count, pipe_free,
-    pipe_init, pipe_offer, pipe_t, pipe_take, push_detached, worker_give_back, worker_t,
+    OUTCOME_SENT, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init, loop_queue_chores,
+    loop_start, loop_stop, loop_t, loop_wake, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_t,
+    pipe_take, push_detached, worker_give_back, worker_t,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
@@ -576,6 +576,7 @@ cdef class Sender:
         """
         cdef job_t* job
         cdef int rc
+        cdef bint is_needed = False
         if not self.is_open:
             raise UsageError("send: the pipeline was not started")
         if load_ptr(<void**>&self.loop.loop.finished) is not NULL:
@@ -587,8 +588,10 @@ cdef class Sender:
         else:
             job = job_from_protobuf(message)
         lock(&self.pipe.lock)
-        rc = pipe_offer(&self.pipe, job)
+        rc = pipe_offer(&self.pipe, job, &is_needed)
         pthread_mutex_unlock(&self.pipe.lock)
+        if is_needed:       # not under the lock, which the loop is about to want
+            loop_wake(&self.loop.loop)
         if rc != OFFER_ACCEPTED:
             job_free(job)
         return <object>RESULTS[rc]
@@ -642,8 +645,8 @@ cdef class Sender:
             first = job
             dropped += 1
         push_detached(&self.loop.loop, &self.pipe)
-        loop_wake(&self.loop.loop)
         pthread_mutex_unlock(&self.pipe.lock)
+        loop_wake(&self.loop.loop)
         while first is not NULL:
             job = first
             first = job.next

@@ -1,4 +1,4 @@
-"""The HTTP/1.1 the cores speak themselves: end a request head, recognise one answer and one request.
+"""The HTTP/1.1 the cores speak themselves: end a head, recognise one answer and one request.
 
 The recognisers accept a strict subset (design R1): ``HTTP/1.1 204`` and ``POST /raft HTTP/1.1``,
 well-formed header lines, framing that cannot be read two ways. What they accept, http.client and
@@ -152,7 +152,8 @@ cdef inline bint http_digits(const uint8_t* data, size_t n, uint64_t* value) noe
     return True
 
 
-cdef inline int http_recognise_post(const uint8_t* data, size_t n, http_post_t* post) noexcept nogil:
+cdef inline int http_recognise_post(const uint8_t* data, size_t n,
+                                    http_post_t* post) noexcept nogil:
     """Recognise the head of a plain POST to /raft: HTTP_POST, HTTP_MORE or HTTP_ODD.
 
     One Host, one Content-Length, and no header that changes framing, coding or the connection.

@@ -21,9 +21,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 from posix.uio cimport iovec
 
-from pipeline._counters cimport (
-    books_check, books_t, follower_success, follower_t,
-)
+from pipeline._counters cimport books_check, books_t, follower_success, follower_t
 from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_LENGTH_MAX, HTTP_MORE, HTTP_ODD, http_end_head, http_recognise_204,
 )
@@ -31,13 +29,13 @@ from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_t, ring_try_pop,
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLL_CLOEXEC,
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
-    MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SO_ERROR, SOL_SOCKET,
-    add_i64, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
+    MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SO_ERROR, SOL_SOCKET, add_i64, add_int,
+    cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
     epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr, msghdr,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, sendmsg, sigfillset,
-    sigset_t, socklen_t, store_int, swap_int, swap_ptr, write,
+    pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, pthread_t, recv,
+    sched_yield, sendmsg, sigfillset, sigset_t, socklen_t, store_int, swap_int, swap_ptr, write,
 )
 
 cdef enum:
@@ -179,6 +177,7 @@ cdef struct loop_t:
     pthread_t thread
     int is_sleeping         # atomic: the loop is in, or about to enter, a wait
     int is_stopping         # atomic
+    int wakers              # atomic: threads about to write to wakefd
     pipe_t* ready           # atomic lists, pushed by anyone, taken whole by the loop
     pipe_t* detached
     worker_t* returned
@@ -242,9 +241,12 @@ cdef inline void push_finished(loop_t* loop, job_t* job) noexcept nogil:
 cdef inline void loop_wake(loop_t* loop) noexcept nogil:
     """Make a sleeping loop look at its lists. Costs one load while it is awake."""
     cdef uint64_t one = 1
-    if load_int(&loop.is_sleeping) and swap_int(&loop.is_sleeping, 0):
-        # Edge-triggered and never read: each write is an edge, the sum cannot overflow.
-        write(loop.wakefd, &one, sizeof(one))
+    if load_int(&loop.is_sleeping):
+        add_int(&loop.wakers, 1)        # loop_stop does not close wakefd meanwhile
+        if swap_int(&loop.is_sleeping, 0):
+            # Edge-triggered and never read: each write is an edge, the sum cannot overflow.
+            write(loop.wakefd, &one, sizeof(one))
+        add_int(&loop.wakers, -1)
 
 
 # -- events: from the loop to the dispatcher
@@ -273,8 +275,11 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
 
 # -- the pipe: msgc and the books
 
-cdef inline int pipe_offer(pipe_t* pipe, job_t* job) noexcept nogil:
-    """Accept or refuse a job; OFFER_*. The caller holds the lock, and owns a refused job."""
+cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept nogil:
+    """Accept or refuse a job; OFFER_*. The caller holds the lock, and owns a refused job.
+
+    ``is_needed`` is set when the loop has to look at this pipe: ``loop_wake`` is then to follow.
+    """
     cdef loop_t* loop = pipe.loop
     cdef books_t* books = &pipe.books
     cdef int64_t size = <int64_t>job.size_bytes
@@ -294,11 +299,10 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job) noexcept nogil:
     books.queued += 1
     books.queued_bytes += job.size_bytes
     # Busy workers look at msgc themselves when they finish; only an idle one needs the loop.
-    # Waking under the lock: once a stopping pipe has been locked, nobody is in here any more.
     if pipe.idle is not NULL and not pipe.is_scheduled:
         pipe.is_scheduled = True
         push_ready(loop, pipe)
-        loop_wake(loop)
+        is_needed[0] = True
     books_check(books)
     return OFFER_ACCEPTED
 
@@ -858,13 +862,17 @@ cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
     return 0
 
 
-cdef inline void loop_free(loop_t* loop) noexcept nogil:
-    """Give the descriptors back; the thread has ended."""
+cdef inline void loop_close_descriptors(loop_t* loop) noexcept nogil:
     if loop.epfd >= 0:
         close(loop.epfd)
     if loop.wakefd >= 0:
         close(loop.wakefd)
     loop.epfd = loop.wakefd = -1
+
+
+cdef inline void loop_free(loop_t* loop) noexcept nogil:
+    """Free what ``loop_init`` made; the thread has ended."""
+    loop_close_descriptors(loop)
     pthread_cond_destroy(&loop.event_cond)
     pthread_mutex_destroy(&loop.event_lock)
 
@@ -877,6 +885,8 @@ cdef inline int loop_start(loop_t* loop) noexcept nogil:
     sigfillset(&all_signals)
     pthread_sigmask(SIG_SETMASK, &all_signals, &before)
     rc = pthread_create(&loop.thread, NULL, loop_main, loop)
+    if rc == 0:
+        pthread_setname_np(loop.thread, b"pipeline-io")
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return rc
 
@@ -886,6 +896,10 @@ cdef inline void loop_stop(loop_t* loop) noexcept nogil:
     store_int(&loop.is_stopping, 1)
     loop_wake(loop)
     pthread_join(loop.thread, NULL)
+    # From here on is_sleeping is 0 and nobody new writes; who was about to has nearly done so.
+    while load_int(&loop.wakers) > 0:
+        sched_yield()
+    loop_close_descriptors(loop)
 
 
 cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers, uint32_t queue_length,
@@ -928,15 +942,18 @@ cdef inline void pipe_free(pipe_t* pipe) noexcept nogil:
 cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
     """Return a worker from Python to the loop, or retire it when the pipe is detached; GIVEN_*."""
     cdef pipe_t* pipe = worker.pipe
+    cdef loop_t* loop = pipe.loop
     cdef int given = GIVEN_TO_LOOP
     pthread_mutex_lock(&pipe.lock)
     if not pipe.is_detached:
         push_returned(pipe.loop, worker)
-        loop_wake(pipe.loop)    # under the lock: the loop cannot have ended
     elif worker.job is NULL:
         worker_retire(worker)
         given = GIVEN_RETIRED
     else:
         given = GIVEN_NOT
     pthread_mutex_unlock(&pipe.lock)
+    if given == GIVEN_TO_LOOP:
+        # The caller keeps the loop's owner alive, though the pipe may be on its way out.
+        loop_wake(loop)
     return given

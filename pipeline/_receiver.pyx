@@ -8,24 +8,24 @@ request is taken singly, so that one that blocks holds up nothing but its own co
 """
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post
-from pipeline._messages cimport Message, message_from_decoded
+from pipeline._messages cimport message_from_decoded
 from pipeline._server cimport (
     ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_GENERAL, REQUEST_GONE,
-    REQUEST_MESSAGE, REQUEST_UNDECODED, THEN_CLOSE, THEN_FREE, THEN_NEXT, body_free, body_t,
-    conn_give_back, conn_save, conn_t, request_t, server_close_descriptors, server_free,
-    server_init, server_learn, server_limits_t, server_start, server_stop, server_t,
-    server_try_request,
+    REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_FREE, THEN_NEXT, body_free, body_init, body_t,
+    conn_give_back, conn_save, conn_t, request_free, request_t, server_close_descriptors,
+    server_free, server_init, server_learn, server_limits_t, server_start, server_stop, server_t,
+    server_take, server_wait,
 )
 from pipeline._sync cimport (
-    add_int, clock_ns, deadline_timespec, pthread_cond_timedwait, pthread_cond_wait, pthread_join,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
-    sockaddr_storage, timespec,
+    add_int, clock_ns, deadline_timespec, pthread_cond_timedwait, pthread_join, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
 )
 
 import logging
@@ -156,6 +156,12 @@ cdef class Receiver:
         self.is_made = True
         memcpy(self.server.answer_204, PyBytes_AS_STRING(fixed), len(fixed))
         self.server.answer_204_fixed = len(fixed)
+        unavailable = render(handlers.shutting_down())
+        self.server.answer_503 = <uint8_t*>malloc(len(unavailable))
+        if self.server.answer_503 is NULL:
+            raise MemoryError
+        memcpy(self.server.answer_503, PyBytes_AS_STRING(unavailable), len(unavailable))
+        self.server.answer_503_len = len(unavailable)
         self.handlers = handlers
         self.config = config
         self.generals = {}
@@ -216,101 +222,120 @@ cdef class Receiver:
             counts.closed_for_room, counts.head_timeouts, counts.body_timeouts,
             counts.idle_timeouts, counts.accept_pauses, counts.body_pauses)
 
-    def serve(self):
-        """Handle requests until the receiver has ended. The body of a handler thread."""
+    def serve(self, bint is_general=False):
+        """Handle requests until the receiver has ended. The body of a handler thread.
+
+        With ``is_general`` the body of the one thread for whatever is not a complete message: it
+        never calls Raft, so that callers are refused, probed and read however Raft may block.
+        """
         cdef conn_t* conn
         while True:
             lock(&self.server.lock)
-            conn = server_try_request(&self.server)
+            conn = server_take(&self.server, is_general)
             pthread_mutex_unlock(&self.server.lock)
             if conn is NULL:
                 with nogil:
                     # Wait for a request. Only C state is touched.
-                    pthread_mutex_lock(&self.server.lock)
-                    self.server.waiters += 1
-                    while self.server.queue_head is NULL and not self.server.is_closed:
-                        pthread_cond_wait(&self.server.queued, &self.server.lock)
-                    self.server.waiters -= 1
-                    conn = server_try_request(&self.server)
-                    pthread_mutex_unlock(&self.server.lock)
+                    conn = server_wait(&self.server, is_general)
                 if conn is NULL:
                     return
-            add_int(&self.server.busy, 1)
+            if not is_general:
+                add_int(&self.server.busy, 1)
             try:
                 self.handle(conn)
             except BaseException:
                 logger.exception("internal error, please report: a connection is closed")
+                self.generals.pop(conn.id, None)
                 conn.then = THEN_CLOSE
-            add_int(&self.server.busy, -1)
+            if not is_general:
+                add_int(&self.server.busy, -1)
             with nogil:
                 # The loop may hold the lock for a moment. Only C state is touched.
                 conn_give_back(conn)
 
     cdef int handle(self, conn_t* conn) except -1:
-        """Answer the request of a connection that this thread holds."""
+        """Answer the request of a connection that this thread holds, or go on with it."""
         cdef request_t* request = &conn.request
-        cdef Message message
-        cdef Body body = None
         cdef Remote remote = Remote.__new__(Remote)
-        cdef size_t size = request.body.len
         remote.address = conn.address
-        conn.then = THEN_NEXT
-        if request.kind == REQUEST_MESSAGE:
-            if request.body.size >= BODY_MAPPED_MIN:
-                body = Body.__new__(Body)
-                body.c = request.body
-                memset(&request.body, 0, sizeof(body_t))
-            message = message_from_decoded(&request.decoded, body)
-            if message.c.type < 0 or message.c.type > 23:
-                answer = self.handlers.unknown_type(message, remote)
-            else:
-                answer = self.handlers.process(message, size, remote)
-            if answer is not None:
-                self.answer(conn, answer)
-        elif request.kind == REQUEST_GENERAL:
-            self.general(conn, remote)
-        elif request.kind == REQUEST_GONE:
+        if request.kind == REQUEST_GENERAL:
+            data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
+            general = self.generals.pop(conn.id, None)
+            if general is None:
+                general = General(self.handlers, self.config, remote, self.budget, self.learn)
+            out, then = general.feed(data)
+            return self.go_on(conn, general, out, then)
+        if request.kind == REQUEST_GONE:
             general = self.generals.pop(conn.id, None)
             if general is not None:
-                general.gone()
+                general.broken()
+                general.close()
             conn.then = THEN_FREE
-        else:
-            plain = Request("POST", "/raft", {}, remote)
-            if request.kind == REQUEST_UNDECODED:
-                data = PyBytes_FromStringAndSize(<char*>request.body.data, size)
-                self.answer(conn, self.handlers.deliver(plain, data))
-            else:
-                self.answer(conn, self.handlers.read_failed(plain))
+            return 0
+        general = self.generals.pop(conn.id, None) if conn.is_general else None
+        if request.kind == REQUEST_BROKEN and general is not None:
+            out, then = general.broken()
+            return self.go_on(conn, general, out, then)
+        answer = self.message(conn, remote)
+        if general is not None:
+            out, then = general.answer(answer)
+            return self.go_on(conn, general, out, then)
+        conn.then = THEN_NEXT
+        if answer is not None:
+            conn_set_answer(conn, render(answer))
+            if answer.close:
+                conn.then = THEN_CLOSE
         return 0
 
-    cdef int answer(self, conn_t* conn, object answer) except -1:
-        conn_set_answer(conn, render(answer))
-        conn.then = THEN_CLOSE if answer.close else THEN_NEXT
-        return 0
-
-    cdef int general(self, conn_t* conn, Remote remote) except -1:
-        """Let h11 go on with a connection."""
+    cdef object message(self, conn_t* conn, Remote remote):
+        """Have a message processed; the Answer, or None for 204."""
         cdef request_t* request = &conn.request
-        cdef bytes data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
-        cdef http_post_t post
-        conn.then = THEN_CLOSE
-        general = self.generals.pop(conn.id, None)
-        is_first = general is None
-        if is_first:
-            general = General(self.handlers, self.config, remote, self.budget)
-        out, then = general.feed(data)
+        cdef Body body = None
+        cdef size_t size = request.body.len
+        if request.kind == REQUEST_BROKEN:
+            return self.handlers.read_failed(Request("POST", "/raft", {}, remote))
+        if request.kind == REQUEST_UNDECODED:
+            data = PyBytes_FromStringAndSize(<char*>request.body.data, size)
+            return self.handlers.deliver(Request("POST", "/raft", {}, remote), data)
+        if request.body.size >= BODY_MAPPED_MIN:
+            body = Body.__new__(Body)
+            body.c = request.body
+            memset(&request.body, 0, sizeof(body_t))
+        message = message_from_decoded(&request.decoded, body)
+        # The message keeps what it needs of the body; what it does not is not held while it waits.
+        request_free(request)
+        del body
+        return self.handlers.process(message, size, remote)
+
+    cdef int go_on(self, conn_t* conn, object general, bytes out, int then) except -1:
+        """Do with a general connection what its General says."""
+        cdef request_t* request = &conn.request
+        cdef bytes rest
         conn_set_answer(conn, out)
-        if is_first and general.is_plain and http_recognise_post(
-                request.body.data, request.body.len, &post) == HTTP_POST:
-            server_learn(&self.server, request.body.data, &post)
         conn.then = then
-        if then == THEN_NEXT:
+        if then == THEN_DELIVER:
+            body_free(&request.body)
+            if not body_init(&request.body, len(general.body)):
+                raise MemoryError
+            memcpy(request.body.data, PyByteArray_AS_STRING(general.body), len(general.body))
+            request.body.len = len(general.body)
+            general.close()
+        elif then == THEN_NEXT:
             rest = general.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
-                conn.then = THEN_CLOSE
-        elif then != THEN_CLOSE:
+                raise MemoryError
+        if then == THEN_NEXT or then == THEN_CLOSE:
+            general.close()
+        else:
             self.generals[conn.id] = general
         return 0
+
+    def learn(self, bytes head not None):
+        """Let the core recognise heads that are like this one but for their length."""
+        cdef http_post_t post
+        cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(head)
+        if http_recognise_post(data, len(head), &post) == HTTP_POST:
+            server_learn(&self.server, data, &post)
 
 
 cdef int conn_set_answer(conn_t* conn, bytes data) except -1:

@@ -16,19 +16,17 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-from pipeline._http cimport (
-    HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post,
-)
+from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._sync cimport (
     EAGAIN, ECONNABORTED, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE, MAP_ANONYMOUS,
-    MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE,
-    SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close,
-    cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
+    EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE,
+    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ,
+    PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns,
+    close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
     format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_broadcast,
-    pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_create, pthread_join,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, send, shutdown,
+    pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_create,
+    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, pthread_t, recv, send, shutdown,
     sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr,
     time, time_t, write,
 )
@@ -62,12 +60,21 @@ cdef enum:
     CONN_LINGERING          # has answered and ended; reads to throw away
     CONN_CLOSED             # buried: freed at the end of the turn
 
+# The first three may block and go to the handler threads; the others to the general thread.
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
+    REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
     REQUEST_UNDECODED       # a whole body that is no message
-    REQUEST_BROKEN          # a recognised request whose body did not come
+    REQUEST_BROKEN          # the body of a request did not come
     REQUEST_GENERAL         # bytes for Python
     REQUEST_GONE            # a general connection has ended; Python forgets it
+
+cdef enum:
+    QUEUE_MESSAGES = 0
+    QUEUE_PROPOSALS
+    QUEUE_GENERAL
+    QUEUES
+    TYPE_PROP = 2
 
 # How Python wants a connection to go on.
 cdef enum:
@@ -75,6 +82,7 @@ cdef enum:
     THEN_CLOSE
     THEN_READ_HEAD          # general: read on, within the time of a head
     THEN_READ_BODY          # general: read on, as long as bytes come
+    THEN_DELIVER            # general: a whole body to be decoded and processed
     THEN_FREE               # forgotten
 
 
@@ -104,6 +112,7 @@ cdef struct conn_t:
     int fd                  # owned; -1 when closed
     int state
     bint is_general         # h11 reads it
+    bint is_new             # has not been answered yet
     bint is_runnable
     bint has_event          # epoll spoke while a handler had the connection
     bint is_paused          # a body waits until handlers or memory are free
@@ -147,6 +156,10 @@ cdef struct server_counts_t:
     uint64_t accept_pauses
     uint64_t body_pauses
 
+cdef struct queue_t:
+    conn_t* head
+    conn_t* tail
+
 cdef struct server_t:
     int epfd
     int wakefd
@@ -161,11 +174,12 @@ cdef struct server_t:
     server_counts_t counts
 
     pthread_mutex_t lock    # guards what follows
-    pthread_cond_t queued   # a request, or the end
-    pthread_cond_t ended    # no connection is left, or the loop has ended
-    conn_t* queue_head
-    conn_t* queue_tail
+    pthread_cond_t ended    # the loop has ended
+    queue_t queues[QUEUES]
+    pthread_cond_t handlers_queued      # a message or a proposal, or the end
+    pthread_cond_t general_queued       # something general, or the end
     int waiters             # handler threads that wait for a request
+    int proposing           # handler threads at work on a proposal
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
     int live                # connections not freed
@@ -185,6 +199,8 @@ cdef struct server_t:
     bint has_paused
     uint64_t next_id
     time_t answer_second    # of answer_204's Date
+    uint8_t* answer_503     # owned: for requests that are not waited for
+    size_t answer_503_len
     size_t answer_204_len
     size_t answer_204_fixed
     uint8_t answer_204[ANSWER_204_MAX]
@@ -294,29 +310,72 @@ cdef inline void server_wake(server_t* server) noexcept nogil:
 
 
 cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
+    """Queue the connection's request; its thread has the connection from here on."""
     cdef server_t* server = conn.server
+    cdef queue_t* queue = &server.queues[QUEUE_GENERAL]
+    if kind == REQUEST_PROPOSAL:
+        queue = &server.queues[QUEUE_PROPOSALS]
+    elif kind == REQUEST_MESSAGE or kind == REQUEST_UNDECODED:
+        queue = &server.queues[QUEUE_MESSAGES]
     conn.state = CONN_HANDLED
     conn.deadline_ns = 0
     conn.request.kind = kind
     conn.request.next = NULL
     pthread_mutex_lock(&server.lock)
-    if server.queue_tail is NULL:
-        server.queue_head = conn
+    if queue.tail is NULL:
+        queue.head = conn
     else:
-        server.queue_tail.request.next = conn
-    server.queue_tail = conn
-    if server.waiters > 0:
-        pthread_cond_signal(&server.queued)
+        queue.tail.request.next = conn
+    queue.tail = conn
+    if queue == &server.queues[QUEUE_GENERAL]:
+        pthread_cond_signal(&server.general_queued)
+    elif server.waiters > 0:
+        pthread_cond_signal(&server.handlers_queued)
     pthread_mutex_unlock(&server.lock)
 
 
-cdef inline conn_t* server_try_request(server_t* server) noexcept nogil:
+cdef inline conn_t* queue_take(queue_t* queue) noexcept nogil:
     """Take the oldest request, or NULL. The caller holds the lock."""
-    cdef conn_t* conn = server.queue_head
+    cdef conn_t* conn = queue.head
     if conn is not NULL:
-        server.queue_head = conn.request.next
-        if server.queue_head is NULL:
-            server.queue_tail = NULL
+        queue.head = conn.request.next
+        if queue.head is NULL:
+            queue.tail = NULL
+    return conn
+
+
+cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogil:
+    """Take the next request for a thread of this kind, or NULL. The caller holds the lock.
+
+    Proposals wait for a leader, and a leader is made of messages: one handler thread, if there is
+    more than one, never takes a proposal (etcd has a queue of its own for them, spec section 4.3).
+    """
+    cdef conn_t* conn
+    cdef bint may_propose = server.proposing + 1 < server.limits.handlers \
+        or server.limits.handlers == 1
+    if is_general:
+        return queue_take(&server.queues[QUEUE_GENERAL])
+    if may_propose:
+        conn = queue_take(&server.queues[QUEUE_PROPOSALS])
+        if conn is not NULL:
+            server.proposing += 1
+            return conn
+    return queue_take(&server.queues[QUEUE_MESSAGES])
+
+
+cdef inline conn_t* server_wait(server_t* server, bint is_general) noexcept nogil:
+    """Wait for a request; NULL when there will be none any more."""
+    cdef pthread_cond_t* queued = &server.general_queued if is_general \
+        else &server.handlers_queued
+    cdef conn_t* conn
+    pthread_mutex_lock(&server.lock)
+    server.waiters += not is_general
+    conn = server_take(server, is_general)
+    while conn is NULL and not server.is_closed:
+        pthread_cond_wait(queued, &server.lock)
+        conn = server_take(server, is_general)
+    server.waiters -= not is_general
+    pthread_mutex_unlock(&server.lock)
     return conn
 
 
@@ -330,8 +389,6 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     free(conn.answer)
     free(conn)
     server.live -= 1
-    if server.live == 0:
-        pthread_cond_broadcast(&server.ended)
 
 
 cdef inline void conn_give_back(conn_t* conn) noexcept nogil:
@@ -339,6 +396,10 @@ cdef inline void conn_give_back(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     cdef void* head
     pthread_mutex_lock(&server.lock)
+    if conn.request.kind == REQUEST_PROPOSAL:
+        server.proposing -= 1
+        if server.queues[QUEUE_PROPOSALS].head is not NULL and server.waiters > 0:
+            pthread_cond_signal(&server.handlers_queued)
     if server.is_ended:
         conn_free(conn)
     else:
@@ -432,9 +493,10 @@ cdef inline void server_free_buried(server_t* server) noexcept nogil:
 
 
 cdef inline void conn_broken(conn_t* conn) noexcept nogil:
-    """The body of a recognised request will not come: Python counts it and answers 400."""
-    conn.server.buffered_bytes -= <int64_t>conn.request.body.len
-    body_free(&conn.request.body)
+    """The body of a request will not come: Python counts it and answers 400."""
+    if conn.state == CONN_BODY:
+        conn.server.buffered_bytes -= <int64_t>conn.request.body.len
+        body_free(&conn.request.body)
     conn_to_handler(conn, REQUEST_BROKEN)
 
 
@@ -453,15 +515,16 @@ cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noe
     conn_to_handler(conn, REQUEST_GENERAL)
 
 
-cdef inline void conn_request(conn_t* conn) noexcept nogil:
-    """A recognised request is complete: decode it and queue it."""
+cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
+    """A message is complete: decode it and queue it."""
     cdef request_t* request = &conn.request
-    conn.server.counts.fast_requests += 1
     request.is_decoded = True
-    if wire_decode(request.body.data, request.body.len, &request.decoded) == WIRE_OK:
-        conn_to_handler(conn, REQUEST_MESSAGE)
-    else:
+    if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
         conn_to_handler(conn, REQUEST_UNDECODED)
+    elif request.decoded.message.type == TYPE_PROP:
+        conn_to_handler(conn, REQUEST_PROPOSAL)
+    else:
+        conn_to_handler(conn, REQUEST_MESSAGE)
 
 
 cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
@@ -501,7 +564,8 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
         if not conn_save(conn, data + post.head_len + size, have - size):
             conn_close(conn)
             return
-        conn_request(conn)
+        server.counts.fast_requests += 1
+        conn_deliver(conn)
         return
     memcpy(conn.request.body.data, data + post.head_len, have)
     conn.request.body.len = have
@@ -566,7 +630,8 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
             conn_add_runnable(conn)
             return
     server.buffered_bytes -= <int64_t>body.len
-    conn_request(conn)
+    server.counts.fast_requests += 1
+    conn_deliver(conn)
 
 
 cdef inline void conn_read(conn_t* conn) noexcept nogil:
@@ -583,7 +648,10 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
     if n < 0 and errno == EAGAIN:
         return
     if n <= 0:
-        conn_close(conn)
+        if conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY:
+            conn_broken(conn)
+        else:
+            conn_close(conn)
         return
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
@@ -603,6 +671,7 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
         conn_close(conn)
         return
     conn.state = CONN_HEAD
+    conn.is_new = False
     conn.head_deadline_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
     if kept > 0:
@@ -627,8 +696,8 @@ cdef inline void conn_discard(conn_t* conn) noexcept nogil:
     """Read and throw away one step of what a refused peer still sends."""
     cdef server_t* server = conn.server
     cdef ssize_t n
-    cdef int i
-    for i in range(SERVER_STEP_BYTES // SERVER_SCRATCH):
+    cdef int _step
+    for _step in range(SERVER_STEP_BYTES // SERVER_SCRATCH):
         n = recv(conn.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT)
         if n <= 0:
             if n == 0 or (errno != EAGAIN and errno != EINTR):
@@ -699,8 +768,11 @@ cdef inline void conn_write_204(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
+    if conn.then == THEN_DELIVER:
+        conn_deliver(conn)
+        return
     request_free(&conn.request)
-    if conn.then == THEN_FREE or conn.fd < 0:
+    if conn.then == THEN_FREE:
         conn.is_general = False
         conn_close(conn)
     elif conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general:
@@ -784,12 +856,14 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
     cdef conn_t* conn
     cdef epoll_event event
     cdef socklen_t size
-    cdef int i
-    for i in range(ACCEPT_STEP):
-        if server.counts.connections >= <uint64_t>server.limits.max_connections \
-                and not server_make_room(server):
-            server_pause_accept(server, -1)     # until one closes
-            return
+    cdef int step
+    for step in range(ACCEPT_STEP):
+        if server.counts.connections >= <uint64_t>server.limits.max_connections:
+            if step > 0:
+                return          # is there another? epoll will say so
+            if not server_make_room(server):
+                server_pause_accept(server, -1)     # until one closes
+                return
         conn = <conn_t*>calloc(1, sizeof(conn_t))
         if conn is NULL:
             server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
@@ -807,6 +881,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         conn.server = server
         server.next_id += 1
         conn.id = server.next_id
+        conn.is_new = True
         server.counts.accepted += 1
         server.counts.connections += 1
         pthread_mutex_lock(&server.lock)
@@ -871,16 +946,16 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
                 server.next_deadline_ns = conn.deadline_ns
         elif conn.state == CONN_LINGERING:
             conn_close(conn)
-        elif conn.state == CONN_BODY:
+        elif conn.state == CONN_BODY \
+                or (conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY):
             server.counts.body_timeouts += 1
             conn_broken(conn)
         else:
-            if conn.state == CONN_HEAD and conn.buffer_len == 0:
-                server.counts.idle_timeouts += 1
-            elif conn.state == CONN_HEAD or conn.then == THEN_READ_HEAD:
+            # Also what does not read its answer counts as idle.
+            if conn.state == CONN_GENERAL or conn.buffer_len > 0 or conn.is_new:
                 server.counts.head_timeouts += 1
             else:
-                server.counts.body_timeouts += 1
+                server.counts.idle_timeouts += 1
             conn_close(conn)
         conn = following
 
@@ -907,7 +982,8 @@ cdef inline int server_timeout_ms(server_t* server) noexcept nogil:
     left = server.next_deadline_ns - server.now_ns
     if left <= 0:
         return 0
-    return <int>((left + 999999) // 1000000) if left < 3600000000000 else 3600000
+    left = (left + 999999) // 1000000
+    return <int>left if left < 3600000 else 3600000
 
 
 cdef inline void* server_main(void* argument) noexcept nogil:
@@ -963,11 +1039,15 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     """
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
+    cdef int i
     pthread_mutex_lock(&server.lock)
     server.is_ended = True
     while conn is not NULL:
         following = conn.next
         if conn.fd >= 0:
+            if conn.state == CONN_HANDLED:
+                send(conn.fd, server.answer_503, server.answer_503_len,
+                     MSG_DONTWAIT | MSG_NOSIGNAL)
             close(conn.fd)
             conn.fd = -1
         conn.is_runnable = False
@@ -981,10 +1061,11 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         conn_free(conn)
         conn = following
     # Queued, and given back, but nobody will look at them any more.
-    conn = server_try_request(server)
-    while conn is not NULL:
-        conn_free(conn)
-        conn = server_try_request(server)
+    for i in range(QUEUES):
+        conn = queue_take(&server.queues[i])
+        while conn is not NULL:
+            conn_free(conn)
+            conn = queue_take(&server.queues[i])
     conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
     while conn is not NULL:
         following = conn.next_returned
@@ -992,7 +1073,9 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         conn = following
     server.counts.connections = 0
     server.is_closed = True
-    pthread_cond_broadcast(&server.queued)
+    pthread_cond_broadcast(&server.handlers_queued)
+    pthread_cond_broadcast(&server.general_queued)
+    pthread_cond_broadcast(&server.ended)
     pthread_mutex_unlock(&server.lock)
 
 
@@ -1006,7 +1089,8 @@ cdef inline int server_init(server_t* server, const server_limits_t* limits) noe
     server.limits = limits[0]
     server.epfd = server.wakefd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
-            or cond_init_monotonic(&server.queued) != 0 \
+            or cond_init_monotonic(&server.handlers_queued) != 0 \
+            or cond_init_monotonic(&server.general_queued) != 0 \
             or cond_init_monotonic(&server.ended) != 0:
         return EAGAIN
     server.epfd = epoll_create1(EPOLL_CLOEXEC)
@@ -1031,7 +1115,9 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     for i in range(server.n_heads):
         free(server.heads[i].data)
     server_close_descriptors(server)
-    pthread_cond_destroy(&server.queued)
+    free(server.answer_503)
+    pthread_cond_destroy(&server.handlers_queued)
+    pthread_cond_destroy(&server.general_queued)
     pthread_cond_destroy(&server.ended)
     pthread_mutex_destroy(&server.lock)
 
@@ -1053,6 +1139,8 @@ cdef inline int server_start(server_t* server) noexcept nogil:
     sigfillset(&all_signals)
     pthread_sigmask(SIG_SETMASK, &all_signals, &before)
     rc = pthread_create(&server.thread, NULL, server_main, server)
+    if rc == 0:
+        pthread_setname_np(server.thread, b"pipeline-serve")
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return rc
 

@@ -29,6 +29,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_condattr_setclock(pthread_condattr_t*, int)
     int pthread_create(pthread_t*, void*, void* (*)(void*) noexcept nogil, void*)
     int pthread_join(pthread_t, void**)
+    int pthread_setname_np(pthread_t, const char*)      # at most 15 characters
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
@@ -121,6 +122,9 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_PRIVATE
         PROT_READ
         PROT_WRITE
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int, const void*, size_t)

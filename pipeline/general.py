@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 import re
 import threading
+from collections.abc import Callable
+from email.utils import formatdate
 from http import HTTPStatus
 
 import h11
@@ -25,11 +27,12 @@ _HEAD = re.compile(
 )
 _BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _LENGTH = re.compile(rb"\r\nContent-Length[ \t]*:([^\r]*)", re.IGNORECASE)
+_DIGITS = re.compile(rb"[ \t]*[0-9]+[ \t]*")
 _CODING = re.compile(rb"\r\nTransfer-Encoding[ \t]*:", re.IGNORECASE)
 
 #: etcd's requests have about ten headers.
 HEADERS_MAX = 100
-#: Of a request refused by its head, so much of the body is read to keep the connection (as Go does).
+#: Of a refused request so much of the body is read to keep the connection, as Go does.
 DRAIN_MAX = 256 * 1024
 
 
@@ -40,6 +43,8 @@ class Then(enum.IntEnum):
     CLOSE = 1
     READ_HEAD = 2
     READ_BODY = 3
+    #: A whole body: have it decoded and processed, then call ``General.answer``.
+    DELIVER = 4
 
 
 class BodyBudget:
@@ -74,176 +79,200 @@ class General:
         Shows ``ip:port`` in logs.
     budget : BodyBudget
         Shared by all connections.
+    on_accepted : callable
+        Called with the bytes of a head that is fit to be followed by a message for Raft.
 
     Attributes
     ----------
-    is_plain : bool
-        The request was a message for Raft whose head was accepted: the core may learn the head.
+    body : bytearray
+        What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
-        What has been read behind the request when ``feed`` returns ``Then.NEXT``.
+        What has been read behind the request when the connection goes on with ``Then.NEXT``.
 
     Notes
     -----
-    Used by one thread at a time. ``feed`` blocks as long as ``raft.process`` does.
+    Used by one thread at a time. Nothing here blocks.
     """
 
     def __init__(
-        self, handlers: Handlers, config: ReceiverConfig, remote: object, budget: BodyBudget
+        self,
+        handlers: Handlers,
+        config: ReceiverConfig,
+        remote: object,
+        budget: BodyBudget,
+        on_accepted: Callable[[bytes], object],
     ) -> None:
-        self.is_plain = False
+        self.body = bytearray()
         self.rest = b""
         self._handlers = handlers
         self._config = config
         self._remote = remote
         self._budget = budget
+        self._on_accepted = on_accepted
         self._http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=max(config.max_head_bytes, 8192)
         )
-        self._head: bytearray | None = bytearray()  # until it is whole
-        self._request: Request | None = None
-        self._early: Answer | None = None  # waits for the rest of a body that is not wanted
-        self._body = bytearray()
+        self._head = bytearray()
+        self._is_head_whole = False
+        self._request = Request("", "", {}, remote)
+        self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
         self._out: list[bytes] = []
 
     def feed(self, data: bytes) -> tuple[bytes, Then]:
         """Take bytes of the connection; return what to write and how to go on."""
-        self._out.clear()
         try:
             then = self._feed(data)
-        except h11.RemoteProtocolError as error:
-            then = self._refuse(error)
-        if then in (Then.NEXT, Then.CLOSE):
-            self.close()
-        return b"".join(self._out), then
+        except h11.RemoteProtocolError:
+            if self._is_message:
+                then = self._send_answer(self._handlers.read_failed(self._request), close=True)
+            else:
+                then = self._send_answer(_bad_request(), close=True)
+        return self._take_out(), then
 
-    def gone(self) -> None:
-        """Hear that the connection has ended, in the middle of whatever it was."""
-        if self._request is not None and self._early is None:
-            self._handlers.read_failed(self._request)
-        self.close()
+    def broken(self) -> tuple[bytes, Then]:
+        """Hear that the rest of the request will not come; returns as ``feed``."""
+        if self._is_message:
+            self._send_answer(self._handlers.read_failed(self._request), close=True)
+        return self._take_out(), Then.CLOSE
+
+    def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
+        """Answer the message that was to be delivered; returns as ``feed``. None is 204."""
+        answer = answer or self._handlers.no_content()
+        then = self._send_answer(answer, close=answer.close)
+        return self._take_out(), then
 
     def close(self) -> None:
-        """Give the body's bytes back to the budget."""
-        self._budget.give(len(self._body))
-        self._body = bytearray()
-        self._request = None
+        """Let go of the body."""
+        self._budget.give(len(self.body))
+        self.body = bytearray()
 
     def _feed(self, data: bytes) -> Then:
-        if self._head is not None:
+        if not self._is_head_whole:
             self._head += data
             end = self._head.find(b"\r\n\r\n") + 4
-            head = bytes(self._head[:end] if end >= 4 else self._head)
-            if _BARE.search(head) or (end >= 4 and not _is_well_formed(head)):
-                return self._answer(_bad_request(), close=True)
-            if len(head) > self._config.max_head_bytes or head.count(b"\n") > HEADERS_MAX + 2:
-                return self._answer(self._handlers.head_too_large(), close=True)
-            if end < 4:
+            self._is_head_whole = end >= 4
+            head = bytes(self._head[:end] if self._is_head_whole else self._head)
+            refusal = self._check_head(head)
+            if refusal is not None:
+                return self._send_answer(refusal, close=True)
+            if not self._is_head_whole:
                 return Then.READ_HEAD
-            data, self._head = bytes(self._head), None
+            data, self._head = bytes(self._head), bytearray(head)
         self._http.receive_data(data)
         while True:
             event = self._http.next_event()
             if event is h11.NEED_DATA:
                 if self._http.they_are_waiting_for_100_continue:
-                    self._send(h11.InformationalResponse(status_code=100, headers=[]))
+                    self._send(
+                        h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+                    )
                 return Then.READ_BODY
             then = self._on_event(event)
             if then is not None:
                 return then
 
-    def _on_event(self, event: h11.Event | type[h11.PAUSED]) -> Then | None:
+    def _check_head(self, head: bytes) -> Answer | None:
+        """Refuse a head that is not to be shown to h11, as soon as that can be told."""
+        if _BARE.search(head):
+            return _bad_request()
+        if len(head) > self._config.max_head_bytes or head.count(b"\n") > HEADERS_MAX + 2:
+            return self._handlers.head_too_large()
+        if not self._is_head_whole:
+            return None
+        lengths = _LENGTH.findall(head)
+        is_framed_once = len(lengths) + len(_CODING.findall(head)) <= 1
+        is_number = all(map(_DIGITS.fullmatch, lengths))
+        if not (_HEAD.fullmatch(head) and is_framed_once and is_number):
+            return _bad_request()
+        # 18 digits: no longer number is worth converting.
+        if lengths and len(lengths[0].strip()) > 18:
+            return self._handlers.body_too_large(self._request)
+        return None
+
+    def _on_event(self, event: object) -> Then | None:
         if isinstance(event, h11.Request):
             return self._on_request(event)
         if isinstance(event, h11.Data):
             return self._on_data(bytes(event.data))
         assert isinstance(event, h11.EndOfMessage)
-        assert self._request is not None
-        answer = self._early or self._handlers.deliver(self._request, self._body)
-        return self._answer(answer, close=answer.close)
+        return Then.DELIVER if self._is_message else self._go_on()
 
     def _on_request(self, event: h11.Request) -> Then | None:
         headers: dict[str, str] = {}
         for name, value in event.headers:
             headers.setdefault(name.decode("ascii"), value.decode("latin-1"))
-        self._request = Request(
-            event.method.decode("ascii"), event.target.decode("ascii"), headers, self._remote
-        )
+        path, _, _ = event.target.decode("ascii").partition("?")
+        self._request = Request(event.method.decode("ascii"), path, headers, self._remote)
         answer = self._handlers.check(self._request)
         if answer is None:
-            self.is_plain = True
+            self._is_message = True
+            self._on_accepted(bytes(self._head))
             return None
-        length = headers.get("content-length", "0")
-        waits = self._http.they_are_waiting_for_100_continue
-        if answer.close or waits or len(length) > 9 or int(length) > DRAIN_MAX:
-            return self._answer(answer, close=True)
-        self._early = answer
-        return None
+        # What a refused request still sends is read, if it is little, to keep the connection.
+        is_long = int(headers.get("content-length", "0")) > DRAIN_MAX
+        close = answer.close or is_long or self._http.they_are_waiting_for_100_continue
+        then = self._send_answer(answer, close=close)
+        return then if then is Then.CLOSE else None
 
     def _on_data(self, data: bytes) -> Then | None:
-        assert self._request is not None
         self._seen += len(data)
-        if self._early is not None:
-            if self._seen > DRAIN_MAX:
-                return self._answer(self._early, close=True)
-            return None
+        if not self._is_message:
+            return Then.CLOSE if self._seen > DRAIN_MAX else None
         if self._seen > self._config.max_body_bytes:
-            return self._answer(self._handlers.body_too_large(self._request), close=True)
+            return self._send_answer(self._handlers.body_too_large(self._request), close=True)
         if not self._budget.take(len(data)):
-            return self._answer(self._handlers.overloaded(self._request), close=True)
-        self._body += data
+            return self._send_answer(self._handlers.overloaded(self._request), close=True)
+        self.body += data
         return None
 
-    def _answer(self, answer: Answer, *, close: bool) -> Then:
-        headers = [*answer.headers]
-        has_body = answer.status not in (204, 304)
-        if has_body:
-            headers.append(("Content-Length", str(len(answer.body))))
-        if close:
-            headers.append(("Connection", "close"))
-        if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            phrase = _phrase(answer.status).encode("ascii")
-            self._send(h11.Response(status_code=answer.status, headers=headers, reason=phrase))
-            is_head = self._request is not None and self._request.method == "HEAD"
-            if has_body and answer.body and not is_head:
-                self._send(h11.Data(data=answer.body))
-            self._send(h11.EndOfMessage())
-        if close or self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
+    def _send_answer(self, answer: Answer, *, close: bool) -> Then:
+        if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return Then.CLOSE  # answered already
+        response = h11.Response(
+            status_code=answer.status,
+            headers=_headers(answer, close=close),
+            reason=_phrase(answer.status).encode("ascii"),
+        )
+        self._send(response)
+        if answer.body and answer.status not in (204, 304) and self._request.method != "HEAD":
+            self._send(h11.Data(data=answer.body))
+        self._send(h11.EndOfMessage())
+        return Then.CLOSE if close else self._go_on()
+
+    def _go_on(self) -> Then:
+        """Tell how, now that we have answered."""
+        if self._http.our_state is not h11.DONE:
             return Then.CLOSE
+        if self._http.their_state is not h11.DONE:
+            return Then.READ_BODY
         self.rest = self._http.trailing_data[0]
         return Then.NEXT
-
-    def _refuse(self, error: h11.RemoteProtocolError) -> Then:
-        if error.error_status_hint == 431:
-            return self._answer(self._handlers.head_too_large(), close=True)
-        if self._request is not None and self._early is None:
-            return self._answer(self._handlers.read_failed(self._request), close=True)
-        return self._answer(_bad_request(), close=True)
 
     def _send(self, event: h11.Event) -> None:
         self._out.append(self._http.send(event) or b"")
 
+    def _take_out(self) -> bytes:
+        out = b"".join(self._out)
+        self._out.clear()
+        return out
+
 
 def render(answer: Answer) -> bytes:
     """Write an answer to a request the core recognised."""
-    headers: list[tuple[str, str]] = [*answer.headers]
+    lines = [f"HTTP/1.1 {answer.status} {_phrase(answer.status)}"]
+    lines += [f"{name}: {value}" for name, value in _headers(answer, close=answer.close)]
+    body = b"" if answer.status in (204, 304) else answer.body
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def _headers(answer: Answer, *, close: bool) -> list[tuple[str, str]]:
+    headers = [*answer.headers, ("Date", formatdate(usegmt=True))]
     if answer.status not in (204, 304):
         headers.append(("Content-Length", str(len(answer.body))))
-    if answer.close:
+    if close:
         headers.append(("Connection", "close"))
-    lines = [f"HTTP/1.1 {answer.status} {_phrase(answer.status)}"]
-    lines += [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + answer.body
-
-
-def _is_well_formed(head: bytes) -> bool:
-    """Tell whether a head is to be shown to h11 at all."""
-    lengths = _LENGTH.findall(head)
-    if len(lengths) > 1 or (lengths and _CODING.search(head)):
-        return False
-    if lengths and not re.fullmatch(rb"[ \t]*[0-9]{1,18}[ \t]*", lengths[0]):
-        return False
-    return _HEAD.fullmatch(head) is not None
+    return headers
 
 
 def _bad_request() -> Answer:

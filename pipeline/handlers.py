@@ -70,8 +70,8 @@ class Request:
     path: str
     #: Names in lower case; of a repeated header the first value, as Go's ``Header.Get``.
     headers: Mapping[str, str]
-    #: ``ip:port`` of the caller, for logs.
-    remote: str
+    #: Shows the caller's ``ip:port`` in logs.
+    remote: object
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,8 @@ class Handlers:
         self._local = Version.parse(server_version)
         self._local_min = Version.parse(min_cluster_version)
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
+        #: The header line of every answer, as the compiled receiver writes it.
+        self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
         self._lock = threading.Lock()  # guards the counters and the one below
         self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
 
@@ -168,17 +170,28 @@ class Handlers:
         Whatever ``process`` raises becomes an answer.
         """
         try:
-            message = _unmarshal(body)
+            message = Message.unmarshal(body)
         except UnmarshalError as error:
             self._warn("failed to unmarshal Raft message from %s: %s", request.remote, error)
             self._count_failure()
             return self._answer(400, "error unmarshalling raft message")
-        sender = message.from_
-        self._count_received(sender, len(body))
-        if message.type in _PROCESS_LOCAL:
+        return self.process(message, len(body), request.remote) or self.no_content()
+
+    def process(self, message: Message, size_bytes: int, remote: object) -> Answer | None:
+        """Hand a decoded message to Raft; None is the plain 204. Blocks as ``deliver`` does.
+
+        ``remote`` is shown in the log when something is wrong.
+        """
+        kind, sender = message.type, message.from_
+        if kind not in _KNOWN_TYPES:
+            self._warn("refused Raft message from %s: type %d is not known", remote, kind)
+            self._count_failure()
+            return self._answer(400, "error unmarshalling raft message")
+        self._count_received(sender, size_bytes)
+        if kind in _PROCESS_LOCAL:
             with self._lock:
                 self.ignored += 1
-            return self._no_content()
+            return None
         try:
             self._raft.process(message)
         except RequestRejected as rejected:
@@ -189,13 +202,13 @@ class Handlers:
             self._warn(
                 "failed to process Raft message of %s from %s",
                 format_id(sender),
-                request.remote,
+                remote,
                 exc_info=error,
             )
             # Differs from etcd: the answer is complete. etcd breaks it off, so that a Go sender
             # sees an unexpected EOF; to both it is a failure.
             return self._answer(500, "error processing raft message", close=True)
-        return self._no_content()
+        return None
 
     def read_failed(self, request: Request) -> Answer:
         """Answer a request whose body broke off or stalled."""
@@ -212,6 +225,12 @@ class Handlers:
     def head_too_large(self) -> Answer:
         """Answer a request whose head is larger than ``max_head_bytes``."""
         return _error(431, "request header fields too large", close=True)
+
+    def overloaded(self, request: Request) -> Answer:
+        """Answer a request whose body there is no memory for just now."""
+        self._warn("no memory for a Raft message from %s", request.remote)
+        self._count_failure()
+        return self._answer(503, "too many bytes in requests", close=True)
 
     def shutting_down(self) -> Answer:
         """Answer a request that will not be waited for; its message may have been processed."""
@@ -277,7 +296,8 @@ class Handlers:
     def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
         return _error(status, text, self._cluster_header, close=close)
 
-    def _no_content(self) -> Answer:
+    def no_content(self) -> Answer:
+        """Answer a message that was taken."""
         return Answer(204, self._cluster_header)
 
     def _count_failure(self) -> None:
@@ -300,13 +320,6 @@ class Handlers:
             if is_due:
                 self._next_warning[text] = now + _WARNING_INTERVAL_S
         logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args, exc_info=exc_info)
-
-
-def _unmarshal(body: bytes | bytearray | memoryview) -> Message:
-    message = Message.unmarshal(body)
-    if message.type not in _KNOWN_TYPES:
-        raise UnmarshalError("Message.type", 0, f"{int(message.type)} is not a known type")
-    return message
 
 
 def _error(

@@ -263,13 +263,13 @@ class Transport:
 
     # -- receiving
 
-    def listen(self, url: str | None = None) -> Listener:
+    def listen(self, url: str | Iterable[str] | None = None) -> Listener:
         """Receive at ``url``.
 
         Parameters
         ----------
-        url : str, optional
-            ``http://host:port``; port 0 takes a free one. By default the first of ``peer_urls``.
+        url : str or iterable of str, optional
+            ``http://host:port``; port 0 takes a free one. By default all of ``peer_urls``.
 
         Returns
         -------
@@ -286,7 +286,7 @@ class Transport:
         if url is None:
             if not self.peer_urls:
                 raise UsageError("listen: url is needed, for there are no peer_urls")
-            url = self.peer_urls[0]
+            url = self.peer_urls
         with self._lock:
             self._require_running("listen")
             listener = Listener(self.handlers, url, self.config.receiver)

@@ -487,7 +487,7 @@ GOOD = raw_head(f"content-length: {len(MESSAGE)}") + MESSAGE
     [
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, id="TLS hello"),
         pytest.param(b"\x00" * 3000, 400, id="zeros"),
-        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 404, id="HTTP/2 preface"),
+        pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, id="HTTP/2 preface"),
         pytest.param(b"POST /raft\r\n\r\n", 400, id="no version"),
         pytest.param(raw_head(line="POST /raft HTTP/1.1 x"), 400, id="four words"),
         pytest.param(raw_head(line="POST\t/raft HTTP/1.1"), 400, id="tab"),
@@ -511,7 +511,7 @@ GOOD = raw_head(f"content-length: {len(MESSAGE)}") + MESSAGE
         pytest.param(raw_head("content-length: " + "9" * 20), 413, id="length past 64 bits"),
         pytest.param(raw_head(CHUNKED) + b"3e9\r\n" + bytes(1001), 413, id="chunks too large"),
         pytest.param(raw_head("content-encoding: gzip", "content-length: 9"), 415, id="gzip"),
-        pytest.param(raw_head("x: " + "y" * 3000)[:2500], 400, id="head too large and unfinished"),
+        pytest.param(raw_head("x: " + "y" * 3000)[:2500], 431, id="head too large and unfinished"),
     ],
 )
 def test_bad_input_is_answered_and_the_listener_goes_on(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pipeline._messages import Message
-
 from pipeline.types import SnapshotStatus
 from tests.support import LONG_TIMEOUT
 
