@@ -41,5 +41,12 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages
 
+benchmarks/bin/%: benchmarks/c/%.c
+	mkdir -p $(@D)
+	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -o $@ $<
+
+bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(BIN)/python benchmarks/report.py
+
 clean:
 	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin
