@@ -200,13 +200,13 @@ int main(int argc, char **argv)
                                 "POST /raft HTTP/1.1\r\n"
                                 "Host: 127.0.0.1:%d\r\n"
                                 "User-Agent: raft-pipeline/0.1.0\r\n"
-                                "Content-Length: %zu\r\n"
                                 "Content-Type: application/protobuf\r\n"
                                 "X-Etcd-Cluster-Id: cdf818194e3a8c32\r\n"
                                 "X-Min-Cluster-Version: 3.0.0\r\n"
-                                "X-Peerurls: http://127.0.0.1:2380\r\n"
                                 "X-Server-From: 8e9e05c52164694d\r\n"
-                                "X-Server-Version: 3.5.1\r\n\r\n",
+                                "X-Server-Version: 3.5.1\r\n"
+                                "Accept-Encoding: identity\r\n"
+                                "Content-Length: %zu\r\n\r\n",
                                 port, size);
     conn_t *conns = calloc((size_t)connections, sizeof *conns);
     body = malloc(size ? size : 1);
