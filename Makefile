@@ -48,5 +48,13 @@ benchmarks/bin/%: benchmarks/c/%.c
 bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
 	$(BIN)/python benchmarks/report.py
 
+# The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow
+# (protobuf >= 6.31 in pyproject.toml), which is not so with a newer one.
+raftpb:
+	$(PYTHON) -m venv build/raftpb
+	build/raftpb/bin/python -m pip install --quiet 'grpcio-tools==1.72.2'
+	build/raftpb/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
+		pipeline/raftpb/raft.proto
+
 clean:
 	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin

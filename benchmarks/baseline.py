@@ -9,37 +9,25 @@ connection is never dialled twice without need, and no lock is held while postin
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import urllib3
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import UsageError
+from pipeline.stats import PipelineStats
 from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
     from pipeline.raftpb import raft_pb2
 
-__all__ = ["BaselinePipeline", "BaselineStats"]
+__all__ = ["BaselinePipeline"]
 
-
-@dataclass(frozen=True, slots=True)
-class BaselineStats:
-    """The counters of ``PipelineStats``, except those in bytes that a plain queue cannot know."""
-
-    offered: int
-    accepted: int
-    refused: int
-    sent: int
-    failed: int
-    dropped: int
-    queued: int
-    in_flight: int
-    sent_bytes: int
+logger = logging.getLogger(__name__)
 
 
 class BaselinePipeline:
@@ -132,10 +120,11 @@ class BaselinePipeline:
             thread.join()
         self._pool.close()
 
-    def stats(self) -> BaselineStats:
+    def stats(self) -> PipelineStats:
+        """The books. ``queued_bytes`` is 0: a plain queue does not know what it holds."""
         with self._lock:
             gone = self._sent + self._failed + self._dropped + self._in_flight
-            return BaselineStats(
+            return PipelineStats(
                 offered=self._accepted + self._refused,
                 accepted=self._accepted,
                 refused=self._refused,
@@ -145,6 +134,7 @@ class BaselinePipeline:
                 queued=self._accepted - gone,
                 in_flight=self._in_flight,
                 sent_bytes=self._sent_bytes,
+                queued_bytes=0,
             )
 
     def _work(self) -> None:
@@ -159,7 +149,10 @@ class BaselinePipeline:
                 else:
                     self._sent += 1
                     self._sent_bytes += sent_bytes
-            self._report(message, delivered=sent_bytes is not None)
+            try:
+                self._report(message, delivered=sent_bytes is not None)
+            except Exception:  # a node that raises must not cost a worker
+                logger.exception("a callback of Raft raised")
 
     def _post(self, message: raft_pb2.Message) -> int | None:
         """Bytes of the message when the peer answered 204, else None."""

@@ -1,7 +1,8 @@
-"""Offering: what a full msgc of messages costs the caller, beside ``queue.Queue``.
+"""The channel: msgc's ring beside ``queue.Queue``, and what offering costs the caller.
 
-The core encodes and copies each message in ``send``; the queue only keeps a reference, and its
-messages have yet to be encoded by a worker. Both start empty, and the messages are made before.
+In the group of offers the core encodes and copies each message in ``send``; the queue only keeps
+a reference, and its messages have yet to be encoded by a worker. All start empty, with messages
+made before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import pytest
 from harness import builder, running
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from pipeline._core import Channel
+
 QUEUE_LENGTH = 64
 ROUNDS = 500
 
@@ -21,6 +24,38 @@ ROUNDS = 500
 def offer_all(benchmark: BenchmarkFixture, offer: Callable[[Any], Any], setup: Any) -> None:
     benchmark.extra_info["messages"] = QUEUE_LENGTH
     benchmark.pedantic(offer, setup=setup, rounds=ROUNDS, warmup_rounds=10)
+
+
+@pytest.mark.benchmark(group=f"{QUEUE_LENGTH} items in and out, one thread")
+def test_ring_passes_items(benchmark: BenchmarkFixture) -> None:
+    channel = Channel(QUEUE_LENGTH)
+    items = list(range(QUEUE_LENGTH))
+
+    def pass_all() -> None:
+        push, pop = channel.try_push, channel.try_pop
+        for item in items:
+            push(item)
+        for _ in items:
+            pop()
+
+    benchmark(pass_all)
+    assert len(channel) == 0
+
+
+@pytest.mark.benchmark(group=f"{QUEUE_LENGTH} items in and out, one thread")
+def test_queue_queue_passes_items(benchmark: BenchmarkFixture) -> None:
+    msgc: queue.Queue[int] = queue.Queue(QUEUE_LENGTH)
+    items = list(range(QUEUE_LENGTH))
+
+    def pass_all() -> None:
+        push, pop = msgc.put_nowait, msgc.get_nowait
+        for item in items:
+            push(item)
+        for _ in items:
+            pop()
+
+    benchmark(pass_all)
+    assert msgc.empty()
 
 
 @pytest.mark.benchmark(group=f"offer {QUEUE_LENGTH} messages of 128 B")

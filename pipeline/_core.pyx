@@ -1,0 +1,787 @@
+"""The sending core: where Python meets the I/O loop on the way out.
+
+``_loop.pxd`` holds what runs without the GIL. Here are the jobs made from messages, the calls a
+dispatcher thread makes for a worker, and the Python owners of the C structs:
+
+    IOLoop      owns a loop_t; keeps every Sender alive that has a live worker
+    Sender      owns a pipe_t; the base of ``pipeline.Pipeline``
+    ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from pipeline._counters cimport follower_stddev_ms
+from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
+from pipeline._loop cimport (
+    ERROR_CLOSED, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
+    EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED,
+    EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, event_t, job_t, limits_t,
+    loop_free, loop_init, loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_count, pipe_free,
+    pipe_init, pipe_offer, pipe_t, pipe_take, push_detached, worker_give_back, worker_t,
+    WORKER_RETIRED,
+)
+from pipeline._messages cimport (
+    Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
+    profile_index,
+)
+from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push
+from pipeline._sync cimport (
+    add_i64, clock_ns, cond_init_monotonic, deadline_timespec, iovec, load_int, load_ptr,
+    pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
+    swap_ptr, timespec,
+)
+
+import enum
+import operator
+import os
+
+from pipeline.errors import InternalError, MarshalError, UsageError
+from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.types import SendResult
+
+__all__ = ["ActiveFlag", "Channel", "EncodedMessage", "Event", "Given", "IOLoop", "Sender", "recognise_204"]
+
+cdef enum:
+    # Below this a payload is copied into the framing: a page costs less to copy than an iovec,
+    # a reference and its return to Python.
+    BORROW_MIN = 4096
+    # protobuf cannot encode more.
+    MESSAGE_MAX = 0x7fffffff
+
+cdef size_t COPY_LIMIT = 16 * 1024      # config.COPY_LIMIT, checked by a test
+
+cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
+
+
+class Event(enum.IntEnum):
+    """Why the loop hands a worker to the dispatcher (``_loop.pxd``, EVENT_*)."""
+
+    CONNECT = EVENT_CONNECT
+    CONNECT_FAILED = EVENT_CONNECT_FAILED
+    ANSWER = EVENT_ANSWER
+    FAILED = EVENT_FAILED
+    SUCCEEDED = EVENT_SUCCEEDED
+    CLOSED = EVENT_CLOSED
+
+
+cdef tuple EVENTS = (None, *Event)
+
+
+class Given(enum.IntEnum):
+    """What became of a worker given back (``_loop.pxd``, GIVEN_*)."""
+
+    TO_LOOP = GIVEN_TO_LOOP
+    RETIRED = GIVEN_RETIRED
+    NOT = GIVEN_NOT
+
+
+cdef tuple GIVENS = tuple(Given)
+
+cdef dict REASONS = {
+    ERROR_CLOSED: "connection closed by the peer before it answered",
+    ERROR_RESPONSE_TIMEOUT: "no answer within the response timeout",
+    ERROR_STALLED: "stalled: no byte could be written within the stall timeout",
+    ERROR_DIAL_TIMEOUT: "dial timeout",
+    ERROR_STOPPED: "stopped",
+}
+
+
+def error_text(int error):
+    """Tell a cause of failure in words: one of the loop's own, or an errno."""
+    if error in REASONS:
+        return REASONS[error]
+    return os.strerror(error)
+
+
+def recognise_204(const uint8_t[::1] data not None):
+    """Return the length of the 204 answer at the start of ``data``, 0 for more, -1 for odd.
+
+    The recogniser the loop uses (``_http.pxd``), for tests. Looks at 2,048 bytes at most.
+    """
+    if data.shape[0] == 0:
+        return 0
+    return http_recognise_204(&data[0], min(data.shape[0], 2048))
+
+
+# -- locks: nobody waits for one while holding the GIL, for its owner may be waiting for the GIL
+
+cdef inline void lock(pthread_mutex_t* mutex) noexcept:
+    if pthread_mutex_trylock(mutex) != 0:
+        with nogil:
+            pthread_mutex_lock(mutex)
+
+
+# -- jobs
+
+cdef job_t* job_new(size_t size, size_t framing, int n_segments, int n_owners) except NULL:
+    """Allocate a job with room for ``framing`` bytes behind its segments and owners."""
+    cdef job_t* job
+    if size > MESSAGE_MAX:
+        raise MarshalError(f"message: {size} bytes encoded is not in 0..{MESSAGE_MAX}")
+    job = <job_t*>malloc(sizeof(job_t) + n_segments * sizeof(iovec) + n_owners * sizeof(void*)
+                         + framing)
+    if job is NULL:
+        raise MemoryError
+    job.size_bytes = size
+    job.retried = False
+    job.n_segments = n_segments
+    job.n_owners = n_owners
+    job.segments = <iovec*>(job + 1)
+    job.owners = <void**>(job.segments + n_segments)
+    return job
+
+
+cdef inline uint8_t* job_bytes(job_t* job) noexcept:
+    return <uint8_t*>(job.owners + job.n_owners)
+
+
+cdef void job_free(job_t* job) noexcept:
+    """Free a job and drop what it borrows."""
+    cdef int i
+    for i in range(job.n_owners):
+        Py_DECREF(<object><PyObject*>job.owners[i])
+    free(job)
+
+
+cdef job_t* job_copy(const void* data, size_t size) except NULL:
+    cdef job_t* job = job_new(size, size, 1, 0)
+    job.segments[0].iov_base = job_bytes(job)
+    job.segments[0].iov_len = size
+    memcpy(job_bytes(job), data, size)
+    return job
+
+
+cdef job_t* job_borrow(const void* data, size_t size, object owner) except NULL:
+    cdef job_t* job = job_new(size, 0, 1, 1)
+    job.segments[0].iov_base = <void*>data
+    job.segments[0].iov_len = size
+    Py_INCREF(owner)
+    job.owners[0] = <void*>owner
+    return job
+
+
+cdef job_t* job_from_message(Message message, int profile) except NULL:
+    """Encode up to COPY_LIMIT; above it encode the framing and borrow the payloads (R3)."""
+    cdef gather_plan_t plan
+    cdef job_t* job
+    cdef size_t size = message_size(message, profile)
+    if size <= COPY_LIMIT:
+        job = job_new(size, size, 1, 0)
+        job.segments[0].iov_base = job_bytes(job)
+        job.segments[0].iov_len = size
+        message_write(message, profile, job_bytes(job))
+    else:
+        message_gather_plan(message, profile, BORROW_MIN, &plan)
+        job = job_new(size, plan.framing_bytes, plan.segments, plan.owners)
+        message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments,
+                       <PyObject**>job.owners)
+    job.type = message.c.type
+    job.to = message.c.to
+    return job
+
+
+cdef job_t* job_from_encoded(EncodedMessage message) except NULL:
+    cdef job_t* job
+    if <size_t>message.buffer.len <= COPY_LIMIT:
+        job = job_copy(message.buffer.buf, message.buffer.len)
+    else:
+        job = job_borrow(message.buffer.buf, message.buffer.len, message)
+    job.type = message._type
+    job.to = message._to
+    return job
+
+
+cdef job_t* job_from_protobuf(object message) except NULL:
+    """Take a protobuf object of any raftpb schema: what counts is SerializeToString, type, to."""
+    cdef job_t* job
+    cdef int32_t type_
+    cdef uint64_t to
+    try:
+        serialize, type_, to = message.SerializeToString, message.type, message.to
+    except AttributeError:
+        raise UsageError(f"message: {message!r} is not a Message, an EncodedMessage "
+                         "or a raftpb protobuf object") from None
+    data = serialize()
+    if PyBytes_GET_SIZE(data) <= <Py_ssize_t>COPY_LIMIT:
+        job = job_copy(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    else:
+        job = job_borrow(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data)
+    job.type = type_
+    job.to = to
+    return job
+
+
+cdef class EncodedMessage:
+    """A message that is already encoded; sent as it is, and never looked into.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The raftpb encoding, at most 2**31 - 1 bytes. Up to 16 KiB are copied at ``send``; more
+        is borrowed until the message has its outcome, so do not change a mutable buffer.
+    type : MessageType or int
+        Decides what is reported and counted; 0 to 2**31 - 1.
+    to : int
+        The member it is for; unsigned 64-bit.
+
+    Raises
+    ------
+    MarshalError
+        If a field is out of range or ``data`` is no contiguous buffer.
+    """
+
+    cdef Py_buffer buffer       # owned from __cinit__ on; buf is NULL before
+    cdef int32_t _type
+    cdef uint64_t _to
+
+    def __cinit__(self, data, *, type, to):
+        try:
+            PyObject_GetBuffer(data, &self.buffer, PyBUF_SIMPLE)
+        except (TypeError, BufferError) as error:
+            raise MarshalError(f"data: {data.__class__.__name__} is not a contiguous "
+                               "bytes-like object") from error
+        type_number, to_number = operator.index(type), operator.index(to)
+        if not 0 <= type_number <= 0x7fffffff:
+            raise MarshalError(f"type: {type!r} is not in 0..2147483647")
+        if not 0 <= to_number <= 0xffffffffffffffff:
+            raise MarshalError(f"to: {to!r} is not in 0..18446744073709551615")
+        if self.buffer.len > MESSAGE_MAX:
+            raise MarshalError(f"data: {self.buffer.len} bytes is not in 0..{MESSAGE_MAX}")
+        self._type = type_number
+        self._to = to_number
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.buffer)
+
+    @property
+    def data(self):
+        """The bytes-like object given."""
+        return <object>self.buffer.obj
+
+    @property
+    def type(self):
+        """The message type's number."""
+        return self._type
+
+    @property
+    def to(self):
+        """The member ID it is for."""
+        return self._to
+
+    def __len__(self):
+        return self.buffer.len
+
+    def __repr__(self):
+        return f"EncodedMessage(<{self.buffer.len} bytes>, type={self._type}, to={self._to})"
+
+
+cdef class ActiveFlag:
+    """Whether a peer is active: one C int, so that the loop can read it without the GIL.
+
+    Thread-safe; never waits.
+    """
+
+    cdef int value
+
+    def get(self):
+        """Tell whether the flag is set."""
+        return load_int(&self.value) != 0
+
+    def set(self, bint value):
+        """Set or clear the flag."""
+        store_int(&self.value, value)
+
+
+cdef class Channel:
+    """msgc on its own: the ring of ``_ring.pxd`` holding Python objects, for tests and benchmarks.
+
+    Parameters
+    ----------
+    cap : int
+        Objects it holds, 1 to 65536.
+
+    Notes
+    -----
+    Not thread-safe without the GIL: in a Sender the pipe's lock guards the ring.
+    """
+
+    cdef ring_t ring
+
+    def __cinit__(self, uint32_t cap):
+        if not 1 <= cap <= 65536:
+            raise UsageError(f"cap: {cap} is not in 1..65536")
+        if ring_init(&self.ring, cap) != RING_OK:
+            raise MemoryError
+
+    def __dealloc__(self):
+        if self.ring.slots is not NULL:
+            while self.try_pop() is not None:
+                pass
+            ring_free(&self.ring)
+
+    def __len__(self):
+        return ring_len(&self.ring)
+
+    def try_push(self, item not None):
+        """Append ``item``; False, and nothing done, when full."""
+        if ring_try_push(&self.ring, <void*>item) != RING_OK:
+            return False
+        Py_INCREF(item)
+        return True
+
+    def try_pop(self):
+        """Take the oldest item, or None."""
+        cdef void* pointer = ring_try_pop(&self.ring)
+        if pointer is NULL:
+            return None
+        item = <object><PyObject*>pointer
+        Py_DECREF(item)
+        return item
+
+
+# -- the loop's owner
+
+cdef class IOLoop:
+    """One native I/O thread and the queue of events it has for Python.
+
+    Parameters
+    ----------
+    queue_bytes : int
+        Budget for the bytes queued by all its senders together.
+
+    Notes
+    -----
+    Thread-safe. The thread takes no GIL and handles no signals.
+    """
+
+    cdef loop_t loop
+    cdef bint is_made
+    cdef bint is_running
+    # Senders with a live worker. Events carry borrowed pointers to them: this keeps them alive.
+    cdef readonly set senders
+
+    def __cinit__(self, int64_t queue_bytes):
+        cdef int error = loop_init(&self.loop, queue_bytes)
+        if error != 0:
+            raise OSError(error, error_text(error))
+        self.is_made = True
+        self.senders = set()
+
+    def __dealloc__(self):
+        # Running loops are kept alive by dispatcher.py; a stopped one has no thread and no pipe.
+        if self.is_made and not self.is_running:
+            self.drop_finished()
+            loop_free(&self.loop)
+
+    def start(self):
+        """Start the thread."""
+        cdef int error = loop_start(&self.loop)
+        if error != 0:
+            raise OSError(error, error_text(error))
+        self.is_running = True
+
+    def stop(self):
+        """End the thread. Every sender must have been told to stop; waits for the thread only."""
+        if not self.is_running:
+            return
+        with nogil:
+            # Wait for the loop to detach what it was told to; it never waits for Python.
+            loop_stop(&self.loop)
+        self.is_running = False
+        self.drop_finished()
+
+    @property
+    def queued_bytes(self):
+        """Bytes queued by all senders."""
+        return add_i64(&self.loop.queued_bytes, 0)
+
+    @property
+    def native_thread(self):
+        """The thread's pthread identifier; for tests."""
+        return <unsigned long>self.loop.thread if self.is_running else 0
+
+    cdef void drop_finished(self) noexcept:
+        """Free finished jobs and drop what they borrowed."""
+        cdef job_t* job = <job_t*>swap_ptr(<void**>&self.loop.finished, NULL)
+        cdef job_t* following
+        cdef int64_t jobs = 0, size = 0
+        cdef job_t* first = job
+        while job is not NULL:
+            jobs += 1
+            size += <int64_t>job.size_bytes
+            job = job.next
+        add_i64(&self.loop.finished_jobs, -jobs)
+        add_i64(&self.loop.finished_bytes, -size)
+        job = first
+        while job is not NULL:
+            following = job.next
+            job_free(job)
+            job = following
+
+    def next_event(self):
+        """Wait for an event without the GIL.
+
+        Returns
+        -------
+        (sender, worker index, Event, error) or None
+            The sender is None when there are only chores; None when the queue is closed and empty.
+        """
+        cdef loop_t* loop = &self.loop
+        cdef event_t* event
+        cdef event_t taken
+        with nogil:
+            # Wait until there is an event or the queue is closed. Only C state is touched.
+            pthread_mutex_lock(&loop.event_lock)
+            loop.event_waiters += 1
+            while loop.event_head is NULL and not loop.events_closed:
+                pthread_cond_wait(&loop.event_cond, &loop.event_lock)
+            loop.event_waiters -= 1
+            event = loop.event_head
+            if event is not NULL:
+                taken = event[0]
+                loop.event_head = event.next
+                if loop.event_head is NULL:
+                    loop.event_tail = NULL
+            pthread_mutex_unlock(&loop.event_lock)
+        if event is NULL:
+            return None
+        if taken.kind == EVENT_CHORES:
+            store_int(&loop.chores_queued, 0)
+            self.drop_finished()
+            return (None, 0, None, 0)
+        return (<Sender>taken.worker.pipe.owner, taken.worker.index, EVENTS[taken.kind],
+                taken.error)
+
+    def queue_chores(self):
+        """Have ``next_event`` return for chores in some dispatcher thread, soon."""
+        with nogil:
+            loop_queue_chores(&self.loop)
+
+    def has_waiter(self):
+        """Tell whether a dispatcher thread is waiting for an event."""
+        cdef int waiters
+        lock(&self.loop.event_lock)
+        waiters = self.loop.event_waiters
+        pthread_mutex_unlock(&self.loop.event_lock)
+        return waiters > 0
+
+    def close_events(self):
+        """Let ``next_event`` return None in every dispatcher thread, once the queue is empty."""
+        lock(&self.loop.event_lock)
+        self.loop.events_closed = True
+        pthread_cond_broadcast(&self.loop.event_cond)
+        pthread_mutex_unlock(&self.loop.event_lock)
+
+    def forget_after_fork(self):
+        """Cut loose in a forked child, which has none of our threads: everything is stopped.
+
+        Locks may have been held by threads that do not exist here, so they are made anew.
+        """
+        cdef Sender sender
+        pthread_mutex_init(&self.loop.event_lock, NULL)
+        cond_init_monotonic(&self.loop.event_cond)
+        self.loop.events_closed = True
+        self.loop.is_sleeping = 0
+        self.is_running = False
+        for sender in self.senders:
+            pthread_mutex_init(&sender.pipe.lock, NULL)
+            cond_init_monotonic(&sender.pipe.retired)
+            sender.pipe.is_stopping = True
+            sender.pipe.is_detached = True
+            sender.pipe.live = 0
+        self.senders.clear()
+
+
+cdef class Sender:
+    """msgc, the books and the workers of one peer: what ``Pipeline`` is made of in C.
+
+    Between ``open`` and ``begin_stop`` the loop runs the workers. A worker comes to Python with
+    an event and is the dispatcher thread's until ``give_back``; the calls below that take a worker
+    index are for that thread only.
+    """
+
+    cdef pipe_t pipe
+    cdef IOLoop loop
+    cdef ActiveFlag active      # pipe.active points into it
+    cdef int profile
+    cdef bint is_open
+
+    def __dealloc__(self):
+        cdef int i
+        if not self.is_open:
+            return
+        for i in range(self.pipe.n_workers):    # left behind by a fork
+            if self.pipe.workers[i].job is not NULL:
+                job_free(self.pipe.workers[i].job)
+                self.pipe.workers[i].job = NULL
+        pipe_free(&self.pipe)
+
+    def open(self, IOLoop loop not None, ActiveFlag active not None, *, profile, int connections,
+             uint32_t queue_length, int64_t queue_bytes, double response_timeout_s,
+             double stall_timeout_s, double idle_timeout_s):
+        """Let the loop run this sender's workers. Once."""
+        cdef limits_t limits
+        if self.is_open:
+            raise UsageError("start: a pipeline can be started once")
+        limits.queue_bytes = queue_bytes
+        limits.response_timeout_ns = <int64_t>(response_timeout_s * 1e9)
+        limits.stall_timeout_ns = <int64_t>(stall_timeout_s * 1e9)
+        limits.idle_timeout_ns = <int64_t>(idle_timeout_s * 1e9)
+        self.profile = profile_index(profile)
+        self.loop = loop
+        self.active = active
+        if pipe_init(&self.pipe, &loop.loop, connections, queue_length, &limits, &active.value,
+                     <void*>self) != 0:
+            raise MemoryError
+        self.is_open = True
+        loop.senders.add(self)
+
+    def send(self, message not None):
+        """Offer ``message`` to the peer without waiting.
+
+        Delivery is not promised; failures reach ``Raft.report_unreachable``.
+
+        Parameters
+        ----------
+        message : Message, EncodedMessage or a raftpb protobuf object
+            Up to 16 KiB encoded is copied before return. Of a larger one payloads of 4 KiB and
+            more are borrowed until it has its outcome: do not change a mutable buffer.
+
+        Returns
+        -------
+        SendResult
+            ``ACCEPTED``, ``QUEUE_FULL`` (64 messages or 128 MiB wait, by default) or ``STOPPED``;
+            refusals are counted, and a caller that wants Raft to hear of them tells it
+            (``Peer.send`` does).
+
+        Raises
+        ------
+        MarshalError
+            If the message encodes to more than 2**31 - 1 bytes.
+        UsageError
+            If it is not a message, or the pipeline was not started.
+
+        Notes
+        -----
+        Thread-safe; never waits. Source: etcd rafthttp/peer.go ``send``, pipeline.go ``msgc``.
+        """
+        cdef job_t* job
+        cdef int rc
+        if not self.is_open:
+            raise UsageError("send: the pipeline was not started")
+        if load_ptr(<void**>&self.loop.loop.finished) is not NULL:
+            self.loop.drop_finished()
+        if isinstance(message, Message):
+            job = job_from_message(<Message>message, self.profile)
+        elif isinstance(message, EncodedMessage):
+            job = job_from_encoded(<EncodedMessage>message)
+        else:
+            job = job_from_protobuf(message)
+        lock(&self.pipe.lock)
+        rc = pipe_offer(&self.pipe, job)
+        pthread_mutex_unlock(&self.pipe.lock)
+        if rc != OFFER_ACCEPTED:
+            job_free(job)
+        return <object>RESULTS[rc]
+
+    def stats(self):
+        """Return the books at one instant: PipelineStats. Thread-safe."""
+        if not self.is_open:
+            return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        lock(&self.pipe.lock)
+        books = self.pipe.books
+        pthread_mutex_unlock(&self.pipe.lock)
+        return PipelineStats(
+            books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
+            books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
+
+    def follower_stats(self):
+        """Return what became of MsgApp messages: FollowerStats. Thread-safe."""
+        if not self.is_open:
+            return FollowerStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        lock(&self.pipe.lock)
+        follower = self.pipe.follower
+        pthread_mutex_unlock(&self.pipe.lock)
+        return FollowerStats(
+            follower.success, follower.fail, follower.current_ms, follower.mean_ms,
+            follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
+
+    # -- stopping
+
+    def begin_stop(self):
+        """Refuse offers, drop what is queued, and let the loop forget the workers.
+
+        Returns the number of messages dropped; 0 when stopped before.
+        """
+        cdef int dropped = 0, i
+        cdef job_t* job
+        cdef job_t* first = NULL
+        if not self.is_open:
+            return 0
+        lock(&self.pipe.lock)
+        if self.pipe.is_stopping:
+            pthread_mutex_unlock(&self.pipe.lock)
+            return 0
+        self.pipe.is_stopping = True
+        while True:
+            job = pipe_take(&self.pipe)
+            if job is NULL:
+                break
+            self.pipe.books.in_flight -= 1
+            self.pipe.books.dropped += 1
+            job.next = first
+            first = job
+            dropped += 1
+        push_detached(&self.loop.loop, &self.pipe)
+        loop_wake(&self.loop.loop)
+        pthread_mutex_unlock(&self.pipe.lock)
+        while first is not NULL:
+            job = first
+            first = job.next
+            job_free(job)
+        return dropped
+
+    def wait_stopped(self, double timeout_s, int mine=0):
+        """Wait until at most ``mine`` workers are live; the number live. Without the GIL."""
+        cdef int live
+        cdef int64_t deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
+        cdef timespec at = deadline_timespec(deadline_ns)
+        if not self.is_open:
+            return 0
+        with nogil:
+            # Wait for the workers' last callbacks. Only C state is touched.
+            pthread_mutex_lock(&self.pipe.lock)
+            while self.pipe.live > mine and clock_ns() < deadline_ns:
+                pthread_cond_timedwait(&self.pipe.retired, &self.pipe.lock, &at)
+            live = self.pipe.live
+            pthread_mutex_unlock(&self.pipe.lock)
+        if live == 0:
+            self.loop.senders.discard(self)
+        return live
+
+    @property
+    def is_stopping(self):
+        """Whether ``begin_stop`` was called."""
+        cdef bint stopping
+        if not self.is_open:
+            return False
+        lock(&self.pipe.lock)
+        stopping = self.pipe.is_stopping
+        pthread_mutex_unlock(&self.pipe.lock)
+        return stopping
+
+    # -- for the dispatcher thread that holds a worker
+
+    cdef worker_t* worker(self, int index) except NULL:
+        if not self.is_open or not 0 <= index < self.pipe.n_workers:
+            raise InternalError(f"worker {index} does not exist")
+        return &self.pipe.workers[index]
+
+    def job(self, int index):
+        """Return (type, to, encoded size in bytes) of the worker's message."""
+        cdef worker_t* worker = self.worker(index)
+        if worker.job is NULL:
+            raise InternalError(f"worker {index} has no message")
+        return worker.job.type, worker.job.to, worker.job.size_bytes
+
+    def answer(self, int index):
+        """Return (bytes of the answer read so far, whether the request is written whole)."""
+        cdef worker_t* worker = self.worker(index)
+        return (PyBytes_FromStringAndSize(<char*>worker.answer, worker.answer_len),
+                worker.segment > worker.job.n_segments)
+
+    def connect(self, int index, int fd, bytes head, double timeout_s):
+        """Give the worker a connecting socket and the request head for it.
+
+        Parameters
+        ----------
+        fd : int
+            A non-blocking socket with a connect() under way or done. Borrowed: it stays open until
+            the worker comes back to Python.
+        head : bytes
+            The request head up to and with ``Content-Length: ``.
+        timeout_s : float
+            What is left of the dial timeout.
+        """
+        cdef worker_t* worker = self.worker(index)
+        cdef size_t n = PyBytes_GET_SIZE(head)
+        cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX)
+        if copy is NULL:
+            raise MemoryError
+        memcpy(copy, PyBytes_AS_STRING(head), n)
+        free(worker.head)
+        worker.head = copy
+        worker.head_fixed = n
+        worker.head_for = <size_t>-1
+        worker.known_len = 0
+        worker.fd = fd
+        worker.is_registered = False
+        worker.is_reused = False
+        worker.is_ended = False
+        worker.last_used_ns = clock_ns()
+        worker.deadline_ns = worker.last_used_ns + <int64_t>(timeout_s * 1e9)
+
+    def disconnect(self, int index):
+        """Take the worker's socket away; the caller closes it."""
+        cdef worker_t* worker = self.worker(index)
+        worker.fd = -1
+        worker.is_registered = False
+
+    def keep(self, int index):
+        """Note that the worker's connection has carried an answered request and stays open."""
+        cdef worker_t* worker = self.worker(index)
+        worker.is_reused = True
+        worker.last_used_ns = clock_ns()
+
+    def finish(self, int index, bint is_sent):
+        """Write the outcome of the worker's message into the books and let go of it."""
+        cdef worker_t* worker = self.worker(index)
+        cdef job_t* job = worker.job
+        if job is NULL:
+            raise InternalError(f"worker {index} has no message to finish")
+        lock(&self.pipe.lock)
+        pipe_count(&self.pipe, job, OUTCOME_SENT if is_sent else OUTCOME_FAILED,
+                   clock_ns() - job.taken_ns)
+        worker.job = NULL
+        pthread_mutex_unlock(&self.pipe.lock)
+        job_free(job)
+
+    def give_back(self, int index):
+        """Return the worker to the loop.
+
+        Returns
+        -------
+        Given
+            TO_LOOP; RETIRED when stopped, its socket is then the caller's to close; NOT when
+            stopped with a message that is to be failed first.
+        """
+        cdef worker_t* worker = self.worker(index)
+        cdef int given
+        cdef bint is_last
+        with nogil:
+            # The loop may hold the pipe's lock for a moment. Only C state is touched.
+            given = worker_give_back(worker)
+        if given == GIVEN_RETIRED:
+            # After a stop that timed out nobody waits any more; the last one out unregisters.
+            lock(&self.pipe.lock)
+            is_last = self.pipe.live == 0
+            pthread_mutex_unlock(&self.pipe.lock)
+            if is_last:
+                self.loop.senders.discard(self)
+        return GIVENS[given]
+
+    def is_retired(self, int index):
+        """Tell whether the worker has ended, so that its socket is nobody's. Any thread."""
+        cdef worker_t* worker = self.worker(index)
+        cdef bint retired
+        lock(&self.pipe.lock)
+        retired = worker.state == WORKER_RETIRED
+        pthread_mutex_unlock(&self.pipe.lock)
+        return retired

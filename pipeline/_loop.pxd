@@ -1,0 +1,942 @@
+"""The I/O loop: one native thread that runs the workers of all pipes, and never takes the GIL.
+
+Source: etcd rafthttp/pipeline.go. There the four workers of a pipeline are goroutines on the
+runtime's netpoller; here a worker is a connection slot with a state, and the loop is the netpoller.
+
+    who                 may touch                                           guarded by
+    producers           ring, books, idle stack: pipe_offer                 pipe.lock
+    the loop's thread   the same; workers not in WORKER_PYTHON; fds         pipe.lock; being the loop
+    dispatcher threads  workers in WORKER_PYTHON; books: pipe_finish        pipe.lock; the hand-over
+
+A worker belongs to the loop or to the dispatcher, never to both. It goes over through the event
+queue and comes back through ``returned``. Lock order: pipe.lock, then event_lock.
+
+Life: a pipe is freed by its Python owner when it is detached and no worker is live. The loop
+forgets a pipe (its fds, its place in every list) while it holds the pipe's lock, before the last
+worker is counted out.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+
+from pipeline._counters cimport (
+    books_check, books_t, follower_success, follower_t,
+)
+from pipeline._http cimport (
+    HTTP_ANSWER_MAX, HTTP_LENGTH_MAX, HTTP_MORE, HTTP_ODD, http_end_head, http_recognise_204,
+)
+from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_t, ring_try_pop, ring_try_push
+from pipeline._sync cimport (
+    EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLL_CLOEXEC,
+    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
+    EWOULDBLOCK, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SO_ERROR, SOL_SOCKET,
+    add_i64, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, eventfd, getsockopt, invariant, iovec, load_i64, load_int, load_ptr, msghdr,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, sendmsg, sigfillset,
+    sigset_t, socklen_t, store_int, swap_int, swap_ptr, write,
+)
+
+cdef enum:
+    # Bytes a worker writes per turn. Steps of 256 KiB cost twice the CPU of 1 MiB steps on
+    # loopback; one step of 1 MiB delays the other workers by about 0.2 ms (design section 3).
+    LOOP_STEP_BYTES = 1 << 20
+    LOOP_STEP_SEGMENTS = 64
+    LOOP_EVENTS = 256
+    # Borrowed payloads go back to Python in batches of this many jobs, bytes, or after this long.
+    RELEASE_JOBS = 64
+    RELEASE_BYTES = 1 << 20
+    RELEASE_DELAY_NS = 100000000
+    ANSWER_KNOWN_MAX = 512
+    # raftpb MessageType, the three that this file treats specially (spec section 1.1).
+    TYPE_PROP = 2
+    TYPE_APP = 3
+    TYPE_SNAP = 7
+
+cdef enum:
+    WORKER_IDLE = 0         # on the idle stack; may hold a connection
+    WORKER_CONNECTING       # a connect() is under way
+    WORKER_WRITING
+    WORKER_READING          # written; waits for the answer
+    WORKER_PYTHON           # an event is queued or being handled: hands off
+    WORKER_RETIRED          # stopped; never used again
+
+cdef enum:
+    EVENT_NONE = 0
+    EVENT_CONNECT           # a job needs a connection; one still held must be closed first
+    EVENT_CONNECT_FAILED    # error says why; there may be another address
+    EVENT_ANSWER            # an answer that http.client has to judge
+    EVENT_FAILED            # error says why
+    EVENT_SUCCEEDED         # 204, and Python has to hear of it
+    EVENT_CLOSED            # no job; the idle connection was closed by the peer
+    EVENT_CHORES            # no worker; borrowed payloads to release, Python's own tasks to run
+
+# Causes of failure that have no errno.
+cdef enum:
+    ERROR_CLOSED = -1       # end of stream where an answer was due
+    ERROR_RESPONSE_TIMEOUT = -2
+    ERROR_STALLED = -3
+    ERROR_DIAL_TIMEOUT = -4
+    ERROR_STOPPED = -5
+    ERROR_UNSOLICITED = -6  # bytes before any request
+
+cdef enum:
+    OFFER_ACCEPTED = 0
+    OFFER_FULL = 1
+    OFFER_STOPPED = 2
+
+cdef enum:
+    GIVEN_TO_LOOP = 0
+    GIVEN_RETIRED = 1       # nobody touches it again
+    GIVEN_NOT = 2           # it has a job and no loop any more: fail the job first
+
+cdef enum:
+    OUTCOME_SENT
+    OUTCOME_FAILED
+
+
+# One message on its way. A single allocation: the struct, its segments, its owners, its bytes.
+cdef struct job_t:
+    job_t* next             # on loop.finished
+    uint64_t to
+    size_t size_bytes       # of the protobuf message: Content-Length
+    int64_t taken_ns        # when a worker took it; latency counts from here
+    int32_t type
+    bint retried            # already moved once to a fresh connection
+    int n_segments
+    int n_owners
+    iovec* segments         # the body in order; into this allocation or into an owner's memory
+    void** owners           # owned PyObject*; only a thread with the GIL may drop them
+
+cdef struct event_t:
+    event_t* next
+    worker_t* worker        # NULL for EVENT_CHORES
+    int kind
+    int error
+
+cdef struct worker_t:
+    pipe_t* pipe            # borrowed; outlives its workers
+    worker_t* next          # on the idle stack, or on loop.returned
+    worker_t* next_runnable
+    event_t event           # at most one is under way
+    job_t* job              # owned
+    int index
+    int state
+    int fd                  # borrowed from the Python connection, which outlives its use here; -1
+    bint is_registered      # fd is in the loop's epoll set
+    bint is_runnable        # on loop.runnable
+    bint is_reused          # fd has carried a request that was answered
+    bint is_ended           # the peer has ended fd's stream
+    int64_t last_used_ns
+    int64_t deadline_ns     # of the present state; 0 is none
+    uint8_t* head           # owned: the request head up to and with "Content-Length: "
+    size_t head_fixed       # bytes of it that never change
+    size_t head_len
+    size_t head_for         # the length now written at its end
+    size_t written          # bytes of head and body
+    int segment             # next to write; 0 is the head
+    size_t offset           # within it
+    int answer_len
+    int known_len
+    uint8_t answer[HTTP_ANSWER_MAX]
+    uint8_t known[ANSWER_KNOWN_MAX]     # the answer recognised last: a repeat needs no scan
+
+cdef struct limits_t:
+    int64_t queue_bytes
+    int64_t response_timeout_ns
+    int64_t stall_timeout_ns
+    int64_t idle_timeout_ns
+
+cdef struct pipe_t:
+    pthread_mutex_t lock    # guards what follows, down to the blank line
+    pthread_cond_t retired  # broadcast when live reaches 0
+    ring_t msgc
+    books_t books
+    follower_t follower
+    worker_t* idle          # stack: the warmest connection is used first
+    int live                # workers not retired
+    bint is_stopping        # offers are refused
+    bint is_detached        # the loop has forgotten this pipe
+    bint is_scheduled       # on loop.ready
+
+    pipe_t* next_ready
+    pipe_t* next_detached
+    pipe_t* next_attached   # the loop's own list of pipes it has seen
+    bint is_attached
+    worker_t* workers       # owned array
+    int n_workers
+    limits_t limits
+    int* active             # owned by Python's ActiveFlag, which outlives the pipe
+    loop_t* loop            # outlives the pipe
+    void* owner             # borrowed PyObject*: the Sender; held by the loop's registry while live
+
+cdef struct loop_t:
+    int epfd
+    int wakefd
+    pthread_t thread
+    int is_sleeping         # atomic: the loop is in, or about to enter, a wait
+    int is_stopping         # atomic
+    pipe_t* ready           # atomic lists, pushed by anyone, taken whole by the loop
+    pipe_t* detached
+    worker_t* returned
+    job_t* finished         # atomic: jobs whose owners Python must drop
+    int64_t finished_jobs   # atomic
+    int64_t finished_bytes  # atomic
+    int chores_queued       # atomic: the event is in the queue
+    int64_t queued_bytes    # atomic: of all pipes
+    int64_t queue_bytes     # budget for queued_bytes
+
+    pthread_mutex_t event_lock      # guards what follows, down to the blank line
+    pthread_cond_t event_cond
+    event_t* event_head
+    event_t* event_tail
+    int event_waiters       # dispatcher threads that wait for an event
+    bint events_closed      # the dispatcher is to end
+
+    event_t chores_event
+    pipe_t* attached        # the loop's own from here on
+    worker_t* runnable
+    worker_t* runnable_tail
+    int64_t now_ns
+    int64_t next_deadline_ns        # no deadline is earlier; 0 is none
+    int64_t release_due_ns          # 0 is none
+
+
+# -- lists that anyone pushes and one thread takes whole, so that there is no ABA
+
+cdef inline void push_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
+    cdef void* head = load_ptr(<void**>&loop.ready)
+    while True:
+        pipe.next_ready = <pipe_t*>head
+        if cas_ptr(<void**>&loop.ready, &head, <void*>pipe):
+            return
+
+
+cdef inline void push_detached(loop_t* loop, pipe_t* pipe) noexcept nogil:
+    cdef void* head = load_ptr(<void**>&loop.detached)
+    while True:
+        pipe.next_detached = <pipe_t*>head
+        if cas_ptr(<void**>&loop.detached, &head, <void*>pipe):
+            return
+
+
+cdef inline void push_returned(loop_t* loop, worker_t* worker) noexcept nogil:
+    cdef void* head = load_ptr(<void**>&loop.returned)
+    while True:
+        worker.next = <worker_t*>head
+        if cas_ptr(<void**>&loop.returned, &head, <void*>worker):
+            return
+
+
+cdef inline void push_finished(loop_t* loop, job_t* job) noexcept nogil:
+    cdef void* head = load_ptr(<void**>&loop.finished)
+    while True:
+        job.next = <job_t*>head
+        if cas_ptr(<void**>&loop.finished, &head, <void*>job):
+            return
+
+
+cdef inline void loop_wake(loop_t* loop) noexcept nogil:
+    """Make a sleeping loop look at its lists. Costs one load while it is awake."""
+    cdef uint64_t one = 1
+    if load_int(&loop.is_sleeping) and swap_int(&loop.is_sleeping, 0):
+        # Edge-triggered and never read: each write is an edge, the sum cannot overflow.
+        write(loop.wakefd, &one, sizeof(one))
+
+
+# -- events: from the loop to the dispatcher
+
+cdef inline void loop_queue_event(loop_t* loop, event_t* event) noexcept nogil:
+    event.next = NULL
+    pthread_mutex_lock(&loop.event_lock)
+    if loop.event_tail is NULL:
+        loop.event_head = event
+    else:
+        loop.event_tail.next = event
+    loop.event_tail = event
+    pthread_cond_signal(&loop.event_cond)
+    pthread_mutex_unlock(&loop.event_lock)
+
+
+cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
+    """Hand the worker over; the loop does not touch it again until it is returned."""
+    worker.state = WORKER_PYTHON
+    worker.deadline_ns = 0
+    worker.event.kind = kind
+    worker.event.error = error
+    worker.event.worker = worker
+    loop_queue_event(worker.pipe.loop, &worker.event)
+
+
+# -- the pipe: msgc and the books
+
+cdef inline int pipe_offer(pipe_t* pipe, job_t* job) noexcept nogil:
+    """Accept or refuse a job; OFFER_*. The caller holds the lock, and owns a refused job."""
+    cdef loop_t* loop = pipe.loop
+    cdef books_t* books = &pipe.books
+    cdef int64_t size = <int64_t>job.size_bytes
+    books.offered += 1
+    if pipe.is_stopping:
+        books.refused += 1
+        return OFFER_STOPPED
+    # An empty queue takes one message of any size, whatever the other peers hold: a large
+    # snapshot must be sendable, and a dead peer's backlog must not silence a healthy one.
+    if (add_i64(&loop.queued_bytes, size) > loop.queue_bytes
+            or <int64_t>books.queued_bytes + size > pipe.limits.queue_bytes) and books.queued > 0 \
+            or ring_try_push(&pipe.msgc, job) != RING_OK:
+        add_i64(&loop.queued_bytes, -size)
+        books.refused += 1
+        return OFFER_FULL
+    books.accepted += 1
+    books.queued += 1
+    books.queued_bytes += job.size_bytes
+    # Busy workers look at msgc themselves when they finish; only an idle one needs the loop.
+    # Waking under the lock: once a stopping pipe has been locked, nobody is in here any more.
+    if pipe.idle is not NULL and not pipe.is_scheduled:
+        pipe.is_scheduled = True
+        push_ready(loop, pipe)
+        loop_wake(loop)
+    books_check(books)
+    return OFFER_ACCEPTED
+
+
+cdef inline job_t* pipe_take(pipe_t* pipe) noexcept nogil:
+    """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
+    cdef job_t* job = <job_t*>ring_try_pop(&pipe.msgc)
+    if job is not NULL:
+        pipe.books.queued -= 1
+        pipe.books.queued_bytes -= job.size_bytes
+        add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
+        pipe.books.in_flight += 1
+    return job
+
+
+cdef inline void pipe_count(pipe_t* pipe, const job_t* job, int outcome,
+                            int64_t latency_ns) noexcept nogil:
+    """Write a job's one outcome into the books. The caller holds the lock."""
+    pipe.books.in_flight -= 1
+    if outcome == OUTCOME_SENT:
+        if job.type == TYPE_APP:
+            follower_success(&pipe.follower, latency_ns)
+        pipe.books.sent += 1
+        pipe.books.sent_bytes += job.size_bytes
+    else:
+        if job.type == TYPE_APP:
+            pipe.follower.fail += 1
+        pipe.books.failed += 1
+    books_check(&pipe.books)
+
+
+cdef inline void worker_retire(worker_t* worker) noexcept nogil:
+    """Count a worker out for good. The caller holds the lock."""
+    worker.state = WORKER_RETIRED
+    worker.pipe.live -= 1
+    if worker.pipe.live == 0:
+        pthread_cond_broadcast(&worker.pipe.retired)
+
+
+# -- the worker: connect, write, read
+
+cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
+    cdef loop_t* loop = worker.pipe.loop
+    worker.deadline_ns = deadline_ns
+    if deadline_ns and (loop.next_deadline_ns == 0 or deadline_ns < loop.next_deadline_ns):
+        loop.next_deadline_ns = deadline_ns
+
+
+cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
+    """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good.
+
+    etcd closes connections it has not read from for 5 s, and a request may just be on its way:
+    when a reused connection ends before the first byte of an answer, the request is made once
+    more. Never a MsgProp of which a byte may have left: proposals are not idempotent.
+    """
+    cdef bint is_end = (error == ERROR_CLOSED or error == EPIPE or error == ECONNRESET
+                        or error == ENOTCONN)
+    cdef job_t* job = worker.job
+    if worker.state == WORKER_CONNECTING:
+        worker_to_python(worker, EVENT_CONNECT_FAILED, error)
+    elif is_end and worker.is_reused and worker.answer_len == 0 and not job.retried \
+            and (job.type != TYPE_PROP or worker.written == 0):
+        job.retried = True
+        worker_to_python(worker, EVENT_CONNECT, error)
+    else:
+        worker_to_python(worker, EVENT_FAILED, error)
+
+
+cdef inline void worker_write(worker_t* worker) noexcept nogil:
+    """Write head and body until done, until the socket is full, or for one step."""
+    cdef loop_t* loop = worker.pipe.loop
+    cdef job_t* job = worker.job
+    cdef iovec iov[LOOP_STEP_SEGMENTS]
+    cdef msghdr message
+    cdef int n, segment
+    cdef size_t offset, step, room, left
+    cdef ssize_t written
+    cdef size_t budget = LOOP_STEP_BYTES
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = iov
+    worker.state = WORKER_WRITING
+    while worker.segment <= job.n_segments:
+        n = 0
+        step = 0
+        segment = worker.segment
+        offset = worker.offset
+        while segment <= job.n_segments and n < LOOP_STEP_SEGMENTS and step < budget:
+            if segment == 0:
+                iov[n].iov_base = worker.head + offset
+                room = worker.head_len - offset
+            else:
+                iov[n].iov_base = <uint8_t*>job.segments[segment - 1].iov_base + offset
+                room = job.segments[segment - 1].iov_len - offset
+            if room > budget - step:
+                room = budget - step
+            iov[n].iov_len = room
+            step += room
+            n += 1
+            segment += 1
+            offset = 0
+        message.msg_iovlen = n
+        written = sendmsg(worker.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN or errno == EWOULDBLOCK:
+                if budget != LOOP_STEP_BYTES or worker.deadline_ns == 0:
+                    worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+                return
+            worker_write_failed(worker, errno)
+            return
+        worker.written += written
+        left = written
+        budget -= left
+        while left > 0:
+            if worker.segment == 0:
+                room = worker.head_len - worker.offset
+            else:
+                room = job.segments[worker.segment - 1].iov_len - worker.offset
+            if left < room:
+                worker.offset += left
+                break
+            left -= room
+            worker.segment += 1
+            worker.offset = 0
+        # Empty segments (an empty body) are passed over by the byte count alone.
+        while 0 < worker.segment <= job.n_segments \
+                and job.segments[worker.segment - 1].iov_len == worker.offset:
+            worker.segment += 1
+            worker.offset = 0
+        if budget == 0 and worker.segment <= job.n_segments:
+            worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+            loop_add_runnable(loop, worker)
+            return
+    worker.state = WORKER_READING
+    if job.type == TYPE_SNAP:
+        worker.deadline_ns = 0      # the peer may take its time over a snapshot
+    else:
+        worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.response_timeout_ns)
+
+
+cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
+    """A write failed; the peer may have said why (413, 412) before it closed."""
+    cdef ssize_t n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n > 0:
+        worker.answer_len = <int>n
+        worker_to_python(worker, EVENT_ANSWER, error)
+    else:
+        worker_fail(worker, error)
+
+
+cdef inline void worker_begin(worker_t* worker) noexcept nogil:
+    """Start writing the worker's job on its connection."""
+    cdef size_t size = worker.job.size_bytes
+    if worker.head_for != size:
+        worker.head_len = worker.head_fixed + http_end_head(worker.head + worker.head_fixed, size)
+        worker.head_for = size
+    worker.segment = 0
+    worker.offset = 0
+    worker.written = 0
+    worker.answer_len = 0
+    worker.deadline_ns = 0
+    worker_write(worker)
+
+
+cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
+    """Give an idle worker a job; without a connection fit for use it goes to Python first."""
+    cdef loop_t* loop = worker.pipe.loop
+    cdef uint8_t byte
+    job.taken_ns = loop.now_ns
+    worker.job = job
+    if worker.fd < 0 or worker.is_ended \
+            or loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    # An idle connection must be silent: an end of stream or stray bytes make it unfit.
+    if was_idle and (recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
+                     or (errno != EAGAIN and errno != EWOULDBLOCK)):
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    worker_begin(worker)
+
+
+cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcept nogil:
+    """Write ``done``'s outcome into the books, if there is one, and go on with msgc or be idle."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef job_t* job
+    cdef bint is_closed = worker.fd >= 0 and worker.is_ended
+    pthread_mutex_lock(&pipe.lock)
+    if done is not NULL:
+        pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
+    job = pipe_take(pipe)
+    worker.job = job
+    if job is NULL and not is_closed:
+        worker.state = WORKER_IDLE
+        worker.next = pipe.idle
+        pipe.idle = worker
+    pthread_mutex_unlock(&pipe.lock)
+    if done is not NULL:
+        loop_job_done(pipe.loop, done)
+    if job is not NULL:
+        worker_start(worker, job, False)
+    elif is_closed:
+        worker_to_python(worker, EVENT_CLOSED, 0)
+
+
+cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
+    """204: count it here, unless Python has to hear of it (spec section 2.4)."""
+    cdef job_t* job = worker.job
+    worker.is_reused = True
+    worker.last_used_ns = worker.pipe.loop.now_ns
+    worker.deadline_ns = 0
+    if job.type == TYPE_SNAP or not load_int(worker.pipe.active):
+        worker_to_python(worker, EVENT_SUCCEEDED, 0)
+    else:
+        worker_next(worker, job, OUTCOME_SENT)
+
+
+cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
+    """Read what there is of an answer; the connection is written, or being written."""
+    cdef int verdict
+    cdef ssize_t n
+    while True:
+        n = recv(worker.fd, worker.answer + worker.answer_len,
+                 HTTP_ANSWER_MAX - worker.answer_len, MSG_DONTWAIT)
+        if n >= 0 or errno != EINTR:
+            break
+    if n < 0:
+        if errno != EAGAIN and errno != EWOULDBLOCK:
+            worker_fail(worker, errno)
+        return
+    if n == 0:
+        if worker.answer_len > 0:
+            worker_to_python(worker, EVENT_ANSWER, ERROR_CLOSED)
+        else:
+            worker_fail(worker, ERROR_CLOSED)
+        return
+    worker.answer_len += <int>n
+    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        worker.is_ended = True
+    if worker.state == WORKER_WRITING:
+        # An answer to a request that is not complete: rare, and never a plain success.
+        worker_to_python(worker, EVENT_ANSWER, 0)
+        return
+    if worker.answer_len == worker.known_len \
+            and memcmp(worker.answer, worker.known, worker.known_len) == 0:
+        worker_succeeded(worker)
+        return
+    verdict = http_recognise_204(worker.answer, worker.answer_len)
+    if verdict == worker.answer_len:
+        if worker.answer_len <= ANSWER_KNOWN_MAX:
+            memcpy(worker.known, worker.answer, worker.answer_len)
+            worker.known_len = worker.answer_len
+        worker_succeeded(worker)
+    elif verdict != HTTP_MORE or worker.answer_len == HTTP_ANSWER_MAX or worker.is_ended:
+        worker_to_python(worker, EVENT_ANSWER, 0)
+
+
+cdef inline void worker_connected(worker_t* worker) noexcept nogil:
+    """The connect() under way has an outcome, if the socket says so."""
+    cdef int error = 0
+    cdef socklen_t size = sizeof(error)
+    if getsockopt(worker.fd, SOL_SOCKET, SO_ERROR, &error, &size) != 0:
+        error = errno
+    if error != 0:
+        worker_fail(worker, error)
+    else:
+        worker_begin(worker)
+
+
+cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
+    """Take a worker whose idle connection has ended off the stack, for Python to close it."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef worker_t** link
+    cdef uint8_t byte
+    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 \
+            and (errno == EAGAIN or errno == EWOULDBLOCK):
+        return
+    pthread_mutex_lock(&pipe.lock)
+    link = &pipe.idle
+    while link[0] is not worker:
+        link = &link[0].next
+    link[0] = worker.next
+    pthread_mutex_unlock(&pipe.lock)
+    worker_to_python(worker, EVENT_CLOSED, 0)
+
+
+cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
+    """Act on what epoll says. Flags of an earlier socket may come late: the calls decide."""
+    if worker.state == WORKER_READING:
+        if flags & ~EPOLLOUT:
+            worker_read(worker, flags)
+    elif worker.state == WORKER_WRITING:
+        if flags & ~EPOLLOUT:
+            worker_read(worker, flags)
+        if worker.state == WORKER_WRITING and flags & EPOLLOUT:
+            worker_write(worker)
+    elif worker.state == WORKER_CONNECTING:
+        if flags & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+            worker_connected(worker)
+    elif worker.state == WORKER_IDLE and worker.fd >= 0:
+        if flags & ~EPOLLOUT:
+            worker_idle_closed(worker)
+
+
+cdef inline void worker_returned(worker_t* worker) noexcept nogil:
+    """Go on with a worker that Python gives back: with a job to send, or with the next one."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef epoll_event event
+    if pipe.is_detached:
+        if worker.job is not NULL:
+            worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)
+            return
+        pthread_mutex_lock(&pipe.lock)
+        worker_retire(worker)
+        pthread_mutex_unlock(&pipe.lock)
+        return
+    if worker.fd >= 0 and not worker.is_registered:
+        event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+        event.data.ptr = worker
+        # In this state first: epoll_ctl's failure is the connection's failure.
+        worker.state = WORKER_CONNECTING
+        if epoll_ctl(pipe.loop.epfd, EPOLL_CTL_ADD, worker.fd, &event) != 0:
+            worker_fail(worker, errno)
+            return
+        worker.is_registered = True
+        worker_set_deadline(worker, worker.deadline_ns)
+        return
+    worker_next(worker, NULL, OUTCOME_SENT)
+
+
+# -- the loop
+
+cdef inline void loop_add_runnable(loop_t* loop, worker_t* worker) noexcept nogil:
+    """Let a worker write on in the next turn."""
+    if worker.is_runnable:
+        return
+    worker.is_runnable = True
+    worker.next_runnable = NULL
+    if loop.runnable is NULL:
+        loop.runnable = worker
+    else:
+        loop.runnable_tail.next_runnable = worker
+    loop.runnable_tail = worker
+
+
+cdef inline void loop_run_runnable(loop_t* loop) noexcept nogil:
+    cdef worker_t* worker = loop.runnable
+    cdef worker_t* following
+    loop.runnable = loop.runnable_tail = NULL
+    while worker is not NULL:
+        following = worker.next_runnable
+        worker.is_runnable = False
+        if worker.state == WORKER_WRITING:
+            worker_write(worker)
+        worker = following
+
+
+cdef inline void loop_forget_runnable(loop_t* loop, pipe_t* pipe) noexcept nogil:
+    cdef worker_t* worker = loop.runnable
+    cdef worker_t* following
+    loop.runnable = loop.runnable_tail = NULL
+    while worker is not NULL:
+        following = worker.next_runnable
+        worker.is_runnable = False
+        if worker.pipe is not pipe:
+            loop_add_runnable(loop, worker)
+        worker = following
+
+
+cdef inline void loop_job_done(loop_t* loop, job_t* job) noexcept nogil:
+    """Free a job; one that borrows is left for Python, in batches."""
+    if job.n_owners == 0:
+        free(job)
+        return
+    add_i64(&loop.finished_bytes, <int64_t>job.size_bytes)
+    if add_i64(&loop.finished_jobs, 1) == 1:
+        loop.release_due_ns = loop.now_ns + RELEASE_DELAY_NS
+    push_finished(loop, job)
+    if load_i64(&loop.finished_jobs) >= RELEASE_JOBS \
+            or load_i64(&loop.finished_bytes) >= RELEASE_BYTES:
+        loop.release_due_ns = 0
+        loop_queue_chores(loop)
+
+
+cdef inline void loop_queue_chores(loop_t* loop) noexcept nogil:
+    """Have a dispatcher thread see to the chores, if none is about to."""
+    if not swap_int(&loop.chores_queued, 1):
+        loop.chores_event.kind = EVENT_CHORES
+        loop_queue_event(loop, &loop.chores_event)
+
+
+cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
+    """Start idle workers of pipes that were offered something."""
+    cdef pipe_t* following
+    cdef worker_t* worker
+    cdef job_t* job
+    while pipe is not NULL:
+        following = pipe.next_ready
+        if not pipe.is_attached:
+            pipe.is_attached = True
+            pipe.next_attached = loop.attached
+            loop.attached = pipe
+        pthread_mutex_lock(&pipe.lock)
+        pipe.is_scheduled = False
+        while pipe.idle is not NULL:
+            job = pipe_take(pipe)
+            if job is NULL:
+                break
+            worker = pipe.idle
+            pipe.idle = worker.next
+            pthread_mutex_unlock(&pipe.lock)
+            worker_start(worker, job, True)
+            pthread_mutex_lock(&pipe.lock)
+        pthread_mutex_unlock(&pipe.lock)
+        pipe = following
+
+
+cdef inline void loop_run_returned(loop_t* loop) noexcept nogil:
+    cdef worker_t* worker = <worker_t*>swap_ptr(<void**>&loop.returned, NULL)
+    cdef worker_t* following
+    while worker is not NULL:
+        following = worker.next
+        worker_returned(worker)
+        worker = following
+
+
+cdef inline void loop_detach(loop_t* loop, pipe_t* pipe) noexcept nogil:
+    """Forget a pipe that stops: idle workers retire, busy ones fail with ERROR_STOPPED."""
+    cdef pipe_t** link = &loop.attached
+    cdef worker_t* worker
+    cdef int i
+    if pipe.is_attached:
+        while link[0] is not pipe:
+            link = &link[0].next_attached
+        link[0] = pipe.next_attached
+    loop_forget_runnable(loop, pipe)
+    pthread_mutex_lock(&pipe.lock)
+    pipe.is_detached = True
+    pipe.idle = NULL
+    for i in range(pipe.n_workers):
+        worker = &pipe.workers[i]
+        if worker.state == WORKER_PYTHON:
+            continue        # it comes back to be retired: worker_give_back
+        if worker.is_registered:
+            epoll_ctl(loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+            worker.is_registered = False
+        if worker.state == WORKER_IDLE:
+            worker_retire(worker)
+        else:
+            worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)
+    pthread_mutex_unlock(&pipe.lock)
+
+
+cdef inline void loop_check_deadlines(loop_t* loop) noexcept nogil:
+    """Fail what is overdue and find the next deadline. Runs when one may have passed."""
+    cdef pipe_t* pipe = loop.attached
+    cdef worker_t* worker
+    cdef int i
+    loop.next_deadline_ns = 0
+    while pipe is not NULL:
+        for i in range(pipe.n_workers):
+            worker = &pipe.workers[i]
+            if worker.state == WORKER_PYTHON or worker.deadline_ns == 0:
+                continue
+            if loop.now_ns < worker.deadline_ns:
+                worker_set_deadline(worker, worker.deadline_ns)
+            elif worker.state == WORKER_CONNECTING:
+                worker_fail(worker, ERROR_DIAL_TIMEOUT)
+            elif worker.state == WORKER_WRITING:
+                worker_fail(worker, ERROR_STALLED)
+            elif worker.state == WORKER_READING:
+                worker_fail(worker, ERROR_RESPONSE_TIMEOUT)
+        pipe = pipe.next_attached
+
+
+cdef inline int loop_timeout_ms(loop_t* loop) noexcept nogil:
+    """How long the loop may sleep: to its next deadline, rounded up, or for ever (-1)."""
+    cdef int64_t due = loop.next_deadline_ns
+    if loop.release_due_ns and (due == 0 or loop.release_due_ns < due):
+        due = loop.release_due_ns
+    if due == 0:
+        return -1
+    if due <= loop.now_ns:
+        return 0
+    due = (due - loop.now_ns + 999999) // 1000000
+    return <int>due if due < 3600000 else 3600000
+
+
+cdef inline void* loop_main(void* argument) noexcept nogil:
+    """The thread. Ends when it is told to and no pipe is attached any more."""
+    cdef loop_t* loop = <loop_t*>argument
+    cdef epoll_event events[LOOP_EVENTS]
+    cdef pipe_t* detached
+    cdef pipe_t* following
+    cdef int n, i, timeout_ms
+    while True:
+        # Detached is taken before ready and returned: what a pipe's owner pushed there before
+        # it stopped the pipe is then seen before the pipe is forgotten.
+        detached = <pipe_t*>swap_ptr(<void**>&loop.detached, NULL)
+        loop_run_returned(loop)
+        loop_run_ready(loop, <pipe_t*>swap_ptr(<void**>&loop.ready, NULL))
+        while detached is not NULL:
+            following = detached.next_detached
+            loop_detach(loop, detached)
+            detached = following
+        if loop.runnable is not NULL:
+            loop_run_runnable(loop)
+
+        timeout_ms = 0 if loop.runnable is not NULL else loop_timeout_ms(loop)
+        if timeout_ms != 0:
+            # Announce the sleep, then look once more: whoever pushed before saw us awake.
+            store_int(&loop.is_sleeping, 1)
+            if load_ptr(<void**>&loop.ready) is not NULL \
+                    or load_ptr(<void**>&loop.returned) is not NULL \
+                    or load_ptr(<void**>&loop.detached) is not NULL \
+                    or load_int(&loop.is_stopping):
+                timeout_ms = 0
+        n = epoll_wait(loop.epfd, events, LOOP_EVENTS, timeout_ms)
+        store_int(&loop.is_sleeping, 0)
+        loop.now_ns = clock_ns()
+        for i in range(n):
+            if events[i].data.ptr is not NULL:
+                worker_ready(<worker_t*>events[i].data.ptr, events[i].events)
+        if loop.next_deadline_ns and loop.now_ns >= loop.next_deadline_ns:
+            loop_check_deadlines(loop)
+        if loop.release_due_ns and loop.now_ns >= loop.release_due_ns:
+            loop.release_due_ns = 0
+            if load_i64(&loop.finished_jobs) > 0:       # a send may have been quicker
+                loop_queue_chores(loop)
+        if load_int(&loop.is_stopping) and loop.attached is NULL \
+                and load_ptr(<void**>&loop.detached) is NULL \
+                and load_ptr(<void**>&loop.returned) is NULL:
+            return NULL
+
+
+# -- making and ending, called from Python
+
+cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
+    """Make a loop that is not running yet; 0 or an errno."""
+    cdef epoll_event event
+    cdef int error
+    memset(loop, 0, sizeof(loop_t))
+    loop.queue_bytes = queue_bytes
+    loop.epfd = loop.wakefd = -1
+    if pthread_mutex_init(&loop.event_lock, NULL) != 0 \
+            or cond_init_monotonic(&loop.event_cond) != 0:
+        return EAGAIN
+    loop.epfd = epoll_create1(EPOLL_CLOEXEC)
+    if loop.epfd >= 0:
+        loop.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    event.events = EPOLLIN | EPOLLET
+    event.data.ptr = NULL
+    if loop.wakefd < 0 or epoll_ctl(loop.epfd, EPOLL_CTL_ADD, loop.wakefd, &event) != 0:
+        error = errno
+        loop_free(loop)
+        return error
+    return 0
+
+
+cdef inline void loop_free(loop_t* loop) noexcept nogil:
+    """Give the descriptors back; the thread has ended."""
+    if loop.epfd >= 0:
+        close(loop.epfd)
+    if loop.wakefd >= 0:
+        close(loop.wakefd)
+    loop.epfd = loop.wakefd = -1
+    pthread_cond_destroy(&loop.event_cond)
+    pthread_mutex_destroy(&loop.event_lock)
+
+
+cdef inline int loop_start(loop_t* loop) noexcept nogil:
+    """Start the thread, with all signals blocked: they belong to Python's threads."""
+    cdef sigset_t all_signals, before
+    cdef int rc
+    loop.now_ns = clock_ns()
+    sigfillset(&all_signals)
+    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
+    rc = pthread_create(&loop.thread, NULL, loop_main, loop)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return rc
+
+
+cdef inline void loop_stop(loop_t* loop) noexcept nogil:
+    """End the thread and wait for it; every pipe has been detached, or will be, by now."""
+    store_int(&loop.is_stopping, 1)
+    loop_wake(loop)
+    pthread_join(loop.thread, NULL)
+
+
+cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers, uint32_t queue_length,
+                          const limits_t* limits, int* active, void* owner) noexcept nogil:
+    """Make a pipe with idle workers and no connections; 0, or -1 without memory."""
+    cdef int i
+    memset(pipe, 0, sizeof(pipe_t))
+    pipe.loop = loop
+    pipe.limits = limits[0]
+    pipe.active = active
+    pipe.owner = owner
+    pipe.workers = <worker_t*>calloc(n_workers, sizeof(worker_t))
+    if pipe.workers is NULL or ring_init(&pipe.msgc, queue_length) != RING_OK:
+        free(pipe.workers)
+        return -1
+    pthread_mutex_init(&pipe.lock, NULL)
+    cond_init_monotonic(&pipe.retired)
+    pipe.n_workers = pipe.live = n_workers
+    for i in range(n_workers):
+        pipe.workers[i].pipe = pipe
+        pipe.workers[i].index = i
+        pipe.workers[i].fd = -1
+        pipe.workers[i].next = pipe.idle
+        pipe.idle = &pipe.workers[i]
+    return 0
+
+
+cdef inline void pipe_free(pipe_t* pipe) noexcept nogil:
+    """Free a pipe that was never used, or is detached with no worker live and no job left."""
+    cdef int i
+    for i in range(pipe.n_workers):
+        invariant(pipe.workers[i].job is NULL)
+        free(pipe.workers[i].head)
+    free(pipe.workers)
+    ring_free(&pipe.msgc)
+    pthread_cond_destroy(&pipe.retired)
+    pthread_mutex_destroy(&pipe.lock)
+
+
+cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
+    """Return a worker from Python to the loop, or retire it when the pipe is detached; GIVEN_*."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef int given = GIVEN_TO_LOOP
+    pthread_mutex_lock(&pipe.lock)
+    if not pipe.is_detached:
+        push_returned(pipe.loop, worker)
+        loop_wake(pipe.loop)    # under the lock: the loop cannot have ended
+    elif worker.job is NULL:
+        worker_retire(worker)
+        given = GIVEN_RETIRED
+    else:
+        given = GIVEN_NOT
+    pthread_mutex_unlock(&pipe.lock)
+    return given

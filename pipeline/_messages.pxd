@@ -1,0 +1,90 @@
+"""What other extensions see of a message: its C fields, its size, and two ways to write it.
+
+None of the functions runs Python code, so a message cannot change between being measured and
+being written while the caller holds the GIL. All of them need the GIL.
+"""
+
+from cpython.buffer cimport Py_buffer
+from cpython.object cimport PyObject
+from libc.stdint cimport uint8_t
+from posix.uio cimport iovec
+
+from pipeline._wire cimport (
+    wire_conf_state_t,
+    wire_decoded_t,
+    wire_entry_t,
+    wire_message_t,
+)
+
+
+cdef class HeldBuffer:
+    """A buffer that is not bytes, held so that its memory neither moves nor goes."""
+
+    cdef Py_buffer view         # owned; view.obj is NULL until it is filled
+    cdef object source          # what the user passed
+
+
+cdef class ConfState:
+    cdef wire_conf_state_t c    # arrays owned
+
+
+cdef class SnapshotMetadata:
+    cdef ConfState _conf_state  # never None
+    cdef unsigned long long _index
+    cdef unsigned long long _term
+
+
+cdef class Snapshot:
+    cdef const uint8_t* payload     # borrowed from owner; NULL when absent
+    cdef size_t payload_len
+    cdef object owner               # None, bytes or HeldBuffer
+    cdef SnapshotMetadata _metadata     # never None
+
+
+cdef class Entry:
+    cdef wire_entry_t c         # c.data borrowed from owner
+    cdef object owner           # None, bytes or HeldBuffer
+
+
+cdef class Message:
+    cdef wire_message_t c       # c.context borrowed from owner
+    cdef object owner           # of the context: None, bytes or HeldBuffer
+    cdef tuple _entries         # of Entry
+    cdef Snapshot _snapshot     # or None
+
+
+# How many framing bytes, segments and owners message_gather will produce.
+cdef struct gather_plan_t:
+    size_t framing_bytes
+    int segments
+    int owners
+
+
+# Index into ("3.5", "3.6", "3.7"); UsageError for anything else.
+cdef int profile_index(object profile) except -1
+
+# Length of the encoded message in bytes.
+cdef Py_ssize_t message_size(Message m, int profile) noexcept
+
+# Write exactly message_size bytes; returns the byte after the last one.
+cdef uint8_t* message_write(Message m, int profile, uint8_t* out) noexcept
+
+cdef void message_gather_plan(
+    Message m, int profile, size_t borrow_min, gather_plan_t* plan
+) noexcept
+
+# Encode without copying payloads of borrow_min bytes or more. Everything else goes to `framing`;
+# `segments` name ranges of framing and payloads in the order of the wire, none of them empty.
+# owners[i] becomes a new reference to what keeps the i-th borrowed payload alive.
+cdef void message_gather(
+    Message m,
+    int profile,
+    size_t borrow_min,
+    uint8_t* framing,
+    iovec* segments,
+    PyObject** owners,
+) noexcept
+
+# Make the Message of what wire_decode read. Payloads are copied out of the input; arrays of the
+# ConfState are moved, not copied. The caller still calls wire_decoded_free.
+cdef Message message_from_decoded(wire_decoded_t* decoded)

@@ -1,0 +1,159 @@
+"""What the cores use of the system: threads, atomics, clock, epoll, sockets. Declarations only."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef struct pthread_condattr_t:
+        pass
+    ctypedef unsigned long pthread_t
+
+    int pthread_mutex_init(pthread_mutex_t*, void*)
+    int pthread_mutex_destroy(pthread_mutex_t*)
+    int pthread_mutex_lock(pthread_mutex_t*)
+    int pthread_mutex_trylock(pthread_mutex_t*)
+    int pthread_mutex_unlock(pthread_mutex_t*)
+    int pthread_cond_init(pthread_cond_t*, pthread_condattr_t*)
+    int pthread_cond_destroy(pthread_cond_t*)
+    int pthread_cond_wait(pthread_cond_t*, pthread_mutex_t*)
+    int pthread_cond_timedwait(pthread_cond_t*, pthread_mutex_t*, timespec*)
+    int pthread_cond_signal(pthread_cond_t*)
+    int pthread_cond_broadcast(pthread_cond_t*)
+    int pthread_condattr_init(pthread_condattr_t*)
+    int pthread_condattr_destroy(pthread_condattr_t*)
+    int pthread_condattr_setclock(pthread_condattr_t*, int)
+    int pthread_create(pthread_t*, void*, void* (*)(void*) noexcept nogil, void*)
+    int pthread_join(pthread_t, void**)
+    int pthread_setname_np(pthread_t, const char*)
+
+cdef extern from "<time.h>" nogil:
+    ctypedef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int, timespec*)
+    enum: CLOCK_MONOTONIC
+
+cdef extern from "<errno.h>" nogil:
+    int errno
+    enum:
+        EAGAIN
+        EWOULDBLOCK
+        EINTR
+        EPIPE
+        ECONNRESET
+        ENOTCONN
+        ENOMEM
+
+cdef extern from "<signal.h>" nogil:
+    ctypedef struct sigset_t:
+        pass
+    int sigfillset(sigset_t*)
+    int pthread_sigmask(int, sigset_t*, sigset_t*)
+    enum: SIG_SETMASK
+
+cdef extern from "<sys/epoll.h>" nogil:
+    ctypedef union epoll_data_t:
+        void* ptr
+        uint64_t u64
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int)
+    int epoll_ctl(int, int, int, epoll_event*)
+    int epoll_wait(int, epoll_event*, int, int)
+    enum:
+        EPOLL_CLOEXEC
+        EPOLL_CTL_ADD
+        EPOLL_CTL_DEL
+    # Unsigned 32-bit in <sys/epoll.h> (EPOLLET is bit 31).
+    const uint32_t EPOLLIN
+    const uint32_t EPOLLOUT
+    const uint32_t EPOLLRDHUP
+    const uint32_t EPOLLHUP
+    const uint32_t EPOLLERR
+    const uint32_t EPOLLET
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd(unsigned int, int)
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void* iov_base
+        size_t iov_len
+
+cdef extern from "<sys/socket.h>" nogil:
+    ctypedef unsigned int socklen_t
+    struct msghdr:
+        iovec* msg_iov
+        size_t msg_iovlen
+    ssize_t sendmsg(int, const msghdr*, int)
+    ssize_t recv(int, void*, size_t, int)
+    int getsockopt(int, int, int, void*, socklen_t*)
+    enum:
+        MSG_NOSIGNAL
+        MSG_DONTWAIT
+        MSG_PEEK
+        SOL_SOCKET
+        SO_ERROR
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int, const void*, size_t)
+    int close(int)
+
+# Sequentially consistent throughout: the only contended ones are a flag per sleep of the
+# loop and a list head per hand-over, where the cheaper orders would save nothing measurable.
+cdef extern from * nogil:
+    """
+    #define sync_load(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+    #define sync_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+    #define sync_swap(p, v) __atomic_exchange_n((p), (v), __ATOMIC_SEQ_CST)
+    #define sync_add(p, v) __atomic_add_fetch((p), (v), __ATOMIC_SEQ_CST)
+    #define sync_cas(p, expected, v) \\
+        __atomic_compare_exchange_n((p), (expected), (v), 1, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)
+    """
+    int load_int "sync_load"(int*)
+    void store_int "sync_store"(int*, int)
+    int swap_int "sync_swap"(int*, int)
+    int64_t load_i64 "sync_load"(int64_t*)
+    int64_t add_i64 "sync_add"(int64_t*, int64_t)
+    void* load_ptr "sync_load"(void**)
+    void* swap_ptr "sync_swap"(void**, void*)
+    bint cas_ptr "sync_cas"(void**, void**, void*)
+
+cdef extern from "<assert.h>" nogil:
+    # Checked in debug and sanitizer builds, which undefine NDEBUG (setup.py).
+    void invariant "assert"(bint)
+
+
+cdef inline int64_t clock_ns() noexcept nogil:
+    """Monotonic time in nanoseconds."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef inline timespec deadline_timespec(int64_t deadline_ns) noexcept nogil:
+    """A monotonic deadline as ``pthread_cond_timedwait`` takes it."""
+    cdef timespec at
+    at.tv_sec = <long>(deadline_ns // 1000000000)
+    at.tv_nsec = <long>(deadline_ns % 1000000000)
+    return at
+
+
+cdef inline int cond_init_monotonic(pthread_cond_t* cond) noexcept nogil:
+    """A condition whose timed waits follow CLOCK_MONOTONIC; 0 or an errno."""
+    cdef pthread_condattr_t attr
+    cdef int rc = pthread_condattr_init(&attr)
+    if rc != 0:
+        return rc
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC)
+    rc = pthread_cond_init(cond, &attr)
+    pthread_condattr_destroy(&attr)
+    return rc

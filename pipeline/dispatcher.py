@@ -1,0 +1,131 @@
+"""The dispatcher: a few Python threads for what the I/O loop cannot do without the GIL.
+
+Dialling, answers that are not a plain 204, and calls of Raft come here as events. Events of one
+worker come one at a time; of different workers they run in parallel, so a callback that blocks
+holds up its own worker only, until all threads (``TransportConfig.dispatchers``) are blocked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from pipeline._core import IOLoop
+
+__all__ = ["Dispatcher"]
+
+logger = logging.getLogger(__name__)
+
+_all: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+class Dispatcher:
+    """An I/O loop and the threads that serve it.
+
+    Parameters
+    ----------
+    name : str
+        Goes into the threads' names: ``pipeline-dispatch-<name>-<n>``.
+    queue_bytes : int
+        Budget for the bytes queued by all pipelines on this loop.
+    max_threads : int
+        Threads are started one by one, when an event waits and no thread does.
+
+    Notes
+    -----
+    Thread-safe. Threads are daemons: nothing here can hold up the interpreter's exit.
+    """
+
+    def __init__(self, name: str, *, queue_bytes: int, max_threads: int) -> None:
+        self.name = name
+        self.loop = IOLoop(queue_bytes)
+        self._max_threads = max_threads
+        self._lock = threading.Lock()  # guards _threads and _is_stopped
+        self._threads: list[threading.Thread] = []
+        self._is_stopped = False
+        self._chores: deque[Callable[[], None]] = deque()
+
+    def start(self) -> None:
+        """Start the I/O thread and the first dispatcher thread."""
+        self.loop.start()
+        _all.add(self)
+        self._add_thread()
+
+    def stop(self, deadline: float) -> bool:
+        """End all threads; every pipeline has been told to stop before.
+
+        Parameters
+        ----------
+        deadline : float
+            ``time.monotonic()`` until which running callbacks are waited for.
+
+        Returns
+        -------
+        bool
+            Whether all threads ended. One that is still in a callback ends by itself after it.
+        """
+        with self._lock:
+            if not self._is_stopped:
+                self._is_stopped = True
+                self.loop.stop()
+                self.loop.close_events()
+            threads = list(self._threads)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(t.is_alive() for t in threads if t is not threading.current_thread())
+
+    def call_soon(self, chore: Callable[[], None]) -> None:
+        """Run ``chore`` in a dispatcher thread. It must not raise. Never waits."""
+        self._chores.append(chore)
+        self.loop.queue_chores()
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            if self._is_stopped or len(self._threads) >= self._max_threads:
+                return
+            name = f"pipeline-dispatch-{self.name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._threads.append(thread)
+        thread.start()
+
+    def _run(self) -> None:
+        while (event := self.loop.next_event()) is not None:
+            # Before an event that may block: let another thread wait for the next one.
+            if len(self._threads) < self._max_threads and not self.loop.has_waiter():
+                self._add_thread()
+            sender, index, kind, error = event
+            if sender is None:
+                self._run_chores()
+            else:
+                sender.on_event(index, kind, error)
+            # Keep nothing alive while waiting.
+            del event, sender
+        self._run_chores()
+
+    def _run_chores(self) -> None:
+        while True:
+            try:
+                chore = self._chores.popleft()
+            except IndexError:
+                return
+            chore()
+
+    def _forget_after_fork(self) -> None:
+        self.loop.forget_after_fork()
+        self._lock = threading.Lock()
+        self._threads = []
+        self._is_stopped = True
+
+
+def _after_fork_in_child() -> None:
+    for dispatcher in list(_all):
+        dispatcher._forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
