@@ -15,6 +15,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
+from posix.uio cimport iovec
 
 from pipeline._counters cimport follower_stddev_ms
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
@@ -32,7 +33,7 @@ from pipeline._messages cimport (
 )
 from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push
 from pipeline._sync cimport (
-    add_i64, clock_ns, cond_init_monotonic, deadline_timespec, iovec, load_int, load_ptr,
+    add_i64, clock_ns, cond_init_monotonic, deadline_timespec, load_int, load_ptr,
     pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
     swap_ptr, timespec,

@@ -19,6 +19,7 @@ worker is counted out.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
+from posix.uio cimport iovec
 
 from pipeline._counters cimport (
     books_check, books_t, follower_success, follower_t,
@@ -30,9 +31,9 @@ from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_t, ring_try_pop,
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLL_CLOEXEC,
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
-    EWOULDBLOCK, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SO_ERROR, SOL_SOCKET,
+    MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SO_ERROR, SOL_SOCKET,
     add_i64, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
-    epoll_wait, errno, eventfd, getsockopt, invariant, iovec, load_i64, load_int, load_ptr, msghdr,
+    epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr, msghdr,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, sendmsg, sigfillset,
@@ -403,7 +404,7 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
         if written < 0:
             if errno == EINTR:
                 continue
-            if errno == EAGAIN or errno == EWOULDBLOCK:
+            if errno == EAGAIN:
                 if budget != LOOP_STEP_BYTES or worker.deadline_ns == 0:
                     worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
                 return
@@ -475,7 +476,7 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
         return
     # An idle connection must be silent: an end of stream or stray bytes make it unfit.
     if was_idle and (recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
-                     or (errno != EAGAIN and errno != EWOULDBLOCK)):
+                     or errno != EAGAIN):
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     worker_begin(worker)
@@ -526,7 +527,7 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         if n >= 0 or errno != EINTR:
             break
     if n < 0:
-        if errno != EAGAIN and errno != EWOULDBLOCK:
+        if errno != EAGAIN:
             worker_fail(worker, errno)
         return
     if n == 0:
@@ -573,8 +574,7 @@ cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
     cdef pipe_t* pipe = worker.pipe
     cdef worker_t** link
     cdef uint8_t byte
-    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 \
-            and (errno == EAGAIN or errno == EWOULDBLOCK):
+    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 and errno == EAGAIN:
         return
     pthread_mutex_lock(&pipe.lock)
     link = &pipe.idle

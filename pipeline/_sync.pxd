@@ -1,6 +1,7 @@
 """What the cores use of the system: threads, atomics, clock, epoll, sockets. Declarations only."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.uio cimport iovec
 
 
 cdef extern from "<pthread.h>" nogil:
@@ -31,7 +32,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_setname_np(pthread_t, const char*)
 
 cdef extern from "<time.h>" nogil:
-    ctypedef struct timespec:
+    struct timespec:
         long tv_sec
         long tv_nsec
     int clock_gettime(int, timespec*)
@@ -40,8 +41,7 @@ cdef extern from "<time.h>" nogil:
 cdef extern from "<errno.h>" nogil:
     int errno
     enum:
-        EAGAIN
-        EWOULDBLOCK
+        EAGAIN      # EWOULDBLOCK is the same on Linux
         EINTR
         EPIPE
         ECONNRESET
@@ -82,11 +82,6 @@ cdef extern from "<sys/eventfd.h>" nogil:
     enum:
         EFD_CLOEXEC
         EFD_NONBLOCK
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
 
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t

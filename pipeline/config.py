@@ -79,13 +79,18 @@ class ReceiverConfig:
     max_connections: int = 1024
     #: Without a request, a connection is closed after this long.
     idle_timeout_s: float = 60.0
+    #: From the first byte of a request, or the connection, to the end of its head.
+    head_timeout_s: float = 5.0
+    #: Reading a body without a byte arriving.
+    stall_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
         _require_int("max_head_bytes", self.max_head_bytes, 256, MIB)
         _require_int("handlers", self.handlers, 1, 256)
         _require_int("max_connections", self.max_connections, 1, 1 << 20)
-        _require("idle_timeout_s", self.idle_timeout_s, 0.001, 86400.0)
+        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
+            _require(name, getattr(self, name), 0.001, 86400.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

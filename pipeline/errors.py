@@ -5,6 +5,8 @@ Texts that etcd defines are kept to the letter (rafthttp ``errors.go``, ``pipeli
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "ClusterIDMismatchError",
     "IncompatibleVersionError",
@@ -22,7 +24,19 @@ __all__ = [
 
 
 class PipelineError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose. Can be copied and pickled."""
+
+    # Exception's own way calls the class with ``args``, which lack the keyword-only ones.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(
+    cls: type[PipelineError], args: tuple[Any, ...], state: dict[str, Any]
+) -> PipelineError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(PipelineError, ValueError):
@@ -56,9 +70,6 @@ class UnmarshalError(PipelineError, ValueError):
         self.field = field
         self.offset = offset
         self.reason = reason
-
-    def __reduce__(self) -> tuple[type[UnmarshalError], tuple[str, int, str]]:
-        return type(self), (self.field, self.offset, self.reason)
 
 
 class PostError(PipelineError):
@@ -99,7 +110,25 @@ class IncompatibleVersionError(PostError):
 
 
 class ClusterIDMismatchError(PostError):
-    """412 ``cluster ID mismatch``: the peer belongs to another cluster."""
+    """412 ``cluster ID mismatch``: the peer belongs to another cluster.
+
+    Attributes
+    ----------
+    remote_cluster_id : str
+        The peer's cluster id as its answer has it; empty if it has none.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        peer_id: int,
+        url: str,
+        status: int | None = None,
+        remote_cluster_id: str = "",
+    ) -> None:
+        super().__init__(reason, peer_id=peer_id, url=url, status=status)
+        self.remote_cluster_id = remote_cluster_id
 
 
 class MemberRemovedError(PostError):
@@ -121,16 +150,20 @@ class RequestRejected(PipelineError):
     status : int
         200 to 599.
     body : bytes
-        Sent as it is.
+        Sent as it is; not at all with 204, 205 and 304, which have none.
     content_type : str
-        The Content-Type of the answer.
+        The Content-Type of the answer, printable ASCII.
     """
 
     def __init__(
         self, status: int, body: bytes = b"", content_type: str = "text/plain; charset=utf-8"
     ) -> None:
-        if not 200 <= status <= 599:
-            raise UsageError(f"status: {status!r} is not in 200..599")
+        if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 599:
+            raise UsageError(f"status: {status!r} is not a whole number in 200..599")
+        if not isinstance(body, bytes):
+            raise UsageError(f"body: {body!r} is not bytes")
+        if not (content_type.isascii() and content_type.isprintable()):
+            raise UsageError(f"content_type: {content_type!r} is not printable ASCII")
         super().__init__(f"rejected with status {status}")
         self.status = status
         self.body = body

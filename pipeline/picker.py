@@ -1,0 +1,116 @@
+"""URLPicker: which of a peer's URLs is tried next."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable
+
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+
+from pipeline.errors import UsageError
+
+__all__ = ["URLPicker", "parse_urls"]
+
+# A URL ends up in a request line, in Host and, joined by commas, in X-PeerURLs.
+_PRINTABLE = re.compile(r"[\x21-\x7e]+")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]")
+
+
+def parse_urls(urls: Iterable[str]) -> tuple[str, ...]:
+    """Check peer URLs and put them into etcd's form: trimmed, scheme in lower case, sorted.
+
+    Parameters
+    ----------
+    urls : iterable of str
+        At least one. ``http`` and ``https`` need ``host:port`` and nothing after it, not even
+        a slash; ``unix`` and ``unixs`` need an address.
+
+    Raises
+    ------
+    UsageError
+        Naming the value and the rule it breaks.
+
+    Notes
+    -----
+    Source: etcd ``client/pkg/types/urls.go`` ``NewURLs``.
+    Differs from etcd: user names, queries, fragments and empty hosts are refused as well.
+    """
+    if isinstance(urls, (str, bytes)):
+        raise UsageError(f"urls: {urls!r} is one URL, not a list of URLs")
+    parsed = sorted(_parse_url(url) for url in urls)
+    if not parsed:
+        raise UsageError("urls: at least one URL is needed")
+    return tuple(parsed)
+
+
+def _parse_url(url: str) -> str:
+    if not isinstance(url, str):
+        raise UsageError(f"urls: {url!r} is not a str")
+    text = url.strip()
+    scheme, separator, rest = text.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme not in ("http", "https", "unix", "unixs"):
+        raise UsageError(f"urls: {url!r}: the scheme must be http, https, unix or unixs")
+    if not _PRINTABLE.fullmatch(rest):
+        raise UsageError(f"urls: {url!r}: an address of printable ASCII must follow the scheme")
+    if scheme in ("http", "https"):
+        _require_host_and_port(url, text)
+    return f"{scheme}://{rest}"
+
+
+def _require_host_and_port(url: str, text: str) -> None:
+    try:
+        parsed = parse_url(text)
+    except LocationParseError as error:
+        raise UsageError(f"urls: {url!r}: must be host:port: {error}") from None
+    if parsed.auth is not None:
+        raise UsageError(f"urls: {url!r}: must not hold a user name")
+    if parsed.path or parsed.query is not None or parsed.fragment is not None:
+        raise UsageError(f"urls: {url!r}: must end after the port, without path or slash")
+    if not parsed.host or not _HOST.fullmatch(parsed.host) or parsed.port is None:
+        raise UsageError(f"urls: {url!r}: must be host:port")
+
+
+class URLPicker:
+    """A peer's URLs and the one in use.
+
+    Shared by everything that sends to the peer, so that one that fails turns all of them to
+    the next URL.
+
+    Parameters
+    ----------
+    urls : iterable of str
+        See :func:`parse_urls`.
+
+    Notes
+    -----
+    Thread-safe; never blocks. Source: etcd ``rafthttp/urlpick.go``.
+    """
+
+    def __init__(self, urls: Iterable[str]) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._urls = parse_urls(urls)
+        self._picked = 0
+
+    def pick(self) -> str:
+        """Return the URL in use: the same one until it is reported unreachable."""
+        with self._lock:
+            return self._urls[self._picked]
+
+    def unreachable(self, url: str) -> None:
+        """Go on to the next URL if ``url``, as ``pick`` gave it, is still the one in use.
+
+        Several workers that failed on one URL advance once.
+        """
+        with self._lock:
+            if url == self._urls[self._picked]:
+                self._picked = (self._picked + 1) % len(self._urls)
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Replace the URLs and start from the first. After ``UsageError`` nothing has changed."""
+        parsed = parse_urls(urls)
+        with self._lock:
+            self._urls = parsed
+            self._picked = 0

@@ -1,0 +1,365 @@
+"""The pipeline: msgc and four workers that post one message each to a peer's ``/raft``.
+
+Source: etcd rafthttp/pipeline.go. The workers run in the I/O loop (``_loop.pxd``); here is what
+they need Python for, and the side effects of a post in etcd's order (spec section 2.4).
+"""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import ParamSpec, Self
+
+from urllib3.exceptions import HTTPError
+
+from pipeline import protocol
+from pipeline._core import ActiveFlag, Event, Given, Sender, error_text
+from pipeline.config import PipelineConfig, TransportConfig
+from pipeline.dispatcher import Dispatcher
+from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
+from pipeline.picker import URLPicker
+from pipeline.pool import Line, Pool, StoppedError, read_answer
+from pipeline.status import PeerStatus
+from pipeline.types import MessageType, Raft, SnapshotStatus
+
+__all__ = ["Pipeline"]
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+
+#: ``Pipeline.stop`` returns within this; etcd's tests ask the same of its pipeline.
+STOP_TIMEOUT_S = 1.0
+
+_handling = threading.local()  # .pipeline: whose event this thread is handling
+
+
+class Pipeline(Sender):
+    """Messages to one peer over at most ``config.connections`` connections.
+
+    Parameters
+    ----------
+    peer_id : int
+        The member it sends to; 64 bits.
+    urls : iterable of str
+        The peer's URLs, ``http://host:port``. Ignored when ``picker`` is given.
+    raft : Raft
+        Told of what could not be delivered, from the dispatcher's threads.
+    member_id, cluster_id : int
+        Ours; 64 bits.
+    config : PipelineConfig
+    peer_urls : iterable of str
+        Where we are reached; sent as X-PeerURLs.
+    server_version, min_cluster_version : str
+        Sent as X-Server-Version and X-Min-Cluster-Version.
+    on_critical_error : callable, optional
+        Called with a ``MemberRemovedError`` when the peer answers 403. Stopping the node is the
+        application's decision.
+    picker, status, dispatcher
+        Shared with the peer's other channels; a pipeline on its own makes its own.
+
+    Raises
+    ------
+    UsageError
+        If a URL or an ID is not valid.
+
+    Notes
+    -----
+    ``send``, ``stats`` and ``follower_stats`` are :class:`pipeline._core.Sender`'s, without a
+    Python frame in between. All methods are thread-safe. A context manager: starts and stops.
+    There is no order among messages in flight.
+    """
+
+    def __init__(
+        self,
+        peer_id: int,
+        urls: Iterable[str],
+        raft: Raft,
+        *,
+        member_id: int,
+        cluster_id: int,
+        config: PipelineConfig | None = None,
+        peer_urls: Iterable[str] = (),
+        server_version: str | None = None,
+        min_cluster_version: str = protocol.MIN_CLUSTER_VERSION,
+        on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        picker: URLPicker | None = None,
+        status: PeerStatus | None = None,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        defaults = TransportConfig()
+        self.peer_id = peer_id
+        self.picker = picker or URLPicker(urls)
+        self.status = status or PeerStatus(member_id, peer_id, ActiveFlag())
+        self.callback_errors = 0
+        self._peer = protocol.format_id(peer_id)
+        self._raft = raft
+        self._config = config or defaults.pipeline
+        self._on_critical_error = on_critical_error
+        self._owns_dispatcher = dispatcher is None
+        self._dispatcher = dispatcher or Dispatcher(
+            self._peer, queue_bytes=defaults.queue_bytes, max_threads=defaults.dispatchers
+        )
+        self._identity = {
+            "member_id": member_id,
+            "cluster_id": cluster_id,
+            "peer_urls": tuple(peer_urls),
+            "server_version": server_version or defaults.server_version,
+            "min_cluster_version": min_cluster_version,
+        }
+        self._pools: dict[str, Pool] = {}
+        self._lines = [Line() for _ in range(self._config.connections)]
+        self._lock = threading.Lock()  # guards what follows
+        self._is_started = False
+        self._stop_fd = -1  # an eventfd, readable once stop was called; open while a worker lives
+        for url in self.picker.urls:
+            self._pool(url)  # a URL that cannot be sent to is refused here
+
+    def start(self) -> None:
+        """Start the workers. A pipeline can be started once.
+
+        Raises
+        ------
+        UsageError
+            If it was started before.
+        """
+        config = self._config
+        with self._lock:
+            if self._is_started:
+                raise UsageError("start: a pipeline can be started once")
+            self._is_started = True
+            self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if self._owns_dispatcher:
+            self._dispatcher.start()
+            atexit.register(self.stop)
+        self.open(
+            self._dispatcher.loop,
+            self.status.flag,
+            profile=config.profile,
+            connections=config.connections,
+            queue_length=config.queue_length,
+            queue_bytes=config.queue_bytes,
+            response_timeout_s=config.response_timeout_s,
+            stall_timeout_s=config.stall_timeout_s,
+            idle_timeout_s=config.idle_timeout_s,
+        )
+        logger.info("started HTTP pipelining with remote peer %s", self._peer)
+
+    def stop(self) -> int:
+        """Refuse further messages, drop what is queued, end what is in flight.
+
+        Messages in flight fail with all the side effects of a failure. Returns within one second,
+        whatever state the workers are in. A callback that has not returned by then is reported in
+        the log; its worker ends after it. Called from one of our own callbacks, it does not wait
+        for that callback.
+
+        Returns
+        -------
+        int
+            How many queued messages were dropped; 0 when it was stopped before.
+        """
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        dropped = self.stop_begin()
+        self.stop_end(deadline)
+        return dropped
+
+    def stop_begin(self) -> int:
+        """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
+        dropped = self.begin_stop()
+        with self._lock:
+            if self._stop_fd >= 0:
+                os.eventfd_write(self._stop_fd, 1)
+        if dropped:
+            logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
+        return dropped
+
+    def stop_end(self, deadline: float) -> None:
+        """Wait for the workers until ``deadline`` (``time.monotonic()``) and close connections."""
+        mine = 1 if getattr(_handling, "pipeline", None) is self else 0
+        live = self.wait_stopped(max(0.0, deadline - time.monotonic()), mine)
+        if live > mine:
+            logger.warning(
+                "%d workers for peer %s are still in a callback of Raft; they end after it",
+                live - mine,
+                self._peer,
+            )
+        if self._is_started:
+            for index, line in enumerate(self._lines):
+                if self.is_retired(index):
+                    line.close()
+        if self._owns_dispatcher:
+            self._dispatcher.stop(deadline)
+            atexit.unregister(self.stop)
+        if live == 0:
+            with self._lock:
+                if self._stop_fd >= 0:
+                    os.close(self._stop_fd)
+                    self._stop_fd = -1
+            logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # What follows runs in dispatcher threads, for one worker at a time each.
+
+    def on_event(self, index: int, event: Event, error: int) -> None:
+        """Do what the loop needs Python for, then give worker ``index`` back. Never raises."""
+        _handling.pipeline = self
+        try:
+            if event is Event.CONNECT:
+                self._dial(index)
+            elif event is Event.CONNECT_FAILED:
+                self._dial_next(index, OSError(error, error_text(error)))
+            elif event is Event.ANSWER:
+                self._judge(index)
+            elif event is Event.FAILED:
+                self._fail(index, self._unreachable(index, error_text(error)))
+            elif event is Event.SUCCEEDED:
+                self._succeed(index)
+            else:
+                self._disconnect(index)
+                self._give_back(index)
+        except Exception as failure:
+            # Ours to fix, not the worker's to die of: its message fails like any other.
+            logger.exception("internal error, please report: event %s", event.name)
+            self._fail(index, self._unreachable(index, f"internal error: {failure!r}"))
+        finally:
+            _handling.pipeline = None
+
+    def _pool(self, url: str) -> Pool:
+        with self._lock:
+            pool = self._pools.get(url)
+            if pool is None:
+                for old in self._pools.keys() - set(self.picker.urls):
+                    self._pools.pop(old).close()
+                pool = self._pools[url] = Pool(
+                    url,
+                    protocol.request_head(url, **self._identity),
+                    size=self._config.connections,
+                    dead_link_timeout_s=self._config.dead_link_timeout_s,
+                )
+            return pool
+
+    def _dial(self, index: int) -> None:
+        self._disconnect(index)
+        url = self.picker.pick()
+        line = self._lines[index]
+        line.url = url
+        try:
+            line.dial(self._pool(url), self._config.dial_timeout_s)
+        except HTTPError as error:
+            self._fail(index, self._unreachable(index, str(error), error))
+        else:
+            self._connecting(index)
+
+    def _dial_next(self, index: int, error: OSError) -> None:
+        line = self._lines[index]
+        self.disconnect(index)
+        try:
+            if error.errno is None or error.errno < 0:  # the dial's time is up, or we are stopping
+                raise error
+            line.dial_next(error)
+        except (HTTPError, OSError) as failure:
+            self._fail(index, self._unreachable(index, str(failure), failure))
+        else:
+            self._connecting(index)
+
+    def _connecting(self, index: int) -> None:
+        line = self._lines[index]
+        left_s = max(0.0, line.deadline - time.monotonic())
+        self.connect(index, line.fileno(), self._pool(line.url).head, left_s)
+        self._give_back(index)
+
+    def _judge(self, index: int) -> None:
+        """Have http.client read the answer, and decide by spec section 2.5."""
+        line = self._lines[index]
+        prefix, is_written = self.answer(index)
+        deadline = time.monotonic() + self._config.response_timeout_s
+        try:
+            answer = read_answer(
+                prefix, line.sock, self._stop_fd, deadline, is_written=is_written
+            )
+        except StoppedError:
+            self._fail(index, self._unreachable(index, "stopped"))
+            return
+        except (http.client.HTTPException, OSError) as error:
+            reason = f"malformed or incomplete answer: {error!r}"
+            self._fail(index, self._unreachable(index, reason, error))
+            return
+        if answer.keep:
+            self.keep(index)
+        else:
+            self._disconnect(index)
+        url = protocol.post_url(line.url)
+        failure = protocol.check_answer(
+            answer.status, answer.body, answer.headers, peer_id=self.peer_id, url=url
+        )
+        if failure is None:
+            self._succeed(index)
+        else:
+            self._fail(index, failure, keep=answer.keep)
+
+    def _succeed(self, index: int) -> None:
+        kind, to, _ = self.job(index)
+        self.status.activate()
+        if kind == MessageType.SNAP:
+            self._call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
+        self.finish(index, True)
+        self._give_back(index)
+
+    def _fail(self, index: int, error: PostError, *, keep: bool = False) -> None:
+        """Tell everyone who has to know, in etcd's order, and count."""
+        kind, to, _ = self.job(index)
+        if not keep:
+            self._disconnect(index)
+        self.picker.unreachable(self._lines[index].url)
+        if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
+            self._call(self._on_critical_error, error)
+        self.status.deactivate("pipeline", "write", error.reason)
+        self._call(self._raft.report_unreachable, to)
+        if kind == MessageType.SNAP:
+            self._call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
+        self.finish(index, False)
+        self._give_back(index)
+
+    def _unreachable(
+        self, index: int, reason: str, cause: BaseException | None = None
+    ) -> PeerUnreachableError:
+        line = self._lines[index]
+        error = PeerUnreachableError(reason, peer_id=self.peer_id, url=line.url)
+        error.__cause__ = cause
+        return error
+
+    def _disconnect(self, index: int) -> None:
+        self.disconnect(index)
+        self._lines[index].close()
+
+    def _give_back(self, index: int) -> None:
+        given = self.give_back(index)
+        if given is Given.RETIRED:
+            self._lines[index].close()
+        elif given is Given.NOT:
+            self._fail(index, self._unreachable(index, "stopped"))
+
+    def _call(self, callback: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Call the application; what it raises is logged and counted, and ends nothing."""
+        try:
+            callback(*args, **kwargs)
+        except Exception:
+            with self._lock:
+                self.callback_errors += 1
+            logger.exception("%r raised for peer %s", callback, self._peer)

@@ -1,0 +1,350 @@
+"""What rafthttp means by HTTP: paths, headers, versions, and which error an answer stands for.
+
+No sockets here. Source: etcd ``rafthttp/util.go``, ``http.go`` and ``pipeline.go``.
+"""
+
+from __future__ import annotations
+
+import http
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from pipeline._version import __version__
+from pipeline.errors import (
+    ClusterIDMismatchError,
+    IncompatibleVersionError,
+    MemberRemovedError,
+    PostError,
+    UnexpectedStatusError,
+    UsageError,
+)
+from pipeline.picker import parse_urls
+
+__all__ = [
+    "MIN_CLUSTER_VERSION",
+    "PROBING_PATH",
+    "RAFT_PATH",
+    "SNAPSHOT_PATH",
+    "STREAM_PREFIX",
+    "Version",
+    "check_answer",
+    "check_version_compatibility",
+    "compare_major_minor",
+    "format_id",
+    "min_cluster_version",
+    "parse_id",
+    "post_url",
+    "request_head",
+    "server_version",
+]
+
+RAFT_PATH = "/raft"
+SNAPSHOT_PATH = "/raft/snapshot"
+PROBING_PATH = "/raft/probing"
+STREAM_PREFIX = "/raft/stream/"
+
+# As Go's net/http writes them: etcd's source says X-Etcd-Cluster-ID and X-PeerURLs, the wire does
+# not.
+CLUSTER_ID = "X-Etcd-Cluster-Id"
+MIN_CLUSTER = "X-Min-Cluster-Version"
+PEER_URLS = "X-Peerurls"
+SERVER_FROM = "X-Server-From"
+SERVER_VERSION = "X-Server-Version"
+
+CONTENT_TYPE = "application/protobuf"
+
+#: The lowest cluster version we can take part in; etcd ``version.MinClusterVersion`` of every 3.x.
+MIN_CLUSTER_VERSION = "3.0.0"
+
+INCOMPATIBLE_VERSION = "incompatible version"
+CLUSTER_ID_MISMATCH = "cluster ID mismatch"
+MEMBER_REMOVED = "the member has been permanently removed from the cluster"
+
+_MAX_ID = (1 << 64) - 1
+_ID = re.compile(r"[0-9A-Fa-f]+")
+_TOKEN = re.compile(r"[!-~]+(?: [!-~]+)*")
+
+
+def format_id(member_id: int) -> str:
+    """Write a member or cluster id as headers, labels and logs do: hex, lower case, unpadded.
+
+    Raises ``UsageError`` if it does not fit 64 bits.
+    """
+    if isinstance(member_id, bool) or not isinstance(member_id, int):
+        raise UsageError(f"id: {member_id!r} is not an int")
+    if not 0 <= member_id <= _MAX_ID:
+        raise UsageError(f"id: {member_id!r} is not in 0..2**64-1")
+    return f"{member_id:x}"
+
+
+def parse_id(text: str) -> int:
+    """Read an id from a header: hex of any case, leading zeros allowed, at most 64 bits.
+
+    Raises ``UsageError`` otherwise. Source: etcd ``types.IDFromString``.
+    """
+    # int() alone would take "0x1", "1_0", " 1" and "-1".
+    if _ID.fullmatch(text):
+        significant = text.lstrip("0")
+        if len(significant) <= 16:
+            return int(significant or "0", 16)
+    raise UsageError(f"id: {text[:64]!r} is not a hexadecimal number of at most 64 bits")
+
+
+class Version(NamedTuple):
+    """An etcd version. Only ``major`` and ``minor`` decide compatibility."""
+
+    major: int
+    minor: int
+    #: As it was written, with patch, pre-release and build metadata.
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Version:
+        """Read a version, strict (``2.1.0-alpha.0+git``) or lenient (``3.5``, ``v3.5.0``).
+
+        Raises ``UsageError`` for anything else. Source: etcd 3.4 takes only the strict form, the
+        newest one both (semver ``NewVersion``).
+        """
+        match = _VERSION.fullmatch(text)
+        if match is None:
+            raise UsageError(f"version: {text[:64]!r} is not major.minor.patch[-pre][+meta]")
+        return cls(int(match[1]), int(match[2] or 0), text)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# At most 18 digits a part, so that no number is costly to convert.
+_VERSION = re.compile(
+    r"v?([0-9]{1,18})(?:\.([0-9]{1,18}))?(?:\.[0-9]{1,18})?"
+    r"(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?"
+)
+
+# What a peer that does not say is taken for: etcd 2.0 had no version headers.
+_UNSTATED = Version(2, 0, "2.0.0")
+
+
+def server_version(headers: Mapping[str, str]) -> Version | None:
+    """Return the sender's version, 2.0.0 if it does not say, None if it cannot be read.
+
+    ``headers`` has names in lower case, or is case-insensitive.
+    """
+    return _version_header(headers, SERVER_VERSION)
+
+
+def min_cluster_version(headers: Mapping[str, str]) -> Version | None:
+    """Return the lowest cluster version the sender takes part in; see :func:`server_version`."""
+    return _version_header(headers, MIN_CLUSTER)
+
+
+def _version_header(headers: Mapping[str, str], name: str) -> Version | None:
+    text = headers.get(name.lower())
+    if not text:
+        return _UNSTATED
+    try:
+        return Version.parse(text)
+    except UsageError:
+        return None
+
+
+def compare_major_minor(a: Version, b: Version) -> int:
+    """Return -1, 0 or 1 as ``a`` is older than, equal to or newer than ``b``, patch ignored."""
+    left, right = a[:2], b[:2]
+    return (left > right) - (left < right)
+
+
+def check_version_compatibility(
+    server: Version | None,
+    min_cluster: Version | None,
+    *,
+    local: Version,
+    local_min: Version,
+) -> str | None:
+    """Tell why a sender's versions and ours do not go together; None if they do.
+
+    Differs from etcd: a version that cannot be read (None) is incompatible; etcd's handler panics.
+    Source: etcd ``rafthttp/util.go`` ``checkVersionCompatibility``.
+    """
+    if server is None or min_cluster is None:
+        return "remote version is malformed"
+    if compare_major_minor(server, local_min) < 0:
+        return "remote version is too low"
+    if compare_major_minor(min_cluster, local) > 0:
+        return "local version is too low"
+    return None
+
+
+def post_url(url: str, path: str = RAFT_PATH) -> str:
+    """Return the full URL that a peer URL (``http://10.0.0.2:2380``) is posted to."""
+    return url + path
+
+
+def request_head(
+    url: str,
+    *,
+    member_id: int,
+    cluster_id: int,
+    peer_urls: Iterable[str] = (),
+    server_version: str,
+    min_cluster_version: str = MIN_CLUSTER_VERSION,
+    path: str = RAFT_PATH,
+    content_type: str = CONTENT_TYPE,
+) -> bytes:
+    r"""Build what stands before the body of a POST, up to and including ``Content-Length: ``.
+
+    The sender appends the digits and ``\r\n\r\n``.
+
+    Parameters
+    ----------
+    url : str
+        The peer's URL, ``http`` or ``https``, as :func:`pipeline.picker.parse_urls` takes it.
+    member_id, cluster_id : int
+        Ours, 64 bits.
+    peer_urls : iterable of str
+        The URLs we are reached at. The header is left out if there are none.
+    server_version, min_cluster_version : str
+        Sent as they are written.
+
+    Raises
+    ------
+    UsageError
+        If a value is not valid, above all if it could smuggle a line into the head.
+
+    Notes
+    -----
+    Source: etcd ``rafthttp/util.go`` ``createPostRequest``; header order is Go's.
+    """
+    (checked,) = parse_urls((url,))
+    scheme, _, host = checked.partition("://")
+    if scheme not in ("http", "https"):
+        raise UsageError(f"url: {url!r}: must be http or https to be posted to")
+    if not _TOKEN.fullmatch(content_type):
+        raise UsageError(f"content_type: {content_type!r} is not printable ASCII")
+    if path not in (RAFT_PATH, SNAPSHOT_PATH):
+        raise UsageError(f"path: {path!r} is neither {RAFT_PATH} nor {SNAPSHOT_PATH}")
+    urls = tuple(peer_urls)
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"Host: {host}",
+        f"User-Agent: raft-pipeline/{__version__}",
+        f"Content-Type: {content_type}",
+        f"{CLUSTER_ID}: {format_id(cluster_id)}",
+        f"{MIN_CLUSTER}: {Version.parse(min_cluster_version)}",
+    ]
+    if urls:
+        lines.append(f"{PEER_URLS}: {','.join(parse_urls(urls))}")
+    lines += [
+        f"{SERVER_FROM}: {format_id(member_id)}",
+        f"{SERVER_VERSION}: {Version.parse(server_version)}",
+        # A refusal is a line of text: nothing to compress, and nothing to inflate.
+        "Accept-Encoding: identity",
+        "Content-Length: ",
+    ]
+    return "\r\n".join(lines).encode("ascii")
+
+
+def check_answer(
+    status: int, body: bytes, headers: Mapping[str, str], *, peer_id: int, url: str
+) -> PostError | None:
+    """Judge the answer to a POST: None for success, which is 204 and nothing else.
+
+    Parameters
+    ----------
+    status : int
+        The HTTP status.
+    body : bytes
+        The body; looked at for 412 only. The caller bounds what it reads.
+    headers : mapping
+        Names in lower case, or case-insensitive.
+    peer_id : int
+        The peer that was posted to.
+    url : str
+        The full URL that was posted to (:func:`post_url`).
+
+    Returns
+    -------
+    PostError or None
+        Not raised, so that the caller chooses the moment. Texts are etcd's to the letter.
+
+    Notes
+    -----
+    Source: etcd ``rafthttp/util.go`` ``checkPostResponse``.
+    """
+    if status == 204:
+        return None
+    if status == 403:
+        return MemberRemovedError(MEMBER_REMOVED, peer_id=peer_id, url=url, status=status)
+    if status == 412:
+        text = body.removesuffix(b"\n")
+        if text == INCOMPATIBLE_VERSION.encode():
+            return IncompatibleVersionError(
+                INCOMPATIBLE_VERSION, peer_id=peer_id, url=url, status=status
+            )
+        if text == CLUSTER_ID_MISMATCH.encode():
+            return ClusterIDMismatchError(
+                CLUSTER_ID_MISMATCH,
+                peer_id=peer_id,
+                url=url,
+                status=status,
+                remote_cluster_id=headers.get(CLUSTER_ID.lower(), ""),
+            )
+        reason = f"unhandled error {_go_quote(body)} when precondition failed"
+    else:
+        reason = (
+            f"unexpected http status {_reason_phrase(status)} "
+            f"while posting to {_go_quote(url.encode())}"
+        )
+    return UnexpectedStatusError(reason, peer_id=peer_id, url=url, status=status)
+
+
+# Where Go's http.StatusText and some version of Python's http.HTTPStatus differ.
+_GO_PHRASES = {
+    413: "Request Entity Too Large",
+    414: "Request URI Too Long",
+    416: "Requested Range Not Satisfiable",
+    418: "I'm a teapot",
+    422: "Unprocessable Entity",
+}
+
+
+def _reason_phrase(status: int) -> str:
+    phrase = _GO_PHRASES.get(status)
+    if phrase is None:
+        try:
+            phrase = http.HTTPStatus(status).phrase
+        except ValueError:
+            phrase = ""
+    return phrase
+
+
+_GO_ESCAPES = {
+    "\a": "\\a",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+    "\v": "\\v",
+    "\\": "\\\\",
+    '"': '\\"',
+}
+
+
+def _go_quote(raw: bytes) -> str:
+    """Quote as Go's ``%q`` does: what is not printable UTF-8 is escaped."""
+    # surrogateescape keeps an undecodable byte b as U+DC00 + b.
+    return '"' + "".join(map(_go_escape, raw.decode("utf-8", "surrogateescape"))) + '"'
+
+
+def _go_escape(char: str) -> str:
+    code = ord(char)
+    if char in _GO_ESCAPES:
+        return _GO_ESCAPES[char]
+    if char.isprintable():
+        return char
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
