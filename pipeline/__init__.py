@@ -1,0 +1,80 @@
+"""The network half of a Raft node: etcd's rafthttp for Python, around a Cython core.
+
+A node gives a :class:`Transport` messages; it carries them to the right peer, reports what could
+not be delivered, receives what peers send and hands it to the node's :class:`Raft`.
+"""
+
+import logging
+
+try:
+    from pipeline import _core as _core
+except ImportError as error:
+    raise ImportError(
+        f"pipeline's compiled core cannot be imported ({error}). Either it was not built (run "
+        "'make build', or 'pip install .' with a C compiler), or it was built for another Python."
+    ) from error
+
+from pipeline._core import EncodedMessage
+from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
+from pipeline._version import __version__
+from pipeline.config import PipelineConfig, ReceiverConfig, TransportConfig
+from pipeline.errors import (
+    ClusterIDMismatchError,
+    IncompatibleVersionError,
+    InternalError,
+    MarshalError,
+    MemberRemovedError,
+    PeerUnreachableError,
+    PipelineError,
+    PostError,
+    RequestRejected,
+    UnexpectedStatusError,
+    UnmarshalError,
+    UsageError,
+)
+from pipeline.listener import Listener
+from pipeline.picker import URLPicker
+from pipeline.pipeline import Pipeline
+from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.status import PeerStatus
+from pipeline.transport import Transport
+from pipeline.types import EntryType, MessageType, Raft, SendResult, SnapshotStatus
+
+__all__ = [
+    "ClusterIDMismatchError",
+    "ConfState",
+    "EncodedMessage",
+    "Entry",
+    "EntryType",
+    "FollowerStats",
+    "IncompatibleVersionError",
+    "InternalError",
+    "Listener",
+    "MarshalError",
+    "MemberRemovedError",
+    "Message",
+    "MessageType",
+    "PeerStatus",
+    "PeerUnreachableError",
+    "Pipeline",
+    "PipelineConfig",
+    "PipelineError",
+    "PipelineStats",
+    "PostError",
+    "Raft",
+    "ReceiverConfig",
+    "RequestRejected",
+    "SendResult",
+    "Snapshot",
+    "SnapshotMetadata",
+    "SnapshotStatus",
+    "Transport",
+    "TransportConfig",
+    "URLPicker",
+    "UnexpectedStatusError",
+    "UnmarshalError",
+    "UsageError",
+    "__version__",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())

@@ -13,7 +13,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.uio cimport iovec
 
@@ -22,16 +22,18 @@ from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport (
     ERROR_CLOSED, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
     EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED,
-    EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, event_t, job_t, limits_t,
-    loop_free, loop_init, loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_count, pipe_free,
+    EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED, OUTCOME_FAILED,
+    OUTCOME_SENT, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init,
+    loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_count, pipe_free,
     pipe_init, pipe_offer, pipe_t, pipe_take, push_detached, worker_give_back, worker_t,
-    WORKER_RETIRED,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
     profile_index,
 )
-from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push
+from pipeline._ring cimport (
+    RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
+)
 from pipeline._sync cimport (
     add_i64, clock_ns, cond_init_monotonic, deadline_timespec, load_int, load_ptr,
     pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
@@ -47,7 +49,10 @@ from pipeline.errors import InternalError, MarshalError, UsageError
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
-__all__ = ["ActiveFlag", "Channel", "EncodedMessage", "Event", "Given", "IOLoop", "Sender", "recognise_204"]
+__all__ = [
+    "ActiveFlag", "Channel", "EncodedMessage", "Event", "Given", "IOLoop", "Sender", "error_text",
+    "recognise_204",
+]
 
 cdef enum:
     # Below this a payload is copied into the framing: a page costs less to copy than an iovec,
@@ -403,11 +408,6 @@ cdef class IOLoop:
         """Bytes queued by all senders."""
         return add_i64(&self.loop.queued_bytes, 0)
 
-    @property
-    def native_thread(self):
-        """The thread's pthread identifier; for tests."""
-        return <unsigned long>self.loop.thread if self.is_running else 0
-
     cdef void drop_finished(self) noexcept:
         """Free finished jobs and drop what they borrowed."""
         cdef job_t* job = <job_t*>swap_ptr(<void**>&self.loop.finished, NULL)
@@ -621,7 +621,7 @@ cdef class Sender:
 
         Returns the number of messages dropped; 0 when stopped before.
         """
-        cdef int dropped = 0, i
+        cdef int dropped = 0
         cdef job_t* job
         cdef job_t* first = NULL
         if not self.is_open:
@@ -667,16 +667,9 @@ cdef class Sender:
             self.loop.senders.discard(self)
         return live
 
-    @property
-    def is_stopping(self):
-        """Whether ``begin_stop`` was called."""
-        cdef bint stopping
-        if not self.is_open:
-            return False
-        lock(&self.pipe.lock)
-        stopping = self.pipe.is_stopping
-        pthread_mutex_unlock(&self.pipe.lock)
-        return stopping
+    def on_event(self, int index, event, int error):
+        """Handle an event of worker ``index``; the subclass does."""
+        raise NotImplementedError
 
     # -- for the dispatcher thread that holds a worker
 

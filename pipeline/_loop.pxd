@@ -5,7 +5,7 @@ runtime's netpoller; here a worker is a connection slot with a state, and the lo
 
     who                 may touch                                           guarded by
     producers           ring, books, idle stack: pipe_offer                 pipe.lock
-    the loop's thread   the same; workers not in WORKER_PYTHON; fds         pipe.lock; being the loop
+    the loop's thread   the same; workers not in WORKER_PYTHON; fds         pipe.lock; one thread
     dispatcher threads  workers in WORKER_PYTHON; books: pipe_finish        pipe.lock; the hand-over
 
 A worker belongs to the loop or to the dispatcher, never to both. It goes over through the event

@@ -441,7 +441,7 @@ cdef inline int wire_skip(
         if kind == 0:
             code = wire_get_varint(at, end, &value)
         elif kind == 2:
-            if wire_get_span(decoded, scope, tag, at, end, &data, &length) != WIRE_OK:
+            if wire_get_span(decoded, scope, field << 3, at, end, &data, &length) != WIRE_OK:
                 return decoded.error.code
         elif kind == 1 or kind == 5:
             length = 8 if kind == 1 else 4

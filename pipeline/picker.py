@@ -94,6 +94,12 @@ class URLPicker:
         self._urls = parse_urls(urls)
         self._picked = 0
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The URLs, sorted."""
+        with self._lock:
+            return self._urls
+
     def pick(self) -> str:
         """Return the URL in use: the same one until it is reported unreachable."""
         with self._lock:

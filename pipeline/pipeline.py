@@ -23,7 +23,7 @@ from pipeline._core import ActiveFlag, Event, Given, Sender, error_text
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
-from pipeline.picker import URLPicker
+from pipeline.picker import URLPicker, parse_urls
 from pipeline.pool import Line, Pool, StoppedError, read_answer
 from pipeline.status import PeerStatus
 from pipeline.types import MessageType, Raft, SnapshotStatus
@@ -202,6 +202,16 @@ class Pipeline(Sender):
                     self._stop_fd = -1
             logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
 
+    def update(self, urls: Iterable[str]) -> None:
+        """Send to other URLs from the next message on; ``UsageError`` for a bad one."""
+        urls = parse_urls(urls)
+        for url in urls:
+            self._pool(url)
+        self.picker.update(urls)
+        with self._lock:
+            for old in self._pools.keys() - set(urls):
+                self._pools.pop(old).close()
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -244,8 +254,6 @@ class Pipeline(Sender):
         with self._lock:
             pool = self._pools.get(url)
             if pool is None:
-                for old in self._pools.keys() - set(self.picker.urls):
-                    self._pools.pop(old).close()
                 pool = self._pools[url] = Pool(
                     url,
                     protocol.request_head(url, **self._identity),
@@ -281,7 +289,7 @@ class Pipeline(Sender):
     def _connecting(self, index: int) -> None:
         line = self._lines[index]
         left_s = max(0.0, line.deadline - time.monotonic())
-        self.connect(index, line.fileno(), self._pool(line.url).head, left_s)
+        self.connect(index, line.fileno(), line.head, left_s)
         self._give_back(index)
 
     def _judge(self, index: int) -> None:
@@ -317,7 +325,7 @@ class Pipeline(Sender):
         kind, to, _ = self.job(index)
         self.status.activate()
         if kind == MessageType.SNAP:
-            self._call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
+            self.call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
         self.finish(index, True)
         self._give_back(index)
 
@@ -328,11 +336,11 @@ class Pipeline(Sender):
             self._disconnect(index)
         self.picker.unreachable(self._lines[index].url)
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
-            self._call(self._on_critical_error, error)
+            self.call(self._on_critical_error, error)
         self.status.deactivate("pipeline", "write", error.reason)
-        self._call(self._raft.report_unreachable, to)
+        self.call(self._raft.report_unreachable, to)
         if kind == MessageType.SNAP:
-            self._call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
+            self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
         self.finish(index, False)
         self._give_back(index)
 
@@ -355,7 +363,7 @@ class Pipeline(Sender):
         elif given is Given.NOT:
             self._fail(index, self._unreachable(index, "stopped"))
 
-    def _call(self, callback: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    def call(self, callback: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call the application; what it raises is logged and counted, and ends nothing."""
         try:
             callback(*args, **kwargs)

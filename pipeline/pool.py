@@ -172,6 +172,12 @@ class Line:
         assert isinstance(self._connection.sock, socket.socket)
         return self._connection.sock
 
+    @property
+    def head(self) -> bytes:
+        """What a request on the open connection starts with."""
+        assert self._pool is not None
+        return self._pool.head
+
     def fileno(self) -> int:
         return self.sock.fileno()
 

@@ -54,7 +54,7 @@ class PeerStatus:
         self.peer_id = peer_id
         self.active_since: float | None = None
         self.disconnects = 0
-        self._flag = flag
+        self.flag = flag
         # Guards every change. Reentrant and held while logging: lines come in the order of the
         # changes, and a log handler may ask us or even send to the peer.
         self._lock = threading.RLock()
@@ -62,17 +62,17 @@ class PeerStatus:
     @property
     def is_active(self) -> bool:
         """Whether the last thing heard was a success."""
-        return self._flag.get()
+        return self.flag.get()
 
     def activate(self) -> None:
         """Note a success. Cheap while the peer is active: one read of the flag, no lock."""
-        if self._flag.get():
+        if self.flag.get():
             return
         with self._lock:
-            if self._flag.get():
+            if self.flag.get():
                 return
             self.active_since = time.time()
-            self._flag.set(True)
+            self.flag.set(True)
             logger.info("peer became active: %s", format_id(self.peer_id))
 
     def deactivate(self, source: str, action: str, reason: str) -> None:
@@ -87,10 +87,10 @@ class PeerStatus:
         """
         failure = f"failed to {action} {format_id(self.peer_id)} on {source} ({reason})"
         with self._lock:
-            if not self._flag.get():
+            if not self.flag.get():
                 logger.debug("peer deactivated again: %s", failure)
                 return
-            self._flag.set(False)
+            self.flag.set(False)
             self.active_since = None
             self.disconnects += 1
             logger.warning("peer became inactive (message send to peer failed): %s", failure)

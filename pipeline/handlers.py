@@ -1,0 +1,331 @@
+"""What a node answers its peers: pure functions from request to answer, no sockets.
+
+A listener reads the head and calls ``check``. An answer is final; None means: read the body, then
+call ``deliver``, or ``read_failed`` or ``body_too_large`` when that did not work.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from pipeline._messages import Message
+from pipeline.config import ReceiverConfig
+from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.protocol import (
+    CLUSTER_ID,
+    CLUSTER_ID_MISMATCH,
+    INCOMPATIBLE_VERSION,
+    MIN_CLUSTER_VERSION,
+    PROBING_PATH,
+    RAFT_PATH,
+    SNAPSHOT_PATH,
+    STREAM_PREFIX,
+    Version,
+    check_version_compatibility,
+    format_id,
+    min_cluster_version,
+    server_version,
+)
+from pipeline.types import MessageType, Raft
+
+__all__ = ["Answer", "Handlers", "Request"]
+
+logger = logging.getLogger(__name__)
+
+# Never on the network between honest members; etcd's raft ignores them, ours is not asked to.
+_PROCESS_LOCAL = frozenset(
+    (
+        MessageType.HUP,
+        MessageType.BEAT,
+        MessageType.UNREACHABLE,
+        MessageType.SNAP_STATUS,
+        MessageType.CHECK_QUORUM,
+        MessageType.STORAGE_APPEND,
+        MessageType.STORAGE_APPEND_RESP,
+        MessageType.STORAGE_APPLY,
+        MessageType.STORAGE_APPLY_RESP,
+    )
+)
+_KNOWN_TYPES = frozenset(MessageType)
+
+# Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
+# who makes up ids can cost us.
+_MAX_SENDERS = 128
+
+_WARNING_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The head of a request."""
+
+    method: str
+    #: As it stood in the request line: not decoded, without the query.
+    path: str
+    #: Names in lower case; of a repeated header the first value, as Go's ``Header.Get``.
+    headers: Mapping[str, str]
+    #: ``ip:port`` of the caller, for logs.
+    remote: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer without its framing: the listener adds Content-Length, Connection and Date."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    body: bytes = b""
+    #: Close the connection, without reading what may be left of the request.
+    close: bool = False
+
+
+class Handlers:
+    """Everything a node serves on its peer port.
+
+    Parameters
+    ----------
+    raft : Raft
+        Its ``process`` is called by ``deliver``, concurrently.
+    cluster_id : int
+        Ours; senders of another cluster are refused.
+    server_version, min_cluster_version : str
+        The etcd version we stand for, and the lowest cluster version we take part in.
+    config : ReceiverConfig
+        For ``max_body_bytes``.
+
+    Attributes
+    ----------
+    received_bytes : dict of int to int
+        Body bytes by sending member (``Message.from_``), for the first 128 senders.
+    received_bytes_others : int
+        Body bytes of all further senders together.
+    received_failures : int
+        Bodies that could not be read, were refused or could not be decoded.
+    ignored : int
+        Messages of process-local types, answered 204 and not delivered.
+    process_failures : int
+        Calls of ``process`` that raised anything but ``RequestRejected``.
+
+    Notes
+    -----
+    Thread-safe. Only ``deliver`` may block, in ``raft.process``.
+    Source: etcd ``rafthttp/http.go`` ``pipelineHandler``, ``Transport.Handler``.
+    """
+
+    def __init__(
+        self,
+        raft: Raft,
+        *,
+        cluster_id: int,
+        server_version: str,
+        min_cluster_version: str = MIN_CLUSTER_VERSION,
+        config: ReceiverConfig | None = None,
+    ) -> None:
+        self.config = config or ReceiverConfig()
+        self.received_bytes: dict[int, int] = {}
+        self.received_bytes_others = 0
+        self.received_failures = 0
+        self.ignored = 0
+        self.process_failures = 0
+        self._raft = raft
+        self._cluster_id = format_id(cluster_id)
+        self._local = Version.parse(server_version)
+        self._local_min = Version.parse(min_cluster_version)
+        self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
+        self._lock = threading.Lock()  # guards the counters and the one below
+        self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
+
+    def check(self, request: Request) -> Answer | None:
+        """Answer a request that needs no body; None if it is a message to be delivered.
+
+        Nothing of the body needs to have arrived. Paths are matched exactly, as they are written.
+        """
+        path = request.path
+        if path == RAFT_PATH:
+            return self._check_post(request) or self._check_body(request)
+        if path == PROBING_PATH:
+            return _probing()
+        if path == SNAPSHOT_PATH:
+            # Closed, so that gigabytes of database are not read in order to be thrown away.
+            return self._check_post(request) or self._answer(501, "Not Implemented", close=True)
+        if path.startswith(STREAM_PREFIX):
+            if request.method != "GET":
+                return _not_allowed("GET")
+            # Without X-Server-Version etcd takes us for a member from before streams and keeps
+            # the peer active; with it, every dial would deactivate the peer (spec section 13.2).
+            return self._answer(404, "404 page not found")
+        return _error(404, "404 page not found")
+
+    def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
+        """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
+
+        Whatever ``process`` raises becomes an answer; nothing is raised from here.
+        """
+        try:
+            message = _unmarshal(body)
+        except UnmarshalError as error:
+            self._warn("failed to unmarshal Raft message from %s: %s", request.remote, error)
+            self._count_failure()
+            return self._answer(400, "error unmarshalling raft message")
+        sender = message.from_
+        self._count_received(sender, len(body))
+        if message.type in _PROCESS_LOCAL:
+            with self._lock:
+                self.ignored += 1
+            return self._no_content()
+        try:
+            self._raft.process(message)
+        except RequestRejected as rejected:
+            return self._rejected(rejected)
+        except BaseException as error:  # whatever a node raises, its listener goes on
+            with self._lock:
+                self.process_failures += 1
+            self._warn(
+                "failed to process Raft message of %s from %s",
+                format_id(sender),
+                request.remote,
+                exc_info=error,
+            )
+            return self._answer(500, "error processing raft message", close=True)
+        return self._no_content()
+
+    def read_failed(self, request: Request) -> Answer:
+        """Answer a request whose body broke off or stalled."""
+        self._warn("failed to read Raft message from %s: the body is incomplete", request.remote)
+        self._count_failure()
+        return self._answer(400, "error reading raft message", close=True)
+
+    def body_too_large(self, request: Request) -> Answer:
+        """Answer a request whose body is larger than ``max_body_bytes``."""
+        self._warn("refused Raft message from %s: the body is too large", request.remote)
+        self._count_failure()
+        return self._answer(413, "request body too large", close=True)
+
+    def head_too_large(self) -> Answer:
+        """Answer a request whose head is larger than ``max_head_bytes``."""
+        return _error(431, "request header fields too large", close=True)
+
+    def shutting_down(self) -> Answer:
+        """Answer a request that will not be waited for; its message may have been processed."""
+        return self._answer(503, "shutting down", close=True)
+
+    def _check_post(self, request: Request) -> Answer | None:
+        """Do what etcd does before it reads a body; None if all is well."""
+        if request.method != "POST":
+            return _not_allowed("POST")
+        headers = request.headers
+        server, min_cluster = server_version(headers), min_cluster_version(headers)
+        reason = check_version_compatibility(
+            server, min_cluster, local=self._local, local_min=self._local_min
+        )
+        if reason is not None:
+            self._warn(
+                "failed to check version compatibility with %s: %s "
+                "(remote server %s, min cluster %s; local server %s, min cluster %s)",
+                request.remote,
+                reason,
+                server,
+                min_cluster,
+                self._local,
+                self._local_min,
+            )
+            return self._answer(412, INCOMPATIBLE_VERSION)
+        # The text is compared, as etcd does: another spelling of the same number is a mismatch.
+        cluster_id = headers.get(CLUSTER_ID.lower(), "")
+        if cluster_id != self._cluster_id:
+            self._warn(
+                "request cluster ID mismatch from %s: %r is not %s",
+                request.remote,
+                cluster_id[:64],
+                self._cluster_id,
+            )
+            return self._answer(412, CLUSTER_ID_MISMATCH)
+        return None
+
+    def _check_body(self, request: Request) -> Answer | None:
+        """Refuse a body that would be refused once it had arrived."""
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            self._warn(
+                "refused Raft message from %s: content encoding %r", request.remote, encoding[:64]
+            )
+            self._count_failure()
+            return self._answer(415, "unsupported content encoding", close=True)
+        # The listener has checked the framing. 19 digits: no longer number is worth converting.
+        length = request.headers.get("content-length", "0")
+        if len(length) > 19 or int(length) > self.config.max_body_bytes:
+            return self.body_too_large(request)
+        return None
+
+    def _rejected(self, rejected: RequestRejected) -> Answer:
+        if rejected.status in (204, 205, 304):
+            return Answer(rejected.status, self._cluster_header)
+        headers = (*self._cluster_header, ("Content-Type", rejected.content_type))
+        return Answer(rejected.status, headers, rejected.body)
+
+    def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
+        return _error(status, text, self._cluster_header, close=close)
+
+    def _no_content(self) -> Answer:
+        return Answer(204, self._cluster_header)
+
+    def _count_failure(self) -> None:
+        with self._lock:
+            self.received_failures += 1
+
+    def _count_received(self, sender: int, size_bytes: int) -> None:
+        with self._lock:
+            counts = self.received_bytes
+            if sender in counts or len(counts) < _MAX_SENDERS:
+                counts[sender] = counts.get(sender, 0) + size_bytes
+            else:
+                self.received_bytes_others += size_bytes
+
+    def _warn(self, text: str, *args: object, exc_info: BaseException | None = None) -> None:
+        """Log at warning, but at debug within a second of the last warning of this text."""
+        now = time.monotonic()
+        with self._lock:
+            is_due = now >= self._next_warning.get(text, 0.0)
+            if is_due:
+                self._next_warning[text] = now + _WARNING_INTERVAL_S
+        logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args, exc_info=exc_info)
+
+
+def _unmarshal(body: bytes | bytearray | memoryview) -> Message:
+    message = Message.unmarshal(body)
+    if message.type not in _KNOWN_TYPES:
+        raise UnmarshalError("Message.type", 0, f"{int(message.type)} is not a known type")
+    return message
+
+
+def _error(
+    status: int, text: str, headers: tuple[tuple[str, str], ...] = (), *, close: bool = False
+) -> Answer:
+    """Answer with a line of text, as Go's ``http.Error`` does."""
+    return Answer(
+        status,
+        (
+            *headers,
+            ("Content-Type", "text/plain; charset=utf-8"),
+            ("X-Content-Type-Options", "nosniff"),
+        ),
+        f"{text}\n".encode(),
+        close,
+    )
+
+
+def _not_allowed(method: str) -> Answer:
+    return _error(405, "Method Not Allowed", (("Allow", method),))
+
+
+def _probing() -> Answer:
+    """Say that we are there and what time it is here; source: xiang90/probing ``server.go``."""
+    now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    body = f'{{"OK":true,"Now":"{now}"}}\n'
+    # etcd leaves the type to Go, which sniffs text.
+    return Answer(200, (("Content-Type", "text/plain; charset=utf-8"),), body.encode())

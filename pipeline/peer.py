@@ -1,0 +1,163 @@
+"""A peer: a remote member, and which channel carries a message to it.
+
+Source: etcd rafthttp/peer.go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from pipeline._core import ActiveFlag
+from pipeline._messages import Message
+from pipeline.config import PipelineConfig
+from pipeline.dispatcher import Dispatcher
+from pipeline.errors import MemberRemovedError
+from pipeline.picker import URLPicker
+from pipeline.pipeline import Pipeline
+from pipeline.protocol import format_id
+from pipeline.status import PeerStatus
+from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
+
+__all__ = ["Peer"]
+
+logger = logging.getLogger(__name__)
+
+#: A full channel is told of in the log at most this often per peer.
+FULL_LOG_INTERVAL_S = 1.0
+
+
+class Channel(Protocol):
+    """What carries messages: the pipeline, and one day the two streams."""
+
+    def send(self, message: Message) -> SendResult:
+        """Take the message or refuse it, without waiting."""
+
+
+class Peer:
+    """One remote member: its URLs, its status, its channels.
+
+    Parameters
+    ----------
+    peer_id : int
+        The member's ID, 64 bits.
+    urls : iterable of str
+        Its peer URLs.
+    raft : Raft
+    dispatcher : Dispatcher
+        Runs the pipeline's workers and calls Raft.
+    member_id, cluster_id, config, peer_urls, server_version, min_cluster_version, on_critical_error
+        As for :class:`pipeline.Pipeline`.
+
+    Raises
+    ------
+    UsageError
+        If a URL is not valid.
+
+    Notes
+    -----
+    Thread-safe. Starts itself, like etcd's ``startPeer``.
+    """
+
+    def __init__(
+        self,
+        peer_id: int,
+        urls: Iterable[str],
+        raft: Raft,
+        *,
+        dispatcher: Dispatcher,
+        member_id: int,
+        cluster_id: int,
+        config: PipelineConfig,
+        peer_urls: Iterable[str],
+        server_version: str,
+        min_cluster_version: str,
+        on_critical_error: Callable[[MemberRemovedError], None] | None,
+    ) -> None:
+        self.peer_id = peer_id
+        self.picker = URLPicker(urls)
+        self.status = PeerStatus(member_id, peer_id, ActiveFlag())
+        self.pipeline = Pipeline(
+            peer_id,
+            (),
+            raft,
+            member_id=member_id,
+            cluster_id=cluster_id,
+            config=config,
+            peer_urls=peer_urls,
+            server_version=server_version,
+            min_cluster_version=min_cluster_version,
+            on_critical_error=on_critical_error,
+            picker=self.picker,
+            status=self.status,
+            dispatcher=dispatcher,
+        )
+        self._raft = raft
+        self._dispatcher = dispatcher
+        self._lock = threading.Lock()  # guards what follows
+        self._refused = 0  # messages, not told to Raft yet
+        self._refused_snapshots = 0
+        self._full_logged_at = float("-inf")
+        self.pipeline.start()
+
+    def pick(self, message: Message) -> tuple[Channel, str]:
+        """Choose the channel for a message, and its name (spec section 4.1).
+
+        No stream is ever attached yet, so every message takes the pipeline.
+        """
+        return self.pipeline, "pipeline"
+
+    def send(self, message: Message) -> SendResult:
+        """Offer a message to its channel without waiting.
+
+        A full channel refuses it, and Raft is told, soon, from a dispatcher thread: a Raft that
+        sends while it holds a lock must not be called back in the same call.
+        Source: etcd ``peer.send``.
+        """
+        channel, name = self.pick(message)
+        result = channel.send(message)
+        if result is SendResult.QUEUE_FULL:
+            self._note_full(message, name)
+        return result
+
+    def stop_begin(self) -> int:
+        """Stop all channels without waiting; the number of messages dropped."""
+        return self.pipeline.stop_begin()
+
+    def stop_end(self, deadline: float) -> None:
+        """Wait until ``deadline`` (``time.monotonic()``) for what :meth:`stop_begin` ended."""
+        self.pipeline.stop_end(deadline)
+
+    def _note_full(self, message: Message, name: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            is_first = self._refused == 0
+            self._refused += 1
+            self._refused_snapshots += message.type == MessageType.SNAP
+            is_logged = now - self._full_logged_at >= FULL_LOG_INTERVAL_S
+            if is_logged:
+                self._full_logged_at = now
+        if is_first:
+            self._dispatcher.call_soon(self._report_full)
+        if is_logged:
+            logger.warning(
+                "dropped internal Raft message since sending buffer is full "
+                "(overloaded network): type %s, to %s, channel %s",
+                message.type,
+                format_id(self.peer_id),
+                name,
+            )
+
+    def _report_full(self) -> None:
+        # Differs from etcd: refusals while a report waits for its thread are told as one.
+        with self._lock:
+            self._refused = 0
+            snapshots, self._refused_snapshots = self._refused_snapshots, 0
+        self.pipeline.call(self._raft.report_unreachable, self.peer_id)
+        for _ in range(snapshots):
+            self.pipeline.call(
+                self._raft.report_snapshot, self.peer_id, SnapshotStatus.FAILURE
+            )

@@ -1,0 +1,304 @@
+"""The transport: all peers of a node, and the listener they reach it by.
+
+Source: etcd rafthttp/transport.go. Remotes, TLS, snapshots, pause and probing are to come; the
+places they take are ``remote.py``, ``tls.py``, ``snapshot.py``, ``Peer`` and ``probing.py``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+from pipeline._messages import Message
+from pipeline.asgi import ASGIApp, asgi_app
+from pipeline.config import TransportConfig
+from pipeline.dispatcher import Dispatcher
+from pipeline.errors import MemberRemovedError, UsageError
+from pipeline.handlers import Handlers
+from pipeline.listener import Listener
+from pipeline.peer import Peer
+from pipeline.picker import parse_urls
+from pipeline.protocol import format_id
+from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.types import Raft
+
+__all__ = ["Transport"]
+
+logger = logging.getLogger(__name__)
+
+
+class Transport:
+    """The network half of a Raft node.
+
+    Parameters
+    ----------
+    member_id, cluster_id : int
+        Ours, 64 bits.
+    raft : Raft
+        Takes what peers send and hears what could not be delivered, from our threads.
+    peer_urls : iterable of str
+        Where peers reach us; sent as X-PeerURLs.
+    config : TransportConfig, optional
+    on_critical_error : callable, optional
+        Called with a ``MemberRemovedError`` when a peer answers 403. Stopping the node is the
+        application's decision.
+
+    Raises
+    ------
+    UsageError
+        If an ID, a URL or a setting is not valid.
+
+    Notes
+    -----
+    Thread-safe; every method may be called from a callback. A context manager: starts and stops.
+    One I/O thread serves all peers.
+    """
+
+    def __init__(
+        self,
+        member_id: int,
+        cluster_id: int,
+        raft: Raft,
+        *,
+        peer_urls: Iterable[str] = (),
+        config: TransportConfig | None = None,
+        on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+    ) -> None:
+        urls = tuple(peer_urls)
+        self.member_id = member_id
+        self.cluster_id = cluster_id
+        self.config = config or TransportConfig()
+        self.peer_urls = parse_urls(urls) if urls else ()
+        self.handlers = Handlers(
+            member_id=member_id,
+            cluster_id=cluster_id,
+            raft=raft,
+            config=self.config.receiver,
+            server_version=self.config.server_version,
+        )
+        self._raft = raft
+        self._on_critical_error = on_critical_error
+        self._dispatcher = Dispatcher(
+            format_id(member_id),
+            queue_bytes=self.config.queue_bytes,
+            max_threads=self.config.dispatchers,
+        )
+        self._lock = threading.Lock()  # guards changes of what follows
+        # Replaced, never changed: send reads it without a lock.
+        self._peers: dict[int, Peer] = {}
+        self._listeners: list[Listener] = []
+        self._is_started = False
+        self._is_stopped = False
+
+    # -- life
+
+    def start(self) -> None:
+        """Start the I/O thread. Once; ``UsageError`` otherwise."""
+        with self._lock:
+            if self._is_started:
+                raise UsageError("start: a transport can be started once")
+            self._is_started = True
+        self._dispatcher.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> int:
+        """Close the listeners, stop all peers, end all threads.
+
+        Returns within ``config.stop_timeout_s`` (1 s), whatever the peers and callbacks do; what
+        is still in a callback then is told in the log and ends after it. Called from a callback,
+        it does not wait for that callback. A second call does nothing.
+
+        Returns
+        -------
+        int
+            How many queued messages were dropped.
+        """
+        deadline = time.monotonic() + self.config.stop_timeout_s
+        with self._lock:
+            if not self._is_started or self._is_stopped:
+                self._is_stopped = True
+                return 0
+            self._is_stopped = True
+            peers, self._peers = self._peers, {}
+            listeners, self._listeners = self._listeners, []
+        dropped = sum(peer.stop_begin() for peer in peers.values())
+        for listener in listeners:
+            listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
+        for peer in peers.values():
+            peer.stop_end(deadline)
+        self._dispatcher.stop(deadline)
+        atexit.unregister(self.stop)
+        return dropped
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # -- sending
+
+    def send(self, messages: Iterable[Message]) -> None:
+        """Hand each message to the peer it is for.
+
+        Parameters
+        ----------
+        messages : iterable of Message, EncodedMessage or raftpb protobuf objects
+            A message to 0 or to an unknown member is dropped, as etcd does.
+
+        Raises
+        ------
+        UsageError, MarshalError
+            If one of them is not a message or is too large; the ones before it were sent.
+
+        Notes
+        -----
+        Never waits, and raises nothing for the network's reasons. Source: etcd ``Transport.Send``.
+        """
+        peers = self._peers
+        for message in messages:
+            to = message.to
+            peer = peers.get(to)
+            if peer is not None:
+                peer.send(message)
+            elif to:
+                logger.debug("ignored message to unknown member %s", format_id(to))
+
+    # -- peers
+
+    def add_peer(self, peer_id: int, urls: Iterable[str]) -> None:
+        """Start to send to a member. Ignored when it is a peer already; its URLs stay.
+
+        Raises
+        ------
+        UsageError
+            If a URL or the ID is not valid, or the transport is not running.
+        """
+        format_id(peer_id)  # UsageError for what is not an ID
+        with self._lock:
+            self._require_running("add_peer")
+            if peer_id in self._peers:
+                return
+            peer = Peer(
+                peer_id,
+                urls,
+                self._raft,
+                dispatcher=self._dispatcher,
+                member_id=self.member_id,
+                cluster_id=self.cluster_id,
+                config=self.config.pipeline,
+                peer_urls=self.peer_urls,
+                server_version=self.config.server_version,
+                min_cluster_version=self.config.min_cluster_version,
+                on_critical_error=self._on_critical_error,
+            )
+            self._peers = {**self._peers, peer_id: peer}
+        logger.info("added remote peer %s", format_id(peer_id))
+
+    def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
+        """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
+        peer = self._peers.get(peer_id)
+        if peer is not None:
+            peer.pipeline.update(urls)
+            logger.info("updated remote peer %s", format_id(peer_id))
+
+    def remove_peer(self, peer_id: int) -> int:
+        """Stop to send to a member, as :meth:`stop` does for all.
+
+        Returns
+        -------
+        int
+            How many queued messages were dropped; 0 for an unknown member, with a warning.
+        """
+        with self._lock:
+            peers = dict(self._peers)
+            peer = peers.pop(peer_id, None)
+            self._peers = peers
+        if peer is None:
+            logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
+            return 0
+        dropped = peer.stop_begin()
+        peer.stop_end(time.monotonic() + self.config.stop_timeout_s)
+        logger.info("removed remote peer %s", format_id(peer_id))
+        return dropped
+
+    def remove_all_peers(self) -> int:
+        """Remove every peer; the number of messages dropped."""
+        with self._lock:
+            peers, self._peers = self._peers, {}
+        dropped = sum(peer.stop_begin() for peer in peers.values())
+        deadline = time.monotonic() + self.config.stop_timeout_s
+        for peer in peers.values():
+            peer.stop_end(deadline)
+        return dropped
+
+    def active_since(self, peer_id: int) -> float | None:
+        """When the peer last became active, seconds since the epoch; None if it is not."""
+        peer = self._peers.get(peer_id)
+        return None if peer is None else peer.status.active_since
+
+    def active_peers(self) -> int:
+        """How many peers are active."""
+        return sum(peer.status.is_active for peer in self._peers.values())
+
+    def stats(self) -> dict[int, PipelineStats]:
+        """The books of every peer's pipeline, by member ID; each balances in itself."""
+        return {peer_id: peer.pipeline.stats() for peer_id, peer in self._peers.items()}
+
+    def follower_stats(self) -> dict[int, FollowerStats]:
+        """What became of MsgApp messages, by member ID."""
+        return {peer_id: peer.pipeline.follower_stats() for peer_id, peer in self._peers.items()}
+
+    # -- receiving
+
+    def listen(self, url: str | None = None) -> Listener:
+        """Receive at ``url``.
+
+        Parameters
+        ----------
+        url : str, optional
+            ``http://host:port``; port 0 takes a free one. By default the first of ``peer_urls``.
+
+        Returns
+        -------
+        Listener
+            Its ``url`` has the real port. Closed by :meth:`stop`.
+
+        Raises
+        ------
+        UsageError
+            If there is no URL, or the transport is not running.
+        OSError
+            If the address cannot be bound.
+        """
+        if url is None:
+            if not self.peer_urls:
+                raise UsageError("listen: url is needed, for there are no peer_urls")
+            url = self.peer_urls[0]
+        with self._lock:
+            self._require_running("listen")
+            listener = Listener(self.handlers, url, self.config.receiver)
+            self._listeners.append(listener)
+        return listener
+
+    @property
+    def asgi_app(self) -> ASGIApp:
+        """An ASGI application that does what :meth:`listen` does, for a server of your own."""
+        return asgi_app(self.handlers, self.config.receiver)
+
+    def _require_running(self, what: str) -> None:
+        if not self._is_started:
+            raise UsageError(f"{what}: the transport was not started")
+        if self._is_stopped:
+            raise UsageError(f"{what}: transport stopped")

@@ -1,0 +1,31 @@
+"""Fixtures that check what a test leaves behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+# A thread told to end may need a moment to do so; only a leak takes this long.
+GRACE_S = 5.0
+
+
+def _leaked(before: set[threading.Thread]) -> list[threading.Thread]:
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before and (not thread.daemon or thread.name.startswith("pipeline-"))
+    ]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """Fail a test that leaves a thread that is not a daemon, or one of ours."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + GRACE_S
+    while (leaked := _leaked(before)) and time.monotonic() < deadline:
+        leaked[0].join(0.05)
+    assert not leaked, f"threads left: {[thread.name for thread in leaked]}"

@@ -1,0 +1,347 @@
+"""Listener: where it listens, its limits, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+
+from pipeline.config import ReceiverConfig
+from pipeline.errors import UsageError
+from pipeline.handlers import Handlers
+from pipeline.listener import Listener
+from tests.support import LONG_TIMEOUT
+from tests.support.http import (
+    CLUSTER_ID,
+    HEARTBEAT,
+    dial,
+    peer_headers,
+    post_heartbeat,
+    raw_head,
+    read_status,
+    reply_of_socket,
+)
+from tests.support.raft import FakeRaft
+
+ANY = "http://127.0.0.1:0"
+GOOD = raw_head(f"content-length: {len(HEARTBEAT.marshal())}") + HEARTBEAT.marshal()
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Hold every call of ``process``; opened at the end of the test."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+def listen(raft: FakeRaft, url: str = ANY, config: ReceiverConfig | None = None) -> Listener:
+    config = config or ReceiverConfig()
+    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    return Listener(handlers, url, config)
+
+
+def listener_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "pipeline-listen" in thread.name]
+
+
+def is_closed(sock: socket.socket) -> bool:
+    """Wait for the end of the connection, whatever is received before it."""
+    try:
+        while sock.recv(4096):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        ANY,
+        "http://localhost:0",
+        pytest.param("http://[::1]:0", marks=ipv6),
+    ],
+)
+def test_says_where_it_listens_with_the_real_port(url: str) -> None:
+    raft = FakeRaft()
+    with listen(raft, url) as listener:
+        prefix, _, port = listener.url.rpartition(":")
+        assert prefix == url.rpartition(":")[0]
+        assert int(port) > 0
+        assert post_heartbeat(listener.url).status == 204
+    assert raft.processed == [HEARTBEAT]
+
+
+@ipv6
+def test_the_ipv6_wildcard_takes_ipv4_as_gos_does() -> None:
+    with listen(FakeRaft(), "http://[::]:0") as listener:
+        port = urlsplit(listener.url).port
+        assert post_heartbeat(f"http://127.0.0.1:{port}").status == 204
+        assert post_heartbeat(f"http://[::1]:{port}").status == 204
+
+
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:0", "http://127.0.0.1", "http://127.0.0.1:0/raft", "https://127.0.0.1:0",
+            "unix://localhost:0"]
+)  # fmt: skip
+def test_refuses_a_url_it_cannot_listen_on(url: str) -> None:
+    with pytest.raises(UsageError):
+        listen(FakeRaft(), url)
+    assert listener_threads() == []
+
+
+def test_a_port_in_use_is_an_os_error() -> None:
+    with listen(FakeRaft()) as listener, pytest.raises(OSError, match="in use"):
+        listen(FakeRaft(), listener.url)
+
+
+def test_a_loop_that_cannot_start_is_the_callers_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptors() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with monkeypatch.context() as patch:
+        patch.setattr("asyncio.new_event_loop", no_descriptors)
+        patch.setattr("asyncio.events.new_event_loop", no_descriptors)
+        with pytest.raises(OSError, match="Too many open files"):
+            listen(FakeRaft())
+    assert listener_threads() == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_port_is_free_at_once_although_connections_were_open() -> None:
+    raft = FakeRaft()
+    url = ANY
+    for _ in range(3):
+        listener = listen(raft, url)
+        url = listener.url
+        with dial(url) as idle, dial(url) as used:
+            used.sendall(GOOD)
+            assert read_status(used) == 204
+            listener.close()
+            assert is_closed(idle)
+            assert is_closed(used)
+    assert len(raft.processed) == 3
+
+
+def test_close_leaves_no_thread_and_no_descriptor() -> None:
+    listen(FakeRaft()).close()  # whatever is imported or cached at first use
+    before = sorted(os.listdir("/proc/self/fd"))
+    listener = listen(FakeRaft())
+    post_heartbeat(listener.url)
+    listener.close()
+    assert listener_threads() == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ConnectionRefusedError):
+        dial(listener.url)
+
+
+def test_close_twice_and_from_several_threads_is_harmless() -> None:
+    listener = listen(FakeRaft())
+    threads = [threading.Thread(target=listener.close) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG_TIMEOUT)
+    listener.close()
+    assert listener_threads() == []
+
+
+def test_close_lets_a_running_process_finish(gate: threading.Event) -> None:
+    raft = FakeRaft(gate=gate)
+    listener = listen(raft)
+    with dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        raft.wait_processed(1)
+        closing = threading.Thread(target=listener.close, args=(LONG_TIMEOUT,))
+        closing.start()
+        gate.set()
+        assert read_status(sock) == 204
+        closing.join(LONG_TIMEOUT)
+        assert not closing.is_alive()
+
+
+def test_close_gives_up_at_the_deadline_and_says_so_to_the_sender(gate: threading.Event) -> None:
+    raft = FakeRaft(gate=gate)
+    config = ReceiverConfig(handlers=1)
+    listener = listen(raft, config=config)
+    with dial(listener.url) as running, dial(listener.url) as waiting, dial(listener.url) as half:
+        running.sendall(GOOD)
+        raft.wait_processed(1)
+        waiting.sendall(GOOD)
+        half.sendall(GOOD[:-1])
+        # Answered on the loop, so the loop has seen what was sent before it.
+        assert reply_of_socket(listener.url, "GET", "/raft/probing", {}, b"").status == 200
+        listener.close(deadline_s=0.3)
+        assert listener_threads() == []
+        for sock in (running, waiting, half):
+            assert read_status(sock) == 503
+            assert is_closed(sock)
+    gate.set()
+    assert len(raft.processed) == 1, "a message was processed after close"
+
+
+def test_close_logs_no_traceback(gate: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    raft = FakeRaft(gate=gate)
+    listener = listen(raft)
+    with dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        raft.wait_processed(1)
+        listener.close(deadline_s=0.0)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_blocked_calls_of_process_hold_up_only_their_own_connections(
+    gate: threading.Event,
+) -> None:
+    raft = FakeRaft(gate=gate)
+    config = ReceiverConfig(handlers=2)
+    with listen(raft, config=config) as listener:
+        blocked = [dial(listener.url) for _ in range(3)]
+        for sock in blocked:
+            sock.sendall(GOOD)
+        raft.wait_processed(2)
+        assert reply_of_socket(listener.url, "GET", "/raft/probing", {}, b"").status == 200
+        strange = peer_headers(x_etcd_cluster_id="1")
+        assert reply_of_socket(listener.url, "POST", "/raft", strange, b"").status == 412
+        assert len(raft.processed) == 2, "more calls at once than config.handlers"
+        gate.set()
+        assert [read_status(sock) for sock in blocked] == [204, 204, 204]
+        for sock in blocked:
+            sock.close()
+
+
+def test_a_connection_too_many_is_closed_and_makes_room_again() -> None:
+    config = ReceiverConfig(max_connections=2)
+    with listen(FakeRaft(), config=config) as listener:
+        first, second = dial(listener.url), dial(listener.url)
+        for sock in (first, second):
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        with dial(listener.url) as third:
+            assert is_closed(third)
+        second.sendall(GOOD)
+        assert read_status(second) == 204
+        first.shutdown(socket.SHUT_WR)
+        assert is_closed(first)
+        first.close()
+        assert post_heartbeat(listener.url).status == 204
+        second.close()
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", GOOD[:20], GOOD + GOOD[:20]], ids=["nothing", "part of a head", "of the second"]
+)
+def test_a_head_that_does_not_come_in_time_ends_the_connection(sent: bytes) -> None:
+    config = ReceiverConfig(head_timeout_s=0.1, idle_timeout_s=0.1)
+    with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
+        sock.sendall(sent)
+        assert is_closed(sock)
+
+
+def test_a_head_that_trickles_in_ends_the_connection() -> None:
+    config = ReceiverConfig(head_timeout_s=0.1)
+    with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
+        sock.settimeout(0.01)
+        answer: bytes | None = None
+        while answer is None:
+            try:
+                sock.sendall(b"P")
+                answer = sock.recv(1)
+            except TimeoutError:  # neither answered nor closed: go on trickling
+                pass
+            except ConnectionError:
+                answer = b""
+        assert answer == b""
+
+
+def test_an_idle_connection_is_closed_in_time() -> None:
+    config = ReceiverConfig(idle_timeout_s=0.1, head_timeout_s=LONG_TIMEOUT * 10)
+    with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        assert is_closed(sock)
+
+
+def test_a_body_that_stalls_is_answered_400() -> None:
+    config = ReceiverConfig(stall_timeout_s=0.1, head_timeout_s=LONG_TIMEOUT * 10)
+    raft = FakeRaft()
+    with listen(raft, config=config) as listener, dial(listener.url) as sock:
+        sock.sendall(GOOD[:-1])
+        assert read_status(sock) == 400
+        assert is_closed(sock)
+    assert raft.processed == []
+
+
+def test_a_slow_process_is_not_taken_for_an_idle_connection(gate: threading.Event) -> None:
+    config = ReceiverConfig(idle_timeout_s=0.05, head_timeout_s=0.05, stall_timeout_s=0.05)
+    raft = FakeRaft(gate=gate)
+    with listen(raft, config=config) as listener, dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        raft.wait_processed(1)
+        sock.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(LONG_TIMEOUT)
+        gate.set()
+        assert read_status(sock) == 204
+
+
+def test_answers_carry_date_and_no_server_as_gos_do() -> None:
+    with listen(FakeRaft()) as listener:
+        reply = post_heartbeat(listener.url)
+    assert "date" in reply.headers
+    assert "server" not in reply.headers
+
+
+def test_leaves_the_hosts_uvicorn_loggers_alone() -> None:
+    loggers = [logging.getLogger(f"uvicorn{part}") for part in ("", ".error", ".access")]
+    before = [(log.level, list(log.handlers), log.propagate) for log in loggers]
+    with listen(FakeRaft()) as listener:
+        post_heartbeat(listener.url)
+    assert [(log.level, list(log.handlers), log.propagate) for log in loggers] == before
+
+
+BLOCKED_AT_EXIT = """
+import threading
+from tests.functional.test_listener import FakeRaft, GOOD, dial, listen
+raft = FakeRaft(gate=threading.Event())
+listener = listen(raft)
+sock = dial(listener.url)
+sock.sendall(GOOD)
+raft.wait_processed(1)
+print("blocked", flush=True)
+"""
+
+
+def test_a_blocked_process_does_not_hang_interpreter_exit() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED_AT_EXIT],
+        timeout=LONG_TIMEOUT * 0.8,  # less than FakeRaft waits at the gate
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stdout) == (0, "blocked\n"), done.stderr
