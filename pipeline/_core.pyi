@@ -2,9 +2,10 @@
 
 import enum
 from collections.abc import Sized
-from typing import Protocol, SupportsIndex, final
+from typing import Protocol, SupportsIndex, type_check_only
 
 from _typeshed import ReadableBuffer
+from typing_extensions import disjoint_base
 
 from pipeline._messages import Message
 from pipeline.stats import FollowerStats, PipelineStats
@@ -35,6 +36,7 @@ class Given(enum.IntEnum):
     RETIRED = 1
     NOT = 2
 
+@type_check_only
 class ProtobufMessage(Protocol):
     """A protobuf object of any raftpb schema."""
 
@@ -45,6 +47,7 @@ class ProtobufMessage(Protocol):
 def error_text(error: int) -> str: ...
 def recognise_204(data: ReadableBuffer) -> int: ...
 
+@disjoint_base
 class EncodedMessage(Sized):
     def __new__(
         cls, data: ReadableBuffer, *, type: SupportsIndex, to: SupportsIndex
@@ -57,16 +60,19 @@ class EncodedMessage(Sized):
     def to(self) -> int: ...
     def __len__(self) -> int: ...
 
+@disjoint_base
 class ActiveFlag:
     def get(self) -> bool: ...
     def set(self, value: bool) -> None: ...
 
+@disjoint_base
 class Channel(Sized):
     def __new__(cls, cap: int) -> Channel: ...
     def __len__(self) -> int: ...
     def try_push(self, item: object) -> bool: ...
     def try_pop(self) -> object: ...
 
+@disjoint_base
 class IOLoop:
     @property
     def senders(self) -> set[Sender]: ...
@@ -83,6 +89,7 @@ class IOLoop:
     def close_events(self) -> None: ...
     def forget_after_fork(self) -> None: ...
 
+@disjoint_base
 class Sender:
     def open(
         self,

@@ -99,13 +99,13 @@ class Dispatcher:
             # Before an event that may block: let another thread wait for the next one.
             if len(self._threads) < self._max_threads and not self.loop.has_waiter():
                 self._add_thread()
-            sender, index, kind, error = event
-            if sender is None:
+            if event[0] is None:
                 self._run_chores()
             else:
+                sender, index, kind, error = event
                 sender.on_event(index, kind, error)
-            # Keep nothing alive while waiting.
-            del event, sender
+                del sender  # keep nothing alive while waiting
+            del event
         self._run_chores()
 
     def _run_chores(self) -> None:

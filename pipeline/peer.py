@@ -158,6 +158,4 @@ class Peer:
             snapshots, self._refused_snapshots = self._refused_snapshots, 0
         self.pipeline.call(self._raft.report_unreachable, self.peer_id)
         for _ in range(snapshots):
-            self.pipeline.call(
-                self._raft.report_snapshot, self.peer_id, SnapshotStatus.FAILURE
-            )
+            self.pipeline.call(self._raft.report_snapshot, self.peer_id, SnapshotStatus.FAILURE)

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import ParamSpec, Self
 
@@ -105,13 +106,14 @@ class Pipeline(Sender):
         self._dispatcher = dispatcher or Dispatcher(
             self._peer, queue_bytes=defaults.queue_bytes, max_threads=defaults.dispatchers
         )
-        self._identity = {
-            "member_id": member_id,
-            "cluster_id": cluster_id,
-            "peer_urls": tuple(peer_urls),
-            "server_version": server_version or defaults.server_version,
-            "min_cluster_version": min_cluster_version,
-        }
+        self._head = partial(
+            protocol.request_head,
+            member_id=member_id,
+            cluster_id=cluster_id,
+            peer_urls=tuple(peer_urls),
+            server_version=server_version or defaults.server_version,
+            min_cluster_version=min_cluster_version,
+        )
         self._pools: dict[str, Pool] = {}
         self._lines = [Line() for _ in range(self._config.connections)]
         self._lock = threading.Lock()  # guards what follows
@@ -256,7 +258,7 @@ class Pipeline(Sender):
             if pool is None:
                 pool = self._pools[url] = Pool(
                     url,
-                    protocol.request_head(url, **self._identity),
+                    self._head(url),
                     size=self._config.connections,
                     dead_link_timeout_s=self._config.dead_link_timeout_s,
                 )
@@ -298,9 +300,7 @@ class Pipeline(Sender):
         prefix, is_written = self.answer(index)
         deadline = time.monotonic() + self._config.response_timeout_s
         try:
-            answer = read_answer(
-                prefix, line.sock, self._stop_fd, deadline, is_written=is_written
-            )
+            answer = read_answer(prefix, line.sock, self._stop_fd, deadline, is_written=is_written)
         except StoppedError:
             self._fail(index, self._unreachable(index, "stopped"))
             return

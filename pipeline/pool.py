@@ -7,10 +7,9 @@ answer the core did not recognise (parsed by ``http.client``, waited for togethe
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import http.client
 import io
-import os
 import select
 import socket
 import time
@@ -69,9 +68,8 @@ class DialConnection(HTTPConnection):
                 sock.setblocking(False)
                 for option in self.socket_options or ():
                     sock.setsockopt(*option)
-                code = sock.connect_ex(address)
-                if code not in (0, errno.EINPROGRESS):
-                    raise OSError(code, os.strerror(code))
+                with contextlib.suppress(BlockingIOError):  # EINPROGRESS
+                    sock.connect(address)
             except OSError as failure:
                 error = failure
                 if sock is not None:

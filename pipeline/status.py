@@ -5,23 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import Protocol
 
+from pipeline._core import ActiveFlag
 from pipeline.protocol import format_id
 
-__all__ = ["ActiveFlag", "PeerStatus"]
+__all__ = ["PeerStatus"]
 
 logger = logging.getLogger(__name__)
-
-
-class ActiveFlag(Protocol):
-    """The one bit of the status that the core reads, without the GIL, after every answer."""
-
-    def set(self, active: bool, /) -> None:
-        """Store the bit."""
-
-    def get(self) -> bool:
-        """Return the bit."""
 
 
 class PeerStatus:
@@ -34,7 +24,8 @@ class PeerStatus:
     peer_id : int
         The peer's.
     flag : ActiveFlag
-        Set by this object only, after ``active_since``.
+        What the I/O loop reads, without the GIL, after every answer. Set by this object only,
+        after ``active_since``.
 
     Attributes
     ----------

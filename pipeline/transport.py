@@ -74,12 +74,13 @@ class Transport:
         self.cluster_id = cluster_id
         self.config = config or TransportConfig()
         self.peer_urls = parse_urls(urls) if urls else ()
+        format_id(member_id)  # UsageError for what is not an ID
         self.handlers = Handlers(
-            member_id=member_id,
+            raft,
             cluster_id=cluster_id,
-            raft=raft,
-            config=self.config.receiver,
             server_version=self.config.server_version,
+            min_cluster_version=self.config.min_cluster_version,
+            config=self.config.receiver,
         )
         self._raft = raft
         self._on_critical_error = on_critical_error
