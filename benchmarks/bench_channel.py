@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 from harness import builder, running
-from pytest_benchmark.fixture import BenchmarkFixture
-
 from pipeline._core import Channel
+from pytest_benchmark.fixture import BenchmarkFixture
 
 QUEUE_LENGTH = 64
 ROUNDS = 500

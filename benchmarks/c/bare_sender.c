@@ -5,9 +5,12 @@
  * passes the checks of `is_204`. No queue, no encoding, no statistics, no timeouts.
  *
  * usage: bare_sender --port P [--connections 4] [--size 172] [--messages N | --seconds S]
- *                    [--warmup 1000] [--spin]
+ *                    [--warmup 1000] [--spin | --lone]
  *   --spin    a second thread computes all the time, as the main thread of P4's subjects does
- *   stdout    one JSON object; CPU is that of the exchanging thread after the warm-up
+ *   --lone    a second thread offers one of N messages every 2 ms by writing to an eventfd on which
+ *             the loop sleeps: what waking a thread costs on this machine (reference of P5, P10)
+ *   stdout    one JSON object; CPU is that of the exchanging thread after the warm-up;
+ *             with --lone send_ns (time in write) and offers_ns (CLOCK_REALTIME) of each message
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -16,6 +19,7 @@
 #include <getopt.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -23,6 +27,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
@@ -36,6 +41,7 @@ enum {
      * larger ones keep the other connections waiting (design.md section 2). */
     STEP_CAP = 1024 * 1024,
     CLOCK_EVERY = 64, /* turns of the loop between two looks at the clock */
+    LONE_PAUSE_NS = 2000000,
 };
 
 typedef struct {
@@ -49,7 +55,10 @@ typedef struct {
 static char head[1024];
 static size_t head_len, size = 172;
 static char *body;
-static int epoll;
+static int epoll, wakefd = -1;
+static int64_t *send_ns, *offers_ns; /* with --lone, one of each per message */
+static uint64_t lone_messages;
+static _Atomic uint64_t answered;
 
 static void die(const char *what)
 {
@@ -57,11 +66,16 @@ static void die(const char *what)
     exit(1);
 }
 
-static double now_s(void)
+static int64_t clock_ns(clockid_t clock)
 {
     struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec + (double)ts.tv_nsec / 1e9;
+    clock_gettime(clock, &ts);
+    return (int64_t)ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
+
+static double now_s(void)
+{
+    return (double)clock_ns(CLOCK_MONOTONIC) / 1e9;
 }
 
 /* CPU of this thread, in seconds: that of the process when nothing spins. */
@@ -78,6 +92,31 @@ static void *spin(void *unused)
     for (volatile uint64_t i = 0;; i++)
         ;
     return unused;
+}
+
+/* Offers a message every LONE_PAUSE_NS, or later if the last one is not answered by then. */
+static void *offer_lone(void *unused)
+{
+    static const uint64_t one = 1;
+    for (uint64_t i = 0; i < lone_messages; i++) {
+        do
+            nanosleep(&(struct timespec){0, LONE_PAUSE_NS}, NULL);
+        while (atomic_load(&answered) < i);
+        offers_ns[i] = clock_ns(CLOCK_REALTIME);
+        int64_t start_ns = clock_ns(CLOCK_MONOTONIC);
+        if (write(wakefd, &one, sizeof one) != sizeof one)
+            die("eventfd");
+        send_ns[i] = clock_ns(CLOCK_MONOTONIC) - start_ns;
+    }
+    return unused;
+}
+
+static void print_list(const char *name, const int64_t *values)
+{
+    printf("\"%s\": [", name);
+    for (uint64_t i = 0; i < lone_messages; i++)
+        printf("%s%lld", i ? ", " : "", (long long)values[i]);
+    printf("]");
 }
 
 static void watch(conn_t *c, int op, uint32_t events)
@@ -172,12 +211,13 @@ int main(int argc, char **argv)
     int port = 0, connections = 4, option;
     uint64_t messages = 0, warmup = 1000;
     double seconds = 0;
-    bool spinning = false;
+    bool spinning = false, lone = false;
     static const struct option options[] = {
         {"port", required_argument, 0, 'p'},     {"connections", required_argument, 0, 'c'},
         {"size", required_argument, 0, 'z'},     {"messages", required_argument, 0, 'm'},
         {"seconds", required_argument, 0, 's'},  {"warmup", required_argument, 0, 'w'},
-        {"spin", no_argument, 0, 'x'},           {0, 0, 0, 0},
+        {"spin", no_argument, 0, 'x'},           {"lone", no_argument, 0, 'l'},
+        {0, 0, 0, 0},
     };
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
         switch (option) {
@@ -188,11 +228,14 @@ int main(int argc, char **argv)
         case 's': seconds = atof(optarg); break;
         case 'w': warmup = strtoull(optarg, NULL, 10); break;
         case 'x': spinning = true; break;
+        case 'l': lone = true; break;
         default: return 2;
         }
     }
-    if (port <= 0 || connections < 1 || connections > CONNECTIONS_CAP || !messages == !(seconds > 0)) {
-        fprintf(stderr, "bare_sender: needs --port, 1 to %d --connections, and --messages or --seconds\n",
+    if (port <= 0 || connections < 1 || connections > CONNECTIONS_CAP ||
+        !messages == !(seconds > 0) || (lone && !messages)) {
+        fprintf(stderr,
+                "bare_sender: needs --port, 1 to %d --connections, and --messages or --seconds\n",
                 CONNECTIONS_CAP);
         return 2;
     }
@@ -216,20 +259,29 @@ int main(int argc, char **argv)
     epoll = epoll_create1(EPOLL_CLOEXEC);
     if (epoll < 0)
         die("epoll_create1");
-    pthread_t spinner;
-    if (spinning && pthread_create(&spinner, NULL, spin, NULL))
-        die("pthread_create");
-
     for (int i = 0; i < connections; i++) {
         connect_to(&conns[i], port);
         watch(&conns[i], EPOLL_CTL_ADD, EPOLLIN);
     }
     uint64_t limit = messages ? warmup + messages : UINT64_MAX, begun = 0, done = 0;
+    pthread_t thread;
+    if (lone) {
+        lone_messages = limit = messages;
+        send_ns = calloc(messages, sizeof *send_ns);
+        offers_ns = calloc(messages, sizeof *offers_ns);
+        wakefd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        struct epoll_event ev = {.events = EPOLLIN | EPOLLET, .data.ptr = NULL};
+        if (!send_ns || !offers_ns || wakefd < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, wakefd, &ev) ||
+            pthread_create(&thread, NULL, offer_lone, NULL))
+            die("--lone");
+    } else if (spinning && pthread_create(&thread, NULL, spin, NULL)) {
+        die("pthread_create");
+    }
     double start_s = now_s(), start_cpu_s = cpu_s();
-    for (; begun < (uint64_t)connections && begun < limit; begun++)
+    for (; !lone && begun < (uint64_t)connections && begun < limit; begun++)
         write_step(&conns[begun]);
 
-    for (unsigned turn = 1; done < begun; turn++) {
+    for (unsigned turn = 1; done < (lone ? limit : begun); turn++) {
         struct epoll_event events[CONNECTIONS_CAP];
         int n = epoll_wait(epoll, events, CONNECTIONS_CAP, -1);
         if (n < 0 && errno != EINTR)
@@ -238,6 +290,11 @@ int main(int argc, char **argv)
             limit = begun; /* no new requests; the outstanding ones are awaited */
         for (int i = 0; i < n; i++) {
             conn_t *c = events[i].data.ptr;
+            if (!c) { /* an offer, never read: each write to the eventfd is an edge */
+                begun++;
+                write_step(conns);
+                continue;
+            }
             if (events[i].events & EPOLLOUT)
                 write_step(c);
             if (!(events[i].events & ~(uint32_t)EPOLLOUT) || !read_answer(c))
@@ -247,11 +304,22 @@ int main(int argc, char **argv)
                 start_cpu_s = cpu_s();
             }
             c->written = c->got = 0;
-            if (begun < limit) {
+            if (lone)
+                atomic_store(&answered, done);
+            else if (begun < limit) {
                 begun++;
                 write_step(c);
             }
         }
+    }
+    if (lone) {
+        pthread_join(thread, NULL);
+        printf("{");
+        print_list("send_ns", send_ns);
+        printf(", ");
+        print_list("offers_ns", offers_ns);
+        printf(", \"total\": %llu}\n", (unsigned long long)done);
+        return 0;
     }
     double took_s = now_s() - start_s, took_cpu_s = cpu_s() - start_cpu_s;
     uint64_t counted = done - warmup;
