@@ -71,7 +71,8 @@ directives = {
 setup(
     ext_modules=cythonize(
         [extension("_messages"), extension("_core")],
-        build_dir="build/cython",
+        # A directory per set of directives: cythonize looks at time stamps only.
+        build_dir="build/cython" + ("-debug" if DEBUG else "") + ("-trace" if COVERAGE else ""),
         compiler_directives=directives,
         annotate=ANNOTATE,
     ),

@@ -1,3 +1,4 @@
+# cython: auto_pickle=False
 """The sending core: where Python meets the I/O loop on the way out.
 
 ``_loop.pxd`` holds what runs without the GIL. Here are the jobs made from messages, the calls a
