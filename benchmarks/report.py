@@ -29,8 +29,9 @@ from harness import BIN, HERE, SUBJECTS, Sink, builder, machine, quantiles
 Runs = dict[str, list[dict[str, Any]]]  # "subject mode" -> one result per round
 
 ENTRY_BYTES = 128
-#: What others may use of the machine before the report says so.
+#: What others may use of the machine beside a run; more disturbs it.
 FOREIGN_CORES_MAX = 0.1
+REPEAT_PAUSE_S = 2.0
 
 
 def run_json(*command: object) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def run_one(subject: str, mode: str, seconds: float, body_bytes: int) -> dict[st
 
 def say(progress: str) -> None:
     if sys.stderr.isatty():
-        print(progress.ljust(50), end="\r", file=sys.stderr, flush=True)
+        print(progress.ljust(60), end="\r", file=sys.stderr, flush=True)
 
 
 def busy_s() -> tuple[float, float]:
@@ -83,7 +84,16 @@ def busy_s() -> tuple[float, float]:
     return ticks / os.sysconf("SC_CLK_TCK"), ours.ru_utime + ours.ru_stime
 
 
-def measure(rounds: int, seconds: float, body_bytes: int) -> Runs:
+def run_watched(subject: str, mode: str, seconds: float, body_bytes: int) -> dict[str, Any]:
+    """``run_one``, and the CPU that others used meanwhile."""
+    start, all_before, ours_before = time.perf_counter(), *busy_s()
+    result = run_one(subject, mode, seconds, body_bytes)
+    took, all_after, ours_after = time.perf_counter() - start, *busy_s()
+    foreign_s = (all_after - all_before) - (ours_after - ours_before)
+    return {**result, "foreign_cores": max(foreign_s / took, 0.0)}
+
+
+def measure(rounds: int, seconds: float, repeats: int, body_bytes: int) -> Runs:
     plan = [(subject, mode) for mode in ("rate", "spin") for subject in ("bare-c", *SUBJECTS)]
     plan.remove(("core-prebuilt", "spin"))
     plan += [("core", "busy"), ("baseline", "busy")]
@@ -91,14 +101,14 @@ def measure(rounds: int, seconds: float, body_bytes: int) -> Runs:
     runs: Runs = {}
     for n in range(rounds):
         for subject, mode in plan:
-            print(
-                f"round {n + 1} of {rounds}: {subject} {mode}".ljust(50), end="\r", file=sys.stderr
-            )
-            start, all_before, ours_before = time.perf_counter(), *busy_s()
-            result = run_one(subject, mode, seconds, body_bytes)
-            took, all_after, ours_after = time.perf_counter() - start, *busy_s()
-            foreign_s = (all_after - all_before) - (ours_after - ours_before)
-            result["foreign_cores"] = max(foreign_s / took, 0.0)
+            say(f"round {n + 1} of {rounds}: {subject} {mode}")
+            result = run_watched(subject, mode, seconds, body_bytes)
+            # Judged by what others did, never by the figure.
+            while result["foreign_cores"] > FOREIGN_CORES_MAX and repeats:
+                say(f"round {n + 1} of {rounds}: {subject} {mode}, disturbed, again")
+                repeats -= 1
+                time.sleep(REPEAT_PAUSE_S)
+                result = run_watched(subject, mode, seconds, body_bytes)
             runs.setdefault(f"{subject} {mode}", []).append(result)
     say("")
     return runs
@@ -288,11 +298,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each run at full rate")
+    parser.add_argument("--repeats", type=int, default=20, help="of disturbed runs, in all")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "bench.json")
     args = parser.parse_args()
 
     body_bytes = builder("core", ENTRY_BYTES)(100_000).byte_size()
-    runs = measure(args.rounds, args.seconds, body_bytes)
+    runs = measure(args.rounds, args.seconds, args.repeats, body_bytes)
     benchmarks = bench_files()
     rows = [*rows_of_runs(runs), *rows_of_marshal(benchmarks)]
     where = machine()
