@@ -357,6 +357,10 @@ cdef inline int wire_get_varint(
     cdef const uint8_t* byte = at[0]
     cdef uint64_t result = 0
     cdef int shift = 0
+    if byte < end and byte[0] < 0x80:   # nearly every tag and most values
+        at[0] = byte + 1
+        value[0] = byte[0]
+        return WIRE_OK
     while byte < end:
         # The tenth byte has one bit left to give.
         if shift == 63 and byte[0] > 1:

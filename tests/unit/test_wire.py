@@ -212,7 +212,9 @@ def test_an_empty_packed_list_adds_nothing() -> None:
     assert Message.unmarshal(in_conf_state(b"\x0a\x00")).snapshot is None
 
 
-@pytest.mark.parametrize("value", ["01", "02", "80 01", "ff ff ff ff ff ff ff ff ff 01"])
+@pytest.mark.parametrize(
+    "value", ["01", "02", "80 02", "80 80 80 80 10", "ff ff ff ff ff ff ff ff ff 01"]
+)
 def test_any_varint_but_zero_is_true(value: str) -> None:
     assert Message.unmarshal(bytes.fromhex("50" + value)).reject is True
     assert conf_state_of(in_conf_state(bytes.fromhex("28" + value))).auto_leave is True
