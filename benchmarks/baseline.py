@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import urllib3
 
@@ -85,6 +85,13 @@ class BaselinePipeline:
             thread.start()
             self._threads.append(thread)
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
     def send(self, message: raft_pb2.Message) -> SendResult:
         """Offer ``message`` without waiting. It must not be changed afterwards."""
         if not self._started:
@@ -103,7 +110,11 @@ class BaselinePipeline:
             return SendResult.ACCEPTED
 
     def stop(self) -> None:
-        """Drop what is queued, wait for the posts in flight and end the threads."""
+        """Drop what is queued, wait for the posts in flight and end the threads.
+
+        Nothing can cancel a post of urllib3 from outside: a peer that does not answer holds this
+        up for ``response_timeout_s``.
+        """
         with self._lock:
             if self._stopping.is_set():
                 return

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 from harness import builder, running
-from pipeline._core import Channel
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from pipeline._core import Channel
 
 QUEUE_LENGTH = 64
 ROUNDS = 500
 
 
-def offer_all(benchmark: BenchmarkFixture, offer: Callable[[Any], Any], setup: Any) -> None:
+def offer_all(benchmark: BenchmarkFixture, offer: Callable[[], None], setup: Any) -> None:
     benchmark.extra_info["messages"] = QUEUE_LENGTH
     benchmark.pedantic(offer, setup=setup, rounds=ROUNDS, warmup_rounds=10)
 

@@ -150,10 +150,12 @@ def running(name: str, port: int, size: int = 128) -> Iterator[Subject]:
     message again and again, which leaves the cost of sending alone.
     """
     if name == "baseline":
-        from baseline import BaselinePipeline as Pipeline
+        from baseline import BaselinePipeline
+
+        kind: type[Any] = BaselinePipeline
     else:
-        from pipeline import Pipeline
-    pipe = Pipeline(
+        kind = pipeline.Pipeline
+    pipe = kind(
         PEER_ID,
         [f"http://127.0.0.1:{port}"],
         QuietRaft(),

@@ -321,11 +321,12 @@ def main() -> None:
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
-    foreign = max(run["foreign_cores"] for each in runs.values() for run in each)
-    if foreign > FOREIGN_CORES_MAX:
+    foreign = [run["foreign_cores"] for each in runs.values() for run in each]
+    disturbed = sum(cores > FOREIGN_CORES_MAX for cores in foreign)
+    if disturbed:
         print(
-            f"\nNot a quiet machine: beside one of the runs others used {foreign:.2f} cores. "
-            "Absolute figures are then too slow, and so are ratios of rates."
+            f"\nNot a quiet machine: others used up to {max(foreign):.2f} cores beside {disturbed} "
+            f"of {len(foreign)} runs. Those are too slow, and ratios with them may be wrong."
         )
     print(
         f"\n{where['cpu']}, {where['cores']} cores, Linux {where['kernel']}, {where['python']}, "
