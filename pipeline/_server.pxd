@@ -12,24 +12,25 @@ Memory grows with the bytes that arrived. A large body is read into address spac
 (an untouched page is no memory), which then becomes the message's own; nothing is copied again.
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcpy, memset
 
 from pipeline._http cimport (
     HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNABORTED, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE, MAP_ANONYMOUS,
+    EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE, MAP_ANONYMOUS,
     MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE,
-    SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close,
+    SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close,
     cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    gmtime_r, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_broadcast,
+    format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_create, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, send, sigfillset, sigset_t,
-    sockaddr_storage, socklen_t, store_int, strftime, swap_int, swap_ptr, time, time_t, tm, write,
+    pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, send, shutdown,
+    sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr,
+    time, time_t, write,
 )
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
 
@@ -40,13 +41,16 @@ cdef enum:
     # Bytes of a large body read per connection and turn; see LOOP_STEP_BYTES.
     SERVER_STEP_BYTES = 1 << 20
     # From here on a body is mapped, so that its memory can be handed on and given back whole.
-    BODY_MAPPED_MIN = 64 * 1024
+    BODY_MAPPED_MIN = 1 << 20
     # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
     # 32 faults instead of 16,384. A body costs at most one such piece more than has arrived.
     BODY_HUGE_MIN = 2 << 20
     HEADS_MAX = 64
     ACCEPT_STEP = 64
     ACCEPT_RETRY_NS = 100000000
+    # How long what a refused peer still sends is read and thrown away, so that it reads the
+    # answer before it hears of the end (RFC 9112 9.6).
+    LINGER_NS = 1000000000
     ANSWER_204_MAX = 256
 
 cdef enum:
@@ -55,6 +59,8 @@ cdef enum:
     CONN_GENERAL            # reads for Python
     CONN_HANDLED            # a handler thread has it: hands off
     CONN_WRITING            # writes an answer
+    CONN_LINGERING          # has answered and ended; reads to throw away
+    CONN_CLOSED             # buried: freed at the end of the turn
 
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
@@ -102,6 +108,7 @@ cdef struct conn_t:
     bint has_event          # epoll spoke while a handler had the connection
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
+    int64_t head_deadline_ns        # of the head being read, whoever reads it; 0 is none
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
     uint8_t* known          # owned: the last accepted head
@@ -170,6 +177,7 @@ cdef struct server_t:
     conn_t* newest
     conn_t* runnable
     conn_t* runnable_tail
+    conn_t* buried          # closed in this turn, when events may still point to them
     int64_t now_ns
     int64_t next_deadline_ns
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when a connection closes
@@ -256,9 +264,9 @@ cdef inline void conn_append(conn_t* conn) noexcept nogil:
     server.newest = conn
 
 
-cdef inline void conn_set_deadline(conn_t* conn, int64_t timeout_ns) noexcept nogil:
+cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
     cdef server_t* server = conn.server
-    conn.deadline_ns = server.now_ns + timeout_ns
+    conn.deadline_ns = deadline_ns
     if server.next_deadline_ns == 0 or conn.deadline_ns < server.next_deadline_ns:
         server.next_deadline_ns = conn.deadline_ns
 
@@ -397,18 +405,30 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
         server.counts.connections -= 1
         if conn.state == CONN_BODY:
             server.buffered_bytes -= <int64_t>conn.request.body.len
+        if server.accept_at_ns < 0:
+            server.accept_at_ns = server.now_ns
     if conn.is_general:
         conn_to_handler(conn, REQUEST_GONE)
         return
-    if conn.is_runnable:
-        conn.state = CONN_HEAD  # server_run_runnable sees fd < 0 and comes back here
-        return
     conn_unlink(conn)
+    conn.state = CONN_CLOSED
+    conn.next = server.buried
+    server.buried = conn
+
+
+cdef inline void server_free_buried(server_t* server) noexcept nogil:
+    """Free what was closed in this turn. Nothing is runnable, no event is pending."""
+    cdef conn_t* conn = server.buried
+    cdef conn_t* following
+    server.buried = NULL
+    if conn is NULL:
+        return
     pthread_mutex_lock(&server.lock)
-    conn_free(conn)
+    while conn is not NULL:
+        following = conn.next
+        conn_free(conn)
+        conn = following
     pthread_mutex_unlock(&server.lock)
-    if server.accept_at_ns < 0:
-        server.accept_at_ns = server.now_ns
 
 
 cdef inline void conn_broken(conn_t* conn) noexcept nogil:
@@ -450,6 +470,8 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     cdef http_post_t post
     cdef size_t size, have
     cdef int verdict
+    if conn.head_deadline_ns == 0:      # the head's time starts with its first byte
+        conn.head_deadline_ns = server.now_ns + server.limits.head_timeout_ns
     if conn.known is NULL \
             or not http_same_post(data, n, conn.known, &conn.known_post, &post):
         verdict = http_recognise_post(data, n, &post)
@@ -457,8 +479,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
             conn_hand_over(conn, data, n)
             return
         if verdict != HTTP_POST:
-            if conn.buffer_len == 0:        # the head's time starts with its first byte
-                conn_set_deadline(conn, server.limits.head_timeout_ns)
+            conn_set_deadline(conn, conn.head_deadline_ns)
             if not conn_save(conn, data, n):
                 conn_close(conn)
             return
@@ -487,7 +508,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn_save(conn, NULL, 0)
     conn.state = CONN_BODY
     server.buffered_bytes += <int64_t>have
-    conn_set_deadline(conn, server.limits.stall_timeout_ns)
+    conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
     conn_read_body(conn)
 
 
@@ -537,7 +558,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         body.len += <size_t>n
         server.buffered_bytes += n
         budget -= <size_t>n
-        conn_set_deadline(conn, server.limits.stall_timeout_ns)
+        conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
         if body.is_mapped and not body.is_huge and body.len >= BODY_HUGE_MIN:
             body.is_huge = True
             madvise(body.data, body.size, MADV_HUGEPAGE)
@@ -553,7 +574,8 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     cdef size_t kept = conn.buffer_len
     cdef ssize_t n
-    memcpy(server.scratch, conn.buffer, kept)
+    if kept > 0:
+        memcpy(server.scratch, conn.buffer, kept)
     while True:
         n = recv(conn.fd, server.scratch + kept, SERVER_SCRATCH - kept, MSG_DONTWAIT)
         if n >= 0 or errno != EINTR:
@@ -581,13 +603,38 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
         conn_close(conn)
         return
     conn.state = CONN_HEAD
-    conn_set_deadline(conn, server.limits.idle_timeout_ns)
+    conn.head_deadline_ns = 0
+    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
     if kept > 0:
         memcpy(server.scratch, conn.buffer, kept)
         conn.buffer_len = 0
         conn_parse(conn, server.scratch, kept)
-    if conn.fd >= 0 and conn.has_event and conn.state in (CONN_HEAD, CONN_BODY):
+    if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_BODY):
         conn_add_runnable(conn)
+
+
+cdef inline void conn_linger(conn_t* conn) noexcept nogil:
+    """End our side, and wait a moment for the other to do so."""
+    conn.state = CONN_LINGERING
+    if load_int(&conn.server.is_stopping) or shutdown(conn.fd, SHUT_WR) != 0:
+        conn_close(conn)
+        return
+    conn_set_deadline(conn, conn.server.now_ns + LINGER_NS)
+    conn_add_runnable(conn)
+
+
+cdef inline void conn_discard(conn_t* conn) noexcept nogil:
+    """Read and throw away one step of what a refused peer still sends."""
+    cdef server_t* server = conn.server
+    cdef ssize_t n
+    cdef int i
+    for i in range(SERVER_STEP_BYTES // SERVER_SCRATCH):
+        n = recv(conn.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT)
+        if n <= 0:
+            if n == 0 or (errno != EAGAIN and errno != EINTR):
+                conn_close(conn)
+            return
+    conn_add_runnable(conn)
 
 
 cdef inline void conn_written(conn_t* conn) noexcept nogil:
@@ -596,16 +643,17 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     conn.answer = NULL
     conn.answer_len = conn.answer_at = 0
     if conn.then == THEN_CLOSE:
-        conn_close(conn)
+        conn.is_general = False
+        conn_linger(conn)
     elif conn.then == THEN_NEXT:
         conn.is_general = False
         conn_next(conn)
     else:
         conn.state = CONN_GENERAL
         if conn.then == THEN_READ_BODY:
-            conn_set_deadline(conn, conn.server.limits.stall_timeout_ns)
-        elif conn.deadline_ns == 0:
-            conn_set_deadline(conn, conn.server.limits.head_timeout_ns)
+            conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
+        else:
+            conn_set_deadline(conn, conn.head_deadline_ns)
         if conn.has_event:
             conn_add_runnable(conn)
 
@@ -622,7 +670,7 @@ cdef inline void conn_write(conn_t* conn) noexcept nogil:
                 continue
             if errno == EAGAIN:
                 conn.state = CONN_WRITING
-                conn_set_deadline(conn, conn.server.limits.stall_timeout_ns)
+                conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
                 return
             conn_close(conn)
             return
@@ -661,19 +709,28 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
         conn_write(conn)
 
 
-cdef inline void conn_ready(conn_t* conn, bint is_readable, bint is_writable) noexcept nogil:
-    if conn.state == CONN_HANDLED:
-        conn.has_event = True
-    elif conn.state == CONN_WRITING:
-        conn.has_event = conn.has_event or is_readable
-        if is_writable:
+cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
+    """Act on what epoll says, or on EPOLLIN when the connection was runnable."""
+    if conn.state == CONN_CLOSED:
+        return
+    if conn.state == CONN_HANDLED or conn.state == CONN_WRITING:
+        if flags & ~EPOLLOUT:
+            conn.has_event = True
+        if conn.state == CONN_WRITING and flags & EPOLLOUT:
             conn_write(conn)
-    elif is_readable:
-        conn.has_event = False
-        if conn.state == CONN_BODY:
-            conn_read_body(conn)
-        else:
-            conn_read(conn)
+        return
+    if not flags & ~EPOLLOUT:
+        return
+    # An end of stream comes with the last bytes, once: it is to be looked for after them.
+    conn.has_event = (flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0
+    if conn.state == CONN_BODY:
+        conn_read_body(conn)
+    elif conn.state == CONN_LINGERING:
+        conn_discard(conn)
+    else:
+        conn_read(conn)
+    if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_GENERAL):
+        conn_add_runnable(conn)
 
 
 # -- the loop
@@ -681,14 +738,13 @@ cdef inline void conn_ready(conn_t* conn, bint is_readable, bint is_writable) no
 cdef inline void server_date(server_t* server) noexcept nogil:
     """Keep the Date of the 204 up to date (RFC 9110 6.6.1)."""
     cdef time_t now = time(NULL)
-    cdef tm parts
+    cdef size_t at = server.answer_204_fixed
     if now == server.answer_second:
         return
     server.answer_second = now
-    gmtime_r(&now, &parts)
-    server.answer_204_len = server.answer_204_fixed + strftime(
-        <char*>server.answer_204 + server.answer_204_fixed,
-        ANSWER_204_MAX - server.answer_204_fixed, b"%a, %d %b %Y %H:%M:%S GMT\r\n\r\n", &parts)
+    at += format_http_date(<char*>server.answer_204 + at, ANSWER_204_MAX - at, now)
+    memcpy(server.answer_204 + at, b"\r\n\r\n", 4)
+    server.answer_204_len = at + 4
 
 
 cdef inline bint server_make_room(server_t* server) noexcept nogil:
@@ -739,7 +795,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
             return
         size = sizeof(conn.address)
-        conn.fd = accept4(listening, &conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        conn.fd = accept4(listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if conn.fd < 0:
             free(conn)
             if errno == EINTR or errno == ECONNABORTED:
@@ -758,7 +814,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         pthread_mutex_unlock(&server.lock)
         conn_append(conn)
         # A connection that says nothing at all has no more time than a head.
-        conn_set_deadline(conn, server.limits.head_timeout_ns)
+        conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
         event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
         event.data.ptr = conn
         if epoll_ctl(server.epfd, EPOLL_CTL_ADD, conn.fd, &event) != 0:
@@ -772,10 +828,7 @@ cdef inline void server_run_runnable(server_t* server) noexcept nogil:
     while conn is not NULL:
         following = conn.next_runnable
         conn.is_runnable = False
-        if conn.fd < 0 and conn.state != CONN_HANDLED:
-            conn_close(conn)
-        else:
-            conn_ready(conn, True, False)
+        conn_ready(conn, EPOLLIN)
         conn = following
 
 
@@ -794,7 +847,7 @@ cdef inline void server_run_returned(server_t* server) noexcept nogil:
         while conn is not NULL:
             if conn.is_paused and conn.state == CONN_BODY:
                 conn.is_paused = False
-                conn_set_deadline(conn, server.limits.stall_timeout_ns)
+                conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
                 conn_add_runnable(conn)
             conn = conn.next
 
@@ -816,6 +869,8 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
         elif server.now_ns < conn.deadline_ns:
             if server.next_deadline_ns == 0 or conn.deadline_ns < server.next_deadline_ns:
                 server.next_deadline_ns = conn.deadline_ns
+        elif conn.state == CONN_LINGERING:
+            conn_close(conn)
         elif conn.state == CONN_BODY:
             server.counts.body_timeouts += 1
             conn_broken(conn)
@@ -840,7 +895,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     server.n_listening = 0
     while conn is not NULL:
         following = conn.next
-        if conn.state == CONN_BODY or conn.state == CONN_HEAD or conn.state == CONN_GENERAL:
+        if conn.state != CONN_HANDLED and conn.state != CONN_WRITING:
             conn_close(conn)
         conn = following
 
@@ -866,6 +921,8 @@ cdef inline void* server_main(void* argument) noexcept nogil:
         server_run_returned(server)
         if server.runnable is not NULL:
             server_run_runnable(server)
+        if server.runnable is NULL:
+            server_free_buried(server)
         if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
                 and not has_begun_stop:
             server_resume_accept(server)
@@ -894,8 +951,7 @@ cdef inline void* server_main(void* argument) noexcept nogil:
                     < <void*>(server.listening + server.n_listening):
                 server_accept(server, (<int*>pointer)[0])
             else:
-                conn_ready(<conn_t*>pointer, (events[i].events & ~EPOLLOUT) != 0,
-                           (events[i].events & EPOLLOUT) != 0)
+                conn_ready(<conn_t*>pointer, events[i].events)
         if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
             server_check_deadlines(server)
     server_end(server)
@@ -903,7 +959,8 @@ cdef inline void* server_main(void* argument) noexcept nogil:
 
 
 cdef inline void server_end(server_t* server) noexcept nogil:
-    """Let go of every connection; those with a handler are freed when it gives them back."""
+    """Let go of every connection; those a handler is at work on are freed when it gives them back.
+    """
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
     pthread_mutex_lock(&server.lock)
@@ -917,11 +974,91 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         if conn.state != CONN_HANDLED:
             conn_free(conn)
         conn = following
-    # Given back, but not looked at any more.
+    conn = server.buried
+    while conn is not NULL:
+        following = conn.next
+        conn.is_runnable = False
+        conn_free(conn)
+        conn = following
+    # Queued, and given back, but nobody will look at them any more.
+    conn = server_try_request(server)
+    while conn is not NULL:
+        conn_free(conn)
+        conn = server_try_request(server)
     conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
     while conn is not NULL:
         following = conn.next_returned
         conn_free(conn)
         conn = following
-    pthread_cond_broadcast(&server.ended)
+    server.counts.connections = 0
+    server.is_closed = True
+    pthread_cond_broadcast(&server.queued)
     pthread_mutex_unlock(&server.lock)
+
+
+# -- making and ending, called from Python
+
+cdef inline int server_init(server_t* server, const server_limits_t* limits) noexcept nogil:
+    """Make a server that neither listens nor runs yet; 0 or an errno."""
+    cdef epoll_event event
+    cdef int error
+    memset(server, 0, sizeof(server_t))
+    server.limits = limits[0]
+    server.epfd = server.wakefd = -1
+    if pthread_mutex_init(&server.lock, NULL) != 0 \
+            or cond_init_monotonic(&server.queued) != 0 \
+            or cond_init_monotonic(&server.ended) != 0:
+        return EAGAIN
+    server.epfd = epoll_create1(EPOLL_CLOEXEC)
+    if server.epfd >= 0:
+        server.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    event.events = EPOLLIN | EPOLLET
+    event.data.ptr = NULL
+    if server.wakefd < 0 or epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event) != 0:
+        error = errno
+        server_free(server)
+        return error
+    return 0
+
+
+cdef inline void server_free(server_t* server) noexcept nogil:
+    """Free a server whose thread has ended and whose connections are all given back."""
+    cdef int i
+    invariant(server.live == 0)
+    for i in range(server.n_listening):
+        close(server.listening[i])
+    free(server.listening)
+    for i in range(server.n_heads):
+        free(server.heads[i].data)
+    server_close_descriptors(server)
+    pthread_cond_destroy(&server.queued)
+    pthread_cond_destroy(&server.ended)
+    pthread_mutex_destroy(&server.lock)
+
+
+cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
+    if server.epfd >= 0:
+        close(server.epfd)
+    if server.wakefd >= 0:
+        close(server.wakefd)
+    server.epfd = server.wakefd = -1
+
+
+cdef inline int server_start(server_t* server) noexcept nogil:
+    """Start the thread, with all signals blocked: they belong to Python's threads."""
+    cdef sigset_t all_signals, before
+    cdef int rc
+    server.now_ns = clock_ns()
+    server_resume_accept(server)
+    sigfillset(&all_signals)
+    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
+    rc = pthread_create(&server.thread, NULL, server_main, server)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return rc
+
+
+cdef inline void server_stop(server_t* server, int how) noexcept nogil:
+    """Have the loop stop: 1 lets requests with handlers end, 2 does not wait for them."""
+    cdef uint64_t one = 1
+    store_int(&server.is_stopping, how)
+    write(server.wakefd, &one, sizeof(one))

@@ -6,7 +6,7 @@ from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMeta
 from pipeline.errors import UnmarshalError
 from pipeline.types import EntryType, MessageType
 
-MAX_ENTRIES = 1 << 20
+MAX_ENTRIES = 1 << 17
 MAX_IDS = 1 << 16
 MAX_GROUP_DEPTH = 100
 
@@ -333,7 +333,7 @@ def test_entries_are_bounded() -> None:
     assert len(Message.unmarshal(full).entries) == MAX_ENTRIES
     error = refusal(full + b"\x3a\x00")
     assert (error.field, error.offset) == ("Message.entries", len(full) + 2)
-    assert error.reason == "more than 1048576 entries"
+    assert error.reason == "more than 131072 entries"
 
 
 @pytest.mark.parametrize("form", ["packed", "unpacked"])
