@@ -41,6 +41,13 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
 
+benchmarks/bin/%: benchmarks/c/%.c
+	mkdir -p $(@D)
+	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -o $@ $<
+
+bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(BIN)/python benchmarks/report.py
+
 # The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow
 # (protobuf >= 6.31 in pyproject.toml), which is not so with a newer one.
 raftpb:

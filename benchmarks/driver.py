@@ -1,0 +1,173 @@
+"""Measure one subject once, in a process of its own, and print one JSON object.
+
+``getrusage`` counts a whole process, so each measurement of each subject gets a fresh one;
+``report.py`` starts them in turn. Modes:
+
+rate  the main thread offers until QUEUE_FULL, then sleeps; CPU of the whole process
+spin  the same, but instead of sleeping the main thread computes in Python and never rests
+busy  as ``rate``, with a clock around every ``send`` (P5, loop awake)
+lone  one message at a time to an idle pipeline: time in ``send`` (P5, loop asleep) and the
+      moments of the offers, which are compared with the sink's stamps (P10)
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import json
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+from harness import SUBJECTS, Pacer, Subject, quantiles, running
+
+from pipeline import SendResult
+
+WARMUP_S = 0.3
+#: Iterations of the piece of work between two bursts: about 30 us of bytecode, in which at
+#: 100,000 messages a second three of 64 queued messages leave.
+SPIN_ITERATIONS = 1000
+LONE_MESSAGES = 1000
+#: An I/O thread that is not asleep after this long would burn CPU for an idle peer.
+LONE_PAUSE_S = 0.002
+#: Upper bounds of the histogram of ``send``, in ns.
+BUCKETS_NS = (100, 200, 300, 400, 500, 750, 1000, 1500, 2000, 5000, 10_000, 50_000, 1_000_000)
+
+
+def cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def spin(accepted: int) -> None:
+    """A fixed piece of Python work: bytecode that holds the GIL and calls nothing."""
+    x = accepted
+    for i in range(SPIN_ITERATIONS):
+        x ^= i
+
+
+def feed(subject: Subject, seconds: float, between: Callable[[int], None]) -> None:
+    """Offer until full, then ``between``, for ``seconds``."""
+    index, message = 1, subject.build(1)
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        before = index
+        index, message = subject.offer_until_full(index, message)
+        between(index - before)
+
+
+def measure_rate(
+    subject: Subject, seconds: float, between: Callable[[int], None]
+) -> dict[str, Any]:
+    feed(subject, WARMUP_S, between)
+    # The queue is as full at the end as it is here, so the clock counts answered messages.
+    start, start_cpu, start_sent = time.perf_counter(), cpu_s(), subject.pipe.stats().sent
+    feed(subject, seconds, between)
+    sent = subject.pipe.stats().sent - start_sent
+    took, took_cpu = time.perf_counter() - start, cpu_s() - start_cpu
+    return {
+        "messages": sent,
+        "seconds": took,
+        "messages_per_s": sent / took,
+        "cpu_us_per_message": took_cpu * 1e6 / max(sent, 1),
+    }
+
+
+def clock_cost_ns() -> float:
+    """Median of an empty pair of clock readings, taken off every timed ``send``."""
+    clock = time.perf_counter_ns
+    return quantiles([-(clock() - clock()) for _ in range(10_000)])["p50"]
+
+
+def describe(times_ns: list[int]) -> dict[str, Any]:
+    cost = clock_cost_ns()
+    net = [max(t - cost, 0.0) for t in times_ns]
+    histogram = [0] * (len(BUCKETS_NS) + 1)
+    for t in net:
+        histogram[bisect.bisect_left(BUCKETS_NS, t)] += 1
+    return {
+        "samples": len(net),
+        "clock_cost_ns": cost,
+        "send_ns": quantiles(net),
+        "buckets_ns": BUCKETS_NS,
+        "histogram": histogram,
+    }
+
+
+def measure_busy(subject: Subject, seconds: float) -> dict[str, Any]:
+    pacer = Pacer()
+    feed(subject, WARMUP_S, pacer)
+    send, build, clock, accepted = (
+        subject.pipe.send,
+        subject.build,
+        time.perf_counter_ns,
+        SendResult.ACCEPTED,
+    )
+    times_ns: list[int] = []
+    deadline = time.perf_counter() + seconds
+    index = 1
+    while time.perf_counter() < deadline:
+        before = index
+        while True:
+            message = build(index)
+            t0 = clock()
+            result = send(message)
+            t1 = clock()
+            if result is not accepted:
+                break
+            times_ns.append(t1 - t0)
+            index += 1
+        pacer(index - before)
+    return describe(times_ns)
+
+
+def measure_lone(subject: Subject) -> dict[str, Any]:
+    send, build, clock, wall = (
+        subject.pipe.send,
+        subject.build,
+        time.perf_counter_ns,
+        time.time_ns,
+    )
+    times_ns, offers_ns = [], []
+    for index in range(1, LONE_MESSAGES + 1):
+        subject.drain()
+        time.sleep(LONE_PAUSE_S)
+        message = build(index)
+        offered_ns = wall()
+        t0 = clock()
+        result = send(message)
+        t1 = clock()
+        if result is not SendResult.ACCEPTED:
+            raise SystemExit(f"an idle pipeline answered {result!r}")
+        times_ns.append(t1 - t0)
+        offers_ns.append(offered_ns)
+    return {**describe(times_ns), "offers_ns": offers_ns}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("subject", choices=SUBJECTS)
+    parser.add_argument("mode", choices=("rate", "spin", "busy", "lone"))
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--size", type=int, default=128, help="bytes in the one entry")
+    parser.add_argument("--seconds", type=float, default=1.5)
+    args = parser.parse_args()
+    with running(args.subject, args.port, args.size) as subject:
+        if args.mode == "lone":
+            result = measure_lone(subject)
+        elif args.mode == "busy":
+            result = measure_busy(subject, args.seconds)
+        else:
+            between = spin if args.mode == "spin" else Pacer()
+            result = measure_rate(subject, args.seconds, between)
+        subject.drain()
+        stats = subject.pipe.stats()
+    # A figure of a run in which messages were lost means nothing.
+    if stats.failed or stats.dropped:
+        raise SystemExit(f"messages were lost: {stats}")
+    print(json.dumps({**result, "total": stats.sent}))
+
+
+if __name__ == "__main__":
+    main()
