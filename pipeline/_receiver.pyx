@@ -331,11 +331,16 @@ cdef class Receiver:
         return 0
 
     def learn(self, bytes head not None):
-        """Let the core recognise heads that are like this one but for their length."""
+        """Let the core recognise heads that are like this one but for their length.
+
+        Returns whether it can; it leaves chunked bodies and the like to h11.
+        """
         cdef http_post_t post
         cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(head)
-        if http_recognise_post(data, len(head), &post) == HTTP_POST:
-            server_learn(&self.server, data, &post)
+        if http_recognise_post(data, len(head), &post) != HTTP_POST:
+            return False
+        server_learn(&self.server, data, &post)
+        return True
 
 
 cdef int conn_set_answer(conn_t* conn, bytes data) except -1:
