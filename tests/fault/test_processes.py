@@ -24,7 +24,8 @@ def run(script: str, *args: str) -> Run:
 
 
 def run_python(*args: str) -> Run:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
         [sys.executable, "-W", "error", *args],
         check=False,
@@ -104,3 +105,9 @@ def test_a_forked_child_closes_its_copies_of_the_connections() -> None:
     """As long as it has them, the peer does not hear that the parent has closed them."""
     result = run("forks.py", "stops")
     assert "unclosed" not in result.stderr
+
+
+def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> None:
+    """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
+    result = run("stale.py")
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
