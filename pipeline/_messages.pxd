@@ -85,6 +85,7 @@ cdef void message_gather(
     PyObject** owners,
 ) noexcept
 
-# Make the Message of what wire_decode read. Payloads are copied out of the input; arrays of the
-# ConfState are moved, not copied. The caller still calls wire_decoded_free.
-cdef Message message_from_decoded(wire_decoded_t* decoded)
+# Make the Message of what wire_decode read. Payloads are copied out of the input; with a `body`, an
+# object whose buffer is the input, large ones are views of it instead. Arrays of the ConfState are
+# moved, not copied: call it once. The caller still calls wire_decoded_free.
+cdef Message message_from_decoded(wire_decoded_t* decoded, object body)

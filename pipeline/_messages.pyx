@@ -187,6 +187,12 @@ cdef tuple as_tuple(object value, str field, str what, Py_ssize_t limit):
 
 # Payloads: bytes are kept as they are, any other buffer is held through a HeldBuffer.
 
+cdef enum:
+    # A received payload of this size is worth a view: copying 64 KiB costs several microseconds,
+    # making the objects of a view less than one.
+    VIEW_MIN = 64 * 1024
+
+
 @cython.final
 @cython.no_gc_clear     # the memory may be in use until the very end
 cdef class HeldBuffer:
@@ -743,7 +749,7 @@ cdef class Message:
     term, log_term, index, commit, reject_hint : int, optional
         0..2**64-1.
     entries : iterable of Entry, optional
-        Turned into a tuple; at most 1,048,576.
+        Turned into a tuple; at most 131,072.
     snapshot : Snapshot or None, optional
         Kept by reference. A wholly empty one says the same as None: equal, and equal bytes.
     reject : bool, optional
@@ -1269,19 +1275,33 @@ cdef const uint8_t* bytes_address(object payload) noexcept:
     return <const uint8_t*>PyBytes_AS_STRING(payload)
 
 
-cdef Entry entry_from_decoded(const wire_entry_t* decoded):
+cdef object payload_of(
+    const uint8_t* data, size_t size, const uint8_t* input, object body, const uint8_t** address
+):
+    """Make the owner of a decoded payload: a copy, or a view of ``body`` for a large one."""
+    cdef Py_ssize_t start
+    if body is None or data == NULL or size < VIEW_MIN:
+        owner = payload_bytes(data, size)
+        address[0] = bytes_address(owner)
+        return owner
+    start = data - input
+    return as_owner(memoryview(body)[start:start + <Py_ssize_t>size], "data", address, &size)
+
+
+cdef Entry entry_from_decoded(const wire_entry_t* decoded, const uint8_t* input, object body):
     cdef Entry entry = Entry.__new__(Entry)
-    entry.owner = payload_bytes(decoded.data, decoded.data_len)
     entry.c = decoded[0]
-    entry.c.data = bytes_address(entry.owner)
+    entry.owner = payload_of(decoded.data, decoded.data_len, input, body, &entry.c.data)
     return entry
 
 
-cdef Snapshot snapshot_from_decoded(wire_snapshot_t* decoded):
+cdef Snapshot snapshot_from_decoded(
+    wire_snapshot_t* decoded, const uint8_t* input, object body
+):
     cdef Snapshot snapshot = Snapshot.__new__(Snapshot)
     cdef SnapshotMetadata metadata = snapshot._metadata
-    snapshot.owner = payload_bytes(decoded.data, decoded.data_len)
-    snapshot.payload = bytes_address(snapshot.owner)
+    snapshot.owner = payload_of(
+        decoded.data, decoded.data_len, input, body, &snapshot.payload)
     snapshot.payload_len = decoded.data_len
     metadata._index = decoded.index
     metadata._term = decoded.term
@@ -1290,7 +1310,7 @@ cdef Snapshot snapshot_from_decoded(wire_snapshot_t* decoded):
     return snapshot
 
 
-cdef Message message_from_decoded(wire_decoded_t* decoded):
+cdef Message message_from_decoded(wire_decoded_t* decoded, object body):
     cdef Message message = Message.__new__(Message)
     cdef wire_snapshot_sizes_t sizes
     cdef tuple entries
@@ -1302,13 +1322,13 @@ cdef Message message_from_decoded(wire_decoded_t* decoded):
     if decoded.entries_len:
         entries = PyTuple_New(<Py_ssize_t>decoded.entries_len)
         for i in range(<Py_ssize_t>decoded.entries_len):
-            entry = entry_from_decoded(&decoded.entries[i])
+            entry = entry_from_decoded(&decoded.entries[i], decoded.input, body)
             Py_INCREF(entry)    # PyTuple_SET_ITEM takes a reference over
             PyTuple_SET_ITEM(entries, i, entry)
         message._entries = entries
     wire_snapshot_measure(&decoded.snapshot, True, &sizes)
     if sizes.snapshot:
-        message._snapshot = snapshot_from_decoded(&decoded.snapshot)
+        message._snapshot = snapshot_from_decoded(&decoded.snapshot, decoded.input, body)
     return message
 
 
@@ -1317,7 +1337,7 @@ cdef Message message_unmarshal(const uint8_t* data, size_t size):
     try:
         if wire_decode(data, size, &decoded) != WIRE_OK:
             raise decode_error(&decoded)
-        return message_from_decoded(&decoded)
+        return message_from_decoded(&decoded, None)
     finally:
         wire_decoded_free(&decoded)
 

@@ -29,13 +29,14 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_condattr_setclock(pthread_condattr_t*, int)
     int pthread_create(pthread_t*, void*, void* (*)(void*) noexcept nogil, void*)
     int pthread_join(pthread_t, void**)
-    int pthread_setname_np(pthread_t, const char*)
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
         long tv_sec
         long tv_nsec
+    ctypedef long time_t
     int clock_gettime(int, timespec*)
+    time_t time(time_t*)
     enum: CLOCK_MONOTONIC
 
 cdef extern from "<errno.h>" nogil:
@@ -46,7 +47,7 @@ cdef extern from "<errno.h>" nogil:
         EPIPE
         ECONNRESET
         ENOTCONN
-        ENOMEM
+        ECONNABORTED
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
@@ -88,7 +89,14 @@ cdef extern from "<sys/socket.h>" nogil:
     struct msghdr:
         iovec* msg_iov
         size_t msg_iovlen
+    struct sockaddr:
+        pass
+    struct sockaddr_storage:
+        pass
+    int accept4(int, sockaddr*, socklen_t*, int)
+    int shutdown(int, int)
     ssize_t sendmsg(int, const msghdr*, int)
+    ssize_t send(int, const void*, size_t, int)
     ssize_t recv(int, void*, size_t, int)
     int getsockopt(int, int, int, void*, socklen_t*)
     enum:
@@ -97,6 +105,22 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_PEEK
         SOL_SOCKET
         SO_ERROR
+        SOCK_CLOEXEC
+        SOCK_NONBLOCK
+        SHUT_WR
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void*, size_t, int, int, int, long)
+    int munmap(void*, size_t)
+    int madvise(void*, size_t, int)
+    void* MAP_FAILED
+    enum:
+        MADV_HUGEPAGE
+        MAP_ANONYMOUS
+        MAP_NORESERVE
+        MAP_PRIVATE
+        PROT_READ
+        PROT_WRITE
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int, const void*, size_t)
@@ -116,11 +140,31 @@ cdef extern from * nogil:
     int load_int "sync_load"(int*)
     void store_int "sync_store"(int*, int)
     int swap_int "sync_swap"(int*, int)
+    int add_int "sync_add"(int*, int)
     int64_t load_i64 "sync_load"(int64_t*)
     int64_t add_i64 "sync_add"(int64_t*, int64_t)
     void* load_ptr "sync_load"(void**)
     void* swap_ptr "sync_swap"(void**, void*)
     bint cas_ptr "sync_cas"(void**, void**, void*)
+
+cdef extern from * nogil:
+    """
+    #include <stdio.h>
+    #include <time.h>
+    static inline size_t format_http_date(char *out, size_t room, time_t now) {
+        /* Not strftime: its names follow the locale. */
+        static const char days[] = "SunMonTueWedThuFriSat";
+        static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+        struct tm t;
+        int n;
+        gmtime_r(&now, &t);
+        n = snprintf(out, room, "%.3s, %02d %.3s %d %02d:%02d:%02d GMT", days + 3 * t.tm_wday,
+                     t.tm_mday, months + 3 * t.tm_mon, t.tm_year + 1900, t.tm_hour, t.tm_min,
+                     t.tm_sec);
+        return n > 0 && (size_t)n < room ? (size_t)n : 0;
+    }
+    """
+    size_t format_http_date(char* out, size_t room, time_t now)
 
 cdef extern from "<assert.h>" nogil:
     # Checked in debug and sanitizer builds, which undefine NDEBUG (setup.py).

@@ -57,8 +57,8 @@ cdef enum wire_scope:
 
 cdef enum wire_limits:
     # An entry takes 2 bytes or more on the wire and 40 here. etcd's own messages hold 1 MiB
-    # of entries (raft MaxSizePerMsg), so a million is out of reach for an honest peer.
-    WIRE_MAX_ENTRIES = 1048576
+    # of entries (raft MaxSizePerMsg), and of 3.4's and 3.5's no more than this fit into that.
+    WIRE_MAX_ENTRIES = 131072
     # Of each of the four lists. A cluster has seven members, not sixty thousand.
     WIRE_MAX_IDS = 65536
     # Groups are skipped with a stack of this many numbers. protobuf's own limit is 100.
@@ -357,6 +357,10 @@ cdef inline int wire_get_varint(
     cdef const uint8_t* byte = at[0]
     cdef uint64_t result = 0
     cdef int shift = 0
+    if byte < end and byte[0] < 0x80:   # nearly every tag and most values
+        at[0] = byte + 1
+        value[0] = byte[0]
+        return WIRE_OK
     while byte < end:
         # The tenth byte has one bit left to give.
         if shift == 63 and byte[0] > 1:

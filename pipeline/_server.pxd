@@ -1,0 +1,1064 @@
+"""The receiving loop: one native thread that accepts, reads, recognises, decodes and answers.
+
+Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``:
+a connection belongs to the loop, or, with a request, to a handler thread; it goes over through the
+request queue and comes back through ``returned``. The loop never takes the GIL.
+
+What it knows is one kind of request (``http_recognise_post``) whose head, but for its length,
+Python has accepted before. Everything else is *general*: the loop reads bytes and hands them over,
+Python makes sense of them (``general.py``) and says what to write and how to go on.
+
+Memory grows with the bytes that arrived. A large body is read into address space reserved for it
+(an untouched page is no memory), which then becomes the message's own; nothing is copied again.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+from pipeline._http cimport (
+    HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post,
+)
+from pipeline._sync cimport (
+    EAGAIN, ECONNABORTED, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE, MAP_ANONYMOUS,
+    MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE,
+    SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close,
+    cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
+    format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_broadcast,
+    pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_create, pthread_join,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, pthread_sigmask, pthread_t, recv, send, shutdown,
+    sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr,
+    time, time_t, write,
+)
+from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
+
+cdef enum:
+    SERVER_EVENTS = 256
+    # Read at once; a request that fits is decoded from a copy of its own size.
+    SERVER_SCRATCH = 64 * 1024
+    # Bytes of a large body read per connection and turn; see LOOP_STEP_BYTES.
+    SERVER_STEP_BYTES = 1 << 20
+    # From here on a body is mapped, so that its memory can be handed on and given back whole.
+    BODY_MAPPED_MIN = 1 << 20
+    # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
+    # 32 faults instead of 16,384. A body costs at most one such piece more than has arrived.
+    BODY_HUGE_MIN = 2 << 20
+    HEADS_MAX = 64
+    ACCEPT_STEP = 64
+    ACCEPT_RETRY_NS = 100000000
+    # How long what a refused peer still sends is read and thrown away, so that it reads the
+    # answer before it hears of the end (RFC 9112 9.6).
+    LINGER_NS = 1000000000
+    ANSWER_204_MAX = 256
+
+cdef enum:
+    CONN_HEAD = 0           # reads a head; idle while nothing of one has arrived
+    CONN_BODY               # reads the body of a recognised request
+    CONN_GENERAL            # reads for Python
+    CONN_HANDLED            # a handler thread has it: hands off
+    CONN_WRITING            # writes an answer
+    CONN_LINGERING          # has answered and ended; reads to throw away
+    CONN_CLOSED             # buried: freed at the end of the turn
+
+cdef enum:
+    REQUEST_MESSAGE = 0     # decoded
+    REQUEST_UNDECODED       # a whole body that is no message
+    REQUEST_BROKEN          # a recognised request whose body did not come
+    REQUEST_GENERAL         # bytes for Python
+    REQUEST_GONE            # a general connection has ended; Python forgets it
+
+# How Python wants a connection to go on.
+cdef enum:
+    THEN_NEXT = 0           # the request is answered: read the next one
+    THEN_CLOSE
+    THEN_READ_HEAD          # general: read on, within the time of a head
+    THEN_READ_BODY          # general: read on, as long as bytes come
+    THEN_FREE               # forgotten
+
+
+# The memory of one body. Handed on to Python when a message keeps views of it.
+cdef struct body_t:
+    uint8_t* data           # owned; NULL when handed on
+    size_t len              # arrived
+    size_t size             # announced
+    bint is_mapped
+    bint is_huge
+
+# What a handler thread is given: the one request of its connection.
+cdef struct request_t:
+    conn_t* next
+    int kind
+    body_t body
+    wire_decoded_t decoded  # points into body.data; its arrays are freed with it
+    bint is_decoded
+
+cdef struct conn_t:
+    server_t* server
+    conn_t* previous        # of all connections, the one idle longest first
+    conn_t* next
+    conn_t* next_returned
+    conn_t* next_runnable
+    uint64_t id             # never used twice
+    int fd                  # owned; -1 when closed
+    int state
+    bint is_general         # h11 reads it
+    bint is_runnable
+    bint has_event          # epoll spoke while a handler had the connection
+    bint is_paused          # a body waits until handlers or memory are free
+    int64_t deadline_ns     # 0 is none
+    int64_t head_deadline_ns        # of the head being read, whoever reads it; 0 is none
+    uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
+    size_t buffer_len
+    uint8_t* known          # owned: the last accepted head
+    http_post_t known_post
+    request_t request
+    uint8_t* answer         # owned: what is left to write; NULL when nothing is
+    size_t answer_len
+    size_t answer_at
+    int then                # what to do when it is written
+    sockaddr_storage address
+
+cdef struct head_t:
+    uint8_t* data           # owned
+    http_post_t post
+
+cdef struct server_limits_t:
+    size_t max_head_bytes
+    uint64_t max_body_bytes
+    int64_t max_buffered_bytes
+    int max_connections
+    int handlers
+    int64_t head_timeout_ns
+    int64_t stall_timeout_ns
+    int64_t idle_timeout_ns
+
+# Counted by the loop alone; read without a lock, so each is right and the set may be a moment old.
+cdef struct server_counts_t:
+    uint64_t accepted
+    uint64_t connections    # open now
+    uint64_t fast_requests
+    uint64_t general_requests
+    uint64_t closed_for_room
+    uint64_t head_timeouts
+    uint64_t body_timeouts
+    uint64_t idle_timeouts
+    uint64_t accept_pauses
+    uint64_t body_pauses
+
+cdef struct server_t:
+    int epfd
+    int wakefd
+    int* listening          # owned array of owned descriptors
+    int n_listening
+    pthread_t thread
+    int is_sleeping         # atomic
+    int is_stopping         # atomic: stop accepting, close what has no handler
+    int busy                # atomic: handler threads at work
+    conn_t* returned        # atomic list
+    server_limits_t limits
+    server_counts_t counts
+
+    pthread_mutex_t lock    # guards what follows
+    pthread_cond_t queued   # a request, or the end
+    pthread_cond_t ended    # no connection is left, or the loop has ended
+    conn_t* queue_head
+    conn_t* queue_tail
+    int waiters             # handler threads that wait for a request
+    bint is_closed          # no request will come any more
+    bint is_ended           # the loop will not look at returned any more
+    int live                # connections not freed
+    head_t heads[HEADS_MAX]
+    int n_heads
+    int next_head
+
+    conn_t* oldest          # the loop's own from here on
+    conn_t* newest
+    conn_t* runnable
+    conn_t* runnable_tail
+    conn_t* buried          # closed in this turn, when events may still point to them
+    int64_t now_ns
+    int64_t next_deadline_ns
+    int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when a connection closes
+    int64_t buffered_bytes  # of bodies being read
+    bint has_paused
+    uint64_t next_id
+    time_t answer_second    # of answer_204's Date
+    size_t answer_204_len
+    size_t answer_204_fixed
+    uint8_t answer_204[ANSWER_204_MAX]
+    uint8_t scratch[SERVER_SCRATCH]
+
+
+# -- memory
+
+cdef inline void body_free(body_t* body) noexcept nogil:
+    if body.data is not NULL:
+        if body.is_mapped:
+            munmap(body.data, body.size)
+        else:
+            free(body.data)
+    memset(body, 0, sizeof(body_t))
+
+
+cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
+    """Make room for ``size`` bytes without making them memory; False without address space."""
+    memset(body, 0, sizeof(body_t))
+    body.size = size
+    if size >= BODY_MAPPED_MIN:
+        body.is_mapped = True
+        body.data = <uint8_t*>mmap(NULL, size, PROT_READ | PROT_WRITE,
+                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if body.data is <uint8_t*>MAP_FAILED:
+            body.data = NULL
+    else:
+        body.data = <uint8_t*>malloc(size if size > 0 else 1)
+    return body.data is not NULL
+
+
+cdef inline void request_free(request_t* request) noexcept nogil:
+    """Free what a request holds."""
+    if request.is_decoded:
+        wire_decoded_free(&request.decoded)
+        request.is_decoded = False
+    body_free(&request.body)
+
+
+cdef inline bint conn_save(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
+    """Keep bytes for later; ``data`` may lie within the buffer."""
+    cdef uint8_t* copy = NULL
+    if n > 0:
+        copy = <uint8_t*>malloc(n)
+        if copy is NULL:
+            return False
+        memcpy(copy, data, n)
+    free(conn.buffer)
+    conn.buffer = copy
+    conn.buffer_len = n
+    return True
+
+
+# -- the connections in the order of their last request, so that the one idle longest is at hand
+
+cdef inline void conn_unlink(conn_t* conn) noexcept nogil:
+    cdef server_t* server = conn.server
+    if conn.previous is NULL:
+        server.oldest = conn.next
+    else:
+        conn.previous.next = conn.next
+    if conn.next is NULL:
+        server.newest = conn.previous
+    else:
+        conn.next.previous = conn.previous
+
+
+cdef inline void conn_append(conn_t* conn) noexcept nogil:
+    cdef server_t* server = conn.server
+    conn.previous = server.newest
+    conn.next = NULL
+    if server.newest is NULL:
+        server.oldest = conn
+    else:
+        server.newest.next = conn
+    server.newest = conn
+
+
+cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
+    cdef server_t* server = conn.server
+    conn.deadline_ns = deadline_ns
+    if server.next_deadline_ns == 0 or conn.deadline_ns < server.next_deadline_ns:
+        server.next_deadline_ns = conn.deadline_ns
+
+
+cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
+    """Let the loop look at the connection again in its next turn."""
+    cdef server_t* server = conn.server
+    if conn.is_runnable:
+        return
+    conn.is_runnable = True
+    conn.next_runnable = NULL
+    if server.runnable is NULL:
+        server.runnable = conn
+    else:
+        server.runnable_tail.next_runnable = conn
+    server.runnable_tail = conn
+
+
+# -- to the handler threads and back
+
+cdef inline void server_wake(server_t* server) noexcept nogil:
+    cdef uint64_t one = 1
+    if load_int(&server.is_sleeping) and swap_int(&server.is_sleeping, 0):
+        write(server.wakefd, &one, sizeof(one))
+
+
+cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
+    cdef server_t* server = conn.server
+    conn.state = CONN_HANDLED
+    conn.deadline_ns = 0
+    conn.request.kind = kind
+    conn.request.next = NULL
+    pthread_mutex_lock(&server.lock)
+    if server.queue_tail is NULL:
+        server.queue_head = conn
+    else:
+        server.queue_tail.request.next = conn
+    server.queue_tail = conn
+    if server.waiters > 0:
+        pthread_cond_signal(&server.queued)
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline conn_t* server_try_request(server_t* server) noexcept nogil:
+    """Take the oldest request, or NULL. The caller holds the lock."""
+    cdef conn_t* conn = server.queue_head
+    if conn is not NULL:
+        server.queue_head = conn.request.next
+        if server.queue_head is NULL:
+            server.queue_tail = NULL
+    return conn
+
+
+cdef inline void conn_free(conn_t* conn) noexcept nogil:
+    """Free a connection nobody refers to. The caller holds the lock."""
+    cdef server_t* server = conn.server
+    invariant(conn.fd < 0 and not conn.is_runnable)
+    request_free(&conn.request)
+    free(conn.buffer)
+    free(conn.known)
+    free(conn.answer)
+    free(conn)
+    server.live -= 1
+    if server.live == 0:
+        pthread_cond_broadcast(&server.ended)
+
+
+cdef inline void conn_give_back(conn_t* conn) noexcept nogil:
+    """Return a connection from a handler thread; when the loop has ended, free it here."""
+    cdef server_t* server = conn.server
+    cdef void* head
+    pthread_mutex_lock(&server.lock)
+    if server.is_ended:
+        conn_free(conn)
+    else:
+        head = load_ptr(<void**>&server.returned)
+        while True:
+            conn.next_returned = <conn_t*>head
+            if cas_ptr(<void**>&server.returned, &head, <void*>conn):
+                break
+        server_wake(server)     # under the lock: the loop cannot have ended
+    pthread_mutex_unlock(&server.lock)
+
+
+# -- accepted heads
+
+cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* data, size_t n,
+                              http_post_t* post) noexcept nogil:
+    """Tell whether Python has accepted such a head before; remember it on the connection."""
+    cdef int i
+    cdef head_t* head
+    cdef uint8_t* copy
+    cdef bint found = False
+    pthread_mutex_lock(&server.lock)
+    for i in range(server.n_heads):
+        head = &server.heads[i]
+        if http_same_post(data, n, head.data, &head.post, post):
+            copy = <uint8_t*>realloc(conn.known, head.post.head_len)
+            if copy is not NULL:
+                memcpy(copy, head.data, head.post.head_len)
+                conn.known = copy
+                conn.known_post = head.post
+            found = True
+            break
+    pthread_mutex_unlock(&server.lock)
+    return found
+
+
+cdef inline void server_learn(server_t* server, const uint8_t* data,
+                              const http_post_t* post) noexcept nogil:
+    """Accept heads that are like this one but for their length; the oldest makes room."""
+    cdef head_t* head
+    cdef uint8_t* copy = <uint8_t*>malloc(post.head_len)
+    if copy is NULL:
+        return
+    memcpy(copy, data, post.head_len)
+    pthread_mutex_lock(&server.lock)
+    head = &server.heads[server.next_head]
+    free(head.data)
+    head.data = copy
+    head.post = post[0]
+    server.next_head = (server.next_head + 1) % HEADS_MAX
+    if server.n_heads < HEADS_MAX:
+        server.n_heads += 1
+    pthread_mutex_unlock(&server.lock)
+
+
+# -- a connection: read, recognise, write
+
+cdef inline void conn_close(conn_t* conn) noexcept nogil:
+    """End a connection that the loop has. A general one goes to Python once more."""
+    cdef server_t* server = conn.server
+    if conn.fd >= 0:
+        close(conn.fd)          # leaves the epoll set by itself
+        conn.fd = -1
+        server.counts.connections -= 1
+        if conn.state == CONN_BODY:
+            server.buffered_bytes -= <int64_t>conn.request.body.len
+        if server.accept_at_ns < 0:
+            server.accept_at_ns = server.now_ns
+    if conn.is_general:
+        conn_to_handler(conn, REQUEST_GONE)
+        return
+    conn_unlink(conn)
+    conn.state = CONN_CLOSED
+    conn.next = server.buried
+    server.buried = conn
+
+
+cdef inline void server_free_buried(server_t* server) noexcept nogil:
+    """Free what was closed in this turn. Nothing is runnable, no event is pending."""
+    cdef conn_t* conn = server.buried
+    cdef conn_t* following
+    server.buried = NULL
+    if conn is NULL:
+        return
+    pthread_mutex_lock(&server.lock)
+    while conn is not NULL:
+        following = conn.next
+        conn_free(conn)
+        conn = following
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline void conn_broken(conn_t* conn) noexcept nogil:
+    """The body of a recognised request will not come: Python counts it and answers 400."""
+    conn.server.buffered_bytes -= <int64_t>conn.request.body.len
+    body_free(&conn.request.body)
+    conn_to_handler(conn, REQUEST_BROKEN)
+
+
+cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
+    """Give bytes to Python; from here on the connection is general."""
+    cdef request_t* request = &conn.request
+    if not body_init(&request.body, n):
+        conn_close(conn)
+        return
+    memcpy(request.body.data, data, n)
+    request.body.len = n
+    if not conn.is_general:
+        conn.is_general = True
+        conn.server.counts.general_requests += 1
+    conn_save(conn, NULL, 0)
+    conn_to_handler(conn, REQUEST_GENERAL)
+
+
+cdef inline void conn_request(conn_t* conn) noexcept nogil:
+    """A recognised request is complete: decode it and queue it."""
+    cdef request_t* request = &conn.request
+    conn.server.counts.fast_requests += 1
+    request.is_decoded = True
+    if wire_decode(request.body.data, request.body.len, &request.decoded) == WIRE_OK:
+        conn_to_handler(conn, REQUEST_MESSAGE)
+    else:
+        conn_to_handler(conn, REQUEST_UNDECODED)
+
+
+cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
+    """Look at the bytes of a head, and what may follow it."""
+    cdef server_t* server = conn.server
+    cdef http_post_t post
+    cdef size_t size, have
+    cdef int verdict
+    if conn.head_deadline_ns == 0:      # the head's time starts with its first byte
+        conn.head_deadline_ns = server.now_ns + server.limits.head_timeout_ns
+    if conn.known is NULL \
+            or not http_same_post(data, n, conn.known, &conn.known_post, &post):
+        verdict = http_recognise_post(data, n, &post)
+        if verdict == HTTP_ODD or (verdict != HTTP_POST and n > server.limits.max_head_bytes):
+            conn_hand_over(conn, data, n)
+            return
+        if verdict != HTTP_POST:
+            conn_set_deadline(conn, conn.head_deadline_ns)
+            if not conn_save(conn, data, n):
+                conn_close(conn)
+            return
+        if not server_knows(server, conn, data, n, &post):
+            conn_hand_over(conn, data, n)
+            return
+    if post.head_len > server.limits.max_head_bytes \
+            or post.content_length > server.limits.max_body_bytes:
+        conn_hand_over(conn, data, n)
+        return
+    size = <size_t>post.content_length
+    have = n - post.head_len
+    if not body_init(&conn.request.body, size):
+        conn_close(conn)
+        return
+    if have >= size:
+        memcpy(conn.request.body.data, data + post.head_len, size)
+        conn.request.body.len = size
+        if not conn_save(conn, data + post.head_len + size, have - size):
+            conn_close(conn)
+            return
+        conn_request(conn)
+        return
+    memcpy(conn.request.body.data, data + post.head_len, have)
+    conn.request.body.len = have
+    conn_save(conn, NULL, 0)
+    conn.state = CONN_BODY
+    server.buffered_bytes += <int64_t>have
+    conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+    conn_read_body(conn)
+
+
+cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
+    """Tell whether a body is not to be read now: no handler is free, or too much is held.
+
+    Whoever holds too much, the body that was begun first is read on, so that one always ends.
+    """
+    cdef server_t* server = conn.server
+    cdef conn_t* first
+    if load_int(&server.busy) >= server.limits.handlers:
+        return True
+    if server.buffered_bytes < server.limits.max_buffered_bytes:
+        return False
+    first = server.oldest
+    while first.state != CONN_BODY:
+        first = first.next
+    return first is not conn
+
+
+cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
+    """Read a body into its memory: what there is, or one step."""
+    cdef server_t* server = conn.server
+    cdef body_t* body = &conn.request.body
+    cdef size_t budget = SERVER_STEP_BYTES, room
+    cdef ssize_t n
+    while body.len < body.size:
+        if conn_must_wait(conn):
+            conn.is_paused = True
+            conn.deadline_ns = 0        # it is we who wait
+            server.has_paused = True
+            server.counts.body_pauses += 1
+            return
+        room = body.size - body.len
+        if room > budget:
+            room = budget
+        n = recv(conn.fd, body.data + body.len, room, MSG_DONTWAIT)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                return
+            n = 0
+        if n == 0:
+            conn_broken(conn)
+            return
+        body.len += <size_t>n
+        server.buffered_bytes += n
+        budget -= <size_t>n
+        conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+        if body.is_mapped and not body.is_huge and body.len >= BODY_HUGE_MIN:
+            body.is_huge = True
+            madvise(body.data, body.size, MADV_HUGEPAGE)
+        if budget == 0 and body.len < body.size:
+            conn_add_runnable(conn)
+            return
+    server.buffered_bytes -= <int64_t>body.len
+    conn_request(conn)
+
+
+cdef inline void conn_read(conn_t* conn) noexcept nogil:
+    """Read a head, or bytes for Python."""
+    cdef server_t* server = conn.server
+    cdef size_t kept = conn.buffer_len
+    cdef ssize_t n
+    if kept > 0:
+        memcpy(server.scratch, conn.buffer, kept)
+    while True:
+        n = recv(conn.fd, server.scratch + kept, SERVER_SCRATCH - kept, MSG_DONTWAIT)
+        if n >= 0 or errno != EINTR:
+            break
+    if n < 0 and errno == EAGAIN:
+        return
+    if n <= 0:
+        conn_close(conn)
+        return
+    if kept + <size_t>n == SERVER_SCRATCH:
+        conn_add_runnable(conn)         # there may be more, and epoll will not say so again
+    if conn.state == CONN_GENERAL:
+        conn_hand_over(conn, server.scratch, kept + <size_t>n)
+    else:
+        conn_parse(conn, server.scratch, kept + <size_t>n)
+
+
+cdef inline void conn_next(conn_t* conn) noexcept nogil:
+    """A request is answered: go on with what has been read, or be idle."""
+    cdef server_t* server = conn.server
+    cdef size_t kept = conn.buffer_len
+    conn_unlink(conn)
+    conn_append(conn)
+    if load_int(&server.is_stopping):
+        conn_close(conn)
+        return
+    conn.state = CONN_HEAD
+    conn.head_deadline_ns = 0
+    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    if kept > 0:
+        memcpy(server.scratch, conn.buffer, kept)
+        conn.buffer_len = 0
+        conn_parse(conn, server.scratch, kept)
+    if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_BODY):
+        conn_add_runnable(conn)
+
+
+cdef inline void conn_linger(conn_t* conn) noexcept nogil:
+    """End our side, and wait a moment for the other to do so."""
+    conn.state = CONN_LINGERING
+    if load_int(&conn.server.is_stopping) or shutdown(conn.fd, SHUT_WR) != 0:
+        conn_close(conn)
+        return
+    conn_set_deadline(conn, conn.server.now_ns + LINGER_NS)
+    conn_add_runnable(conn)
+
+
+cdef inline void conn_discard(conn_t* conn) noexcept nogil:
+    """Read and throw away one step of what a refused peer still sends."""
+    cdef server_t* server = conn.server
+    cdef ssize_t n
+    cdef int i
+    for i in range(SERVER_STEP_BYTES // SERVER_SCRATCH):
+        n = recv(conn.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT)
+        if n <= 0:
+            if n == 0 or (errno != EAGAIN and errno != EINTR):
+                conn_close(conn)
+            return
+    conn_add_runnable(conn)
+
+
+cdef inline void conn_written(conn_t* conn) noexcept nogil:
+    """The answer is out: do what Python wanted next."""
+    free(conn.answer)
+    conn.answer = NULL
+    conn.answer_len = conn.answer_at = 0
+    if conn.then == THEN_CLOSE:
+        conn.is_general = False
+        conn_linger(conn)
+    elif conn.then == THEN_NEXT:
+        conn.is_general = False
+        conn_next(conn)
+    else:
+        conn.state = CONN_GENERAL
+        if conn.then == THEN_READ_BODY:
+            conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
+        else:
+            conn_set_deadline(conn, conn.head_deadline_ns)
+        if conn.has_event:
+            conn_add_runnable(conn)
+
+
+cdef inline void conn_write(conn_t* conn) noexcept nogil:
+    """Write the answer, or what is left of it."""
+    cdef ssize_t n
+    cdef uint8_t* data = conn.answer
+    while conn.answer_at < conn.answer_len:
+        n = send(conn.fd, data + conn.answer_at, conn.answer_len - conn.answer_at,
+                 MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                conn.state = CONN_WRITING
+                conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
+                return
+            conn_close(conn)
+            return
+        conn.answer_at += <size_t>n
+    conn_written(conn)
+
+
+cdef inline void conn_write_204(conn_t* conn) noexcept nogil:
+    """Write the answer most requests get, straight from the server's copy."""
+    cdef server_t* server = conn.server
+    cdef ssize_t n
+    server_date(server)
+    n = send(conn.fd, server.answer_204, server.answer_204_len, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if n == <ssize_t>server.answer_204_len:
+        conn_written(conn)
+        return
+    conn.answer = <uint8_t*>malloc(server.answer_204_len)
+    if conn.answer is NULL or (n < 0 and errno != EAGAIN and errno != EINTR):
+        conn_close(conn)
+        return
+    memcpy(conn.answer, server.answer_204, server.answer_204_len)
+    conn.answer_len = server.answer_204_len
+    conn.answer_at = <size_t>n if n > 0 else 0
+    conn_write(conn)
+
+
+cdef inline void conn_returned(conn_t* conn) noexcept nogil:
+    """Go on with a connection a handler thread gives back."""
+    request_free(&conn.request)
+    if conn.then == THEN_FREE or conn.fd < 0:
+        conn.is_general = False
+        conn_close(conn)
+    elif conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general:
+        conn_write_204(conn)
+    else:
+        conn_write(conn)
+
+
+cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
+    """Act on what epoll says, or on EPOLLIN when the connection was runnable."""
+    if conn.state == CONN_CLOSED:
+        return
+    if conn.state == CONN_HANDLED or conn.state == CONN_WRITING:
+        if flags & ~EPOLLOUT:
+            conn.has_event = True
+        if conn.state == CONN_WRITING and flags & EPOLLOUT:
+            conn_write(conn)
+        return
+    if not flags & ~EPOLLOUT:
+        return
+    # An end of stream comes with the last bytes, once: it is to be looked for after them.
+    conn.has_event = (flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0
+    if conn.state == CONN_BODY:
+        conn_read_body(conn)
+    elif conn.state == CONN_LINGERING:
+        conn_discard(conn)
+    else:
+        conn_read(conn)
+    if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_GENERAL):
+        conn_add_runnable(conn)
+
+
+# -- the loop
+
+cdef inline void server_date(server_t* server) noexcept nogil:
+    """Keep the Date of the 204 up to date (RFC 9110 6.6.1)."""
+    cdef time_t now = time(NULL)
+    cdef size_t at = server.answer_204_fixed
+    if now == server.answer_second:
+        return
+    server.answer_second = now
+    at += format_http_date(<char*>server.answer_204 + at, ANSWER_204_MAX - at, now)
+    memcpy(server.answer_204 + at, b"\r\n\r\n", 4)
+    server.answer_204_len = at + 4
+
+
+cdef inline bint server_make_room(server_t* server) noexcept nogil:
+    """Close the connection that has been idle longest; False when none is idle."""
+    cdef conn_t* conn = server.oldest
+    while conn is not NULL:
+        if conn.state == CONN_HEAD and conn.buffer_len == 0 and conn.fd >= 0:
+            server.counts.closed_for_room += 1
+            conn_close(conn)
+            return True
+        conn = conn.next
+    return False
+
+
+cdef inline void server_pause_accept(server_t* server, int64_t until_ns) noexcept nogil:
+    cdef int i
+    for i in range(server.n_listening):
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)
+    server.accept_at_ns = until_ns
+    server.counts.accept_pauses += 1
+    if until_ns > 0 and (server.next_deadline_ns == 0 or until_ns < server.next_deadline_ns):
+        server.next_deadline_ns = until_ns
+
+
+cdef inline void server_resume_accept(server_t* server) noexcept nogil:
+    cdef epoll_event event
+    cdef int i
+    server.accept_at_ns = 0
+    event.events = EPOLLIN
+    for i in range(server.n_listening):
+        event.data.ptr = &server.listening[i]
+        epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.listening[i], &event)
+
+
+cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
+    """Accept what waits, within the limit of connections."""
+    cdef conn_t* conn
+    cdef epoll_event event
+    cdef socklen_t size
+    cdef int i
+    for i in range(ACCEPT_STEP):
+        if server.counts.connections >= <uint64_t>server.limits.max_connections \
+                and not server_make_room(server):
+            server_pause_accept(server, -1)     # until one closes
+            return
+        conn = <conn_t*>calloc(1, sizeof(conn_t))
+        if conn is NULL:
+            server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
+            return
+        size = sizeof(conn.address)
+        conn.fd = accept4(listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        if conn.fd < 0:
+            free(conn)
+            if errno == EINTR or errno == ECONNABORTED:
+                continue
+            if errno != EAGAIN and not server_make_room(server):
+                # No descriptors, no memory: the listener stays, and looks again in a while.
+                server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
+            return
+        conn.server = server
+        server.next_id += 1
+        conn.id = server.next_id
+        server.counts.accepted += 1
+        server.counts.connections += 1
+        pthread_mutex_lock(&server.lock)
+        server.live += 1
+        pthread_mutex_unlock(&server.lock)
+        conn_append(conn)
+        # A connection that says nothing at all has no more time than a head.
+        conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
+        event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+        event.data.ptr = conn
+        if epoll_ctl(server.epfd, EPOLL_CTL_ADD, conn.fd, &event) != 0:
+            conn_close(conn)
+
+
+cdef inline void server_run_runnable(server_t* server) noexcept nogil:
+    cdef conn_t* conn = server.runnable
+    cdef conn_t* following
+    server.runnable = server.runnable_tail = NULL
+    while conn is not NULL:
+        following = conn.next_runnable
+        conn.is_runnable = False
+        conn_ready(conn, EPOLLIN)
+        conn = following
+
+
+cdef inline void server_run_returned(server_t* server) noexcept nogil:
+    cdef conn_t* conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
+    cdef conn_t* following
+    cdef bint is_some = conn is not NULL
+    while conn is not NULL:
+        following = conn.next_returned
+        conn_returned(conn)
+        conn = following
+    if is_some and server.has_paused:
+        # A handler is free, or memory is: let the bodies that wait try again.
+        server.has_paused = False
+        conn = server.oldest
+        while conn is not NULL:
+            if conn.is_paused and conn.state == CONN_BODY:
+                conn.is_paused = False
+                conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+                conn_add_runnable(conn)
+            conn = conn.next
+
+
+cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
+    """End what is overdue and find the next deadline. Runs when one may have passed."""
+    cdef conn_t* conn = server.oldest
+    cdef conn_t* following
+    server.next_deadline_ns = 0
+    if server.accept_at_ns > 0:
+        if server.now_ns >= server.accept_at_ns:
+            server_resume_accept(server)
+        else:
+            server.next_deadline_ns = server.accept_at_ns
+    while conn is not NULL:
+        following = conn.next
+        if conn.state == CONN_HANDLED or conn.deadline_ns == 0:
+            pass
+        elif server.now_ns < conn.deadline_ns:
+            if server.next_deadline_ns == 0 or conn.deadline_ns < server.next_deadline_ns:
+                server.next_deadline_ns = conn.deadline_ns
+        elif conn.state == CONN_LINGERING:
+            conn_close(conn)
+        elif conn.state == CONN_BODY:
+            server.counts.body_timeouts += 1
+            conn_broken(conn)
+        else:
+            if conn.state == CONN_HEAD and conn.buffer_len == 0:
+                server.counts.idle_timeouts += 1
+            elif conn.state == CONN_HEAD or conn.then == THEN_READ_HEAD:
+                server.counts.head_timeouts += 1
+            else:
+                server.counts.body_timeouts += 1
+            conn_close(conn)
+        conn = following
+
+
+cdef inline void server_begin_stop(server_t* server) noexcept nogil:
+    """Free the ports and close every connection that has no request with a handler."""
+    cdef conn_t* conn = server.oldest
+    cdef conn_t* following
+    cdef int i
+    for i in range(server.n_listening):
+        close(server.listening[i])
+    server.n_listening = 0
+    while conn is not NULL:
+        following = conn.next
+        if conn.state != CONN_HANDLED and conn.state != CONN_WRITING:
+            conn_close(conn)
+        conn = following
+
+
+cdef inline int server_timeout_ms(server_t* server) noexcept nogil:
+    cdef int64_t left
+    if server.next_deadline_ns == 0:
+        return -1
+    left = server.next_deadline_ns - server.now_ns
+    if left <= 0:
+        return 0
+    return <int>((left + 999999) // 1000000) if left < 3600000000000 else 3600000
+
+
+cdef inline void* server_main(void* argument) noexcept nogil:
+    """The thread. Ends when told to, once no connection is left or the deadline is over."""
+    cdef server_t* server = <server_t*>argument
+    cdef epoll_event events[SERVER_EVENTS]
+    cdef void* pointer
+    cdef bint has_begun_stop = False
+    cdef int n, i, timeout_ms
+    while True:
+        server_run_returned(server)
+        if server.runnable is not NULL:
+            server_run_runnable(server)
+        if server.runnable is NULL:
+            server_free_buried(server)
+        if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
+                and not has_begun_stop:
+            server_resume_accept(server)
+        if load_int(&server.is_stopping):
+            if not has_begun_stop:
+                has_begun_stop = True
+                server_begin_stop(server)
+                continue
+            if server.oldest is NULL or load_int(&server.is_stopping) == 2:
+                break
+        timeout_ms = 0 if server.runnable is not NULL else server_timeout_ms(server)
+        if timeout_ms != 0:
+            store_int(&server.is_sleeping, 1)
+            if load_ptr(<void**>&server.returned) is not NULL \
+                    or (load_int(&server.is_stopping) and not has_begun_stop) \
+                    or load_int(&server.is_stopping) == 2:
+                timeout_ms = 0
+        n = epoll_wait(server.epfd, events, SERVER_EVENTS, timeout_ms)
+        store_int(&server.is_sleeping, 0)
+        server.now_ns = clock_ns()
+        for i in range(n):
+            pointer = events[i].data.ptr
+            if pointer is NULL:
+                continue
+            if <void*>server.listening <= pointer \
+                    < <void*>(server.listening + server.n_listening):
+                server_accept(server, (<int*>pointer)[0])
+            else:
+                conn_ready(<conn_t*>pointer, events[i].events)
+        if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
+            server_check_deadlines(server)
+    server_end(server)
+    return NULL
+
+
+cdef inline void server_end(server_t* server) noexcept nogil:
+    """Let go of every connection; those a handler is at work on are freed when it gives them back.
+    """
+    cdef conn_t* conn = server.oldest
+    cdef conn_t* following
+    pthread_mutex_lock(&server.lock)
+    server.is_ended = True
+    while conn is not NULL:
+        following = conn.next
+        if conn.fd >= 0:
+            close(conn.fd)
+            conn.fd = -1
+        conn.is_runnable = False
+        if conn.state != CONN_HANDLED:
+            conn_free(conn)
+        conn = following
+    conn = server.buried
+    while conn is not NULL:
+        following = conn.next
+        conn.is_runnable = False
+        conn_free(conn)
+        conn = following
+    # Queued, and given back, but nobody will look at them any more.
+    conn = server_try_request(server)
+    while conn is not NULL:
+        conn_free(conn)
+        conn = server_try_request(server)
+    conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
+    while conn is not NULL:
+        following = conn.next_returned
+        conn_free(conn)
+        conn = following
+    server.counts.connections = 0
+    server.is_closed = True
+    pthread_cond_broadcast(&server.queued)
+    pthread_mutex_unlock(&server.lock)
+
+
+# -- making and ending, called from Python
+
+cdef inline int server_init(server_t* server, const server_limits_t* limits) noexcept nogil:
+    """Make a server that neither listens nor runs yet; 0 or an errno."""
+    cdef epoll_event event
+    cdef int error
+    memset(server, 0, sizeof(server_t))
+    server.limits = limits[0]
+    server.epfd = server.wakefd = -1
+    if pthread_mutex_init(&server.lock, NULL) != 0 \
+            or cond_init_monotonic(&server.queued) != 0 \
+            or cond_init_monotonic(&server.ended) != 0:
+        return EAGAIN
+    server.epfd = epoll_create1(EPOLL_CLOEXEC)
+    if server.epfd >= 0:
+        server.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    event.events = EPOLLIN | EPOLLET
+    event.data.ptr = NULL
+    if server.wakefd < 0 or epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event) != 0:
+        error = errno
+        server_free(server)
+        return error
+    return 0
+
+
+cdef inline void server_free(server_t* server) noexcept nogil:
+    """Free a server whose thread has ended and whose connections are all given back."""
+    cdef int i
+    invariant(server.live == 0)
+    for i in range(server.n_listening):
+        close(server.listening[i])
+    free(server.listening)
+    for i in range(server.n_heads):
+        free(server.heads[i].data)
+    server_close_descriptors(server)
+    pthread_cond_destroy(&server.queued)
+    pthread_cond_destroy(&server.ended)
+    pthread_mutex_destroy(&server.lock)
+
+
+cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
+    if server.epfd >= 0:
+        close(server.epfd)
+    if server.wakefd >= 0:
+        close(server.wakefd)
+    server.epfd = server.wakefd = -1
+
+
+cdef inline int server_start(server_t* server) noexcept nogil:
+    """Start the thread, with all signals blocked: they belong to Python's threads."""
+    cdef sigset_t all_signals, before
+    cdef int rc
+    server.now_ns = clock_ns()
+    server_resume_accept(server)
+    sigfillset(&all_signals)
+    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
+    rc = pthread_create(&server.thread, NULL, server_main, server)
+    pthread_sigmask(SIG_SETMASK, &before, NULL)
+    return rc
+
+
+cdef inline void server_stop(server_t* server, int how) noexcept nogil:
+    """Have the loop stop: 1 lets requests with handlers end, 2 does not wait for them."""
+    cdef uint64_t one = 1
+    store_int(&server.is_stopping, how)
+    write(server.wakefd, &one, sizeof(one))

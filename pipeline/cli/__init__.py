@@ -1,0 +1,28 @@
+"""The ``raft-pipeline`` command: one file per subcommand. The library never imports this."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line. Click and rich come with the ``cli`` extra; say so without them."""
+    try:
+        import click
+
+        from pipeline.cli.demo import demo
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("click", "rich"):
+            raise
+        raise SystemExit(
+            f"raft-pipeline needs {missing}: pip install 'raft-pipeline[cli]'"
+        ) from None
+
+    group = click.Group(
+        "raft-pipeline",
+        commands=[demo],
+        help="The network half of a Raft node: etcd's rafthttp pipeline for Python.",
+    )
+    click.version_option(package_name="raft-pipeline")(group)
+    group()

@@ -1,0 +1,239 @@
+"""A real etcd 3.5.1 and our Transport, both ways: neither member can commit without the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import Message, MessageType, PipelineConfig, TransportConfig
+from pipeline.examples.etcd import EtcdError, put_of
+from pipeline.examples.follower import Role
+from tests.support import LONG_TIMEOUT
+from tests.support.etcd import Cluster, assert_balanced, wait_until
+
+pytestmark = pytest.mark.etcd
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Both members running, etcd leading; the books are checked when they stop."""
+    cluster = Cluster(tmp_path)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def puts_in_our_log(cluster: Cluster) -> dict[bytes, bytes]:
+    """Return what is committed in our log, once all of it is."""
+    assert cluster.follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT)
+    return dict(put for entry in cluster.follower.committed() if (put := put_of(entry)))
+
+
+def move_leadership_to_us(cluster: Cluster) -> None:
+    cluster.etcd.move_leader(cluster.follower.member_id)
+    assert cluster.follower.state().role is Role.LEADER
+
+
+def test_both_accept_the_posts_of_the_other(cluster: Cluster) -> None:
+    written = {b"key %d" % i: b"value %d" % i for i in range(100)}
+    for key, value in written.items():
+        cluster.etcd.put(key, value)
+
+    assert puts_in_our_log(cluster) == written
+    assert cluster.follower.received[MessageType.APP] >= len(written)
+    stats = cluster.stats()
+    assert stats.sent >= len(written)
+    assert (stats.failed, stats.dropped, stats.refused) == (0, 0, 0)
+    to_us = f'To="{cluster.follower.member_id:x}"'
+    assert cluster.etcd.metric(f"etcd_network_peer_sent_bytes_total{{{to_us}}}") > 0
+    assert cluster.etcd.metric(f"etcd_network_peer_sent_failures_total{{{to_us}}}") == 0
+
+
+@pytest.mark.parametrize("profile", ["3.6", "3.7"])
+def test_etcd_understands_the_encodings_of_its_successors(tmp_path: Path, profile: str) -> None:
+    config = TransportConfig(pipeline=PipelineConfig(profile=profile))
+    cluster = Cluster(tmp_path, config=config)
+    try:
+        cluster.start()
+        move_leadership_to_us(cluster)  # so that we send every type of message we know
+        cluster.etcd.put(b"key", b"value")
+        assert cluster.etcd.get(b"key") == b"value"
+        assert puts_in_our_log(cluster) == {b"key": b"value"}
+        assert cluster.stats().failed == 0
+    finally:
+        cluster.stop()
+
+
+def test_etcd_counts_the_bytes_that_we_count_as_sent(cluster: Cluster) -> None:
+    sample = f'etcd_network_peer_received_bytes_total{{From="{cluster.follower.member_id:x}"}}'
+    for i in range(20):
+        cluster.etcd.put(b"key %d" % i, b"value")
+
+    def is_equal() -> bool:
+        before = cluster.stats()
+        received = cluster.etcd.metric(sample)
+        # Only an instant without a heartbeat between the two readings says anything.
+        return received == before.sent_bytes and before == cluster.stats()
+
+    wait_until(is_equal, "both count the same bytes")
+
+
+def test_a_linearizable_read_is_answered_because_we_echo_the_context(cluster: Cluster) -> None:
+    cluster.etcd.put(b"key", b"value")
+    assert cluster.etcd.get(b"key") == b"value"
+
+    asked = [m for m in cluster.follower.messages if m.type == MessageType.HEARTBEAT and m.context]
+    assert asked, "etcd asked nobody whether it still leads"
+
+
+def test_etcd_hands_its_leadership_to_us_and_takes_it_back(cluster: Cluster) -> None:
+    cluster.etcd.put(b"under etcd", b"1")
+    move_leadership_to_us(cluster)
+    cluster.etcd.put(b"under us", b"2")
+    assert cluster.etcd.get(b"under us") == b"2"
+    assert cluster.follower.received[MessageType.PROP] >= 1
+    assert cluster.follower.sent[MessageType.READ_INDEX_RESP] >= 1
+    led_term = cluster.follower.state().term
+
+    wait_until(cluster.follower.transfer_leadership, "etcd holds our whole log")
+    assert cluster.follower.wait_for(lambda s: s.leader == cluster.etcd.id, LONG_TIMEOUT)
+    cluster.etcd.put(b"under etcd again", b"3")
+
+    assert puts_in_our_log(cluster) == {
+        b"under etcd": b"1",
+        b"under us": b"2",
+        b"under etcd again": b"3",
+    }
+    terms = [entry.term for entry in cluster.follower.committed()]
+    assert terms == sorted(terms)
+    assert led_term in terms
+    assert cluster.follower.state().term > led_term
+
+
+@pytest.mark.parametrize("leader", ["etcd", "us"])
+def test_a_value_of_one_mebibyte_goes_through(cluster: Cluster, leader: str) -> None:
+    if leader == "us":
+        move_leadership_to_us(cluster)
+    value = bytes(range(256)) * 4096
+    cluster.etcd.put(b"large", value)
+
+    assert cluster.etcd.get(b"large") == value
+    assert puts_in_our_log(cluster) == {b"large": value}
+    if leader == "us":
+        assert cluster.stats().sent_bytes > len(value)
+
+
+@pytest.mark.parametrize("leader", ["etcd", "us"])
+def test_the_cluster_goes_on_when_etcd_is_killed_and_started_again(
+    cluster: Cluster, leader: str
+) -> None:
+    cluster.etcd.put(b"before", b"1")
+    if leader == "us":
+        move_leadership_to_us(cluster)
+    cluster.etcd.stop()
+    if leader == "us":
+        assert cluster.follower.wait_for(lambda s: s.role is Role.LEADER, 0)
+        wait_until(lambda: cluster.stats().failed > 0, "a heartbeat fails")
+        wait_until(lambda: cluster.follower.unreachable > 0, "we are told so")
+        assert_balanced(cluster.stats())
+    cluster.etcd.start()
+    cluster.etcd.wait_ready()
+
+    cluster.etcd.put(b"after", b"2")
+    assert cluster.etcd.get(b"before") == b"1"
+    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+
+
+def test_etcd_shutting_down_in_good_order_leaves_the_leadership_to_us(cluster: Cluster) -> None:
+    cluster.etcd.put(b"before", b"1")
+    cluster.etcd.stop(graceful=True)
+    assert cluster.follower.state().role is Role.LEADER
+    cluster.etcd.start()
+    cluster.etcd.wait_ready()
+    cluster.etcd.put(b"after", b"2")
+    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+
+
+@pytest.mark.parametrize("leader", ["etcd", "us"])
+def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, leader: str) -> None:
+    cluster.etcd.put(b"before", b"1")
+    if leader == "us":
+        move_leadership_to_us(cluster)
+    cluster.stop_ours()
+    with pytest.raises(EtcdError):  # nothing commits without us
+        cluster.etcd.call("/v3/kv/range", {"key": "eA=="}, timeout_s=1.0)
+    cluster.start_ours()
+    cluster.etcd.wait_ready()
+
+    cluster.etcd.put(b"after", b"2")
+    assert cluster.etcd.get(b"before") == b"1"
+    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+
+
+def connections_to(url: str) -> int:
+    """Count the established TCP connections of this machine to a loopback URL."""
+    port = int(url.rpartition(":")[2])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2] == f"0100007F:{port:04X}" and row[3] == "01" for row in rows)
+
+
+@pytest.mark.parametrize("idle_timeout_s", [4.0, 60.0], ids=["too old for us", "young enough"])
+def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout_s: float) -> None:
+    """etcd closes a connection after 5 s without a read (spec section 10.1)."""
+    config = TransportConfig(pipeline=PipelineConfig(idle_timeout_s=idle_timeout_s))
+    cluster = Cluster(tmp_path, config=config)
+    heartbeat = Message(
+        type=MessageType.HEARTBEAT_RESP, to=cluster.etcd.id, from_=cluster.follower.member_id
+    )
+    try:
+        cluster.etcd.start()
+        wait_until(lambda: "serving peer traffic" in cluster.etcd.log_tail(1000), "etcd listens")
+        cluster.start_ours(listening=False)  # else etcd's elections would keep us talking
+        assert cluster.transport is not None
+        cluster.transport.send([heartbeat])
+        wait_until(lambda: cluster.stats().sent == 1, "the first is sent")
+        assert connections_to(cluster.etcd.peer_url) == 1
+        wait_until(lambda: connections_to(cluster.etcd.peer_url) == 0, "the connection is closed")
+        cluster.transport.send([heartbeat])
+        wait_until(lambda: cluster.stats().sent == 2, "the second is sent")
+        assert cluster.stats().failed == 0
+    finally:
+        cluster.stop()
+
+
+def test_a_wrong_cluster_id_is_refused_on_both_sides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = Cluster(tmp_path, has_right_cluster_id=False)
+    try:
+        with caplog.at_level(logging.DEBUG, logger="pipeline"):
+            cluster.start_ours()
+            cluster.etcd.start()
+            theirs = "request sent was ignored due to cluster ID mismatch"
+            wait_until(lambda: theirs in cluster.etcd.log_tail(1000), "etcd learns of our 412")
+            ours = f'"remote-peer-cluster-id":"{cluster.our_cluster_id:x}"'
+            assert ours in cluster.etcd.log_tail(1000)
+            assert cluster.transport is not None
+            cluster.transport.send(
+                [
+                    Message(
+                        type=MessageType.HEARTBEAT_RESP,
+                        to=cluster.etcd.id,
+                        from_=cluster.follower.member_id,
+                        term=1,
+                    )
+                ]
+            )
+            wait_until(lambda: cluster.follower.unreachable > 0, "we are told so")
+        assert "cluster ID mismatch" in caplog.text
+        stats = cluster.stats()
+        assert (stats.sent, stats.failed) == (0, 1)
+        assert_balanced(stats)
+        assert cluster.follower.messages == []
+    finally:
+        cluster.stop()

@@ -1,0 +1,111 @@
+"""A cluster of a real etcd and the example member on our Transport, for the interop tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import Message, PipelineStats, Transport, TransportConfig
+from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
+from pipeline.examples.follower import Follower
+from tests.support import LONG_TIMEOUT
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Poll something that cannot be waited for otherwise, such as another process."""
+    deadline = time.monotonic() + LONG_TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {LONG_TIMEOUT:g} s: {what}"
+        time.sleep(0.01)
+
+
+def assert_balanced(stats: PipelineStats) -> None:
+    """Check the books (design R4)."""
+    assert stats.offered == stats.accepted + stats.refused, stats
+    outcomes = stats.sent + stats.failed + stats.dropped + stats.queued + stats.in_flight
+    assert stats.accepted == outcomes, stats
+
+
+class RecordingFollower(Follower):
+    """The example member; keeps what it is given."""
+
+    def __init__(self, member_id: int, peer_id: int) -> None:
+        super().__init__(member_id, peer_id)
+        self.messages: list[Message] = []
+
+    def process(self, message: Message) -> None:
+        self.messages.append(message)
+        super().process(message)
+
+
+class Cluster:
+    """Two members: ``etcd``, and ``follower`` on ``transport``.
+
+    Parameters
+    ----------
+    directory : Path
+        For etcd's data and log.
+    config : TransportConfig, optional
+        Of our Transport.
+    has_right_cluster_id : bool
+        False gives our Transport another cluster's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        config: TransportConfig | None = None,
+        has_right_cluster_id: bool = True,
+    ) -> None:
+        binary = find_etcd()
+        assert binary is not None, "no etcd binary: the `test` extra brings one"
+        self.our_url = f"http://127.0.0.1:{free_port()}"
+        self.etcd = EtcdMember(binary, directory, self.our_url)
+        self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
+        self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
+        self.config = config
+        self.transport: Transport | None = None
+
+    def start(self) -> None:
+        """Start both members and wait until they have a leader."""
+        self.start_ours()
+        self.etcd.start()
+        self.etcd.wait_ready()
+
+    def start_ours(self, *, listening: bool = True) -> None:
+        """Start our member, with the log it had when it was stopped."""
+        self.transport = Transport(
+            self.follower.member_id,
+            self.our_cluster_id,
+            self.follower,
+            peer_urls=[self.our_url],
+            config=self.config,
+        )
+        self.transport.start()
+        self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
+        if listening:
+            self.transport.listen(self.our_url)
+        self.follower.start(self.transport.send)
+
+    def stop_ours(self) -> None:
+        """Stop our member; its books must balance to the end."""
+        transport, self.transport = self.transport, None
+        assert transport is not None
+        self.follower.stop()
+        stats = transport.stats()[self.etcd.id]
+        transport.stop()
+        assert_balanced(stats)
+
+    def stop(self) -> None:
+        """Stop what runs. Print etcd's log: pytest shows it when the test failed."""
+        self.etcd.stop()
+        if self.transport is not None:
+            self.stop_ours()
+        print(self.etcd.log_tail(100))
+
+    def stats(self) -> PipelineStats:
+        """Return the books of the pipeline to etcd."""
+        assert self.transport is not None
+        return self.transport.stats()[self.etcd.id]
