@@ -29,9 +29,7 @@ CHUNKED_500 = (
     b"4\r\noops\r\n0\r\n\r\n"
 )
 MANY_HEADERS = (
-    b"HTTP/1.1 204 No Content\r\n"
-    + b"".join(b"X-%d: y\r\n" % i for i in range(80))
-    + b"\r\n"
+    b"HTTP/1.1 204 No Content\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(80)) + b"\r\n"
 )
 
 # (answers, one per message, the last for all following; sent; failed; connections used for 4)

@@ -82,22 +82,25 @@ def test_one_message_larger_than_the_budget_is_let_through_when_nothing_waits() 
 
 def test_the_transport_s_budget_is_shared_and_never_silences_a_peer_with_nothing_queued() -> None:
     config = TransportConfig(queue_bytes=100 * KIB, pipeline=PipelineConfig(connections=1))
-    with ScriptedServer() as one, ScriptedServer() as two:
-        with Transport(1, 1, FakeRaft(), config=config) as transport:
-            for peer_id, server in ((2, one), (3, two)):
-                transport.add_peer(peer_id, [server.url])
-                server.script = server.hold
-                transport.send([sized(1, peer_id)])
-                server.wait_requests(1)
-            transport.send([sized(60 * KIB, 2), sized(60 * KIB, 2)])  # the second is too much
-            assert [transport.stats()[2].queued, transport.stats()[2].refused] == [1, 1]
-            transport.send([sized(60 * KIB, 3), sized(1, 3)])
-            # The first was alone in its queue; with it the transport is over its budget.
-            assert [transport.stats()[3].queued, transport.stats()[3].refused] == [1, 1]
-            one.release.set()
-            two.release.set()
-            one.wait_requests(2)
-            two.wait_requests(2)
+    with (
+        ScriptedServer() as one,
+        ScriptedServer() as two,
+        Transport(1, 1, FakeRaft(), config=config) as transport,
+    ):
+        for peer_id, server in ((2, one), (3, two)):
+            transport.add_peer(peer_id, [server.url])
+            server.script = server.hold
+            transport.send([sized(1, peer_id)])
+            server.wait_requests(1)
+        transport.send([sized(60 * KIB, 2), sized(60 * KIB, 2)])  # the second is too much
+        assert [transport.stats()[2].queued, transport.stats()[2].refused] == [1, 1]
+        transport.send([sized(60 * KIB, 3), sized(1, 3)])
+        # The first was alone in its queue; with it the transport is over its budget.
+        assert [transport.stats()[3].queued, transport.stats()[3].refused] == [1, 1]
+        one.release.set()
+        two.release.set()
+        one.wait_requests(2)
+        two.wait_requests(2)
 
 
 def test_bytes_are_given_back_when_a_peer_is_removed() -> None:
@@ -115,7 +118,9 @@ def test_bytes_are_given_back_when_a_peer_is_removed() -> None:
 
 def test_a_full_queue_is_reported_from_a_library_thread() -> None:
     class WhoCalls(FakeRaft):
-        threads: set[str] = set()
+        def __init__(self) -> None:
+            super().__init__()
+            self.threads: set[str] = set()
 
         def report_unreachable(self, member_id: int) -> None:
             self.threads.add(threading.current_thread().name)

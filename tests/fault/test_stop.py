@@ -19,9 +19,7 @@ from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, assert_balanced, eventually, message, pipeline_to, settle
 from tests.support.server import (
     ERROR,
-    OK,
     Connection,
-    Request,
     ScriptedServer,
     always,
     black_hole,
@@ -157,7 +155,6 @@ def test_stop_ends_every_state(state: State) -> None:
         assert len(raft.unreachable) == books.failed
         assert pipeline.send(message()) is SendResult.STOPPED
         assert stop_timed(pipeline) == 0
-    del pipeline
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -167,7 +164,6 @@ def test_stop_of_what_was_never_started() -> None:
     assert pipeline.stop() == 0
     transport = Transport(1, 1, FakeRaft())
     assert transport.stop() == 0
-    del pipeline, transport
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -190,7 +186,6 @@ def test_stop_may_be_called_by_many_at_once(state: State) -> None:
         assert sorted(results) == [0] * 5 + [queued]
         assert_balanced(pipeline.stats())
         assert pipeline.stats().in_flight == 0
-    del pipeline, stop, threads
 
 
 def test_stop_with_a_blocked_callback_returns_and_tells(
@@ -224,7 +219,6 @@ def test_nothing_is_left_once_a_blocked_callback_returns() -> None:
         stop_timed(pipeline)
         gate.set()
         settle(pipeline)
-    del pipeline
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -249,7 +243,6 @@ def test_stop_inside_a_callback_of_its_own() -> None:
         assert raft.dropped + len(server.requests) == 2
         books = settle(pipeline)
         assert books.failed + books.dropped == 2
-    del pipeline, raft.pipeline
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -270,7 +263,6 @@ def test_transport_stop_inside_a_callback() -> None:
         transport.send([message(to=3), message()])
         raft.wait_unreachable(1)
         assert raft.took_s < STOP_TIMEOUT_S * 0.9
-    del transport, raft.transport
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -280,11 +272,12 @@ def test_a_thread_about_to_start_does_not_make_stop_raise(
     """A dispatcher thread is noted before it runs, and stop may come in between."""
     start = threading.Thread.start
     entered = threading.Event()
+    proceed = threading.Event()
 
     def slow_start(thread: threading.Thread) -> None:
         if thread.name.startswith("pipeline-dispatch-") and thread.name.endswith("-1"):
             entered.set()
-            time.sleep(0.3)
+            proceed.wait(LONG_TIMEOUT)
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", slow_start)
@@ -293,8 +286,11 @@ def test_a_thread_about_to_start_does_not_make_stop_raise(
         pipeline.start()
         pipeline.send(message())
         assert entered.wait(LONG_TIMEOUT)
-        pipeline.stop()
-    del pipeline
+        try:
+            stop_timed(pipeline)
+        finally:
+            proceed.set()
+        settle(pipeline)
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -319,7 +315,6 @@ def test_a_thread_that_cannot_be_started_loses_no_message(
         raft.wait_unreachable(8, 5.0)
         settle(pipeline)
         stop_timed(pipeline)
-    del pipeline
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -332,7 +327,6 @@ def test_starting_and_stopping_many_times_leaves_nothing() -> None:
             books = pipeline.stats()
             assert_balanced(books)
             assert (books.queued, books.in_flight) == (0, 0)
-        del pipeline
 
 
 @pytest.mark.usefixtures("nothing_left")
@@ -359,7 +353,6 @@ def test_peers_come_and_go_while_messages_are_sent() -> None:
         for thread in threads:
             thread.join(LONG_TIMEOUT)
         stop_timed(transport)
-    del transport, produce, threads
 
 
 def test_remove_peer_during_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,7 +428,6 @@ def test_the_io_thread_has_a_name() -> None:
             with open(f"/proc/self/task/{task}/comm") as file:
                 names.append(file.read().strip())
         assert any(name.startswith("pipeline-io-") for name in names)
-
 
 
 def test_a_stopped_pipeline_closes_a_socket_still_connecting() -> None:

@@ -437,7 +437,7 @@ def test_send_takes_protobuf_objects_of_ours_and_of_others() -> None:
         type = 3
         to = PEER
 
-        def SerializeToString(self) -> bytes:  # noqa: N802 - protobuf's name
+        def SerializeToString(self) -> bytes:
             return b"foreign"
 
     with ScriptedServer() as server, pipeline_to(server, connections=1) as pipeline:
@@ -452,7 +452,7 @@ class TypeIsText:
     type = "MsgApp"
     to = PEER
 
-    def SerializeToString(self) -> bytes:  # noqa: N802 - protobuf's name
+    def SerializeToString(self) -> bytes:
         return b""
 
 
@@ -464,14 +464,14 @@ class ToIsNegative(TypeIsText):
 class EncodesToText(TypeIsText):
     type = 3
 
-    def SerializeToString(self) -> str:  # noqa: N802
+    def SerializeToString(self) -> str:
         return "text"
 
 
 class EncodesToBytearray(TypeIsText):
     type = 3
 
-    def SerializeToString(self) -> bytearray:  # noqa: N802
+    def SerializeToString(self) -> bytearray:
         return bytearray(40000)
 
 
@@ -530,7 +530,7 @@ def test_a_message_changed_after_send_is_sent_as_it_was() -> None:
         assert {request.body for request in server.wait_requests(5)} == {expected}
 
 
-#: Around what is copied or borrowed (16 KiB), what is worth borrowing (4 KiB), and one write (1 MiB).
+#: Around what is copied or borrowed (16 KiB), is worth borrowing (4 KiB), is one write (1 MiB).
 SIZES = (0, 1, 4095, 4096, 4097, *range(16384 - 64, 16384 + 8), 65536, (1 << 20) - 200, 1 << 20)
 
 

@@ -81,18 +81,21 @@ def test_transport_remove_is_idempotent(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_transport_update() -> None:
-    with ScriptedServer() as old, ScriptedServer() as new:
-        with Transport(1, 1, FakeRaft()) as transport:
-            transport.add_peer(2, [old.url])
-            transport.send([message()])
-            old.wait_requests(1)
-            eventually(lambda: transport.stats()[2].sent == 1)
-            transport.update_peer(2, [new.url])
-            transport.update_peer(9, [new.url])  # unknown: ignored
-            transport.send([message()])
-            new.wait_requests(1, timeout=5.0)
-            with pytest.raises(UsageError):
-                transport.update_peer(2, ["ftp://127.0.0.1:1"])
+    with (
+        ScriptedServer() as old,
+        ScriptedServer() as new,
+        Transport(1, 1, FakeRaft()) as transport,
+    ):
+        transport.add_peer(2, [old.url])
+        transport.send([message()])
+        old.wait_requests(1)
+        eventually(lambda: transport.stats()[2].sent == 1)
+        transport.update_peer(2, [new.url])
+        transport.update_peer(9, [new.url])  # unknown: ignored
+        transport.send([message()])
+        new.wait_requests(1, timeout=5.0)
+        with pytest.raises(UsageError):
+            transport.update_peer(2, ["ftp://127.0.0.1:1"])
 
 
 def test_transport_errorc() -> None:

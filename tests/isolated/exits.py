@@ -1,4 +1,7 @@
-"""The interpreter exits without stop(): ``exits.py STATE`` brings a transport into a state, and ends."""
+"""The interpreter exits without stop().
+
+``exits.py STATE`` brings a transport into a state, and ends.
+"""
 
 from __future__ import annotations
 

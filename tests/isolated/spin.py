@@ -66,16 +66,16 @@ if mode == "queued":
         pipeline.send(message)
     print("ok" if spin(20.0, base + 2000) else f"{arrived() - base} of 2000 arrived", flush=True)
 else:
-    is_over = is_resting = False
+    is_over = threading.Event()
+    is_resting = threading.Event()
 
     def produce() -> None:
-        global is_resting
-        while not is_over:
+        while not is_over.is_set():
             for _ in range(1000):
                 pipeline.send(message)
-            is_resting = True
+            is_resting.set()
             time.sleep(0)  # the one place where it should let go of the GIL
-            is_resting = False
+            is_resting.clear()
 
     producer = threading.Thread(target=produce)
     producer.start()
@@ -84,7 +84,7 @@ else:
     deadline = time.monotonic() + 4
     while cut_off < 10 and time.monotonic() < deadline:
         time.sleep(0)
-        if is_resting:
+        if is_resting.is_set():
             continue
         # The producer waits for the GIL in the middle of a send. What is in msgc must leave.
         cut_off += 1
@@ -96,7 +96,7 @@ else:
         if queued:
             verdict = f"nothing moved for 0.1 s with {queued} messages queued"
             break
-    is_over = True
+    is_over.set()
     sys.setswitchinterval(0.005)
     producer.join()
     print(verdict, flush=True)

@@ -50,7 +50,9 @@ def pipeline_to(
     )
 
 
-def eventually(predicate: Callable[[], bool], what: str = "", timeout: float = LONG_TIMEOUT) -> None:
+def eventually(
+    predicate: Callable[[], bool], what: str = "", timeout: float = LONG_TIMEOUT
+) -> None:
     """Wait for what has no event to wait for: the books, the kernel."""
     deadline = time.monotonic() + timeout
     while not predicate():

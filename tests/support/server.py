@@ -141,8 +141,8 @@ class ScriptedServer:
 
     Parameters
     ----------
-    script : Script
-        Called in the connection's own thread for every whole request.
+    script : Script, optional
+        Called in the connection's own thread for every whole request; by default answers 204.
     on_connect : callable, optional
         Called with a new connection before anything is read.
     on_head : callable, optional
@@ -158,14 +158,14 @@ class ScriptedServer:
 
     def __init__(
         self,
-        script: Script = always(OK),
+        script: Script | None = None,
         *,
         on_connect: Callable[[Connection], None] | None = None,
         on_head: Callable[[Connection, bytes], bool] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
     ) -> None:
-        self.script = script
+        self.script: Script = script or always(OK)
         self.on_connect = on_connect
         self.on_head = on_head
         self.release = threading.Event()

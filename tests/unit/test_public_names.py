@@ -15,7 +15,7 @@ NAMES = """
     URLPicker PeerStatus TransportConfig ReceiverConfig PipelineError UsageError MarshalError
     UnmarshalError PostError PeerUnreachableError UnexpectedStatusError IncompatibleVersionError
     ClusterIDMismatchError MemberRemovedError InternalError RequestRejected
-""".split()
+"""
 
 MEMBERS = {
     "Pipeline": "start send stop stats __enter__ __exit__",
@@ -35,7 +35,7 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES.split())
 def test_a_name_of_the_contract_is_public(name: str) -> None:
     assert name in pipeline.__all__
     assert getattr(pipeline, name).__name__ == name
