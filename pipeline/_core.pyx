@@ -649,10 +649,15 @@ cdef class Sender:
         cdef books_t books
         if not self.is_open:
             return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
+        if try_lock(&self.pipe.lock):
             books = self.pipe.books
             pthread_mutex_unlock(&self.pipe.lock)
+        else:
+            with nogil:
+                # The lock's owner was preempted. Only C state is touched.
+                pthread_mutex_lock(&self.pipe.lock)
+                books = self.pipe.books
+                pthread_mutex_unlock(&self.pipe.lock)
         return PipelineStats(
             books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
             books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
@@ -662,10 +667,15 @@ cdef class Sender:
         cdef follower_t follower
         if not self.is_open:
             return FollowerStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
+        if try_lock(&self.pipe.lock):
             follower = self.pipe.follower
             pthread_mutex_unlock(&self.pipe.lock)
+        else:
+            with nogil:
+                # The lock's owner was preempted. Only C state is touched.
+                pthread_mutex_lock(&self.pipe.lock)
+                follower = self.pipe.follower
+                pthread_mutex_unlock(&self.pipe.lock)
         return FollowerStats(
             follower.success, follower.fail, follower.current_ms, follower.mean_ms,
             follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
