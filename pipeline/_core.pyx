@@ -18,15 +18,15 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.uio cimport iovec
 
-from pipeline._counters cimport follower_stddev_ms
+from pipeline._counters cimport books_t, follower_stddev_ms, follower_t
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport (
-    ERROR_CLOSED, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
-    EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED,
-    EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED, OUTCOME_FAILED,
-    OUTCOME_SENT, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init, loop_queue_chores,
-    loop_start, loop_stop, loop_t, loop_wake, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_t,
-    pipe_take, push_detached, worker_give_back, worker_t,
+    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
+    ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_CONNECT_FAILED,
+    EVENT_FAILED, EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED,
+    OUTCOME_FAILED, OUTCOME_SENT, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free,
+    loop_init, loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop,
+    pipe_count, pipe_free, pipe_init, pipe_offer, pipe_t, worker_give_back, worker_t,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
@@ -36,7 +36,7 @@ from pipeline._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )
 from pipeline._sync cimport (
-    add_i64, clock_ns, cond_init_monotonic, deadline_timespec, load_int, load_ptr,
+    add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, load_int, load_ptr,
     pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
     swap_ptr, timespec,
@@ -97,6 +97,7 @@ cdef dict REASONS = {
     ERROR_STALLED: "stalled: no byte could be written within the stall timeout",
     ERROR_DIAL_TIMEOUT: "dial timeout",
     ERROR_STOPPED: "stopped",
+    ERROR_DEAD_LINK: "dead link: the peer acknowledges nothing",
 }
 
 
@@ -117,12 +118,21 @@ def recognise_204(const uint8_t[::1] data not None):
     return http_recognise_204(&data[0], min(data.shape[0], 2048))
 
 
-# -- locks: nobody waits for one while holding the GIL, for its owner may be waiting for the GIL
+# -- locks: the GIL is not waited for under a lock, nor a lock under the GIL. The I/O thread takes
+# the same locks, and would wait with whoever holds one for the GIL.
 
-cdef inline void lock(pthread_mutex_t* mutex) noexcept:
-    if pthread_mutex_trylock(mutex) != 0:
-        with nogil:
-            pthread_mutex_lock(mutex)
+cdef enum:
+    # What is done under a lock takes some 50 ns; who does not get it by then was preempted in it.
+    LOCK_TRIES = 100
+
+
+cdef inline bint try_lock(pthread_mutex_t* mutex) noexcept nogil:
+    """Take a lock without waiting for its owner to be scheduled; False if that did not do."""
+    cdef int _tries
+    for _tries in range(LOCK_TRIES):
+        if pthread_mutex_trylock(mutex) == 0:
+            return True
+    return False
 
 
 # -- jobs
@@ -211,11 +221,16 @@ cdef job_t* job_from_protobuf(object message) except NULL:
     cdef int32_t type_
     cdef uint64_t to
     try:
-        serialize, type_, to = message.SerializeToString, message.type, message.to
+        serialize, kind, member = message.SerializeToString, message.type, message.to
     except AttributeError:
         raise UsageError(f"message: {message!r} is not a Message, an EncodedMessage "
                          "or a raftpb protobuf object") from None
+    type_ = checked_type(kind)
+    to = checked_id(member)
     data = serialize()
+    if type(data) is not bytes:
+        raise UsageError(f"message: its SerializeToString returned {type(data).__name__}, "
+                         "not bytes")
     if PyBytes_GET_SIZE(data) <= <Py_ssize_t>COPY_LIMIT:
         job = job_copy(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
     else:
@@ -223,6 +238,28 @@ cdef job_t* job_from_protobuf(object message) except NULL:
     job.type = type_
     job.to = to
     return job
+
+
+cdef int32_t checked_type(object value) except? -1:
+    """Check a message type."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise MarshalError(f"type: {value!r} is not a whole number") from None
+    if not 0 <= number <= 0x7fffffff:
+        raise MarshalError(f"type: {value!r} is not in 0..2147483647")
+    return number
+
+
+cdef uint64_t checked_id(object value) except? 0:
+    """Check a member ID."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise MarshalError(f"to: {value!r} is not a whole number") from None
+    if not 0 <= number <= 0xffffffffffffffff:
+        raise MarshalError(f"to: {value!r} is not in 0..18446744073709551615")
+    return number
 
 
 cdef class EncodedMessage:
@@ -254,15 +291,10 @@ cdef class EncodedMessage:
         except (TypeError, BufferError) as error:
             raise MarshalError(f"data: {data.__class__.__name__} is not a contiguous "
                                "bytes-like object") from error
-        type_number, to_number = operator.index(type), operator.index(to)
-        if not 0 <= type_number <= 0x7fffffff:
-            raise MarshalError(f"type: {type!r} is not in 0..2147483647")
-        if not 0 <= to_number <= 0xffffffffffffffff:
-            raise MarshalError(f"to: {to!r} is not in 0..18446744073709551615")
         if self.buffer.len > MESSAGE_MAX:
             raise MarshalError(f"data: {self.buffer.len} bytes is not in 0..{MESSAGE_MAX}")
-        self._type = type_number
-        self._to = to_number
+        self._type = checked_type(type)
+        self._to = checked_id(to)
 
     def __dealloc__(self):
         PyBuffer_Release(&self.buffer)
@@ -469,17 +501,19 @@ cdef class IOLoop:
     def has_waiter(self):
         """Tell whether a dispatcher thread is waiting for an event."""
         cdef int waiters
-        lock(&self.loop.event_lock)
-        waiters = self.loop.event_waiters
-        pthread_mutex_unlock(&self.loop.event_lock)
+        with nogil:
+            pthread_mutex_lock(&self.loop.event_lock)
+            waiters = self.loop.event_waiters
+            pthread_mutex_unlock(&self.loop.event_lock)
         return waiters > 0
 
     def close_events(self):
         """Let ``next_event`` return None in every dispatcher thread, once the queue is empty."""
-        lock(&self.loop.event_lock)
-        self.loop.events_closed = True
-        pthread_cond_broadcast(&self.loop.event_cond)
-        pthread_mutex_unlock(&self.loop.event_lock)
+        with nogil:
+            pthread_mutex_lock(&self.loop.event_lock)
+            self.loop.events_closed = True
+            pthread_cond_broadcast(&self.loop.event_cond)
+            pthread_mutex_unlock(&self.loop.event_lock)
 
     def forget_after_fork(self):
         """Cut loose in a forked child, which has none of our threads: everything is stopped.
@@ -493,6 +527,7 @@ cdef class IOLoop:
         self.loop.is_sleeping = 0
         self.is_running = False
         for sender in self.senders:
+            sender.forget_after_fork()
             pthread_mutex_init(&sender.pipe.lock, NULL)
             cond_init_monotonic(&sender.pipe.retired)
             sender.pipe.is_stopping = True
@@ -527,7 +562,7 @@ cdef class Sender:
 
     def open(self, IOLoop loop not None, ActiveFlag active not None, *, profile, int connections,
              uint32_t queue_length, int64_t queue_bytes, double response_timeout_s,
-             double stall_timeout_s, double idle_timeout_s):
+             double stall_timeout_s, double idle_timeout_s, double dead_link_timeout_s):
         """Let the loop run this sender's workers. Once."""
         cdef limits_t limits
         if self.is_open:
@@ -536,6 +571,7 @@ cdef class Sender:
         limits.response_timeout_ns = <int64_t>(response_timeout_s * 1e9)
         limits.stall_timeout_ns = <int64_t>(stall_timeout_s * 1e9)
         limits.idle_timeout_ns = <int64_t>(idle_timeout_s * 1e9)
+        limits.dead_link_timeout_ns = <int64_t>(dead_link_timeout_s * 1e9)
         self.profile = profile_index(profile)
         self.loop = loop
         self.active = active
@@ -545,7 +581,7 @@ cdef class Sender:
         self.is_open = True
         loop.senders.add(self)
 
-    def send(self, message not None):
+    def send(self, message):
         """Offer ``message`` to the peer without waiting.
 
         Delivery is not promised; failures reach ``Raft.report_unreachable``.
@@ -587,9 +623,15 @@ cdef class Sender:
             job = job_from_encoded(<EncodedMessage>message)
         else:
             job = job_from_protobuf(message)
-        lock(&self.pipe.lock)
-        rc = pipe_offer(&self.pipe, job, &is_needed)
-        pthread_mutex_unlock(&self.pipe.lock)
+        if try_lock(&self.pipe.lock):
+            rc = pipe_offer(&self.pipe, job, &is_needed)
+            pthread_mutex_unlock(&self.pipe.lock)
+        else:
+            with nogil:
+                # The lock's owner was preempted. Only C state is touched.
+                pthread_mutex_lock(&self.pipe.lock)
+                rc = pipe_offer(&self.pipe, job, &is_needed)
+                pthread_mutex_unlock(&self.pipe.lock)
         if is_needed:       # not under the lock, which the loop is about to want
             loop_wake(&self.loop.loop)
         if rc != OFFER_ACCEPTED:
@@ -598,22 +640,26 @@ cdef class Sender:
 
     def stats(self):
         """Return the books at one instant: PipelineStats. Thread-safe."""
+        cdef books_t books
         if not self.is_open:
             return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        lock(&self.pipe.lock)
-        books = self.pipe.books
-        pthread_mutex_unlock(&self.pipe.lock)
+        with nogil:
+            pthread_mutex_lock(&self.pipe.lock)
+            books = self.pipe.books
+            pthread_mutex_unlock(&self.pipe.lock)
         return PipelineStats(
             books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
             books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
 
     def follower_stats(self):
         """Return what became of MsgApp messages: FollowerStats. Thread-safe."""
+        cdef follower_t follower
         if not self.is_open:
             return FollowerStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        lock(&self.pipe.lock)
-        follower = self.pipe.follower
-        pthread_mutex_unlock(&self.pipe.lock)
+        with nogil:
+            pthread_mutex_lock(&self.pipe.lock)
+            follower = self.pipe.follower
+            pthread_mutex_unlock(&self.pipe.lock)
         return FollowerStats(
             follower.success, follower.fail, follower.current_ms, follower.mean_ms,
             follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
@@ -627,30 +673,17 @@ cdef class Sender:
         """
         cdef int dropped = 0
         cdef job_t* job
-        cdef job_t* first = NULL
+        cdef job_t* first
         if not self.is_open:
             return 0
-        lock(&self.pipe.lock)
-        if self.pipe.is_stopping:
-            pthread_mutex_unlock(&self.pipe.lock)
-            return 0
-        self.pipe.is_stopping = True
-        while True:
-            job = pipe_take(&self.pipe)
-            if job is NULL:
-                break
-            self.pipe.books.in_flight -= 1
-            self.pipe.books.dropped += 1
-            job.next = first
-            first = job
-            dropped += 1
-        push_detached(&self.loop.loop, &self.pipe)
-        pthread_mutex_unlock(&self.pipe.lock)
-        loop_wake(&self.loop.loop)
+        with nogil:
+            # Only C state is touched.
+            first = pipe_begin_stop(&self.pipe)
         while first is not NULL:
             job = first
             first = job.next
             job_free(job)
+            dropped += 1
         return dropped
 
     def wait_stopped(self, double timeout_s, int mine=0):
@@ -673,6 +706,10 @@ cdef class Sender:
 
     def on_event(self, int index, event, int error):
         """Handle an event of worker ``index``; the subclass does."""
+        raise NotImplementedError
+
+    def forget_after_fork(self):
+        """Let go, in a forked child, of what the workers use; the subclass does."""
         raise NotImplementedError
 
     # -- for the dispatcher thread that holds a worker
@@ -720,17 +757,38 @@ cdef class Sender:
         worker.head_for = <size_t>-1
         worker.known_len = 0
         worker.fd = fd
-        worker.is_registered = False
+        worker.is_odd = False
         worker.is_reused = False
         worker.is_ended = False
         worker.last_used_ns = clock_ns()
         worker.deadline_ns = worker.last_used_ns + <int64_t>(timeout_s * 1e9)
 
     def disconnect(self, int index):
-        """Take the worker's socket away; the caller closes it."""
+        """Take the worker's socket away; the caller closes it, and may go on to dial another.
+
+        What is dialled now is for the URL that is picked after this call.
+        """
         cdef worker_t* worker = self.worker(index)
         worker.fd = -1
-        worker.is_registered = False
+        worker.generation = load_int(&self.pipe.generation)
+
+    def read_on(self, int index):
+        """Have the loop read more of an answer, for Python, when the worker is given back."""
+        self.worker(index).is_odd = True
+
+    def renew(self):
+        """Have every worker dial anew before its next message. Thread-safe; never waits."""
+        if self.is_open:
+            add_int(&self.pipe.generation, 1)
+
+    def count_failed_append(self, int index):
+        """Count the worker's message as failed for the follower, if it is a MsgApp."""
+        cdef worker_t* worker = self.worker(index)
+        if worker.job.type == TYPE_APP:
+            with nogil:
+                pthread_mutex_lock(&self.pipe.lock)
+                self.pipe.follower.fail += 1
+                pthread_mutex_unlock(&self.pipe.lock)
 
     def keep(self, int index):
         """Note that the worker's connection has carried an answered request and stays open."""
@@ -744,11 +802,12 @@ cdef class Sender:
         cdef job_t* job = worker.job
         if job is NULL:
             raise InternalError(f"worker {index} has no message to finish")
-        lock(&self.pipe.lock)
-        pipe_count(&self.pipe, job, OUTCOME_SENT if is_sent else OUTCOME_FAILED,
-                   clock_ns() - job.taken_ns)
-        worker.job = NULL
-        pthread_mutex_unlock(&self.pipe.lock)
+        with nogil:
+            pthread_mutex_lock(&self.pipe.lock)
+            pipe_count(&self.pipe, job, OUTCOME_SENT if is_sent else OUTCOME_FAILED,
+                       clock_ns() - job.taken_ns)
+            worker.job = NULL
+            pthread_mutex_unlock(&self.pipe.lock)
         job_free(job)
 
     def give_back(self, int index):
@@ -768,18 +827,23 @@ cdef class Sender:
             given = worker_give_back(worker)
         if given == GIVEN_RETIRED:
             # After a stop that timed out nobody waits any more; the last one out unregisters.
-            lock(&self.pipe.lock)
-            is_last = self.pipe.live == 0
-            pthread_mutex_unlock(&self.pipe.lock)
+            with nogil:
+                pthread_mutex_lock(&self.pipe.lock)
+                is_last = self.pipe.live == 0
+                pthread_mutex_unlock(&self.pipe.lock)
             if is_last:
                 self.loop.senders.discard(self)
         return GIVENS[given]
 
     def is_retired(self, int index):
         """Tell whether the worker has ended, so that its socket is nobody's. Any thread."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker
         cdef bint retired
-        lock(&self.pipe.lock)
-        retired = worker.state == WORKER_RETIRED
-        pthread_mutex_unlock(&self.pipe.lock)
+        if not self.is_open:
+            return True
+        worker = self.worker(index)
+        with nogil:
+            pthread_mutex_lock(&self.pipe.lock)
+            retired = worker.state == WORKER_RETIRED
+            pthread_mutex_unlock(&self.pipe.lock)
         return retired

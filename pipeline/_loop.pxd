@@ -25,17 +25,20 @@ from pipeline._counters cimport books_check, books_t, follower_success, follower
 from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_LENGTH_MAX, HTTP_MORE, HTTP_ODD, http_end_head, http_recognise_204,
 )
-from pipeline._ring cimport RING_OK, ring_free, ring_init, ring_t, ring_try_pop, ring_try_push
+from pipeline._ring cimport (
+    RING_OK, ring_free, ring_init, ring_peek, ring_t, ring_try_pop, ring_try_push,
+)
 from pipeline._sync cimport (
-    EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLL_CLOEXEC,
-    EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP,
-    MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SO_ERROR, SOL_SOCKET, add_i64, add_int,
-    cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
-    epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr, msghdr,
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET,
+    EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SOL_SOCKET, SO_ERROR, TCP_INFO,
+    add_i64, add_int, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr,
+    msghdr, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
     pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, pthread_t, recv,
-    sched_yield, sendmsg, sigfillset, sigset_t, socklen_t, store_int, swap_int, swap_ptr, write,
+    sched_yield, sendmsg, sigfillset, sigset_t, socklen_t, store_int, swap_int, swap_ptr, tcp_info,
+    write,
 )
 
 cdef enum:
@@ -49,6 +52,9 @@ cdef enum:
     RELEASE_BYTES = 1 << 20
     RELEASE_DELAY_NS = 100000000
     ANSWER_KNOWN_MAX = 512
+    # Larger messages never take a pipe's first worker: a snapshot, or a run of large appends,
+    # must not delay heartbeats and votes (design section 5).
+    LARGE_MIN = 64 * 1024
     # raftpb MessageType, the three that this file treats specially (spec section 1.1).
     TYPE_PROP = 2
     TYPE_APP = 3
@@ -79,7 +85,7 @@ cdef enum:
     ERROR_STALLED = -3
     ERROR_DIAL_TIMEOUT = -4
     ERROR_STOPPED = -5
-    ERROR_UNSOLICITED = -6  # bytes before any request
+    ERROR_DEAD_LINK = -6    # what was sent is not acknowledged
 
 cdef enum:
     OFFER_ACCEPTED = 0
@@ -101,6 +107,7 @@ cdef struct job_t:
     job_t* next             # on loop.finished
     uint64_t to
     size_t size_bytes       # of the protobuf message: Content-Length
+    uint64_t number         # order of offers, over both rings of a pipe
     int64_t taken_ns        # when a worker took it; latency counts from here
     int32_t type
     bint retried            # already moved once to a fresh connection
@@ -130,6 +137,10 @@ cdef struct worker_t:
     bint is_ended           # the peer has ended fd's stream
     int64_t last_used_ns
     int64_t deadline_ns     # of the present state; 0 is none
+    int64_t link_check_ns   # when to look whether the peer still acknowledges
+    int generation          # of the pipe when the connection was dialled
+    int64_t answer_deadline_ns      # of the whole answer, however often Python looks at it
+    bint is_odd             # http.client reads the answer: whatever comes goes to Python
     uint8_t* head           # owned: the request head up to and with "Content-Length: "
     size_t head_fixed       # bytes of it that never change
     size_t head_len
@@ -147,11 +158,13 @@ cdef struct limits_t:
     int64_t response_timeout_ns
     int64_t stall_timeout_ns
     int64_t idle_timeout_ns
+    int64_t dead_link_timeout_ns
 
 cdef struct pipe_t:
     pthread_mutex_t lock    # guards what follows, down to the blank line
-    pthread_cond_t retired  # broadcast when live reaches 0
-    ring_t msgc
+    pthread_cond_t retired  # broadcast when live falls
+    ring_t msgc             # small messages
+    ring_t large            # those above LARGE_MIN; both together hold msgc.cap
     books_t books
     follower_t follower
     worker_t* idle          # stack: the warmest connection is used first
@@ -167,6 +180,7 @@ cdef struct pipe_t:
     worker_t* workers       # owned array
     int n_workers
     limits_t limits
+    int generation          # atomic: raised when another URL is to be used
     int* active             # owned by Python's ActiveFlag, which outlives the pipe
     loop_t* loop            # outlives the pipe
     void* owner             # borrowed PyObject*: the Sender; held by the loop's registry while live
@@ -264,7 +278,14 @@ cdef inline void loop_queue_event(loop_t* loop, event_t* event) noexcept nogil:
 
 
 cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
-    """Hand the worker over; the loop does not touch it again until it is returned."""
+    """Hand the worker over; the loop does not touch it again until it is returned.
+
+    Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
+    hold the connection open, and events would come for a worker that is gone.
+    """
+    if worker.is_registered:
+        epoll_ctl(worker.pipe.loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+        worker.is_registered = False
     worker.state = WORKER_PYTHON
     worker.deadline_ns = 0
     worker.event.kind = kind
@@ -274,6 +295,11 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
 
 
 # -- the pipe: msgc and the books
+
+cdef inline bint pipe_is_large(const pipe_t* pipe, const job_t* job) noexcept nogil:
+    """Tell whether the first worker is kept from the job; a pipe's only worker is not."""
+    return job.size_bytes > LARGE_MIN and pipe.n_workers > 1
+
 
 cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept nogil:
     """Accept or refuse a job; OFFER_*. The caller holds the lock, and owns a refused job.
@@ -291,10 +317,12 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     # snapshot must be sendable, and a dead peer's backlog must not silence a healthy one.
     if (add_i64(&loop.queued_bytes, size) > loop.queue_bytes
             or <int64_t>books.queued_bytes + size > pipe.limits.queue_bytes) and books.queued > 0 \
-            or ring_try_push(&pipe.msgc, job) != RING_OK:
+            or books.queued >= pipe.msgc.cap:
         add_i64(&loop.queued_bytes, -size)
         books.refused += 1
         return OFFER_FULL
+    ring_try_push(&pipe.large if pipe_is_large(pipe, job) else &pipe.msgc, job)
+    job.number = books.accepted
     books.accepted += 1
     books.queued += 1
     books.queued_bytes += job.size_bytes
@@ -307,9 +335,14 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     return OFFER_ACCEPTED
 
 
-cdef inline job_t* pipe_take(pipe_t* pipe) noexcept nogil:
+cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
     """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
-    cdef job_t* job = <job_t*>ring_try_pop(&pipe.msgc)
+    cdef job_t* job = <job_t*>ring_peek(&pipe.msgc)
+    cdef job_t* large = <job_t*>ring_peek(&pipe.large) if with_large else NULL
+    if large is not NULL and (job is NULL or large.number < job.number):
+        job = <job_t*>ring_try_pop(&pipe.large)
+    else:
+        job = <job_t*>ring_try_pop(&pipe.msgc)
     if job is not NULL:
         pipe.books.queued -= 1
         pipe.books.queued_bytes -= job.size_bytes
@@ -328,27 +361,68 @@ cdef inline void pipe_count(pipe_t* pipe, const job_t* job, int outcome,
         pipe.books.sent += 1
         pipe.books.sent_bytes += job.size_bytes
     else:
-        if job.type == TYPE_APP:
-            pipe.follower.fail += 1
         pipe.books.failed += 1
     books_check(&pipe.books)
+
+
+cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
+    """Refuse offers, have the loop forget the pipe, drop what is queued: a list, for the caller.
+
+    NULL, and nothing done, when the pipe is stopping already.
+    """
+    cdef job_t* job
+    cdef job_t* first = NULL
+    pthread_mutex_lock(&pipe.lock)
+    if not pipe.is_stopping:
+        pipe.is_stopping = True
+        job = pipe_take(pipe, True)
+        while job is not NULL:
+            pipe.books.in_flight -= 1
+            pipe.books.dropped += 1
+            job.next = first
+            first = job
+            job = pipe_take(pipe, True)
+        books_check(&pipe.books)
+        push_detached(pipe.loop, pipe)
+    pthread_mutex_unlock(&pipe.lock)
+    loop_wake(pipe.loop)
+    return first
 
 
 cdef inline void worker_retire(worker_t* worker) noexcept nogil:
     """Count a worker out for good. The caller holds the lock."""
     worker.state = WORKER_RETIRED
     worker.pipe.live -= 1
-    if worker.pipe.live == 0:
-        pthread_cond_broadcast(&worker.pipe.retired)
+    pthread_cond_broadcast(&worker.pipe.retired)
 
 
 # -- the worker: connect, write, read
 
+cdef inline void loop_look_at(loop_t* loop, int64_t at_ns) noexcept nogil:
+    """See to it that deadlines are checked at ``at_ns`` at the latest; 0 is never."""
+    if at_ns and (loop.next_deadline_ns == 0 or at_ns < loop.next_deadline_ns):
+        loop.next_deadline_ns = at_ns
+
+
 cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
-    cdef loop_t* loop = worker.pipe.loop
+    """Set the deadline of the present state; the link is watched in every state with a job."""
     worker.deadline_ns = deadline_ns
-    if deadline_ns and (loop.next_deadline_ns == 0 or deadline_ns < loop.next_deadline_ns):
-        loop.next_deadline_ns = deadline_ns
+    loop_look_at(worker.pipe.loop, deadline_ns)
+    loop_look_at(worker.pipe.loop, worker.link_check_ns)
+
+
+cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
+    """Tell whether the peer has not acknowledged anything for too long although it should have.
+
+    Not TCP_USER_TIMEOUT, which also ends a connection whose live peer does not read for a while:
+    that is for the stall timeout. A peer that owes no acknowledgement is probed by keepalive.
+    """
+    cdef tcp_info info
+    cdef socklen_t size = sizeof(info)
+    if getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0:
+        return False
+    return (info.tcpi_unacked > 0 or info.tcpi_probes > 0) \
+        and <int64_t>info.tcpi_last_ack_recv * 1000000 >= worker.pipe.limits.dead_link_timeout_ns
 
 
 cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
@@ -438,10 +512,9 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
             loop_add_runnable(loop, worker)
             return
     worker.state = WORKER_READING
-    if job.type == TYPE_SNAP:
-        worker.deadline_ns = 0      # the peer may take its time over a snapshot
-    else:
-        worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.response_timeout_ns)
+    worker.answer_deadline_ns = loop.now_ns + worker.pipe.limits.response_timeout_ns
+    # The peer may take its time over a snapshot.
+    worker_set_deadline(worker, 0 if job.type == TYPE_SNAP else worker.answer_deadline_ns)
 
 
 cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
@@ -449,7 +522,9 @@ cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil
     cdef ssize_t n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
     if n > 0:
         worker.answer_len = <int>n
-        worker_to_python(worker, EVENT_ANSWER, error)
+        worker.answer_deadline_ns = \
+            worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
+        worker_to_python(worker, EVENT_ANSWER, 0)
     else:
         worker_fail(worker, error)
 
@@ -464,7 +539,9 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     worker.offset = 0
     worker.written = 0
     worker.answer_len = 0
+    worker.is_odd = False
     worker.deadline_ns = 0
+    worker.link_check_ns = worker.pipe.loop.now_ns + worker.pipe.limits.dead_link_timeout_ns
     worker_write(worker)
 
 
@@ -475,6 +552,7 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
     job.taken_ns = loop.now_ns
     worker.job = job
     if worker.fd < 0 or worker.is_ended \
+            or worker.generation != load_int(&worker.pipe.generation) \
             or loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
@@ -487,14 +565,17 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
 
 
 cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcept nogil:
-    """Write ``done``'s outcome into the books, if there is one, and go on with msgc or be idle."""
+    """Write ``done``'s outcome into the books, if there is one, and go on with msgc or be idle.
+
+    Without one the worker comes from Python: its connection may have ended meanwhile.
+    """
     cdef pipe_t* pipe = worker.pipe
     cdef job_t* job
     cdef bint is_closed = worker.fd >= 0 and worker.is_ended
     pthread_mutex_lock(&pipe.lock)
     if done is not NULL:
         pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
-    job = pipe_take(pipe)
+    job = pipe_take(pipe, worker.index > 0)
     worker.job = job
     if job is NULL and not is_closed:
         worker.state = WORKER_IDLE
@@ -504,7 +585,7 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     if done is not NULL:
         loop_job_done(pipe.loop, done)
     if job is not NULL:
-        worker_start(worker, job, False)
+        worker_start(worker, job, done is NULL)
     elif is_closed:
         worker_to_python(worker, EVENT_CLOSED, 0)
 
@@ -535,7 +616,7 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
             worker_fail(worker, errno)
         return
     if n == 0:
-        if worker.answer_len > 0:
+        if worker.answer_len > 0 or worker.is_odd:
             worker_to_python(worker, EVENT_ANSWER, ERROR_CLOSED)
         else:
             worker_fail(worker, ERROR_CLOSED)
@@ -544,7 +625,10 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
     if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         worker.is_ended = True
     if worker.state == WORKER_WRITING:
-        # An answer to a request that is not complete: rare, and never a plain success.
+        worker.answer_deadline_ns = \
+            worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
+    if worker.state == WORKER_WRITING or worker.is_odd:
+        # An answer to a request that is not complete is rare, and never a plain success.
         worker_to_python(worker, EVENT_ANSWER, 0)
         return
     if worker.answer_len == worker.known_len \
@@ -619,18 +703,28 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         worker_retire(worker)
         pthread_mutex_unlock(&pipe.lock)
         return
-    if worker.fd >= 0 and not worker.is_registered:
+    if worker.fd >= 0:
         event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
         event.data.ptr = worker
-        # In this state first: epoll_ctl's failure is the connection's failure.
-        worker.state = WORKER_CONNECTING
-        if epoll_ctl(pipe.loop.epfd, EPOLL_CTL_ADD, worker.fd, &event) != 0:
+        if epoll_ctl(pipe.loop.epfd, EPOLL_CTL_ADD, worker.fd, &event) == 0:
+            worker.is_registered = True
+        elif worker.job is NULL:
+            worker.is_ended = True
+        else:
+            worker.state = WORKER_CONNECTING if not worker.is_odd else WORKER_READING
             worker_fail(worker, errno)
             return
-        worker.is_registered = True
+    if worker.job is NULL:
+        worker_next(worker, NULL, OUTCOME_SENT)
+    elif worker.is_odd:
+        worker.state = WORKER_READING
+        worker.answer_len = 0
+        if worker.job.type != TYPE_SNAP:
+            worker_set_deadline(worker, worker.answer_deadline_ns)
+    else:
+        worker.state = WORKER_CONNECTING
+        worker.link_check_ns = 0
         worker_set_deadline(worker, worker.deadline_ns)
-        return
-    worker_next(worker, NULL, OUTCOME_SENT)
 
 
 # -- the loop
@@ -678,9 +772,10 @@ cdef inline void loop_job_done(loop_t* loop, job_t* job) noexcept nogil:
         free(job)
         return
     add_i64(&loop.finished_bytes, <int64_t>job.size_bytes)
-    if add_i64(&loop.finished_jobs, 1) == 1:
-        loop.release_due_ns = loop.now_ns + RELEASE_DELAY_NS
+    add_i64(&loop.finished_jobs, 1)
     push_finished(loop, job)
+    if loop.release_due_ns == 0:
+        loop.release_due_ns = loop.now_ns + RELEASE_DELAY_NS
     if load_i64(&loop.finished_jobs) >= RELEASE_JOBS \
             or load_i64(&loop.finished_bytes) >= RELEASE_BYTES:
         loop.release_due_ns = 0
@@ -698,6 +793,7 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
     """Start idle workers of pipes that were offered something."""
     cdef pipe_t* following
     cdef worker_t* worker
+    cdef worker_t** link
     cdef job_t* job
     while pipe is not NULL:
         following = pipe.next_ready
@@ -707,15 +803,18 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
             loop.attached = pipe
         pthread_mutex_lock(&pipe.lock)
         pipe.is_scheduled = False
-        while pipe.idle is not NULL:
-            job = pipe_take(pipe)
-            if job is NULL:
-                break
-            worker = pipe.idle
-            pipe.idle = worker.next
+        link = &pipe.idle
+        while link[0] is not NULL:
+            worker = link[0]
+            job = pipe_take(pipe, worker.index > 0)
+            if job is NULL:         # the first worker may find nothing where another does
+                link = &worker.next
+                continue
+            link[0] = worker.next
             pthread_mutex_unlock(&pipe.lock)
             worker_start(worker, job, True)
             pthread_mutex_lock(&pipe.lock)
+            link = &pipe.idle
         pthread_mutex_unlock(&pipe.lock)
         pipe = following
 
@@ -746,35 +845,45 @@ cdef inline void loop_detach(loop_t* loop, pipe_t* pipe) noexcept nogil:
         worker = &pipe.workers[i]
         if worker.state == WORKER_PYTHON:
             continue        # it comes back to be retired: worker_give_back
-        if worker.is_registered:
-            epoll_ctl(loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
-            worker.is_registered = False
         if worker.state == WORKER_IDLE:
+            if worker.is_registered:
+                epoll_ctl(loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+                worker.is_registered = False
             worker_retire(worker)
         else:
             worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)
     pthread_mutex_unlock(&pipe.lock)
 
 
+cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcept nogil:
+    """Fail a worker that is overdue, and note its next deadline."""
+    if worker.state == WORKER_CONNECTING:
+        if now_ns >= worker.deadline_ns:
+            worker_fail(worker, ERROR_DIAL_TIMEOUT)
+            return
+    elif worker.state == WORKER_WRITING or worker.state == WORKER_READING:
+        if worker.deadline_ns and now_ns >= worker.deadline_ns:
+            worker_fail(worker, ERROR_STALLED if worker.state == WORKER_WRITING
+                        else ERROR_RESPONSE_TIMEOUT)
+            return
+        if now_ns >= worker.link_check_ns:
+            if worker_link_is_dead(worker):
+                worker_fail(worker, ERROR_DEAD_LINK)
+                return
+            worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns // 4
+    else:
+        return
+    worker_set_deadline(worker, worker.deadline_ns)
+
+
 cdef inline void loop_check_deadlines(loop_t* loop) noexcept nogil:
     """Fail what is overdue and find the next deadline. Runs when one may have passed."""
     cdef pipe_t* pipe = loop.attached
-    cdef worker_t* worker
     cdef int i
     loop.next_deadline_ns = 0
     while pipe is not NULL:
         for i in range(pipe.n_workers):
-            worker = &pipe.workers[i]
-            if worker.state == WORKER_PYTHON or worker.deadline_ns == 0:
-                continue
-            if loop.now_ns < worker.deadline_ns:
-                worker_set_deadline(worker, worker.deadline_ns)
-            elif worker.state == WORKER_CONNECTING:
-                worker_fail(worker, ERROR_DIAL_TIMEOUT)
-            elif worker.state == WORKER_WRITING:
-                worker_fail(worker, ERROR_STALLED)
-            elif worker.state == WORKER_READING:
-                worker_fail(worker, ERROR_RESPONSE_TIMEOUT)
+            worker_check_deadline(&pipe.workers[i], loop.now_ns)
         pipe = pipe.next_attached
 
 
@@ -912,13 +1021,15 @@ cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers, uint32_t qu
     pipe.active = active
     pipe.owner = owner
     pipe.workers = <worker_t*>calloc(n_workers, sizeof(worker_t))
-    if pipe.workers is NULL or ring_init(&pipe.msgc, queue_length) != RING_OK:
+    if pipe.workers is NULL or ring_init(&pipe.msgc, queue_length) != RING_OK \
+            or ring_init(&pipe.large, queue_length) != RING_OK:
+        ring_free(&pipe.msgc)
         free(pipe.workers)
         return -1
     pthread_mutex_init(&pipe.lock, NULL)
     cond_init_monotonic(&pipe.retired)
     pipe.n_workers = pipe.live = n_workers
-    for i in range(n_workers):
+    for i in range(n_workers):      # the first worker ends up last on the stack
         pipe.workers[i].pipe = pipe
         pipe.workers[i].index = i
         pipe.workers[i].fd = -1
@@ -935,6 +1046,7 @@ cdef inline void pipe_free(pipe_t* pipe) noexcept nogil:
         free(pipe.workers[i].head)
     free(pipe.workers)
     ring_free(&pipe.msgc)
+    ring_free(&pipe.large)
     pthread_cond_destroy(&pipe.retired)
     pthread_mutex_destroy(&pipe.lock)
 

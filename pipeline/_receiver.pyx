@@ -25,7 +25,7 @@ from pipeline._server cimport (
 )
 from pipeline._sync cimport (
     add_int, clock_ns, deadline_timespec, pthread_cond_timedwait, pthread_join, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
+    pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
 )
 
 import logging
@@ -75,13 +75,6 @@ def recognise_post(const uint8_t[::1] data not None):
     if data.shape[0] == 0 or http_recognise_post(&data[0], data.shape[0], &post) != HTTP_POST:
         return None
     return post.head_len, post.content_length
-
-
-cdef inline void lock(pthread_mutex_t* mutex) noexcept:
-    """Nobody waits for a lock while holding the GIL, for its owner may be waiting for the GIL."""
-    if pthread_mutex_trylock(mutex) != 0:
-        with nogil:
-            pthread_mutex_lock(mutex)
 
 
 cdef class Body:
@@ -230,9 +223,10 @@ cdef class Receiver:
         """
         cdef conn_t* conn
         while True:
-            lock(&self.server.lock)
-            conn = server_take(&self.server, is_general)
-            pthread_mutex_unlock(&self.server.lock)
+            conn = NULL
+            if pthread_mutex_trylock(&self.server.lock) == 0:
+                conn = server_take(&self.server, is_general)
+                pthread_mutex_unlock(&self.server.lock)
             if conn is NULL:
                 with nogil:
                     # Wait for a request. Only C state is touched.
@@ -331,11 +325,16 @@ cdef class Receiver:
         return 0
 
     def learn(self, bytes head not None):
-        """Let the core recognise heads that are like this one but for their length."""
+        """Let the core recognise heads that are like this one but for their length.
+
+        Returns whether it can; it leaves chunked bodies and the like to h11.
+        """
         cdef http_post_t post
         cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(head)
-        if http_recognise_post(data, len(head), &post) == HTTP_POST:
-            server_learn(&self.server, data, &post)
+        if http_recognise_post(data, len(head), &post) != HTTP_POST:
+            return False
+        server_learn(&self.server, data, &post)
+        return True
 
 
 cdef int conn_set_answer(conn_t* conn, bytes data) except -1:

@@ -59,6 +59,11 @@ cdef inline int ring_try_push(ring_t* ring, void* item) noexcept nogil:
     return RING_OK
 
 
+cdef inline void* ring_peek(const ring_t* ring) noexcept nogil:
+    """The oldest pointer, which stays, or NULL."""
+    return NULL if ring.head == ring.tail else ring.slots[ring.head & ring.mask]
+
+
 cdef inline void* ring_try_pop(ring_t* ring) noexcept nogil:
     """The oldest pointer, or NULL. Never waits."""
     cdef void* item

@@ -1,6 +1,6 @@
 """What the cores use of the system: threads, atomics, clock, epoll, sockets. Declarations only."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
 
@@ -125,6 +125,16 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from "<netinet/in.h>" nogil:
+    enum: IPPROTO_TCP
+
+cdef extern from "<netinet/tcp.h>" nogil:
+    struct tcp_info:
+        uint8_t tcpi_probes             # zero-window or keepalive probes not answered
+        uint32_t tcpi_unacked           # segments
+        uint32_t tcpi_last_ack_recv     # ms ago
+    enum: TCP_INFO
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int, const void*, size_t)

@@ -54,7 +54,11 @@ class Dispatcher:
         """Start the I/O thread and the first dispatcher thread."""
         self.loop.start()
         _all.add(self)
-        self._add_thread()
+        try:
+            self._add_thread()
+        except BaseException:
+            self.loop.stop()
+            raise
 
     def stop(self, deadline: float) -> bool:
         """End all threads; every pipeline has been told to stop before.
@@ -72,6 +76,9 @@ class Dispatcher:
         with self._lock:
             if not self._is_stopped:
                 self._is_stopped = True
+                # One that is being removed at this moment may not have got to it.
+                for sender in list(self.loop.senders):
+                    sender.begin_stop()
                 self.loop.stop()
                 self.loop.close_events()
             threads = list(self._threads)
@@ -80,8 +87,12 @@ class Dispatcher:
                 thread.join(max(0.0, deadline - time.monotonic()))
         return not any(t.is_alive() for t in threads if t is not threading.current_thread())
 
+    def is_current_thread(self) -> bool:
+        """Tell whether the caller runs in one of our threads, that is, in a callback."""
+        return threading.current_thread() in self._threads
+
     def call_soon(self, chore: Callable[[], None]) -> None:
-        """Run ``chore`` in a dispatcher thread. It must not raise. Never waits."""
+        """Run ``chore`` in a dispatcher thread. Never waits."""
         self._chores.append(chore)
         self.loop.queue_chores()
 
@@ -91,14 +102,21 @@ class Dispatcher:
                 return
             name = f"pipeline-dispatch-{self.name}-{len(self._threads)}"
             thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread.start()
             self._threads.append(thread)
-        thread.start()
+
+    def _try_add_thread(self) -> None:
+        try:
+            self._add_thread()
+        except RuntimeError:
+            # No more threads to be had: the ones there are go on, one event after another.
+            logger.warning("cannot start another dispatcher thread", exc_info=True)
 
     def _run(self) -> None:
         while (event := self.loop.next_event()) is not None:
             # Before an event that may block: let another thread wait for the next one.
             if len(self._threads) < self._max_threads and not self.loop.has_waiter():
-                self._add_thread()
+                self._try_add_thread()
             if event[0] is None:
                 self._run_chores()
             else:
@@ -114,7 +132,10 @@ class Dispatcher:
                 chore = self._chores.popleft()
             except IndexError:
                 return
-            chore()
+            try:
+                chore()
+            except BaseException:  # also sys.exit(): this thread has workers to serve
+                logger.exception("internal error, please report: a chore failed")
 
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()

@@ -79,15 +79,16 @@ class General:
         Shows ``ip:port`` in logs.
     budget : BodyBudget
         Shared by all connections.
-    on_accepted : callable
-        Called with the bytes of a head that is fit to be followed by a message for Raft.
+    learn : callable
+        Called with the bytes of a head that may be followed by a message for Raft; tells whether
+        the core will recognise it from now on. Then the core takes the request over.
 
     Attributes
     ----------
     body : bytearray
         What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
-        What has been read behind the request when the connection goes on with ``Then.NEXT``.
+        What has been read and not used when the connection goes on with ``Then.NEXT``.
 
     Notes
     -----
@@ -100,7 +101,7 @@ class General:
         config: ReceiverConfig,
         remote: object,
         budget: BodyBudget,
-        on_accepted: Callable[[bytes], object],
+        learn: Callable[[bytes], bool],
     ) -> None:
         self.body = bytearray()
         self.rest = b""
@@ -108,11 +109,12 @@ class General:
         self._config = config
         self._remote = remote
         self._budget = budget
-        self._on_accepted = on_accepted
+        self._learn = learn
         self._http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=max(config.max_head_bytes, 8192)
         )
-        self._head = bytearray()
+        self._head = b""
+        self._first = b""  # the head and what came with it
         self._is_head_whole = False
         self._request = Request("", "", {}, remote)
         self._is_message = False  # a message for Raft; otherwise answered before its body
@@ -158,7 +160,8 @@ class General:
                 return self._send_answer(refusal, close=True)
             if not self._is_head_whole:
                 return Then.READ_HEAD
-            data, self._head = bytes(self._head), bytearray(head)
+            data = self._first = bytes(self._head)
+            self._head = head
         self._http.receive_data(data)
         while True:
             event = self._http.next_event()
@@ -206,8 +209,10 @@ class General:
         self._request = Request(event.method.decode("ascii"), path, headers, self._remote)
         answer = self._handlers.check(self._request)
         if answer is None:
+            if self._learn(self._head):
+                self.rest = self._first
+                return Then.NEXT
             self._is_message = True
-            self._on_accepted(bytes(self._head))
             return None
         # What a refused request still sends is read, if it is little, to keep the connection.
         is_long = int(headers.get("content-length", "0")) > DRAIN_MAX

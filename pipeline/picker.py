@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
@@ -93,12 +93,20 @@ class URLPicker:
         self._lock = threading.Lock()  # guards the two below
         self._urls = parse_urls(urls)
         self._picked = 0
+        self._on_change: list[Callable[[], object]] = []
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The URLs, sorted."""
         with self._lock:
             return self._urls
+
+    def subscribe(self, on_change: Callable[[], object]) -> None:
+        """Have ``on_change`` called whenever ``pick`` may return another URL than before.
+
+        It is called by the thread that made the change, and must neither block nor raise.
+        """
+        self._on_change.append(on_change)
 
     def pick(self) -> str:
         """Return the URL in use: the same one until it is reported unreachable."""
@@ -111,8 +119,10 @@ class URLPicker:
         Several workers that failed on one URL advance once.
         """
         with self._lock:
-            if url == self._urls[self._picked]:
-                self._picked = (self._picked + 1) % len(self._urls)
+            if url != self._urls[self._picked] or len(self._urls) == 1:
+                return
+            self._picked = (self._picked + 1) % len(self._urls)
+        self._changed()
 
     def update(self, urls: Iterable[str]) -> None:
         """Replace the URLs and start from the first. After ``UsageError`` nothing has changed."""
@@ -120,3 +130,8 @@ class URLPicker:
         with self._lock:
             self._urls = parsed
             self._picked = 0
+        self._changed()
+
+    def _changed(self) -> None:
+        for on_change in self._on_change:
+            on_change()

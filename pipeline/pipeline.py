@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import http.client
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,7 @@ from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.picker import URLPicker, parse_urls
-from pipeline.pool import Line, Pool, StoppedError, read_answer
+from pipeline.pool import Line, Pool, parse_answer
 from pipeline.status import PeerStatus
 from pipeline.types import MessageType, Raft, SnapshotStatus
 
@@ -117,10 +116,10 @@ class Pipeline(Sender):
         self._pools: dict[str, Pool] = {}
         self._lines = [Line() for _ in range(self._config.connections)]
         self._lock = threading.Lock()  # guards what follows
-        self._is_started = False
-        self._stop_fd = -1  # an eventfd, readable once stop was called; open while a worker lives
+        self._is_started = False  # or stopped before it was
         for url in self.picker.urls:
             self._pool(url)  # a URL that cannot be sent to is refused here
+        self.picker.subscribe(self.renew)
 
     def start(self) -> None:
         """Start the workers. A pipeline can be started once.
@@ -135,7 +134,6 @@ class Pipeline(Sender):
             if self._is_started:
                 raise UsageError("start: a pipeline can be started once")
             self._is_started = True
-            self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if self._owns_dispatcher:
             self._dispatcher.start()
             atexit.register(self.stop)
@@ -149,6 +147,7 @@ class Pipeline(Sender):
             response_timeout_s=config.response_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
             idle_timeout_s=config.idle_timeout_s,
+            dead_link_timeout_s=config.dead_link_timeout_s,
         )
         logger.info("started HTTP pipelining with remote peer %s", self._peer)
 
@@ -172,10 +171,9 @@ class Pipeline(Sender):
 
     def stop_begin(self) -> int:
         """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
-        dropped = self.begin_stop()
         with self._lock:
-            if self._stop_fd >= 0:
-                os.eventfd_write(self._stop_fd, 1)
+            self._is_started = True
+        dropped = self.begin_stop()
         if dropped:
             logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
         return dropped
@@ -190,18 +188,13 @@ class Pipeline(Sender):
                 live - mine,
                 self._peer,
             )
-        if self._is_started:
-            for index, line in enumerate(self._lines):
-                if self.is_retired(index):
-                    line.close()
+        for index, line in enumerate(self._lines):
+            if self.is_retired(index):
+                line.close()
         if self._owns_dispatcher:
             self._dispatcher.stop(deadline)
             atexit.unregister(self.stop)
         if live == 0:
-            with self._lock:
-                if self._stop_fd >= 0:
-                    os.close(self._stop_fd)
-                    self._stop_fd = -1
             logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
 
     def update(self, urls: Iterable[str]) -> None:
@@ -212,7 +205,7 @@ class Pipeline(Sender):
         self.picker.update(urls)
         with self._lock:
             for old in self._pools.keys() - set(urls):
-                self._pools.pop(old).close()
+                del self._pools[old]
 
     def __enter__(self) -> Self:
         self.start()
@@ -226,6 +219,12 @@ class Pipeline(Sender):
     ) -> None:
         self.stop()
 
+    def forget_after_fork(self) -> None:
+        """Cut loose in a forked child: close its copies of the connections, which are not its."""
+        self._lock = threading.Lock()
+        for line in self._lines:
+            line.forget_after_fork()
+
     # What follows runs in dispatcher threads, for one worker at a time each.
 
     def on_event(self, index: int, event: Event, error: int) -> None:
@@ -237,7 +236,7 @@ class Pipeline(Sender):
             elif event is Event.CONNECT_FAILED:
                 self._dial_next(index, OSError(error, error_text(error)))
             elif event is Event.ANSWER:
-                self._judge(index)
+                self._judge(index, is_ended=error != 0)
             elif event is Event.FAILED:
                 self._fail(index, self._unreachable(index, error_text(error)))
             elif event is Event.SUCCEEDED:
@@ -245,7 +244,7 @@ class Pipeline(Sender):
             else:
                 self._disconnect(index)
                 self._give_back(index)
-        except Exception as failure:
+        except BaseException as failure:
             # Ours to fix, not the worker's to die of: its message fails like any other.
             logger.exception("internal error, please report: event %s", event.name)
             self._fail(index, self._unreachable(index, f"internal error: {failure!r}"))
@@ -294,20 +293,22 @@ class Pipeline(Sender):
         self.connect(index, line.fileno(), line.head, left_s)
         self._give_back(index)
 
-    def _judge(self, index: int) -> None:
+    def _judge(self, index: int, *, is_ended: bool) -> None:
         """Have http.client read the answer, and decide by spec section 2.5."""
         line = self._lines[index]
-        prefix, is_written = self.answer(index)
-        deadline = time.monotonic() + self._config.response_timeout_s
+        data, is_written = self.answer(index)
+        line.received += data
         try:
-            answer = read_answer(prefix, line.sock, self._stop_fd, deadline, is_written=is_written)
-        except StoppedError:
-            self._fail(index, self._unreachable(index, "stopped"))
-            return
-        except (http.client.HTTPException, OSError) as error:
+            answer = parse_answer(line.received, is_ended=is_ended, is_written=is_written)
+        except (http.client.HTTPException, ValueError) as error:
             reason = f"malformed or incomplete answer: {error!r}"
             self._fail(index, self._unreachable(index, reason, error))
             return
+        if answer is None:
+            self.read_on(index)
+            self._give_back(index)
+            return
+        line.received = b""
         if answer.keep:
             self.keep(index)
         else:
@@ -338,6 +339,7 @@ class Pipeline(Sender):
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
             self.call(self._on_critical_error, error)
         self.status.deactivate("pipeline", "write", error.reason)
+        self.count_failed_append(index)
         self.call(self._raft.report_unreachable, to)
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
@@ -354,6 +356,7 @@ class Pipeline(Sender):
 
     def _disconnect(self, index: int) -> None:
         self.disconnect(index)
+        self._lines[index].received = b""
         self._lines[index].close()
 
     def _give_back(self, index: int) -> None:
@@ -367,7 +370,7 @@ class Pipeline(Sender):
         """Call the application; what it raises is logged and counted, and ends nothing."""
         try:
             callback(*args, **kwargs)
-        except Exception:
+        except BaseException:  # also sys.exit(): this thread has other workers to serve
             with self._lock:
                 self.callback_errors += 1
             logger.exception("%r raised for peer %s", callback, self._peer)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import http.client
 import io
-import select
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from http.client import NO_CONTENT, SWITCHING_PROTOCOLS
+from typing import Any, NamedTuple, Self, cast
 
 from urllib3 import HTTPConnectionPool
 from urllib3.connection import HTTPConnection
@@ -24,17 +25,12 @@ from urllib3.util import parse_url
 
 from pipeline.errors import UsageError
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
-__all__ = ["Answer", "Line", "Pool", "StoppedError", "read_answer"]
+__all__ = ["Answer", "Line", "Pool", "parse_answer"]
 
 #: What is read of an answer's body; the texts that mean something are under 30 bytes.
 ANSWER_BODY_MAX = 64 * 1024
-
-
-class StoppedError(Exception):
-    """``stop`` was called during a wait."""
+#: What is received before an answer that is not complete is given up.
+ANSWER_MAX = 128 * 1024
 
 
 class DialConnection(HTTPConnection):
@@ -92,7 +88,7 @@ class Pool(HTTPConnectionPool):
     size : int
         Connections kept.
     dead_link_timeout_s : float
-        A connection whose peer does not acknowledge for this long is ended by the kernel.
+        A silent peer is probed, and given up after this long (keepalive).
     """
 
     ConnectionCls = DialConnection
@@ -114,7 +110,6 @@ class Pool(HTTPConnectionPool):
                 (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s),
                 (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s),
                 (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-                (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(dead_link_timeout_s * 1000)),
             ],
         )
         self.url = url
@@ -124,13 +119,17 @@ class Pool(HTTPConnectionPool):
 class Line:
     """What a worker sends through: one connection checked out of a pool, or none.
 
-    Used by the dispatcher thread that holds the worker, and by ``stop`` after the worker ended.
+    Used by the dispatcher thread that holds the worker; ``close`` by ``stop`` as well, after the
+    worker ended.
     """
 
-    __slots__ = ("_connection", "_pool", "deadline", "url")
+    __slots__ = ("_connection", "_lock", "_pool", "deadline", "received", "url")
 
     def __init__(self) -> None:
         self.url = ""
+        #: What has been received of an answer that ``http.client`` reads.
+        self.received = b""
+        self._lock = threading.Lock()  # one close at a time
         self.deadline = 0.0
         self._pool: Pool | None = None
         self._connection: DialConnection | None = None
@@ -179,12 +178,19 @@ class Line:
     def fileno(self) -> int:
         return self.sock.fileno()
 
+    def forget_after_fork(self) -> None:
+        """Close this process's copy of the connection; the pool is not ours to touch."""
+        self._lock = threading.Lock()
+        if self._connection is not None:
+            self._connection.close()
+
     def close(self) -> None:
         """Close the connection, if there is one, and give it back to its pool for a later dial."""
-        if self._connection is not None and self._pool is not None:
-            self._connection.close()
-            self._pool._put_conn(self._connection)
-        self._connection = None
+        with self._lock:
+            connection, self._connection = self._connection, None
+        if connection is not None and self._pool is not None:
+            connection.close()
+            self._pool._put_conn(connection)
 
 
 class Answer(NamedTuple):
@@ -196,100 +202,95 @@ class Answer(NamedTuple):
     keep: bool
 
 
-class _AnswerStream(io.RawIOBase):
-    """The bytes read so far, then the socket, each wait ended by ``stop`` or the deadline."""
-
-    def __init__(self, prefix: bytes, sock: socket.socket, stop_fd: int, deadline: float) -> None:
-        self.rest = memoryview(prefix)
-        self._sock = sock
-        self._deadline = deadline
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
-        self._poll.register(stop_fd, select.POLLIN)
-        self._stop_fd = stop_fd
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
-        view = memoryview(buffer).cast("B")
-        if self.rest:
-            n = min(len(view), len(self.rest))
-            view[:n] = self.rest[:n]
-            self.rest = self.rest[n:]
-            return n
-        while True:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("no whole answer within the response timeout")
-            if any(fd == self._stop_fd for fd, _ in self._poll.poll(left * 1000)):
-                raise StoppedError
-            try:
-                return self._sock.recv_into(view)
-            except BlockingIOError:
-                continue
+class _MoreNeededError(Exception):
+    """The bytes end within the answer, and the connection has not ended."""
 
 
-class _AnswerSource:
-    """As much of a socket as ``http.client.HTTPResponse`` asks for."""
+class _Received(io.BytesIO):
+    """What has been received of an answer, as the file ``http.client`` reads from."""
 
-    def __init__(self, stream: _AnswerStream) -> None:
-        self._stream = stream
+    def __init__(self, data: bytes, *, is_ended: bool) -> None:
+        super().__init__(data)
+        self.is_cut = False  # the connection ended where http.client wanted more
+        self._is_ended = is_ended
 
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        # A buffer of one byte reads nothing ahead, so that what follows the answer is noticed.
-        return io.BufferedReader(self._stream, buffer_size=1)
+    def makefile(self, _mode: str) -> Self:
+        return self
+
+    def close(self) -> None:
+        """Stay open for the answer that follows an interim one."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            self._end()
+        return line
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if size is None or size < 0 or len(data) < size:
+            self._end()
+        return data
+
+    def _end(self) -> None:
+        if not self._is_ended:
+            raise _MoreNeededError
+        self.is_cut = True
 
 
-def read_answer(
-    prefix: bytes, sock: socket.socket, stop_fd: int, deadline: float, *, is_written: bool
-) -> Answer:
-    """Read and parse an answer that was not recognised, ``prefix`` first.
+def parse_answer(data: bytes, *, is_ended: bool, is_written: bool) -> Answer | None:
+    """Have ``http.client`` read an answer that the core did not recognise.
 
     Parameters
     ----------
-    prefix : bytes
-        What has been read of it.
-    sock : socket
-        Non-blocking.
-    stop_fd : int
-        Readable once the pipeline is being stopped.
-    deadline : float
-        ``time.monotonic()`` by which the answer must be complete.
+    data : bytes
+        What has been received, from the first byte of the answer on.
+    is_ended : bool
+        Whether the peer has ended the stream behind ``data``.
     is_written : bool
         Whether the request was written whole; otherwise the connection is not fit for another.
 
+    Returns
+    -------
+    Answer or None
+        None when more has to be read first. Interim answers (1xx) are passed over.
+
     Raises
     ------
-    http.client.HTTPException, OSError
-        If it is malformed or does not come (``TimeoutError``).
-    StoppedError
-        If the pipeline is stopped meanwhile.
+    http.client.HTTPException
+        If it is malformed, cut off or too long.
     """
-    stream = _AnswerStream(prefix, sock, stop_fd, deadline)
-    # HTTPResponse wants a socket only to call makefile on it.
-    response = http.client.HTTPResponse(cast(socket.socket, _AnswerSource(stream)), method="POST")
+    received = _Received(data, is_ended=is_ended)
     try:
+        response = _read_final_head(received)
+        # A 204 has no body, whatever its headers say (RFC 9112 6.3).
+        body = b"" if response.status == NO_CONTENT else response.read(ANSWER_BODY_MAX)
+    except _MoreNeededError:
+        if len(data) > ANSWER_MAX:
+            raise http.client.HTTPException("answer too long") from None
+        return None
+    is_plain = response.status != NO_CONTENT or not (
+        response.chunked or response.getheader("Content-Length", "0") != "0"
+    )
+    is_whole = response.status == NO_CONTENT or response.isclosed()
+    keep = (
+        is_written
+        and is_plain
+        and is_whole
+        and not is_ended
+        and not response.will_close
+        and received.tell() == len(data)
+    )
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, headers, body, keep)
+
+
+def _read_final_head(received: _Received) -> http.client.HTTPResponse:
+    while True:
+        # HTTPResponse wants a socket only to call makefile on it.
+        response = http.client.HTTPResponse(cast(socket.socket, received), method="POST")
         response.begin()
-        body = response.read(ANSWER_BODY_MAX)
-        keep = (
-            is_written
-            and not response.will_close
-            and response.isclosed()  # to the end of its body
-            and not stream.rest
-            and _is_silent(sock)
-        )
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, headers, body, keep)
-    finally:
-        response.close()
-
-
-def _is_silent(sock: socket.socket) -> bool:
-    try:
-        sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
+        if received.is_cut:
+            raise http.client.HTTPException("the connection ended within the head of the answer")
+        if response.status >= 200 or response.status == SWITCHING_PROTOCOLS:
+            return response

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
@@ -29,6 +31,8 @@ from pipeline.types import Raft
 __all__ = ["Transport"]
 
 logger = logging.getLogger(__name__)
+
+_all: weakref.WeakSet[Transport] = weakref.WeakSet()
 
 
 class Transport:
@@ -94,13 +98,15 @@ class Transport:
         self._listeners: list[Listener] = []
         self._is_started = False
         self._is_stopped = False
+        self._stop_done = threading.Event()
+        _all.add(self)
 
     # -- life
 
     def start(self) -> None:
         """Start the I/O thread. Once; ``UsageError`` otherwise."""
         with self._lock:
-            if self._is_started:
+            if self._is_started or self._is_stopped:
                 raise UsageError("start: a transport can be started once")
             self._is_started = True
         self._dispatcher.start()
@@ -111,7 +117,7 @@ class Transport:
 
         Returns within ``config.stop_timeout_s`` (1 s), whatever the peers and callbacks do; what
         is still in a callback then is told in the log and ends after it. Called from a callback,
-        it does not wait for that callback. A second call does nothing.
+        it does not wait for that callback. A second call waits for the first.
 
         Returns
         -------
@@ -120,12 +126,13 @@ class Transport:
         """
         deadline = time.monotonic() + self.config.stop_timeout_s
         with self._lock:
-            if not self._is_started or self._is_stopped:
-                self._is_stopped = True
-                return 0
-            self._is_stopped = True
+            is_second, self._is_stopped = self._is_stopped, True
             peers, self._peers = self._peers, {}
             listeners, self._listeners = self._listeners, []
+        if is_second or not self._is_started:
+            if self._is_started and not self._dispatcher.is_current_thread():
+                self._stop_done.wait(self.config.stop_timeout_s)
+            return 0
         dropped = sum(peer.stop_begin() for peer in peers.values())
         for listener in listeners:
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
@@ -133,6 +140,7 @@ class Transport:
             peer.stop_end(deadline)
         self._dispatcher.stop(deadline)
         atexit.unregister(self.stop)
+        self._stop_done.set()
         return dropped
 
     def __enter__(self) -> Self:
@@ -168,7 +176,10 @@ class Transport:
         """
         peers = self._peers
         for message in messages:
-            to = message.to
+            try:
+                to = message.to
+            except AttributeError:
+                raise UsageError(f"messages: {message!r} is not a message") from None
             peer = peers.get(to)
             if peer is not None:
                 peer.send(message)
@@ -297,8 +308,20 @@ class Transport:
         """An ASGI application that does what :meth:`listen` does, for a server of your own."""
         return asgi_app(self.handlers, self.config.receiver)
 
+    def _forget_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._stop_done.set()
+
     def _require_running(self, what: str) -> None:
         if not self._is_started:
             raise UsageError(f"{what}: the transport was not started")
         if self._is_stopped:
             raise UsageError(f"{what}: transport stopped")
+
+
+def _after_fork_in_child() -> None:
+    for transport in list(_all):
+        transport._forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -5,10 +5,11 @@
  * passes the checks of `is_204`. No queue, no encoding, no statistics, no timeouts.
  *
  * usage: bare_sender --port P [--connections 4] [--size 172] [--messages N | --seconds S]
- *                    [--warmup 1000] [--spin | --lone]
+ *                    [--warmup 1000] [--spin | --lone] [--body FILE]
  *   --spin    a second thread computes all the time, as the main thread of P4's subjects does
  *   --lone    a second thread offers one of N messages every 2 ms by writing to an eventfd on which
  *             the loop sleeps: what waking a thread costs on this machine (reference of P5, P10)
+ *   --body    the bytes of FILE instead of --size x: then it is a load for receivers
  *   stdout    one JSON object; CPU is that of the exchanging thread after the warm-up;
  *             with --lone send_ns (time in write) and offers_ns (CLOCK_REALTIME) of each message
  */
@@ -55,6 +56,8 @@ typedef struct {
 static char head[1024];
 static size_t head_len, size = 172;
 static char *body;
+
+static void read_body(const char *path);
 static int epoll, wakefd = -1;
 static int64_t *send_ns, *offers_ns; /* with --lone, one of each per message */
 static uint64_t lone_messages;
@@ -64,6 +67,19 @@ static void die(const char *what)
 {
     perror(what);
     exit(1);
+}
+
+static void read_body(const char *path)
+{
+    FILE *file = fopen(path, "rb");
+    if (!file || fseek(file, 0, SEEK_END))
+        die(path);
+    size = (size_t)ftell(file);
+    rewind(file);
+    body = malloc(size ? size : 1);
+    if (!body || fread(body, 1, size, file) != size)
+        die(path);
+    fclose(file);
 }
 
 static int64_t clock_ns(clockid_t clock)
@@ -217,6 +233,7 @@ int main(int argc, char **argv)
         {"size", required_argument, 0, 'z'},     {"messages", required_argument, 0, 'm'},
         {"seconds", required_argument, 0, 's'},  {"warmup", required_argument, 0, 'w'},
         {"spin", no_argument, 0, 'x'},           {"lone", no_argument, 0, 'l'},
+        {"body", required_argument, 0, 'b'},
         {0, 0, 0, 0},
     };
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -229,6 +246,7 @@ int main(int argc, char **argv)
         case 'w': warmup = strtoull(optarg, NULL, 10); break;
         case 'x': spinning = true; break;
         case 'l': lone = true; break;
+        case 'b': read_body(optarg); break;
         default: return 2;
         }
     }
@@ -252,10 +270,10 @@ int main(int argc, char **argv)
                                 "Content-Length: %zu\r\n\r\n",
                                 port, size);
     conn_t *conns = calloc((size_t)connections, sizeof *conns);
-    body = malloc(size ? size : 1);
+    if (!body && (body = malloc(size ? size : 1)))
+        memset(body, 'x', size);
     if (!conns || !body)
         die("malloc");
-    memset(body, 'x', size);
     epoll = epoll_create1(EPOLL_CLOEXEC);
     if (epoll < 0)
         die("epoll_create1");

@@ -1,0 +1,127 @@
+"""Receive as one subject, in a process of its own, until stdin ends; then print one JSON object.
+
+Subjects: ``core`` (the compiled listener), ``uvicorn`` (``asgi_app`` under uvicorn with httptools
+and uvloop if they are installed), ``recv`` (a plain recv into one buffer: what 64 MiB cost at the
+least). The load is ``bin/bare_sender --body``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness import CLUSTER_ID
+
+from pipeline import Listener, Message, ReceiverConfig
+from pipeline.handlers import Handlers
+
+
+class CountingRaft:
+    """A node whose ``process`` does nothing but count."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+
+    def process(self, message: Message) -> None:
+        self.messages += 1
+
+    def is_id_removed(self, member_id: int) -> bool:
+        return False
+
+    def report_unreachable(self, member_id: int) -> None:
+        pass
+
+    def report_snapshot(self, member_id: int, status: object) -> None:
+        pass
+
+
+@contextmanager
+def serve_core(handlers: Handlers) -> Iterator[int]:
+    with Listener(handlers, "http://127.0.0.1:0", ReceiverConfig()) as listener:
+        yield int(listener.url.rpartition(":")[2])
+
+
+@contextmanager
+def serve_uvicorn(handlers: Handlers) -> Iterator[int]:
+    import uvicorn
+
+    from pipeline.asgi import asgi_app
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        app = asgi_app(handlers, ReceiverConfig())
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
+        thread.start()
+        yield sock.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def serve_recv(raft: CountingRaft) -> Iterator[int]:
+    """Read whole requests of one connection into one buffer and answer 204."""
+
+    def run(sock: socket.socket) -> None:
+        conn, _ = sock.accept()
+        buffer = memoryview(bytearray(1 << 27))
+        with conn:
+            while n := conn.recv_into(buffer):
+                head = bytes(buffer[:n]).partition(b"\r\n\r\n")[0]
+                size = int(head.rpartition(b"Content-Length: ")[2]) + len(head) + 4
+                while n < size:
+                    n += conn.recv_into(buffer[n:size])
+                conn.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+                raft.messages += 1
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        thread = threading.Thread(target=run, args=(sock,), daemon=True)
+        thread.start()
+        yield sock.getsockname()[1]
+
+
+def status_kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise LookupError(name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("subject", choices=("core", "uvicorn", "recv"))
+    args = parser.parse_args()
+    raft = CountingRaft()
+    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1")
+    serve: Any = {
+        "core": lambda: serve_core(handlers),
+        "uvicorn": lambda: serve_uvicorn(handlers),
+        "recv": lambda: serve_recv(raft),
+    }[args.subject]
+    with serve() as port:
+        before, rss_kib = resource.getrusage(resource.RUSAGE_SELF), status_kib("VmRSS")
+        print(f"listening {port}", flush=True)
+        sys.stdin.read()
+        after, peak_kib = resource.getrusage(resource.RUSAGE_SELF), status_kib("VmHWM")
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(
+        json.dumps(
+            {
+                "total": raft.messages,
+                "cpu_us_per_message": cpu_s * 1e6 / max(raft.messages, 1),
+                "peak_mib": (peak_kib - rss_kib) / 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

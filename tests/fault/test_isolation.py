@@ -1,0 +1,193 @@
+"""One peer's trouble stays its own: callbacks that block or raise, peers that are black holes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+
+import pytest
+
+from pipeline import MessageType, PipelineConfig, SnapshotStatus, Transport, TransportConfig
+from tests.support.raft import FakeRaft
+from tests.support.senders import PEER, message, pipeline_to, settle
+from tests.support.server import ERROR, OK, ScriptedServer, always, answer, black_hole, in_turn
+
+HEALTHY = 9
+
+
+class BlockedFor(FakeRaft):
+    """Blocks the callbacks of some members, until released."""
+
+    def __init__(self, *members: int) -> None:
+        super().__init__()
+        self.members = members
+        self.release = threading.Event()
+
+    def report_unreachable(self, member_id: int) -> None:
+        super().report_unreachable(member_id)
+        if member_id in self.members:
+            self.release.wait()
+
+
+def test_blocked_callbacks_hold_up_their_peer_only() -> None:
+    raft = BlockedFor(PEER)
+    with (
+        ScriptedServer(always(ERROR)) as bad,
+        ScriptedServer() as good,
+        Transport(1, 1, raft) as transport,
+    ):
+        transport.add_peer(PEER, [bad.url])
+        transport.add_peer(HEALTHY, [good.url])
+        transport.send([message()] * 30)
+        raft.wait_unreachable(4)
+        for count in range(1, 50):
+            transport.send([message(to=HEALTHY)])
+            good.wait_requests(count, timeout=10.0)
+        assert transport.stats()[PEER].in_flight == 4
+        raft.release.set()
+
+
+def test_a_black_hole_holds_up_nobody() -> None:
+    with (
+        black_hole() as port,
+        ScriptedServer() as good,
+        Transport(1, 1, FakeRaft()) as transport,
+    ):
+        for peer in range(10, 20):
+            transport.add_peer(peer, [f"http://127.0.0.1:{port}"])
+            transport.send([message(to=peer)] * 5)
+        transport.add_peer(HEALTHY, [good.url])
+        for count in range(1, 50):
+            transport.send([message(to=HEALTHY)])
+            good.wait_requests(count, timeout=1.5)  # less than a dial timeout
+
+
+def test_a_black_hole_is_a_failure_at_the_dial_timeout() -> None:
+    raft = FakeRaft()
+    with (
+        black_hole() as port,
+        pipeline_to(f"http://127.0.0.1:{port}", raft, dial_timeout_s=0.1) as pipeline,
+    ):
+        pipeline.send(message())
+        raft.wait_unreachable(1)
+        assert settle(pipeline).failed == 1
+
+
+def test_answers_that_never_end_hold_up_their_peer_only() -> None:
+    """Peers that begin an odd answer and fall silent: more of them than dispatcher threads."""
+    unfinished = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 100\r\n\r\n"
+    with (
+        ScriptedServer(always(unfinished)) as bad,
+        ScriptedServer() as good,
+        Transport(1, 1, FakeRaft()) as transport,
+    ):
+        for peer in (10, 11, 12):
+            transport.add_peer(peer, [bad.url])
+            transport.send([message(to=peer)] * 4)
+        bad.wait_requests(8)
+        time.sleep(0.1)  # for the dispatcher to start reading
+        transport.add_peer(HEALTHY, [good.url])
+        transport.send([message(to=HEALTHY)])
+        good.wait_requests(1, timeout=5.0)
+
+
+def test_64_peers_cost_one_io_thread_and_few_of_python_s() -> None:
+    config = TransportConfig(dispatchers=4)
+    before = threading.active_count(), len(os.listdir("/proc/self/task"))
+    with contextlib.ExitStack() as stack:
+        # The server's own threads are counted out: one for all peers, in one accept thread.
+        server = stack.enter_context(ScriptedServer())
+        transport = stack.enter_context(Transport(1, 1, FakeRaft(), config=config))
+        for peer in range(100, 164):
+            transport.add_peer(peer, [server.url])
+            transport.send([message(to=peer)] * 4)
+        server.wait_requests(4 * 64)
+        servers = sum(thread.name.startswith("server-") for thread in threading.enumerate())
+        assert threading.active_count() - before[0] - servers <= 4
+        assert len(os.listdir("/proc/self/task")) - before[1] - servers <= 4 + 1
+        assert transport.active_peers() == 64
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Boom, SystemExit, KeyboardInterrupt], ids=lambda e: e.__name__)
+def test_a_callback_that_raises_is_logged_and_counted_and_kills_nothing(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    raft = FakeRaft(report_error=error("from a callback"))
+    with (
+        ScriptedServer(in_turn(*[ERROR] * 6, OK)) as server,
+        pipeline_to(server, raft) as pipeline,
+    ):
+        for _ in range(6):
+            pipeline.send(message(MessageType.SNAP))
+        assert settle(pipeline, timeout=5.0).failed == 6
+        pipeline.send(message(MessageType.SNAP))
+        books = settle(pipeline, timeout=5.0)
+        assert (books.sent, books.failed) == (1, 6)
+        assert len(raft.unreachable) == 6
+        assert raft.snapshots.count((PEER, SnapshotStatus.FAILURE)) == 6
+        assert raft.snapshots[-1] == (PEER, SnapshotStatus.FINISH)
+        assert pipeline.callback_errors == 13
+        assert "from a callback" in caplog.text
+
+
+@pytest.mark.parametrize("error", [Boom, SystemExit], ids=lambda e: e.__name__)
+def test_a_critical_error_callback_may_raise(error: type[BaseException]) -> None:
+    """``on_critical_error=lambda error: sys.exit(1)`` is what people write first."""
+
+    def fail(failure: Exception) -> None:
+        raise error
+
+    raft = FakeRaft()
+    with (
+        ScriptedServer(in_turn(answer("403 Forbidden"), OK)) as server,
+        pipeline_to(server, raft, on_critical_error=fail) as pipeline,
+    ):
+        pipeline.send(message())
+        raft.wait_unreachable(1, timeout=5.0)
+        pipeline.send(message())
+        books = settle(pipeline, timeout=5.0)
+        assert (books.sent, books.failed) == (1, 1)
+
+
+def test_a_report_of_a_full_queue_that_raises_kills_nothing() -> None:
+    raft = FakeRaft(report_error=SystemExit())
+    config = TransportConfig(pipeline=PipelineConfig(connections=1, queue_length=1), dispatchers=1)
+    with ScriptedServer() as server, Transport(1, 1, raft, config=config) as transport:
+        transport.add_peer(PEER, [server.url])
+        server.script = server.hold
+        transport.send([message()])
+        server.wait_requests(1)
+        transport.send([message()] * 3)
+        raft.wait_unreachable(1)
+        server.release.set()
+        server.wait_requests(2, timeout=5.0)
+
+
+def test_a_log_handler_that_raises_loses_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise Boom
+
+    handler = Raising()
+    logger = logging.getLogger("pipeline.status")
+    logger.addHandler(handler)
+    try:
+        with (
+            ScriptedServer(in_turn(OK, ERROR, OK)) as server,
+            pipeline_to(server, connections=1) as pipeline,
+        ):
+            for _ in range(3):
+                pipeline.send(message())
+                settle(pipeline, timeout=5.0)
+            books = pipeline.stats()
+            assert books.sent + books.failed == 3
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,113 @@
+"""What takes a process of its own to find out: exit, fork, the GIL, memory, wild objects."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ISOLATED = ROOT / "tests" / "isolated"
+TIMEOUT_S = 60.0
+
+Run = subprocess.CompletedProcess[str]
+
+
+def run(script: str, *args: str) -> Run:
+    """Run a script of tests/isolated with the package and the tests as they are here."""
+    return run_python(str(ISOLATED / script), *args)
+
+
+def run_python(*args: str) -> Run:
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=environment,
+        cwd=ROOT,
+    )
+
+
+@contextlib.contextmanager
+def sink(counter: Path) -> Iterator[str]:
+    """Run tests/isolated/sink.py; its port."""
+    counter.write_bytes(bytes(8))
+    process = subprocess.Popen(
+        [sys.executable, str(ISOLATED / "sink.py"), str(counter)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process.stdout.readline().strip()  # type: ignore[union-attr]
+        finally:
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("mode", ["queued", "contended"])
+def test_messages_leave_while_the_main_thread_holds_the_gil(mode: str, tmp_path: Path) -> None:
+    with sink(tmp_path / "counter") as port:
+        result = run("spin.py", mode, port, str(tmp_path / "counter"))
+    assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
+
+
+def test_a_64_mib_snapshot_is_not_copied(tmp_path: Path) -> None:
+    with sink(tmp_path / "counter") as port:
+        result = run("memory.py", port)
+    assert result.stderr == ""
+    assert int(result.stdout) < 16 * 1024
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "made",
+        "started",
+        "idle",
+        "dialling",
+        "reading",
+        "writing",
+        "reading an odd answer",
+        "in a blocked callback",
+        "in a callback that sleeps",
+        "in a callback that spins",
+        "resolving",
+        "thrown away",
+    ],
+)
+def test_the_interpreter_exits_without_stop(state: str) -> None:
+    result = run("exits.py", state)
+    assert (result.stdout, result.stderr, result.returncode) == ("exits\n", "", 0)
+
+
+def test_an_exit_code_is_kept() -> None:
+    assert run("exits.py", "failing").returncode == 3
+
+
+@pytest.mark.parametrize("how", ["stops", "exits", "in flight"])
+def test_fork(how: str) -> None:
+    result = run("forks.py", how)
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
+def test_a_forked_child_closes_its_copies_of_the_connections() -> None:
+    """As long as it has them, the peer does not hear that the parent has closed them."""
+    result = run("forks.py", "stops")
+    assert "unclosed" not in result.stderr
+
+
+def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> None:
+    """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
+    result = run("stale.py")
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr

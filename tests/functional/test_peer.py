@@ -1,0 +1,107 @@
+"""Which channel carries a message (spec 4.1), and what a full one does (spec 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline import MessageType, PipelineConfig, SnapshotStatus, TransportConfig, UsageError
+from pipeline.dispatcher import Dispatcher
+from pipeline.peer import Peer
+from pipeline.types import SendResult
+from tests.support.raft import FakeRaft
+from tests.support.senders import PEER, message
+from tests.support.server import ScriptedServer
+
+TIMEOUT_S = 1.0
+
+
+@pytest.fixture
+def dispatcher() -> Iterator[Dispatcher]:
+    import time
+
+    dispatcher = Dispatcher("1", queue_bytes=1 << 20, max_threads=4)
+    dispatcher.start()
+    yield dispatcher
+    dispatcher.stop(time.monotonic() + TIMEOUT_S)
+
+
+def start_peer(
+    url: str, dispatcher: Dispatcher, raft: FakeRaft, config: PipelineConfig | None = None
+) -> Peer:
+    defaults = TransportConfig()
+    return Peer(
+        PEER,
+        [url],
+        raft,
+        dispatcher=dispatcher,
+        member_id=1,
+        cluster_id=1,
+        config=config or defaults.pipeline,
+        peer_urls=(),
+        server_version=defaults.server_version,
+        min_cluster_version=defaults.min_cluster_version,
+        on_critical_error=None,
+    )
+
+
+def stop(peer: Peer) -> None:
+    import time
+
+    peer.stop_begin()
+    peer.stop_end(time.monotonic() + TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    "type_", [MessageType.APP, MessageType.PROP, MessageType.SNAP, MessageType.HEARTBEAT]
+)
+def test_peer_pick(type_: MessageType, dispatcher: Dispatcher) -> None:
+    """The four cases of TestPeerPick in which no stream is working."""
+    with ScriptedServer() as server:
+        peer = start_peer(server.url, dispatcher, FakeRaft())
+        channel, name = peer.pick(message(type_))
+        assert channel is peer.pipeline
+        assert name == "pipeline"
+        assert peer.send(message(type_)) is SendResult.ACCEPTED
+        server.wait_requests(1)
+        stop(peer)
+
+
+def test_a_full_channel_is_told_to_raft_once_per_burst_and_leaves_the_status_alone(
+    dispatcher: Dispatcher, caplog: pytest.LogCaptureFixture
+) -> None:
+    raft = FakeRaft()
+    with ScriptedServer() as server:
+        peer = start_peer(
+            server.url, dispatcher, raft, PipelineConfig(connections=1, queue_length=1)
+        )
+        peer.send(message())
+        server.wait_requests(1)
+        peer.pipeline.status.activate()
+        server.script = server.hold
+        peer.send(message())
+        server.wait_requests(2)
+        peer.send(message())
+        results = [peer.send(message(MessageType.SNAP)) for _ in range(5)]
+        assert results == [SendResult.QUEUE_FULL] * 5
+        assert raft.wait_snapshots(5) == [(PEER, SnapshotStatus.FAILURE)] * 5
+        assert set(raft.unreachable) == {PEER}
+        assert peer.status.is_active
+        full = [r for r in caplog.records if "sending buffer is full" in r.getMessage()]
+        assert len(full) == 1  # not one a message
+        server.release.set()
+        stop(peer)
+
+
+def test_a_stopped_peer_refuses_and_reports_nothing(dispatcher: Dispatcher) -> None:
+    raft = FakeRaft()
+    peer = start_peer("http://127.0.0.1:1", dispatcher, raft)
+    stop(peer)
+    assert peer.send(message()) is SendResult.STOPPED
+    assert raft.unreachable == []
+
+
+def test_a_bad_url_is_a_usage_error(dispatcher: Dispatcher) -> None:
+    with pytest.raises(UsageError):
+        start_peer("http://127.0.0.1:1/path", dispatcher, FakeRaft())

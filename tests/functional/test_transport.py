@@ -1,0 +1,290 @@
+"""etcd's transport tests under their own names (spec section 12), and its API (spec 4.5)."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from pipeline import (
+    EncodedMessage,
+    MemberRemovedError,
+    Message,
+    MessageType,
+    PipelineConfig,
+    Transport,
+    TransportConfig,
+    UsageError,
+)
+from tests.support import LONG_TIMEOUT
+from tests.support.raft import FakeRaft
+from tests.support.senders import eventually, message
+from tests.support.server import OK, ScriptedServer, always, answer, in_turn
+
+ONE = TransportConfig(pipeline=PipelineConfig(connections=1))
+
+
+# Upstream
+
+
+def test_transport_send() -> None:
+    with ScriptedServer() as one, ScriptedServer() as two:
+        with Transport(1, 1, FakeRaft(), config=ONE) as transport:
+            transport.add_peer(2, [one.url])
+            transport.add_peer(3, [two.url])
+            messages = [
+                message(to=0),  # a local message
+                message(MessageType.PROP, b"a", to=2),
+                message(to=9),  # unknown
+                message(MessageType.APP, b"b", to=3),
+                message(MessageType.APP, b"c", to=2),
+            ]
+            transport.send(messages)
+            got = one.wait_requests(2), two.wait_requests(1)
+        assert [request.body for request in got[0]] == [
+            messages[1].marshal(),
+            messages[4].marshal(),
+        ]
+        assert [request.body for request in got[1]] == [messages[3].marshal()]
+
+
+def test_transport_add() -> None:
+    with Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, ["http://127.0.0.1:1"])
+        assert transport.follower_stats()[2].success == 0
+        peer = transport._peers[2]
+        transport.add_peer(2, ["http://127.0.0.1:2"])
+        assert transport._peers[2] is peer
+        assert peer.picker.urls == ("http://127.0.0.1:1",)
+
+
+def test_transport_remove() -> None:
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, [server.url])
+        transport.send([message()])
+        server.wait_requests(1)
+        transport.remove_peer(2)
+        transport.send([message()])
+        assert transport.stats() == {}
+        assert transport.follower_stats() == {}
+        transport.add_peer(2, [server.url])
+        assert transport.stats()[2].offered == 0
+
+
+def test_transport_remove_is_idempotent(caplog: pytest.LogCaptureFixture) -> None:
+    with Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, ["http://127.0.0.1:1"])
+        assert transport.remove_peer(2) == 0
+        assert transport.remove_peer(2) == 0
+        assert "unknown peer" in caplog.text
+
+
+def test_transport_update() -> None:
+    with (
+        ScriptedServer() as old,
+        ScriptedServer() as new,
+        Transport(1, 1, FakeRaft()) as transport,
+    ):
+        transport.add_peer(2, [old.url])
+        transport.send([message()])
+        old.wait_requests(1)
+        eventually(lambda: transport.stats()[2].sent == 1)
+        transport.update_peer(2, [new.url])
+        transport.update_peer(9, [new.url])  # unknown: ignored
+        transport.send([message()])
+        new.wait_requests(1, timeout=5.0)
+        with pytest.raises(UsageError):
+            transport.update_peer(2, ["ftp://127.0.0.1:1"])
+
+
+def test_transport_errorc() -> None:
+    """The pipeline's half: a 403 to a post is critical, once."""
+    critical: list[MemberRemovedError] = []
+    with (
+        ScriptedServer(always(answer("403 Forbidden"))) as server,
+        Transport(1, 1, FakeRaft(), on_critical_error=critical.append) as transport,
+    ):
+        transport.add_peer(2, [server.url])
+        assert critical == []
+        transport.send([Message(type=MessageType.HEARTBEAT, to=2)])
+        eventually(lambda: transport.stats()[2].failed == 1)
+    (error,) = critical
+    assert (type(error), error.peer_id) == (MemberRemovedError, 2)
+
+
+# The rest of spec 4.5
+
+
+def test_send_takes_every_kind_of_message() -> None:
+    from pipeline.raftpb import raft_pb2
+
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft(), config=ONE) as transport:
+        transport.add_peer(2, [server.url])
+        transport.send(
+            [
+                message(),
+                EncodedMessage(b"encoded", type=3, to=2),
+                raft_pb2.Message(type=3, to=2),
+                EncodedMessage(b"unknown", type=3, to=5),
+                raft_pb2.Message(type=3, to=0),
+            ]
+        )
+        assert len(server.wait_requests(3)) == 3
+        transport.send(iter([message()]))
+        server.wait_requests(4)
+
+
+@pytest.mark.parametrize("wrong", [None, b"bytes", object()], ids=["None", "bytes", "object"])
+def test_send_refuses_what_is_no_message_after_sending_what_came_before(wrong: object) -> None:
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft(), config=ONE) as transport:
+        transport.add_peer(2, [server.url])
+        with pytest.raises(UsageError):
+            transport.send([message(), wrong, message()])
+        server.wait_requests(1)
+        assert transport.stats()[2].offered == 1
+
+
+def test_active_since_and_active_peers() -> None:
+    with (
+        ScriptedServer(in_turn(OK, answer("500 Oops"), OK)) as server,
+        Transport(1, 1, FakeRaft(), config=ONE) as transport,
+    ):
+        transport.add_peer(2, [server.url])
+        transport.add_peer(3, ["http://127.0.0.1:1"])
+        assert transport.active_since(2) is None
+        assert transport.active_since(9) is None
+        before = time.time()
+        transport.send([message()])
+        eventually(lambda: transport.active_peers() == 1)
+        since = transport.active_since(2)
+        assert since is not None
+        assert before <= since <= time.time()
+        transport.send([message()])
+        eventually(lambda: transport.active_peers() == 0)
+        assert transport.active_since(2) is None
+        transport.send([message()])
+        eventually(lambda: transport.active_peers() == 1)
+
+
+def test_remove_all_peers_drops_and_goes_on() -> None:
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft()) as transport:
+        server.script = server.hold
+        for peer in (2, 3, 4):
+            transport.add_peer(peer, [server.url])
+            transport.send([message(to=peer)] * 10)
+        server.wait_requests(12)
+        assert transport.remove_all_peers() == 18
+        assert transport.stats() == {}
+        server.release.set()
+        transport.add_peer(2, [server.url])
+        transport.send([message()])
+        server.wait_requests(13)
+
+
+def test_stop_is_once_and_what_comes_after_is_told() -> None:
+    transport = Transport(1, 1, FakeRaft())
+    with pytest.raises(UsageError, match="not started"):
+        transport.add_peer(2, ["http://127.0.0.1:1"])
+    transport.send([message()])  # nobody to send to
+    transport.start()
+    with pytest.raises(UsageError):
+        transport.start()
+    transport.add_peer(2, ["http://127.0.0.1:1"])
+    transport.stop()
+    assert transport.stop() == 0
+    with pytest.raises(UsageError, match="transport stopped"):
+        transport.add_peer(2, ["http://127.0.0.1:1"])
+    with pytest.raises(UsageError, match="transport stopped"):
+        transport.listen("http://127.0.0.1:0")
+    transport.send([message()])
+    assert transport.active_peers() == 0
+
+
+def test_start_after_stop_is_a_usage_error() -> None:
+    transport = Transport(1, 1, FakeRaft())
+    transport.stop()
+    with pytest.raises(UsageError):
+        transport.start()
+    transport.stop()
+
+
+@pytest.mark.parametrize("peer_id", [-1, 1 << 64, "2", None, True])
+def test_a_bad_id_is_a_usage_error(peer_id: object) -> None:
+    with Transport(1, 1, FakeRaft()) as transport, pytest.raises(UsageError):
+        transport.add_peer(peer_id, ["http://127.0.0.1:1"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "urls",
+    [[], ["127.0.0.1:1"], ["https://127.0.0.1:1"], ["unix:///tmp/x"], "http://127.0.0.1:1"],
+)
+def test_a_bad_url_is_a_usage_error_and_adds_nothing(urls: list[str]) -> None:
+    with Transport(1, 1, FakeRaft()) as transport:
+        with pytest.raises(UsageError):
+            transport.add_peer(2, urls)
+        assert transport.stats() == {}
+
+
+def test_two_transports_exchange_messages() -> None:
+    one, two = FakeRaft(), FakeRaft()
+    with Transport(1, 7, one) as first, Transport(2, 7, two) as second:
+        first.add_peer(2, [second.listen("http://127.0.0.1:0").url])
+        second.add_peer(1, [first.listen("http://127.0.0.1:0").url])
+        sent = [message(MessageType.APP, bytes([i]) * (i * 1000), to=2) for i in range(20)]
+        first.send(sent)
+        got = two.wait_processed(20)
+        assert sorted(m.marshal() for m in got) == sorted(m.marshal() for m in sent)
+        second.send([message(MessageType.APP_RESP, to=1)])
+        (reply,) = one.wait_processed(1)
+        assert reply.type == MessageType.APP_RESP
+        eventually(lambda: first.stats()[2].sent == 20 and second.stats()[1].sent == 1)
+    assert one.unreachable == two.unreachable == []
+
+
+def test_every_method_may_be_called_from_a_callback() -> None:
+    class Busy(FakeRaft):
+        def report_unreachable(self, member_id: int) -> None:
+            if not self.unreachable:
+                transport.send([message(to=3)])
+                transport.add_peer(4, ["http://127.0.0.1:1"])
+                transport.update_peer(2, ["http://127.0.0.1:1"])
+                transport.remove_peer(4)
+                transport.stats()
+                transport.active_peers()
+                begin = time.monotonic()
+                transport.remove_peer(2)
+                self.took_s = time.monotonic() - begin
+            super().report_unreachable(member_id)
+
+    raft = Busy()
+    with (
+        ScriptedServer(always(answer("500 Oops"))) as bad,
+        ScriptedServer() as good,
+        Transport(1, 1, raft) as transport,
+    ):
+        transport.add_peer(2, [bad.url])
+        transport.add_peer(3, [good.url])
+        transport.send([message()])
+        raft.wait_unreachable(1)
+        good.wait_requests(1)
+        assert raft.took_s < 0.9  # it does not wait for the callback it is called from
+        assert list(transport.stats()) == [3]
+
+
+def test_peers_are_added_by_many_threads_at_once() -> None:
+    with Transport(1, 1, FakeRaft()) as transport:
+        barrier = threading.Barrier(8)
+
+        def add(base: int) -> None:
+            barrier.wait()
+            for peer in range(base, base + 8):
+                transport.add_peer(peer, ["http://127.0.0.1:1"])
+                transport.add_peer(999, ["http://127.0.0.1:1"])
+
+        threads = [threading.Thread(target=add, args=(base * 100,)) for base in range(1, 9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG_TIMEOUT)
+        assert len(transport.stats()) == 65

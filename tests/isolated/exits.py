@@ -1,0 +1,82 @@
+"""The interpreter exits without stop().
+
+``exits.py STATE`` brings a transport into a state, and ends.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+
+from pipeline import EncodedMessage, Transport
+from tests.support.senders import eventually, message
+from tests.support.server import ERROR, ScriptedServer, always, black_hole
+
+state = sys.argv[1]
+gate = threading.Event()
+called = threading.Event()
+
+
+class Raft:
+    def report_unreachable(self, member_id: int) -> None:
+        called.set()
+        if state == "in a blocked callback":
+            gate.wait()
+        if state == "in a callback that sleeps":
+            time.sleep(1.5)
+        if state == "in a callback that spins":
+            while True:
+                pass
+
+    def report_snapshot(self, member_id: int, status: int) -> None:
+        """Not called."""
+
+    process = is_id_removed = report_unreachable
+
+
+transport = Transport(1, 1, Raft())
+hole = black_hole()
+server = ScriptedServer()
+
+if state != "made":
+    transport.start()
+if state == "dialling":
+    transport.add_peer(2, [f"http://127.0.0.1:{hole.__enter__()}"])
+    transport.send([message()] * 10)
+    eventually(lambda: transport.stats()[2].in_flight == 4)
+elif state not in ("made", "started"):
+    transport.add_peer(2, [server.url])
+if state == "idle":
+    transport.send([message()])
+    server.wait_requests(1)
+elif state == "reading":
+    server.script = server.hold
+    transport.send([message()] * 10)
+    server.wait_requests(4)
+elif state == "writing":
+    server.on_head = lambda connection, head: connection.server.release.wait()
+    big = EncodedMessage(bytes(32 << 20), type=3, to=2)
+    transport.send([big] * 10)
+    server.wait_connections(4)
+elif state == "reading an odd answer":
+    server.script = always(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\n")
+    transport.send([message()] * 10)
+    server.wait_requests(4)
+elif state.startswith("in a callback") or state == "in a blocked callback":
+    server.script = always(ERROR)
+    transport.send([message()] * 10)
+    called.wait(10)
+elif state == "resolving":
+    # getaddrinfo cannot be ended.
+    socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)  # type: ignore[assignment]
+    transport.add_peer(3, ["http://slow.invalid:1"])
+    transport.send([message(to=3)])
+    time.sleep(0.1)
+elif state == "thrown away":
+    transport.send([message()] * 10)
+    del transport
+elif state == "failing":
+    raise SystemExit(3)
+print("exits", flush=True)

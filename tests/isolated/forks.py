@@ -1,0 +1,86 @@
+"""fork() in the middle of things: ``forks.py`` prints "ok" or what went wrong.
+
+The child has none of our threads: its send says STOPPED, its stop returns, it ends cleanly. The
+parent goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+
+from pipeline import Pipeline, SendResult
+from tests.support.raft import FakeRaft
+from tests.support.senders import message, settle
+from tests.support.server import OK, Connection, Request, ScriptedServer, always, answer
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
+
+how = sys.argv[1]
+
+
+def in_two_parts(connection: Connection, request: Request) -> None:
+    """An odd answer of which a dispatcher thread must wait for the rest."""
+    connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+    time.sleep(0.05)
+    connection.send(OK)
+
+
+raft = FakeRaft()
+server = ScriptedServer()
+pipeline = Pipeline(2, [server.url], raft, member_id=1, cluster_id=1)
+pipeline.start()
+for _ in range(8):
+    pipeline.send(message())
+settle(pipeline)
+if how == "in flight":
+    server.script = server.hold
+    for _ in range(20):
+        pipeline.send(message())
+    server.wait_requests(12)
+
+child = os.fork()
+if child == 0:
+    begin = time.monotonic()
+    assert pipeline.send(message()) is SendResult.STOPPED
+    if how != "exits":
+        assert pipeline.stop() == 0
+        assert time.monotonic() - begin < 2.0
+    sys.exit(0)  # with atexit handlers and all
+
+deadline = time.monotonic() + 20
+while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+    if time.monotonic() > deadline:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    time.sleep(0.005)
+if ended[1] != 0:
+    sys.exit(f"the child ended with {ended[1]}")
+
+server.release.set()
+settle(pipeline)
+sent = pipeline.stats().sent
+assert raft.unreachable == [], raft.unreachable
+for script in (
+    always(OK),
+    # Those that need a dispatcher thread and the stop descriptor, which the child has, too.
+    always(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"),
+    in_two_parts,
+):
+    server.script = script
+    for _ in range(5):
+        pipeline.send(message())
+    books = settle(pipeline)
+    sent += 5
+    assert books.sent == sent, f"{books}, expected {sent} sent"
+failures: list[str] = []
+pipeline.status.deactivate = lambda source, action, reason: failures.append(reason)  # type: ignore[method-assign]
+server.script = always(answer("404 Not Found"))
+pipeline.send(message())
+settle(pipeline)
+assert "Not Found" in failures[0], failures
+pipeline.stop()
+server.stop()
+print("ok")

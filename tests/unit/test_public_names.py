@@ -1,0 +1,90 @@
+"""The names of design section 4 are there, and importing them costs no more than it must."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import pipeline
+
+NAMES = """
+    Message Entry Snapshot SnapshotMetadata ConfState MessageType EntryType SnapshotStatus
+    SendResult EncodedMessage Raft Pipeline PipelineStats PipelineConfig Transport Listener
+    URLPicker PeerStatus TransportConfig ReceiverConfig PipelineError UsageError MarshalError
+    UnmarshalError PostError PeerUnreachableError UnexpectedStatusError IncompatibleVersionError
+    ClusterIDMismatchError MemberRemovedError InternalError RequestRejected
+"""
+
+MEMBERS = {
+    "Pipeline": "start send stop stats __enter__ __exit__",
+    "PipelineStats": "offered accepted refused sent failed dropped queued in_flight sent_bytes "
+    "queued_bytes",
+    "PipelineConfig": "connections queue_length",
+    "Transport": "start stop send listen add_peer update_peer remove_peer remove_all_peers "
+    "active_since active_peers stats asgi_app",
+    "Listener": "close",
+    "Raft": "process is_id_removed report_unreachable report_snapshot",
+    "Message": "type to from_ term log_term index entries commit snapshot reject reject_hint "
+    "context marshal unmarshal byte_size",
+    "Entry": "term index type data",
+    "Snapshot": "data metadata",
+    "SnapshotMetadata": "conf_state index term",
+    "ConfState": "voters learners",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_a_name_of_the_contract_is_public(name: str) -> None:
+    assert name in pipeline.__all__
+    assert getattr(pipeline, name).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("owner", "member"),
+    [(owner, member) for owner, members in MEMBERS.items() for member in members.split()],
+)
+def test_a_member_of_the_contract_is_there(owner: str, member: str) -> None:
+    cls = getattr(pipeline, owner)
+    assert hasattr(cls, member) or member in getattr(cls, "__annotations__", ())
+
+
+def test_all_is_sorted_whole_and_true() -> None:
+    assert list(pipeline.__all__) == sorted(pipeline.__all__)
+    for name in pipeline.__all__:
+        assert hasattr(pipeline, name)
+
+
+def test_enumerations_have_the_wire_s_numbers() -> None:
+    assert (pipeline.SnapshotStatus.FINISH, pipeline.SnapshotStatus.FAILURE) == (1, 2)
+    assert [result.name for result in pipeline.SendResult] == ["ACCEPTED", "QUEUE_FULL", "STOPPED"]
+    assert pipeline.MessageType.SNAP == 7
+
+
+def test_the_protobuf_classes_are_where_the_contract_says() -> None:
+    from pipeline.raftpb import raft_pb2
+
+    assert raft_pb2.Message(term=1).term == 1
+
+
+@pytest.mark.parametrize(
+    "module", ["google.protobuf", "uvicorn", "click", "rich", "prometheus_client"]
+)
+def test_importing_pipeline_does_not_import(module: str) -> None:
+    """They are slow to import, and most nodes do not need them."""
+    code = f"import sys, pipeline; sys.exit({module!r} in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    assert result.returncode == 0
+
+
+def test_importing_pipeline_starts_no_thread_and_says_nothing() -> None:
+    code = "import os, pipeline; print(len(os.listdir('/proc/self/task')))"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (result.stdout, result.stderr) == ("1\n", "")
