@@ -39,6 +39,7 @@ lint: build $(VENV)/.linters typecheck
 
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
+	$(BIN)/python -m mypy --strict tests/typing
 	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
 
 benchmarks/bin/%: benchmarks/c/%.c

@@ -294,12 +294,22 @@ def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def put_into(readme: Path, text: str) -> None:
+    """Replace what stands between the two bench marks of ``readme``."""
+    before, begin, rest = readme.read_text().partition("<!-- bench:begin -->\n")
+    _, end, after = rest.partition("<!-- bench:end -->")
+    if not end:
+        raise SystemExit(f"{readme} has no bench:begin and bench:end")
+    readme.write_text(f"{before}{begin}{text}\n{end}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each run at full rate")
     parser.add_argument("--repeats", type=int, default=20, help="of disturbed runs, in all")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "bench.json")
+    parser.add_argument("--readme", type=Path, help="put the table into this file as well")
     args = parser.parse_args()
 
     body_bytes = builder("core", ENTRY_BYTES)(100_000).byte_size()
@@ -320,18 +330,21 @@ def main() -> None:
     }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(rows))
+    lines = [table(rows)]
     foreign = [run["foreign_cores"] for each in runs.values() for run in each]
     disturbed = sum(cores > FOREIGN_CORES_MAX for cores in foreign)
     if disturbed:
-        print(
+        lines.append(
             f"\nNot a quiet machine: others used up to {max(foreign):.2f} cores beside {disturbed} "
             f"of {len(foreign)} runs. Those are too slow, and ratios with them may be wrong."
         )
-    print(
+    lines.append(
         f"\n{where['cpu']}, {where['cores']} cores, Linux {where['kernel']}, {where['python']}, "
         f"{where['build']} build; median of {args.rounds} rounds; all of it in {args.out.name}"
     )
+    print("\n".join(lines))
+    if args.readme:
+        put_into(args.readme, "\n".join(lines))
 
 
 if __name__ == "__main__":

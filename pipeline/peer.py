@@ -9,9 +9,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from pipeline._core import ActiveFlag
+from pipeline._core import ActiveFlag, EncodedMessage
 from pipeline._messages import Message
 from pipeline.config import PipelineConfig
 from pipeline.dispatcher import Dispatcher
@@ -22,7 +22,10 @@ from pipeline.protocol import format_id
 from pipeline.status import PeerStatus
 from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
 
-__all__ = ["Peer"]
+if TYPE_CHECKING:
+    from pipeline._core import ProtobufMessage
+
+__all__ = ["Peer", "Sendable"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,14 @@ logger = logging.getLogger(__name__)
 FULL_LOG_INTERVAL_S = 1.0
 
 
+#: What can be sent (``Sender.send``).
+Sendable: TypeAlias = "Message | EncodedMessage | ProtobufMessage"
+
+
 class Channel(Protocol):
     """What carries messages: the pipeline, and one day the two streams."""
 
-    def send(self, message: Message) -> SendResult:
+    def send(self, message: Sendable) -> SendResult:
         """Take the message or refuse it, without waiting."""
 
 
@@ -103,14 +110,14 @@ class Peer:
         self._full_logged_at = float("-inf")
         self.pipeline.start()
 
-    def pick(self, message: Message) -> tuple[Channel, str]:
+    def pick(self, message: Sendable) -> tuple[Channel, str]:
         """Choose the channel for a message, and its name (spec section 4.1).
 
         No stream is ever attached yet, so every message takes the pipeline.
         """
         return self.pipeline, "pipeline"
 
-    def send(self, message: Message) -> SendResult:
+    def send(self, message: Sendable) -> SendResult:
         """Offer a message to its channel without waiting.
 
         A full channel refuses it, and Raft is told, soon, from a dispatcher thread: a Raft that
@@ -131,7 +138,7 @@ class Peer:
         """Wait until ``deadline`` (``time.monotonic()``) for what :meth:`stop_begin` ended."""
         self.pipeline.stop_end(deadline)
 
-    def _note_full(self, message: Message, name: str) -> None:
+    def _note_full(self, message: Sendable, name: str) -> None:
         now = time.monotonic()
         with self._lock:
             is_first = self._refused == 0

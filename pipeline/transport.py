@@ -16,14 +16,13 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-from pipeline._messages import Message
 from pipeline.asgi import ASGIApp, asgi_app
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.peer import Peer
+from pipeline.peer import Peer, Sendable
 from pipeline.picker import parse_urls
 from pipeline.protocol import format_id
 from pipeline.stats import FollowerStats, PipelineStats
@@ -158,7 +157,7 @@ class Transport:
 
     # -- sending
 
-    def send(self, messages: Iterable[Message]) -> None:
+    def send(self, messages: Iterable[Sendable]) -> None:
         """Hand each message to the peer it is for.
 
         Parameters

@@ -1,0 +1,48 @@
+"""A node: what implements ``Raft``, and what does not."""
+
+from pipeline import Message, Pipeline, Raft, RequestRejected, SnapshotStatus, Transport
+
+
+class Node:
+    def process(self, message: Message) -> None:
+        if message.term < 2:
+            raise RequestRejected(503, b"later\n", content_type="text/plain")
+
+    def is_id_removed(self, member_id: int) -> bool:
+        return member_id == 7
+
+    def report_unreachable(self, member_id: int) -> None:
+        pass
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
+        assert status is SnapshotStatus.FINISH or status is SnapshotStatus.FAILURE
+
+
+class Deaf:
+    def is_id_removed(self, member_id: int) -> bool:
+        return False
+
+    def report_unreachable(self, member_id: int) -> None:
+        pass
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
+        pass
+
+
+class TakesBytes(Deaf):
+    def process(self, message: bytes) -> None:
+        pass
+
+
+class AsyncNode(Deaf):
+    async def process(self, message: Message) -> None:
+        pass
+
+
+raft: Raft = Node()
+Transport(1, 0x77, Node())
+Transport(1, 0x77, Deaf())  # type: ignore[arg-type]
+Transport(1, 0x77, TakesBytes())  # type: ignore[arg-type]
+Transport(1, 0x77, AsyncNode())  # type: ignore[arg-type]
+Pipeline(2, ["http://127.0.0.1:2380"], Node(), member_id=1, cluster_id=0x77)
+Pipeline(2, ["http://127.0.0.1:2380"], Deaf(), member_id=1, cluster_id=0x77)  # type: ignore[arg-type]

@@ -1,0 +1,23 @@
+"""Receiving: a listener, its settings and counts, and the ASGI application."""
+
+from typing import assert_type
+
+from pipeline import Listener, Raft, ReceiverConfig, Transport, TransportConfig
+from pipeline.asgi import ASGIApp
+
+
+def serve(raft: Raft) -> ASGIApp:
+    config = TransportConfig(receiver=ReceiverConfig(handlers=8, max_body_bytes=8 << 20))
+    transport = Transport(1, 0x77, raft, config=config)
+    transport.start()
+    with transport.listen(["http://127.0.0.1:0", "http://[::1]:0"]) as listener:
+        assert_type(listener, Listener)
+        assert_type(listener.url, str)
+        assert_type(listener.urls, tuple[str, ...])
+        assert_type(listener.stats().fast_requests, int)
+        listener.close(deadline_s=0.5)
+    transport.listen(2380)  # type: ignore[arg-type]
+    return transport.asgi_app
+
+
+ReceiverConfig(idle_timeout_s="60")  # type: ignore[arg-type]

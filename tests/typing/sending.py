@@ -1,0 +1,74 @@
+"""Sending: settings, a Transport and its peers, a Pipeline on its own, statistics, errors."""
+
+from typing import assert_type
+
+from pipeline import (
+    EncodedMessage,
+    FollowerStats,
+    MemberRemovedError,
+    Message,
+    MessageType,
+    Pipeline,
+    PipelineConfig,
+    PipelineStats,
+    Raft,
+    SendResult,
+    Transport,
+    TransportConfig,
+)
+from pipeline.raftpb import raft_pb2
+
+
+def on_critical_error(error: MemberRemovedError) -> None:
+    assert_type(error.peer_id, int)
+    assert_type(error.url, str)
+    assert_type(error.status, int | None)
+
+
+def through_a_transport(raft: Raft, message: Message) -> int:
+    config = TransportConfig(
+        pipeline=PipelineConfig(connections=2, profile="3.6", dial_timeout_s=1),
+        queue_bytes=1 << 20,
+    )
+    with Transport(
+        1,
+        0x77,
+        raft,
+        peer_urls=["http://127.0.0.1:2380"],
+        config=config,
+        on_critical_error=on_critical_error,
+    ) as transport:
+        assert_type(transport, Transport)
+        transport.add_peer(2, ("http://127.0.0.1:2381",))
+        transport.update_peer(2, {"http://127.0.0.1:2382"})
+        transport.send([message])
+        transport.send([message, EncodedMessage(b"", type=MessageType.APP, to=2)])
+        transport.send([raft_pb2.Message(type=raft_pb2.MsgApp, to=2)])
+        transport.send(message)  # type: ignore[arg-type]
+        transport.send([b"bytes"])  # type: ignore[list-item]
+        assert_type(transport.stats(), dict[int, PipelineStats])
+        assert_type(transport.follower_stats(), dict[int, FollowerStats])
+        assert_type(transport.active_since(2), float | None)
+        assert_type(transport.active_peers(), int)
+        assert_type(transport.remove_peer(2), int)
+        assert_type(transport.remove_all_peers(), int)
+        return transport.stop()
+
+
+def through_a_pipeline(raft: Raft, message: Message) -> SendResult:
+    with Pipeline(2, ["http://127.0.0.1:2380"], raft, member_id=1, cluster_id=0x77) as pipeline:
+        assert_type(pipeline, Pipeline)
+        encoded = EncodedMessage(message.marshal(), type=MessageType.APP, to=2)
+        assert_type(encoded.data is not None, bool)
+        pipeline.send(encoded)
+        pipeline.send(raft_pb2.Message(type=raft_pb2.MsgApp, to=2))
+        pipeline.send(b"bytes")  # type: ignore[arg-type]
+        books = pipeline.stats()
+        assert_type(books.offered - books.accepted - books.refused, int)
+        assert_type(pipeline.follower_stats().latency_stddev_ms, float)
+        return pipeline.send(message)
+
+
+PipelineConfig(4)  # type: ignore[call-arg]
+PipelineConfig(connections="4")  # type: ignore[arg-type]
+EncodedMessage(b"", to=2)  # type: ignore[call-arg]

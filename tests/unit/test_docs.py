@@ -1,0 +1,130 @@
+"""What the documents say of the code: programs, names, numbers, files and tests they point to."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline import PipelineConfig, ReceiverConfig, TransportConfig
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+EXAMPLE = ROOT / "examples" / "two_transports.py"
+SECURITY = ROOT / "docs" / "security.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
+
+# Long enough for a busy machine; reached only when the program hangs.
+RUN_TIMEOUT_S = 60.0
+
+KIB, MIB = 1 << 10, 1 << 20
+
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def readme_program() -> str:
+    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert isinstance(program, str)
+    return program
+
+
+def test_the_program_of_the_readme_is_the_example() -> None:
+    assert readme_program() == EXAMPLE.read_text()
+
+
+def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", readme_program()],
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "2 got Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)",
+        "1 got Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=1)",
+    ]
+
+
+@pytest.mark.parametrize("name", pipeline.__all__)
+def test_the_readme_names_every_public_name(name: str) -> None:
+    assert re.search(rf"\b{name}\b", README.read_text())
+
+
+def shown(name: str, value: object) -> str:
+    """Write a setting's value as the README does."""
+    if name.endswith("_bytes"):
+        assert isinstance(value, int)
+        return f"{value // MIB} MiB" if value >= MIB else f"{value // KIB} KiB"
+    return f"{value:g} s" if name.endswith("_s") else str(value)
+
+
+def test_the_readme_has_every_setting_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+Config\.\w+)` \| ([^|]+) \|", README.read_text(), re.MULTILINE)
+    defaults = [
+        (f"{config.__name__}.{field.name}", shown(field.name, getattr(config(), field.name)))
+        for config in (TransportConfig, PipelineConfig, ReceiverConfig)
+        for field in dataclasses.fields(config)
+        if not field.name.startswith(("pipeline", "receiver"))
+    ]
+    assert rows == defaults
+
+
+def test_the_readme_has_one_place_for_the_figures() -> None:
+    assert re.findall(r"<!-- bench:\w+ -->", README.read_text()) == [
+        "<!-- bench:begin -->",
+        "<!-- bench:end -->",
+    ]
+
+
+@each_document
+def test_what_a_document_links_to_exists(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#]+)", document.read_text())
+    missing = [
+        target
+        for target in targets
+        if not target.startswith("https://") and not (document.parent / target).exists()
+    ]
+    assert missing == []
+
+
+@each_document
+def test_files_and_tests_a_document_names_exist(document: Path) -> None:
+    named = re.findall(
+        r"\b((?:tests|pipeline|docs|examples|benchmarks)/[\w./]+\.(?:pyx|pxd|py|md|proto))(?:::(\w+))?",
+        document.read_text(),
+    )
+    missing = [
+        f"{path}::{test}" if test else path
+        for path, test in named
+        if not (ROOT / path).exists() or (test and test not in functions_of(ROOT / path))
+    ]
+    assert missing == []
+
+
+def functions_of(path: Path) -> set[str]:
+    return {
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+
+
+def test_the_security_page_points_to_tests() -> None:
+    assert len(re.findall(r"\.py::test_\w+", SECURITY.read_text())) > 20
+
+
+@each_document
+def test_a_document_names_no_machine_and_nothing_outside_the_project(document: Path) -> None:
+    text = document.read_text()
+    assert re.findall(r"/(?:home|root|tmp|work)/\w+|\.\./shared|site-packages", text) == []
