@@ -114,7 +114,8 @@ cdef struct conn_t:
     bint is_general         # h11 reads it
     bint is_new             # has not been answered yet
     bint is_runnable
-    bint has_event          # epoll spoke while a handler had the connection
+    bint has_event          # there may be something to read that epoll will not speak of again
+    bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
     int64_t head_deadline_ns        # of the head being read, whoever reads it; 0 is none
@@ -194,7 +195,7 @@ cdef struct server_t:
     conn_t* buried          # closed in this turn, when events may still point to them
     int64_t now_ns
     int64_t next_deadline_ns
-    int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when a connection closes
+    int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
     int64_t buffered_bytes  # of bodies being read
     bint has_paused
     uint64_t next_id
@@ -461,7 +462,9 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
     """End a connection that the loop has. A general one goes to Python once more."""
     cdef server_t* server = conn.server
     if conn.fd >= 0:
-        close(conn.fd)          # leaves the epoll set by itself
+        # Told to, for a forked child's copy of the descriptor would keep it in the epoll set.
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
+        close(conn.fd)
         conn.fd = -1
         server.counts.connections -= 1
         if conn.state == CONN_BODY:
@@ -478,7 +481,10 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
 
 
 cdef inline void server_free_buried(server_t* server) noexcept nogil:
-    """Free what was closed in this turn. Nothing is runnable, no event is pending."""
+    """Free what was closed in this turn, but for what is still listed as runnable.
+
+    No event is pending.
+    """
     cdef conn_t* conn = server.buried
     cdef conn_t* following
     server.buried = NULL
@@ -487,7 +493,11 @@ cdef inline void server_free_buried(server_t* server) noexcept nogil:
     pthread_mutex_lock(&server.lock)
     while conn is not NULL:
         following = conn.next
-        conn_free(conn)
+        if conn.is_runnable:
+            conn.next = server.buried
+            server.buried = conn
+        else:
+            conn_free(conn)
         conn = following
     pthread_mutex_unlock(&server.lock)
 
@@ -629,6 +639,8 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         if budget == 0 and body.len < body.size:
             conn_add_runnable(conn)
             return
+    # What comes behind the body may have arrived with it, and epoll will not say so again.
+    conn.has_event = True
     server.buffered_bytes -= <int64_t>body.len
     server.counts.fast_requests += 1
     conn_deliver(conn)
@@ -674,6 +686,8 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    if kept == 0 and server.accept_at_ns < 0:
+        server.accept_at_ns = server.now_ns     # an idle connection can make room
     if kept > 0:
         memcpy(server.scratch, conn.buffer, kept)
         conn.buffer_len = 0
@@ -785,6 +799,9 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
     """Act on what epoll says, or on EPOLLIN when the connection was runnable."""
     if conn.state == CONN_CLOSED:
         return
+    # Told of once, maybe long before all that was sent ahead of it is read.
+    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        conn.has_ended = True
     if conn.state == CONN_HANDLED or conn.state == CONN_WRITING:
         if flags & ~EPOLLOUT:
             conn.has_event = True
@@ -793,8 +810,7 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         return
     if not flags & ~EPOLLOUT:
         return
-    # An end of stream comes with the last bytes, once: it is to be looked for after them.
-    conn.has_event = (flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0
+    conn.has_event = conn.has_ended
     if conn.state == CONN_BODY:
         conn_read_body(conn)
     elif conn.state == CONN_LINGERING:
@@ -856,13 +872,13 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
     cdef conn_t* conn
     cdef epoll_event event
     cdef socklen_t size
-    cdef int step
+    cdef int step, error
     for step in range(ACCEPT_STEP):
         if server.counts.connections >= <uint64_t>server.limits.max_connections:
             if step > 0:
                 return          # is there another? epoll will say so
             if not server_make_room(server):
-                server_pause_accept(server, -1)     # until one closes
+                server_pause_accept(server, -1)     # until one closes or is idle
                 return
         conn = <conn_t*>calloc(1, sizeof(conn_t))
         if conn is NULL:
@@ -871,10 +887,11 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         size = sizeof(conn.address)
         conn.fd = accept4(listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if conn.fd < 0:
+            error = errno
             free(conn)
-            if errno == EINTR or errno == ECONNABORTED:
+            if error == EINTR or error == ECONNABORTED:
                 continue
-            if errno != EAGAIN and not server_make_room(server):
+            if error != EAGAIN and not server_make_room(server):
                 # No descriptors, no memory: the listener stays, and looks again in a while.
                 server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
             return
@@ -952,7 +969,8 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             conn_broken(conn)
         else:
             # Also what does not read its answer counts as idle.
-            if conn.state == CONN_GENERAL or conn.buffer_len > 0 or conn.is_new:
+            if conn.state != CONN_WRITING \
+                    and (conn.state == CONN_GENERAL or conn.buffer_len > 0 or conn.is_new):
                 server.counts.head_timeouts += 1
             else:
                 server.counts.idle_timeouts += 1
@@ -966,6 +984,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     cdef conn_t* following
     cdef int i
     for i in range(server.n_listening):
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)    # see conn_close
         close(server.listening[i])
     server.n_listening = 0
     while conn is not NULL:
@@ -997,8 +1016,7 @@ cdef inline void* server_main(void* argument) noexcept nogil:
         server_run_returned(server)
         if server.runnable is not NULL:
             server_run_runnable(server)
-        if server.runnable is NULL:
-            server_free_buried(server)
+        server_free_buried(server)
         if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
                 and not has_begun_stop:
             server_resume_accept(server)
