@@ -20,15 +20,15 @@ from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_pos
 from pipeline._sync cimport (
     EAGAIN, ECONNABORTED, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE,
-    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ,
-    PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns,
-    close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_broadcast,
-    pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_create,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, pthread_t, recv, send, shutdown,
-    sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr,
-    time, time_t, write,
+    MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
+    MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4,
+    cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr, madvise, mmap,
+    munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
+    pthread_t, recv, send, shutdown, sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t,
+    store_int, swap_int, swap_ptr, time, time_t, write,
 )
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
 
@@ -124,6 +124,7 @@ cdef struct conn_t:
     uint8_t* known          # owned: the last accepted head
     http_post_t known_post
     request_t request
+    int64_t held_bytes      # of its body in server.held_bytes
     uint8_t* answer         # owned: what is left to write; NULL when nothing is
     size_t answer_len
     size_t answer_at
@@ -197,6 +198,7 @@ cdef struct server_t:
     int64_t next_deadline_ns
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
     int64_t buffered_bytes  # of bodies being read
+    int64_t held_bytes      # of large bodies that are read and not answered
     bint has_paused
     uint64_t next_id
     time_t answer_second    # of answer_204's Date
@@ -229,6 +231,9 @@ cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if body.data is <uint8_t*>MAP_FAILED:
             body.data = NULL
+        else:
+            # Where huge pages are the default, the first byte would cost 2 MiB.
+            madvise(body.data, size, MADV_NOHUGEPAGE)
     else:
         body.data = <uint8_t*>malloc(size if size > 0 else 1)
     return body.data is not NULL
@@ -529,6 +534,9 @@ cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
     """A message is complete: decode it and queue it."""
     cdef request_t* request = &conn.request
     request.is_decoded = True
+    if request.body.len > SERVER_SCRATCH:
+        conn.held_bytes = <int64_t>request.body.len
+        conn.server.held_bytes += conn.held_bytes
     if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
         conn_to_handler(conn, REQUEST_UNDECODED)
     elif request.decoded.message.type == TYPE_PROP:
@@ -581,6 +589,8 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn.request.body.len = have
     conn_save(conn, NULL, 0)
     conn.state = CONN_BODY
+    conn_unlink(conn)           # in the order of their beginnings, for conn_must_wait
+    conn_append(conn)
     server.buffered_bytes += <int64_t>have
     conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
     conn_read_body(conn)
@@ -589,16 +599,22 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
 cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     """Tell whether a body is not to be read now: no handler is free, or too much is held.
 
-    Whoever holds too much, the body that was begun first is read on, so that one always ends.
+    Small ones do not wait for memory: they are heartbeats and votes, and as few as connections.
+    However much is being read, the body that was begun first is read on, so that one always ends;
+    but when as much waits for Raft, in proposals without a leader, only Raft makes room.
     """
     cdef server_t* server = conn.server
+    cdef int64_t limit = server.limits.max_buffered_bytes
     cdef conn_t* first
     if load_int(&server.busy) >= server.limits.handlers:
         return True
-    if server.buffered_bytes < server.limits.max_buffered_bytes:
+    if conn.request.body.size <= SERVER_SCRATCH \
+            or server.buffered_bytes + server.held_bytes < limit:
         return False
+    if server.held_bytes >= limit:
+        return True
     first = server.oldest
-    while first.state != CONN_BODY:
+    while first.state != CONN_BODY or first.request.body.size <= SERVER_SCRATCH:
         first = first.next
     return first is not conn
 
@@ -782,6 +798,8 @@ cdef inline void conn_write_204(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
+    conn.server.held_bytes -= conn.held_bytes
+    conn.held_bytes = 0
     if conn.then == THEN_DELIVER:
         conn_deliver(conn)
         return
