@@ -117,6 +117,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void* MAP_FAILED
     enum:
         MADV_HUGEPAGE
+        MADV_NOHUGEPAGE
         MAP_ANONYMOUS
         MAP_NORESERVE
         MAP_PRIVATE
