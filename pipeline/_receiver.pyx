@@ -18,10 +18,11 @@ from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post
 from pipeline._messages cimport message_from_decoded
 from pipeline._server cimport (
     ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_GENERAL, REQUEST_GONE,
-    REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_FREE, THEN_NEXT, body_free, body_init, body_t,
-    conn_give_back, conn_save, conn_t, request_free, request_t, server_close_descriptors,
-    server_free, server_init, server_learn, server_limits_t, server_start, server_stop, server_t,
-    server_take, server_wait,
+    REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_FREE, THEN_NEXT, answer_204_t, body_free,
+    body_init, body_t, conn_answer_here, conn_give_back, conn_give_back_locked, conn_save, conn_t,
+    handler_t, request_free, request_t, server_add_handler, server_close_descriptors, server_free,
+    server_init, server_learn, server_limits_t, server_remove_handler, server_start, server_stop,
+    server_t, server_take, server_wait,
 )
 from pipeline._sync cimport (
     add_int, clock_ns, close, deadline_timespec, pthread_cond_timedwait, pthread_join,
@@ -147,8 +148,8 @@ cdef class Receiver:
         if error != 0:
             raise OSError(error, os.strerror(error))
         self.is_made = True
-        memcpy(self.server.answer_204, PyBytes_AS_STRING(fixed), len(fixed))
-        self.server.answer_204_fixed = len(fixed)
+        memcpy(self.server.answer_204.data, PyBytes_AS_STRING(fixed), len(fixed))
+        self.server.answer_204.fixed = len(fixed)
         unavailable = render(handlers.shutting_down())
         self.server.answer_503 = <uint8_t*>malloc(len(unavailable))
         if self.server.answer_503 is NULL:
@@ -231,19 +232,34 @@ cdef class Receiver:
         With ``is_general`` the body of the one thread for whatever is not a complete message: it
         never calls Raft, so that callers are refused, probed and read however Raft may block.
         """
+        cdef handler_t handler
+        cdef answer_204_t answer = self.server.answer_204
+        answer.second = 0
+        if is_general:
+            self.run(NULL, NULL)
+            return
+        server_add_handler(&self.server, &handler)
+        try:
+            self.run(&handler, &answer)
+        finally:
+            server_remove_handler(&self.server, &handler)
+
+    cdef int run(self, handler_t* handler, answer_204_t* answer) except -1:
         cdef conn_t* conn
         while True:
+            # The GIL is let go of only where there is nothing to do, or where the lock's owner was
+            # preempted: each time it goes round costs more than a small message.
             conn = NULL
             if pthread_mutex_trylock(&self.server.lock) == 0:
-                conn = server_take(&self.server, is_general)
+                conn = server_take(&self.server, handler is NULL)
                 pthread_mutex_unlock(&self.server.lock)
             if conn is NULL:
                 with nogil:
                     # Wait for a request. Only C state is touched.
-                    conn = server_wait(&self.server, is_general)
+                    conn = server_wait(&self.server, handler)
                 if conn is NULL:
-                    return
-            if not is_general:
+                    return 0
+            if handler is not NULL:
                 add_int(&self.server.busy, 1)
             try:
                 self.handle(conn)
@@ -253,11 +269,16 @@ cdef class Receiver:
                 if general is not None:
                     general.close()
                 conn.then = THEN_CLOSE
-            if not is_general:
+            if handler is not NULL:
                 add_int(&self.server.busy, -1)
-            with nogil:
-                # The loop may hold the lock for a moment. Only C state is touched.
-                conn_give_back(conn)
+                conn_answer_here(conn, answer)
+            if pthread_mutex_trylock(&self.server.lock) == 0:
+                conn_give_back_locked(conn, handler)
+                pthread_mutex_unlock(&self.server.lock)
+            else:
+                with nogil:
+                    # The lock's owner is at work. Only C state is touched.
+                    conn_give_back(conn, handler)
 
     cdef int handle(self, conn_t* conn) except -1:
         """Answer the request of a connection that this thread holds, or go on with it."""

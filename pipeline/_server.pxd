@@ -46,6 +46,8 @@ cdef enum:
     HEADS_MAX = 64
     ACCEPT_STEP = 64
     ACCEPT_RETRY_NS = 100000000
+    # How long a queued request may wait for a handler thread that is awake already.
+    QUEUE_CHECK_NS = 1000000
     # How long what a refused peer still sends is read and thrown away, so that it reads the
     # answer before it hears of the end (RFC 9112 9.6).
     LINGER_NS = 1000000000
@@ -114,7 +116,7 @@ cdef struct conn_t:
     bint is_general         # h11 reads it
     bint is_new             # has not been answered yet
     bint is_runnable
-    bint has_event          # there may be something to read that epoll will not speak of again
+    int has_event           # there may be something to read that epoll will not speak of again
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
@@ -129,6 +131,7 @@ cdef struct conn_t:
     size_t answer_len
     size_t answer_at
     int then                # what to do when it is written
+    bint is_answered        # the handler thread has written the 204 itself
     sockaddr_storage address
 
 cdef struct head_t:
@@ -158,6 +161,20 @@ cdef struct server_counts_t:
     uint64_t accept_pauses
     uint64_t body_pauses
 
+# The answer most requests get. Each thread that writes it has its own.
+cdef struct answer_204_t:
+    time_t second           # of its Date
+    size_t fixed            # bytes before the date
+    size_t len
+    uint8_t data[ANSWER_204_MAX]
+
+# A handler thread. Under the server's lock.
+cdef struct handler_t:
+    handler_t* next
+    bint is_waiting         # for a request
+    bint was_seen           # at work on its request when the queue was last looked at
+    bint is_stuck           # so long at work on it that others must not count on this thread
+
 cdef struct queue_t:
     conn_t* head
     conn_t* tail
@@ -180,7 +197,7 @@ cdef struct server_t:
     queue_t queues[QUEUES]
     pthread_cond_t handlers_queued      # a message or a proposal, or the end
     pthread_cond_t general_queued       # something general, or the end
-    int waiters             # handler threads that wait for a request
+    handler_t* handlers     # on their threads' stacks
     int proposing           # handler threads at work on a proposal
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
@@ -189,6 +206,7 @@ cdef struct server_t:
     int n_heads
     int next_head
 
+    int wants_returned      # atomic: the loop is to be woken for every connection given back
     conn_t* oldest          # the loop's own from here on
     conn_t* newest
     conn_t* runnable
@@ -199,14 +217,13 @@ cdef struct server_t:
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
     int64_t buffered_bytes  # of bodies being read
     int64_t held_bytes      # of large bodies that are read and not answered
+    int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
+    bint has_queued         # requests for handlers since they were last signalled
     bint has_paused
     uint64_t next_id
-    time_t answer_second    # of answer_204's Date
     uint8_t* answer_503     # owned: for requests that are not waited for
     size_t answer_503_len
-    size_t answer_204_len
-    size_t answer_204_fixed
-    uint8_t answer_204[ANSWER_204_MAX]
+    answer_204_t answer_204     # the loop's copy
     uint8_t scratch[SERVER_SCRATCH]
 
 
@@ -286,11 +303,15 @@ cdef inline void conn_append(conn_t* conn) noexcept nogil:
     server.newest = conn
 
 
+cdef inline void server_look_at(server_t* server, int64_t at_ns) noexcept nogil:
+    """See to it that deadlines are checked at ``at_ns`` at the latest."""
+    if server.next_deadline_ns == 0 or at_ns < server.next_deadline_ns:
+        server.next_deadline_ns = at_ns
+
+
 cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
-    cdef server_t* server = conn.server
     conn.deadline_ns = deadline_ns
-    if server.next_deadline_ns == 0 or conn.deadline_ns < server.next_deadline_ns:
-        server.next_deadline_ns = conn.deadline_ns
+    server_look_at(conn.server, deadline_ns)
 
 
 cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
@@ -335,8 +356,8 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     queue.tail = conn
     if queue == &server.queues[QUEUE_GENERAL]:
         pthread_cond_signal(&server.general_queued)
-    elif server.waiters > 0:
-        pthread_cond_signal(&server.handlers_queued)
+    else:
+        server.has_queued = True    # server_signal_handlers, once for all of this turn
     pthread_mutex_unlock(&server.lock)
 
 
@@ -350,6 +371,11 @@ cdef inline conn_t* queue_take(queue_t* queue) noexcept nogil:
     return conn
 
 
+cdef inline bint server_may_propose(const server_t* server) noexcept nogil:
+    """Tell whether one more handler thread may take a proposal. The caller holds the lock."""
+    return server.proposing + 1 < server.limits.handlers or server.limits.handlers == 1
+
+
 cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogil:
     """Take the next request for a thread of this kind, or NULL. The caller holds the lock.
 
@@ -357,11 +383,9 @@ cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogi
     more than one, never takes a proposal (etcd has a queue of its own for them, spec section 4.3).
     """
     cdef conn_t* conn
-    cdef bint may_propose = server.proposing + 1 < server.limits.handlers \
-        or server.limits.handlers == 1
     if is_general:
         return queue_take(&server.queues[QUEUE_GENERAL])
-    if may_propose:
+    if server_may_propose(server):
         conn = queue_take(&server.queues[QUEUE_PROPOSALS])
         if conn is not NULL:
             server.proposing += 1
@@ -369,20 +393,75 @@ cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogi
     return queue_take(&server.queues[QUEUE_MESSAGES])
 
 
-cdef inline conn_t* server_wait(server_t* server, bint is_general) noexcept nogil:
-    """Wait for a request; NULL when there will be none any more."""
+cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
+    """Wait for a request; NULL when there will be none any more. No handler: something general."""
+    cdef bint is_general = handler is NULL
     cdef pthread_cond_t* queued = &server.general_queued if is_general \
         else &server.handlers_queued
     cdef conn_t* conn
     pthread_mutex_lock(&server.lock)
-    server.waiters += not is_general
     conn = server_take(server, is_general)
     while conn is NULL and not server.is_closed:
+        if not is_general:
+            handler.is_waiting = True
         pthread_cond_wait(queued, &server.lock)
+        if not is_general:
+            handler.is_waiting = False
         conn = server_take(server, is_general)
-    server.waiters -= not is_general
     pthread_mutex_unlock(&server.lock)
     return conn
+
+
+cdef inline void server_add_handler(server_t* server, handler_t* handler) noexcept nogil:
+    memset(handler, 0, sizeof(handler_t))
+    pthread_mutex_lock(&server.lock)
+    handler.next = server.handlers
+    server.handlers = handler
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline void server_remove_handler(server_t* server, handler_t* handler) noexcept nogil:
+    cdef handler_t** link
+    pthread_mutex_lock(&server.lock)
+    link = &server.handlers
+    while link[0] is not handler:
+        link = &link[0].next
+    link[0] = handler.next
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcept nogil:
+    """Wake a handler thread for what is queued, unless one is awake to come to it.
+
+    A wake-up and a hand-over of the GIL cost more than a small message, so one thread goes on
+    from message to message. But ``process`` may block: while something is queued we look again
+    every QUEUE_CHECK_NS, and count no more on a thread that has been on one request since.
+    """
+    cdef handler_t* handler
+    cdef bint is_queued, is_cared_for = False, is_any_waiting = False
+    server.has_queued = False
+    pthread_mutex_lock(&server.lock)
+    is_queued = server.queues[QUEUE_MESSAGES].head is not NULL or (
+        server.queues[QUEUE_PROPOSALS].head is not NULL and server_may_propose(server))
+    handler = server.handlers
+    while handler is not NULL:
+        if handler.is_waiting:
+            is_any_waiting = True
+        else:
+            if is_check:
+                handler.is_stuck = handler.was_seen
+                handler.was_seen = True
+            if not handler.is_stuck:
+                is_cared_for = True
+        handler = handler.next
+    if is_queued and is_any_waiting and not is_cared_for:
+        pthread_cond_signal(&server.handlers_queued)
+    pthread_mutex_unlock(&server.lock)
+    if not is_queued or not is_any_waiting:
+        server.queue_check_ns = 0
+    elif is_check or server.queue_check_ns == 0:
+        server.queue_check_ns = server.now_ns + QUEUE_CHECK_NS
+        server_look_at(server, server.queue_check_ns)
 
 
 cdef inline void conn_free(conn_t* conn) noexcept nogil:
@@ -397,24 +476,39 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     server.live -= 1
 
 
-cdef inline void conn_give_back(conn_t* conn) noexcept nogil:
-    """Return a connection from a handler thread; when the loop has ended, free it here."""
+cdef inline void conn_give_back_locked(conn_t* conn, handler_t* handler) noexcept nogil:
+    """Return a connection from a handler thread; when the loop has ended, free it here.
+
+    The caller holds the lock.
+    """
     cdef server_t* server = conn.server
+    cdef bint is_urgent = not conn.is_answered or conn.buffer_len > 0
     cdef void* head
-    pthread_mutex_lock(&server.lock)
+    if handler is not NULL:
+        handler.was_seen = False
+        handler.is_stuck = False
     if conn.request.kind == REQUEST_PROPOSAL:
         server.proposing -= 1
-        if server.queues[QUEUE_PROPOSALS].head is not NULL and server.waiters > 0:
+        if server.queues[QUEUE_PROPOSALS].head is not NULL:
             pthread_cond_signal(&server.handlers_queued)
     if server.is_ended:
         conn_free(conn)
-    else:
-        head = load_ptr(<void**>&server.returned)
-        while True:
-            conn.next_returned = <conn_t*>head
-            if cas_ptr(<void**>&server.returned, &head, <void*>conn):
-                break
+        return
+    head = load_ptr(<void**>&server.returned)
+    while True:
+        conn.next_returned = <conn_t*>head
+        if cas_ptr(<void**>&server.returned, &head, <void*>conn):
+            break
+    # An answered connection can wait until the loop wakes by itself, at the latest for its next
+    # request. If that came while the connection was ours, the loop has noted so before it slept.
+    if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):
         server_wake(server)     # under the lock: the loop cannot have ended
+
+
+cdef inline void conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil:
+    cdef server_t* server = conn.server
+    pthread_mutex_lock(&server.lock)
+    conn_give_back_locked(conn, handler)
     pthread_mutex_unlock(&server.lock)
 
 
@@ -777,23 +871,42 @@ cdef inline void conn_write(conn_t* conn) noexcept nogil:
     conn_written(conn)
 
 
-cdef inline void conn_write_204(conn_t* conn) noexcept nogil:
-    """Write the answer most requests get, straight from the server's copy."""
-    cdef server_t* server = conn.server
+cdef inline void answer_204_date(answer_204_t* answer) noexcept nogil:
+    """Keep the Date of a 204 up to date (RFC 9110 6.6.1)."""
+    cdef time_t now = time(NULL)
+    cdef size_t at = answer.fixed
+    if now == answer.second:
+        return
+    answer.second = now
+    at += format_http_date(<char*>answer.data + at, ANSWER_204_MAX - at, now)
+    memcpy(answer.data + at, b"\r\n\r\n", 4)
+    answer.len = at + 4
+
+
+cdef inline bint conn_send_204(conn_t* conn, answer_204_t* answer) noexcept nogil:
+    """Write a 204, and keep what the socket does not take; False when the connection is lost."""
     cdef ssize_t n
-    server_date(server)
-    n = send(conn.fd, server.answer_204, server.answer_204_len, MSG_DONTWAIT | MSG_NOSIGNAL)
-    if n == <ssize_t>server.answer_204_len:
-        conn_written(conn)
-        return
-    conn.answer = <uint8_t*>malloc(server.answer_204_len)
-    if conn.answer is NULL or (n < 0 and errno != EAGAIN and errno != EINTR):
-        conn_close(conn)
-        return
-    memcpy(conn.answer, server.answer_204, server.answer_204_len)
-    conn.answer_len = server.answer_204_len
+    answer_204_date(answer)
+    n = send(conn.fd, answer.data, answer.len, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if n == <ssize_t>answer.len:
+        conn.is_answered = True
+        return True
+    if n < 0 and errno != EAGAIN and errno != EINTR:
+        return False
+    conn.answer = <uint8_t*>malloc(answer.len)
+    if conn.answer is NULL:
+        return False
+    memcpy(conn.answer, answer.data, answer.len)
+    conn.answer_len = answer.len
     conn.answer_at = <size_t>n if n > 0 else 0
-    conn_write(conn)
+    return True
+
+
+cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept nogil:
+    """Answer in the handler thread, while the loop sleeps: to wake it would cost as much."""
+    if conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general \
+            and load_int(&conn.server.is_sleeping) and not conn_send_204(conn, answer):
+        conn.then = THEN_CLOSE
 
 
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
@@ -804,13 +917,18 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
         conn_deliver(conn)
         return
     request_free(&conn.request)
-    if conn.then == THEN_FREE:
+    if conn.is_answered:
+        conn.is_answered = False
+    elif conn.then == THEN_FREE:
         conn.is_general = False
         conn_close(conn)
+        return
     elif conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general:
-        conn_write_204(conn)
-    else:
-        conn_write(conn)
+        if not conn_send_204(conn, &conn.server.answer_204):
+            conn_close(conn)
+            return
+        conn.is_answered = False
+    conn_write(conn)
 
 
 cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
@@ -822,7 +940,7 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         conn.has_ended = True
     if conn.state == CONN_HANDLED or conn.state == CONN_WRITING:
         if flags & ~EPOLLOUT:
-            conn.has_event = True
+            store_int(&conn.has_event, True)    # a handler thread may be reading it
         if conn.state == CONN_WRITING and flags & EPOLLOUT:
             conn_write(conn)
         return
@@ -840,18 +958,6 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
 
 
 # -- the loop
-
-cdef inline void server_date(server_t* server) noexcept nogil:
-    """Keep the Date of the 204 up to date (RFC 9110 6.6.1)."""
-    cdef time_t now = time(NULL)
-    cdef size_t at = server.answer_204_fixed
-    if now == server.answer_second:
-        return
-    server.answer_second = now
-    at += format_http_date(<char*>server.answer_204 + at, ANSWER_204_MAX - at, now)
-    memcpy(server.answer_204 + at, b"\r\n\r\n", 4)
-    server.answer_204_len = at + 4
-
 
 cdef inline bint server_make_room(server_t* server) noexcept nogil:
     """Close the connection that has been idle longest; False when none is idle."""
@@ -871,8 +977,8 @@ cdef inline void server_pause_accept(server_t* server, int64_t until_ns) noexcep
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)
     server.accept_at_ns = until_ns
     server.counts.accept_pauses += 1
-    if until_ns > 0 and (server.next_deadline_ns == 0 or until_ns < server.next_deadline_ns):
-        server.next_deadline_ns = until_ns
+    if until_ns > 0:
+        server_look_at(server, until_ns)
 
 
 cdef inline void server_resume_accept(server_t* server) noexcept nogil:
@@ -967,11 +1073,16 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
     server.next_deadline_ns = 0
+    if server.queue_check_ns:
+        if server.now_ns >= server.queue_check_ns:
+            server_signal_handlers(server, True)
+        else:
+            server.next_deadline_ns = server.queue_check_ns
     if server.accept_at_ns > 0:
         if server.now_ns >= server.accept_at_ns:
             server_resume_accept(server)
         else:
-            server.next_deadline_ns = server.accept_at_ns
+            server_look_at(server, server.accept_at_ns)
     while conn is not NULL:
         following = conn.next
         if conn.state == CONN_HANDLED or conn.deadline_ns == 0:
@@ -1045,8 +1156,11 @@ cdef inline void* server_main(void* argument) noexcept nogil:
                 continue
             if server.oldest is NULL or load_int(&server.is_stopping) == 2:
                 break
+        if server.has_queued:
+            server_signal_handlers(server, False)
         timeout_ms = 0 if server.runnable is not NULL else server_timeout_ms(server)
         if timeout_ms != 0:
+            store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
             store_int(&server.is_sleeping, 1)
             if load_ptr(<void**>&server.returned) is not NULL \
                     or (load_int(&server.is_stopping) and not has_begun_stop) \
