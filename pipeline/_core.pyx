@@ -394,6 +394,8 @@ cdef class IOLoop:
     ----------
     queue_bytes : int
         Budget for the bytes queued by all its senders together.
+    name : str
+        Of the thread, as ``top`` shows it; at most 15 bytes count.
 
     Notes
     -----
@@ -406,8 +408,10 @@ cdef class IOLoop:
     # Senders with a live worker. Events carry borrowed pointers to them: this keeps them alive.
     cdef readonly set senders
 
-    def __cinit__(self, int64_t queue_bytes):
+    def __cinit__(self, int64_t queue_bytes, str name="pipeline-io"):
+        cdef bytes comm = name.encode()[:15]
         cdef int error = loop_init(&self.loop, queue_bytes)
+        memcpy(self.loop.name, PyBytes_AS_STRING(comm), len(comm))
         if error != 0:
             raise OSError(error, error_text(error))
         self.is_made = True
@@ -626,14 +630,16 @@ cdef class Sender:
         if try_lock(&self.pipe.lock):
             rc = pipe_offer(&self.pipe, job, &is_needed)
             pthread_mutex_unlock(&self.pipe.lock)
+            if is_needed:       # not under the lock, which the loop is about to want
+                loop_wake(&self.loop.loop)
         else:
             with nogil:
                 # The lock's owner was preempted. Only C state is touched.
                 pthread_mutex_lock(&self.pipe.lock)
                 rc = pipe_offer(&self.pipe, job, &is_needed)
                 pthread_mutex_unlock(&self.pipe.lock)
-        if is_needed:       # not under the lock, which the loop is about to want
-            loop_wake(&self.loop.loop)
+                if is_needed:   # before the GIL, which may be long in coming
+                    loop_wake(&self.loop.loop)
         if rc != OFFER_ACCEPTED:
             job_free(job)
         return <object>RESULTS[rc]
@@ -643,10 +649,15 @@ cdef class Sender:
         cdef books_t books
         if not self.is_open:
             return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
+        if try_lock(&self.pipe.lock):
             books = self.pipe.books
             pthread_mutex_unlock(&self.pipe.lock)
+        else:
+            with nogil:
+                # The lock's owner was preempted. Only C state is touched.
+                pthread_mutex_lock(&self.pipe.lock)
+                books = self.pipe.books
+                pthread_mutex_unlock(&self.pipe.lock)
         return PipelineStats(
             books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
             books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
@@ -656,10 +667,15 @@ cdef class Sender:
         cdef follower_t follower
         if not self.is_open:
             return FollowerStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
+        if try_lock(&self.pipe.lock):
             follower = self.pipe.follower
             pthread_mutex_unlock(&self.pipe.lock)
+        else:
+            with nogil:
+                # The lock's owner was preempted. Only C state is touched.
+                pthread_mutex_lock(&self.pipe.lock)
+                follower = self.pipe.follower
+                pthread_mutex_unlock(&self.pipe.lock)
         return FollowerStats(
             follower.success, follower.fail, follower.current_ms, follower.mean_ms,
             follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)

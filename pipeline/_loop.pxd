@@ -52,6 +52,8 @@ cdef enum:
     RELEASE_BYTES = 1 << 20
     RELEASE_DELAY_NS = 100000000
     ANSWER_KNOWN_MAX = 512
+    # What is sent on a live link is acknowledged within this: a round trip, a delayed ACK.
+    LINK_ANSWER_MS = 500
     # Larger messages never take a pipe's first worker: a snapshot, or a run of large appends,
     # must not delay heartbeats and votes (design section 5).
     LARGE_MIN = 64 * 1024
@@ -188,6 +190,7 @@ cdef struct pipe_t:
 cdef struct loop_t:
     int epfd
     int wakefd
+    char name[16]
     pthread_t thread
     int is_sleeping         # atomic: the loop is in, or about to enter, a wait
     int is_stopping         # atomic
@@ -421,8 +424,13 @@ cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
     cdef socklen_t size = sizeof(info)
     if getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0:
         return False
-    return (info.tcpi_unacked > 0 or info.tcpi_probes > 0) \
-        and <int64_t>info.tcpi_last_ack_recv * 1000000 >= worker.pipe.limits.dead_link_timeout_ns
+    if <int64_t>info.tcpi_last_ack_recv * 1000000 < worker.pipe.limits.dead_link_timeout_ns:
+        return False
+    # A live peer with a closed window answers each retransmission, and each probe, however far
+    # apart back-off puts them.
+    return info.tcpi_probes >= 2 or (
+        info.tcpi_unacked > 0
+        and info.tcpi_last_ack_recv > info.tcpi_last_data_sent + LINK_ANSWER_MS)
 
 
 cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
@@ -995,7 +1003,7 @@ cdef inline int loop_start(loop_t* loop) noexcept nogil:
     pthread_sigmask(SIG_SETMASK, &all_signals, &before)
     rc = pthread_create(&loop.thread, NULL, loop_main, loop)
     if rc == 0:
-        pthread_setname_np(loop.thread, b"pipeline-io")
+        pthread_setname_np(loop.thread, loop.name)
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     return rc
 

@@ -24,8 +24,8 @@ from pipeline._server cimport (
     server_take, server_wait,
 )
 from pipeline._sync cimport (
-    add_int, clock_ns, deadline_timespec, pthread_cond_timedwait, pthread_join, pthread_mutex_lock,
-    pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
+    add_int, clock_ns, close, deadline_timespec, pthread_cond_timedwait, pthread_join,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
 )
 
 import logging
@@ -207,6 +207,16 @@ cdef class Receiver:
         self.is_running = False
         return is_whole
 
+    def forget_after_fork(self):
+        """In a forked child, which has no thread of ours: let go of the ports, end nothing."""
+        cdef int i
+        for i in range(self.server.n_listening):
+            close(self.server.listening[i])
+        self.server.n_listening = 0
+        server_close_descriptors(&self.server)
+        # is_running stays: what the parent's thread was at work on when it was copied is not
+        # touched, nor freed.
+
     def stats(self):
         """Return the counts: ReceiverStats."""
         counts = self.server.counts
@@ -239,7 +249,9 @@ cdef class Receiver:
                 self.handle(conn)
             except BaseException:
                 logger.exception("internal error, please report: a connection is closed")
-                self.generals.pop(conn.id, None)
+                general = self.generals.pop(conn.id, None)
+                if general is not None:
+                    general.close()
                 conn.then = THEN_CLOSE
             if not is_general:
                 add_int(&self.server.busy, -1)
@@ -254,9 +266,10 @@ cdef class Receiver:
         remote.address = conn.address
         if request.kind == REQUEST_GENERAL:
             data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
-            general = self.generals.pop(conn.id, None)
+            general = self.generals.get(conn.id)
             if general is None:
                 general = General(self.handlers, self.config, remote, self.budget, self.learn)
+                self.generals[conn.id] = general
             out, then = general.feed(data)
             return self.go_on(conn, general, out, then)
         if request.kind == REQUEST_GONE:
@@ -266,7 +279,7 @@ cdef class Receiver:
                 general.close()
             conn.then = THEN_FREE
             return 0
-        general = self.generals.pop(conn.id, None) if conn.is_general else None
+        general = self.generals.get(conn.id) if conn.is_general else None
         if request.kind == REQUEST_BROKEN and general is not None:
             out, then = general.broken()
             return self.go_on(conn, general, out, then)
@@ -320,8 +333,7 @@ cdef class Receiver:
                 raise MemoryError
         if then == THEN_NEXT or then == THEN_CLOSE:
             general.close()
-        else:
-            self.generals[conn.id] = general
+            del self.generals[conn.id]
         return 0
 
     def learn(self, bytes head not None):

@@ -20,15 +20,15 @@ from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_pos
 from pipeline._sync cimport (
     EAGAIN, ECONNABORTED, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE,
-    MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ,
-    PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4, cas_ptr, clock_ns,
-    close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_broadcast,
-    pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_cond_wait, pthread_create,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, pthread_t, recv, send, shutdown,
-    sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr,
-    time, time_t, write,
+    MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
+    MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4,
+    cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr, madvise, mmap,
+    munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
+    pthread_t, recv, send, shutdown, sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t,
+    store_int, swap_int, swap_ptr, time, time_t, write,
 )
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
 
@@ -114,7 +114,8 @@ cdef struct conn_t:
     bint is_general         # h11 reads it
     bint is_new             # has not been answered yet
     bint is_runnable
-    bint has_event          # epoll spoke while a handler had the connection
+    bint has_event          # there may be something to read that epoll will not speak of again
+    bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
     int64_t head_deadline_ns        # of the head being read, whoever reads it; 0 is none
@@ -123,6 +124,7 @@ cdef struct conn_t:
     uint8_t* known          # owned: the last accepted head
     http_post_t known_post
     request_t request
+    int64_t held_bytes      # of its body in server.held_bytes
     uint8_t* answer         # owned: what is left to write; NULL when nothing is
     size_t answer_len
     size_t answer_at
@@ -194,8 +196,9 @@ cdef struct server_t:
     conn_t* buried          # closed in this turn, when events may still point to them
     int64_t now_ns
     int64_t next_deadline_ns
-    int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when a connection closes
+    int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
     int64_t buffered_bytes  # of bodies being read
+    int64_t held_bytes      # of large bodies that are read and not answered
     bint has_paused
     uint64_t next_id
     time_t answer_second    # of answer_204's Date
@@ -228,6 +231,9 @@ cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if body.data is <uint8_t*>MAP_FAILED:
             body.data = NULL
+        else:
+            # Where huge pages are the default, the first byte would cost 2 MiB.
+            madvise(body.data, size, MADV_NOHUGEPAGE)
     else:
         body.data = <uint8_t*>malloc(size if size > 0 else 1)
     return body.data is not NULL
@@ -461,7 +467,9 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
     """End a connection that the loop has. A general one goes to Python once more."""
     cdef server_t* server = conn.server
     if conn.fd >= 0:
-        close(conn.fd)          # leaves the epoll set by itself
+        # Told to, for a forked child's copy of the descriptor would keep it in the epoll set.
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
+        close(conn.fd)
         conn.fd = -1
         server.counts.connections -= 1
         if conn.state == CONN_BODY:
@@ -478,7 +486,10 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
 
 
 cdef inline void server_free_buried(server_t* server) noexcept nogil:
-    """Free what was closed in this turn. Nothing is runnable, no event is pending."""
+    """Free what was closed in this turn, but for what is still listed as runnable.
+
+    No event is pending.
+    """
     cdef conn_t* conn = server.buried
     cdef conn_t* following
     server.buried = NULL
@@ -487,7 +498,11 @@ cdef inline void server_free_buried(server_t* server) noexcept nogil:
     pthread_mutex_lock(&server.lock)
     while conn is not NULL:
         following = conn.next
-        conn_free(conn)
+        if conn.is_runnable:
+            conn.next = server.buried
+            server.buried = conn
+        else:
+            conn_free(conn)
         conn = following
     pthread_mutex_unlock(&server.lock)
 
@@ -519,6 +534,9 @@ cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
     """A message is complete: decode it and queue it."""
     cdef request_t* request = &conn.request
     request.is_decoded = True
+    if request.body.len > SERVER_SCRATCH:
+        conn.held_bytes = <int64_t>request.body.len
+        conn.server.held_bytes += conn.held_bytes
     if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
         conn_to_handler(conn, REQUEST_UNDECODED)
     elif request.decoded.message.type == TYPE_PROP:
@@ -571,6 +589,8 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn.request.body.len = have
     conn_save(conn, NULL, 0)
     conn.state = CONN_BODY
+    conn_unlink(conn)           # in the order of their beginnings, for conn_must_wait
+    conn_append(conn)
     server.buffered_bytes += <int64_t>have
     conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
     conn_read_body(conn)
@@ -579,16 +599,22 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
 cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     """Tell whether a body is not to be read now: no handler is free, or too much is held.
 
-    Whoever holds too much, the body that was begun first is read on, so that one always ends.
+    Small ones do not wait for memory: they are heartbeats and votes, and as few as connections.
+    However much is being read, the body that was begun first is read on, so that one always ends;
+    but when as much waits for Raft, in proposals without a leader, only Raft makes room.
     """
     cdef server_t* server = conn.server
+    cdef int64_t limit = server.limits.max_buffered_bytes
     cdef conn_t* first
     if load_int(&server.busy) >= server.limits.handlers:
         return True
-    if server.buffered_bytes < server.limits.max_buffered_bytes:
+    if conn.request.body.size <= SERVER_SCRATCH \
+            or server.buffered_bytes + server.held_bytes < limit:
         return False
+    if server.held_bytes >= limit:
+        return True
     first = server.oldest
-    while first.state != CONN_BODY:
+    while first.state != CONN_BODY or first.request.body.size <= SERVER_SCRATCH:
         first = first.next
     return first is not conn
 
@@ -629,6 +655,8 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         if budget == 0 and body.len < body.size:
             conn_add_runnable(conn)
             return
+    # What comes behind the body may have arrived with it, and epoll will not say so again.
+    conn.has_event = True
     server.buffered_bytes -= <int64_t>body.len
     server.counts.fast_requests += 1
     conn_deliver(conn)
@@ -674,6 +702,8 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    if kept == 0 and server.accept_at_ns < 0:
+        server.accept_at_ns = server.now_ns     # an idle connection can make room
     if kept > 0:
         memcpy(server.scratch, conn.buffer, kept)
         conn.buffer_len = 0
@@ -768,6 +798,8 @@ cdef inline void conn_write_204(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
+    conn.server.held_bytes -= conn.held_bytes
+    conn.held_bytes = 0
     if conn.then == THEN_DELIVER:
         conn_deliver(conn)
         return
@@ -785,6 +817,9 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
     """Act on what epoll says, or on EPOLLIN when the connection was runnable."""
     if conn.state == CONN_CLOSED:
         return
+    # Told of once, maybe long before all that was sent ahead of it is read.
+    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        conn.has_ended = True
     if conn.state == CONN_HANDLED or conn.state == CONN_WRITING:
         if flags & ~EPOLLOUT:
             conn.has_event = True
@@ -793,8 +828,7 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         return
     if not flags & ~EPOLLOUT:
         return
-    # An end of stream comes with the last bytes, once: it is to be looked for after them.
-    conn.has_event = (flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0
+    conn.has_event = conn.has_ended
     if conn.state == CONN_BODY:
         conn_read_body(conn)
     elif conn.state == CONN_LINGERING:
@@ -856,13 +890,13 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
     cdef conn_t* conn
     cdef epoll_event event
     cdef socklen_t size
-    cdef int step
+    cdef int step, error
     for step in range(ACCEPT_STEP):
         if server.counts.connections >= <uint64_t>server.limits.max_connections:
             if step > 0:
                 return          # is there another? epoll will say so
             if not server_make_room(server):
-                server_pause_accept(server, -1)     # until one closes
+                server_pause_accept(server, -1)     # until one closes or is idle
                 return
         conn = <conn_t*>calloc(1, sizeof(conn_t))
         if conn is NULL:
@@ -871,10 +905,11 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         size = sizeof(conn.address)
         conn.fd = accept4(listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
         if conn.fd < 0:
+            error = errno
             free(conn)
-            if errno == EINTR or errno == ECONNABORTED:
+            if error == EINTR or error == ECONNABORTED:
                 continue
-            if errno != EAGAIN and not server_make_room(server):
+            if error != EAGAIN and not server_make_room(server):
                 # No descriptors, no memory: the listener stays, and looks again in a while.
                 server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
             return
@@ -952,7 +987,8 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             conn_broken(conn)
         else:
             # Also what does not read its answer counts as idle.
-            if conn.state == CONN_GENERAL or conn.buffer_len > 0 or conn.is_new:
+            if conn.state != CONN_WRITING \
+                    and (conn.state == CONN_GENERAL or conn.buffer_len > 0 or conn.is_new):
                 server.counts.head_timeouts += 1
             else:
                 server.counts.idle_timeouts += 1
@@ -966,6 +1002,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     cdef conn_t* following
     cdef int i
     for i in range(server.n_listening):
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)    # see conn_close
         close(server.listening[i])
     server.n_listening = 0
     while conn is not NULL:
@@ -997,8 +1034,7 @@ cdef inline void* server_main(void* argument) noexcept nogil:
         server_run_returned(server)
         if server.runnable is not NULL:
             server_run_runnable(server)
-        if server.runnable is NULL:
-            server_free_buried(server)
+        server_free_buried(server)
         if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
                 and not has_begun_stop:
             server_resume_accept(server)

@@ -117,6 +117,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void* MAP_FAILED
     enum:
         MADV_HUGEPAGE
+        MADV_NOHUGEPAGE
         MAP_ANONYMOUS
         MAP_NORESERVE
         MAP_PRIVATE
@@ -133,6 +134,7 @@ cdef extern from "<netinet/tcp.h>" nogil:
     struct tcp_info:
         uint8_t tcpi_probes             # zero-window or keepalive probes not answered
         uint32_t tcpi_unacked           # segments
+        uint32_t tcpi_last_data_sent    # ms ago
         uint32_t tcpi_last_ack_recv     # ms ago
     enum: TCP_INFO
 

@@ -77,7 +77,8 @@ class ReceiverConfig:
     handlers: int = 4
     #: Open connections. At the limit the one idle longest makes room.
     max_connections: int = 1024
-    #: Bytes of bodies being read, of all connections. Above it only the oldest body is read on.
+    #: Bytes of bodies being read or waiting for Raft, of all connections. Above it only the body
+    #: begun first is read on, and those of up to 64 KiB.
     max_buffered_bytes: int = 1024 * MIB
     #: Without a request, a connection is closed after this long.
     idle_timeout_s: float = 60.0

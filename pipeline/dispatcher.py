@@ -30,7 +30,8 @@ class Dispatcher:
     Parameters
     ----------
     name : str
-        Goes into the threads' names: ``pipeline-dispatch-<name>-<n>``.
+        Goes into the threads' names: ``pipeline-io-<name>``, of which Linux shows 15
+        characters, and ``pipeline-dispatch-<name>-<n>``.
     queue_bytes : int
         Budget for the bytes queued by all pipelines on this loop.
     max_threads : int
@@ -43,10 +44,12 @@ class Dispatcher:
 
     def __init__(self, name: str, *, queue_bytes: int, max_threads: int) -> None:
         self.name = name
-        self.loop = IOLoop(queue_bytes)
+        self.loop = IOLoop(queue_bytes, f"pipeline-io-{name}")
         self._max_threads = max_threads
-        self._lock = threading.Lock()  # guards _threads and _is_stopped
+        self._lock = threading.Lock()  # guards what follows
+        self._changed = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
+        self._starting = 0
         self._is_stopped = False
         self._chores: deque[Callable[[], None]] = deque()
 
@@ -81,6 +84,10 @@ class Dispatcher:
                     sender.begin_stop()
                 self.loop.stop()
                 self.loop.close_events()
+            # One that is just being started ends by itself, but is to be joined like the others.
+            self._changed.wait_for(
+                lambda: self._starting == 0, max(0.0, deadline - time.monotonic())
+            )
             threads = list(self._threads)
         for thread in threads:
             if thread is not threading.current_thread():
@@ -98,12 +105,24 @@ class Dispatcher:
 
     def _add_thread(self) -> None:
         with self._lock:
-            if self._is_stopped or len(self._threads) >= self._max_threads:
+            count = len(self._threads) + self._starting
+            if self._is_stopped or count >= self._max_threads:
                 return
-            name = f"pipeline-dispatch-{self.name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._starting += 1
+        name = f"pipeline-dispatch-{self.name}-{count}"
+        thread: threading.Thread | None
+        thread = threading.Thread(target=self._run, name=name, daemon=True)
+        try:
             thread.start()
-            self._threads.append(thread)
+        except BaseException:
+            thread = None
+            raise
+        finally:
+            with self._lock:
+                self._starting -= 1
+                if thread is not None:
+                    self._threads.append(thread)
+                self._changed.notify_all()
 
     def _try_add_thread(self) -> None:
         try:
@@ -140,7 +159,9 @@ class Dispatcher:
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._threads = []
+        self._starting = 0
         self._is_stopped = True
 
 

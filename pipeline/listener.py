@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 
 from urllib3.util import parse_url
@@ -20,6 +22,8 @@ from pipeline.picker import parse_urls
 __all__ = ["Listener"]
 
 logger = logging.getLogger(__name__)
+
+_all: weakref.WeakSet[Listener] = weakref.WeakSet()  # for fork
 
 
 class Listener:
@@ -90,8 +94,14 @@ class Listener:
             )
         )
         self._receiver.start([sock.detach() for sock in sockets])
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no more threads: those that run end with the receiver
+            self._receiver.begin_close()
+            self._receiver.wait_closed(0.0)
+            raise
+        _all.add(self)
         atexit.register(self.close)
 
     def stats(self) -> ReceiverStats:
@@ -110,7 +120,7 @@ class Listener:
         Notes
         -----
         When it returns the ports are free. A second call does nothing. Called from
-        ``raft.process``, it waits for that call's answer until the deadline, in vain.
+        ``raft.process``, it does not wait for requests: that call's own could not end first.
         """
         with self._lock:
             if self._is_closed:
@@ -126,6 +136,11 @@ class Listener:
                 if thread is not threading.current_thread():
                     thread.join(max(0.0, deadline - time.monotonic()))
             atexit.unregister(self.close)
+
+    def _forget_after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._is_closed = True
+        self._receiver.forget_after_fork()
 
     def __enter__(self) -> Listener:
         return self
@@ -163,3 +178,11 @@ def _bind(urls: Iterable[str], backlog: int) -> list[socket.socket]:
             sock.close()
         raise
     return sockets
+
+
+def _after_fork_in_child() -> None:
+    for listener in list(_all):
+        listener._forget_after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
+from wsgiref.types import WSGIApplication
 
 from pipeline.asgi import ASGIApp, asgi_app
 from pipeline.config import TransportConfig
@@ -27,6 +28,7 @@ from pipeline.picker import parse_urls
 from pipeline.protocol import format_id
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import Raft
+from pipeline.wsgi import wsgi_app
 
 __all__ = ["Transport"]
 
@@ -307,6 +309,11 @@ class Transport:
     def asgi_app(self) -> ASGIApp:
         """An ASGI application that does what :meth:`listen` does, for a server of your own."""
         return asgi_app(self.handlers, self.config.receiver)
+
+    @property
+    def wsgi_app(self) -> WSGIApplication:
+        """A WSGI application that does what :meth:`listen` does, for a server of your own."""
+        return wsgi_app(self.handlers, self.config.receiver)
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()

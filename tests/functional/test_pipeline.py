@@ -13,6 +13,7 @@ from pipeline import (
     EncodedMessage,
     Entry,
     IncompatibleVersionError,
+    MarshalError,
     MemberRemovedError,
     Message,
     MessageType,
@@ -492,7 +493,7 @@ class EncodesToBytearray(TypeIsText):
 )
 def test_send_refuses_what_is_no_message(wrong: object) -> None:
     with ScriptedServer() as server, pipeline_to(server) as pipeline:
-        with pytest.raises(UsageError):
+        with pytest.raises((UsageError, MarshalError)):
             pipeline.send(wrong)
         assert pipeline.stats().offered == 0
 

@@ -59,7 +59,7 @@ elif state == "writing":
     server.on_head = lambda connection, head: connection.server.release.wait()
     big = EncodedMessage(bytes(32 << 20), type=3, to=2)
     transport.send([big] * 10)
-    server.wait_connections(4)
+    server.wait_connections(3)
 elif state == "reading an odd answer":
     server.script = always(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\n")
     transport.send([message()] * 10)

@@ -100,4 +100,7 @@ else:
     sys.setswitchinterval(0.005)
     producer.join()
     print(verdict, flush=True)
+# What is in flight at stop is reported as unreachable, and rightly so.
+while pipeline.stats().in_flight or pipeline.stats().queued:
+    time.sleep(0.001)
 pipeline.stop()

@@ -1,0 +1,128 @@
+"""Handlers as a WSGI application (PEP 3333), for any WSGI server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from urllib.parse import quote
+from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
+
+from pipeline.config import ReceiverConfig
+from pipeline.handlers import Answer, Handlers, Request
+
+__all__ = ["wsgi_app"]
+
+# Read at once. What is held grows with what arrived, never with what was announced.
+_READ_BYTES = 64 * 1024
+
+
+def wsgi_app(handlers: Handlers, config: ReceiverConfig) -> WSGIApplication:
+    """Return the application that serves ``handlers``.
+
+    Parameters
+    ----------
+    handlers : Handlers
+        What is served. It must be reached at the root: paths are matched exactly.
+    config : ReceiverConfig
+        For ``max_head_bytes`` and ``max_body_bytes``. How long a body may stall and how many calls
+        of ``raft.process`` run at once is up to the server: each call is on a thread of its.
+
+    Notes
+    -----
+    Thread-safe; the server needs several threads, for ``process`` may block. WSGI has no way to
+    end a connection: where other listeners close it, here the server decides.
+    """
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        answer = _serve(handlers, config, environ)
+        status = f"{answer.status} {_phrase(answer.status)}"
+        headers = list(answer.headers)
+        if answer.status not in (204, 304):
+            headers.append(("Content-Length", str(len(answer.body))))
+        start_response(status, headers)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
+
+    return app
+
+
+def _serve(handlers: Handlers, config: ReceiverConfig, environ: WSGIEnvironment) -> Answer:
+    headers = _headers(environ)
+    path, query = _target(environ)
+    size = len(path) + len(query)
+    size += sum(len(name) + len(value) + 4 for name, value in headers.items())
+    if size > config.max_head_bytes:
+        return handlers.head_too_large()
+    request = Request(environ["REQUEST_METHOD"], path, headers, _remote(environ))
+    answer = handlers.check(request)
+    if answer is not None:
+        return answer
+    limit = config.max_body_bytes
+    length = headers.get("content-length", "")
+    is_chunked = not length.isdecimal() and "transfer-encoding" in headers
+    try:
+        if is_chunked and not environ.get("wsgi.input_terminated"):
+            body, is_whole = bytearray(), False  # the server leaves the chunks as they are
+        else:
+            size = limit + 1 if is_chunked else int(length or "0")
+            body = _read(environ["wsgi.input"], size)
+            is_whole = is_chunked or len(body) == size
+    except OSError:  # it stalled, or the peer is gone
+        is_whole = False
+    if not is_whole:
+        return handlers.read_failed(request)
+    if len(body) > limit:
+        return handlers.body_too_large(request)
+    return handlers.deliver(request, body)
+
+
+def _read(stream: InputStream, size: int) -> bytearray:
+    """Read ``size`` bytes, or what there is."""
+    body = bytearray()
+    while len(body) < size:
+        part = stream.read(min(size - len(body), _READ_BYTES))
+        if not part:
+            break
+        body += part
+    return body
+
+
+def _headers(environ: WSGIEnvironment) -> dict[str, str]:
+    # Values of a repeated header come joined by a comma; where one is compared, none matches.
+    headers = {
+        name[5:].replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    for name in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+        if environ.get(name):
+            headers[name.replace("_", "-").lower()] = environ[name]
+    return headers
+
+
+def _target(environ: WSGIEnvironment) -> tuple[str, str]:
+    """Return path and query as they were sent, if the server tells."""
+    # Not in PEP 3333, but many servers have one of them; PATH_INFO is decoded.
+    for name in ("RAW_URI", "REQUEST_URI"):
+        if name in environ:
+            path, _, query = environ[name].partition("?")
+            return path, query
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    # An encoded character cannot be told from a plain one; what has to be encoded, is.
+    return quote(path, safe="/:@!$&'()*+,;=~-._", encoding="latin-1"), environ.get(
+        "QUERY_STRING", ""
+    )
+
+
+def _remote(environ: WSGIEnvironment) -> str:
+    host = environ.get("REMOTE_ADDR")
+    if not host:
+        return "unknown"
+    port = environ.get("REMOTE_PORT", "")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"

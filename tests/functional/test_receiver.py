@@ -1,0 +1,649 @@
+"""The compiled receiver: what it does beyond what every front does (test_http.py).
+
+Events that epoll speaks of only once, memory and its budget, back-pressure, life cycle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
+from pipeline.config import ReceiverConfig
+from pipeline.errors import RequestRejected
+from pipeline.handlers import Handlers
+from pipeline.listener import Listener
+from pipeline.types import MessageType
+from tests.functional.test_listener import ANY, GOOD, ipv6, is_closed, listen, listener_threads
+from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.http import (
+    HEARTBEAT,
+    dial,
+    peer_headers,
+    post_heartbeat,
+    raw_head,
+    read_status,
+    reply_of_socket,
+)
+from tests.support.raft import FakeRaft
+
+MIB = 1 << 20
+MESSAGE = HEARTBEAT.marshal()
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Hold every call of ``process``; opened at the end of the test."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+def head_of(body: bytes | int, *extra: str) -> bytes:
+    size = body if isinstance(body, int) else len(body)
+    return raw_head(*extra, f"content-length: {size}")
+
+
+def post(body: bytes) -> bytes:
+    return head_of(body) + body
+
+
+def message_of(kind: MessageType, size: int = 0) -> bytes:
+    return Message(type=kind, from_=1, entries=[Entry(data=bytes(size))]).marshal()
+
+
+def read_answers(sock: socket.socket, count: int) -> list[bytes]:
+    """Read so many answers; each without its Date."""
+    answers = []
+    with sock.makefile("rb") as received:
+        for _ in range(count):
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                line = received.readline()
+                assert line, f"the connection ended after {answers}"
+                head += b"" if line.lower().startswith(b"date:") else line
+            length = re.search(rb"content-length: ([0-9]+)", head.lower())
+            answers.append(head + received.read(int(length[1]) if length else 0))
+    return answers
+
+
+def settle(listener: Listener) -> None:
+    """Wait until the loop has seen what was sent before."""
+    assert reply_of_socket(listener.url, "GET", "/raft/probing", {}, b"").status == 200
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll what has no event, such as a counter of the loop."""
+    deadline = time.monotonic() + LONG_TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen"
+        time.sleep(0.005)
+
+
+def fill(sock: socket.socket, data: memoryview) -> int:
+    """Send until nothing more is taken; how much was."""
+    sent = 0
+    sock.settimeout(4 * SHORT_TIMEOUT)
+    with contextlib.suppress(TimeoutError):
+        while sent < len(data):
+            sent += sock.send(data[sent : sent + MIB])
+    sock.settimeout(LONG_TIMEOUT)
+    return sent
+
+
+def rss() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_for_memory(bound: int) -> None:
+    wait_until(lambda: rss() < bound)
+
+
+# What epoll says once
+
+
+@pytest.mark.parametrize("size", [0, 70_000, 3 * MIB], ids=["small", "70 kB", "3 MiB"])
+def test_a_request_that_comes_with_the_end_of_a_body_is_answered(size: int) -> None:
+    raft = FakeRaft()
+    body = message_of(MessageType.APP, size)
+    with listen(raft) as listener, dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        sock.sendall(head_of(body))
+        settle(listener)
+        sock.sendall(body + GOOD + post(body) + GOOD)
+        assert len(read_answers(sock, 4)) == 4
+    assert len(raft.processed) == 5
+
+
+def test_the_end_of_a_connection_is_noticed_behind_many_requests(gate: threading.Event) -> None:
+    raft = FakeRaft(gate=gate)
+    count = 3000  # more than is read at once
+    with listen(raft) as listener:
+        gate.set()
+        post_heartbeat(listener.url)
+        gate.clear()
+        with dial(listener.url) as sock:
+            sock.sendall(GOOD)
+            raft.wait_processed(2)
+            sender = threading.Thread(target=sock.sendall, args=(GOOD * count,))
+            sender.start()
+            sender.join(LONG_TIMEOUT)
+            sock.shutdown(socket.SHUT_WR)
+            settle(listener)
+            gate.set()
+            assert len(read_answers(sock, count + 1)) == count + 1
+            assert sock.recv(1) == b"", "still open although the peer has ended"
+
+
+def test_a_caller_that_half_closes_is_answered_first() -> None:
+    with listen(FakeRaft()) as listener:
+        for _ in range(2):
+            with dial(listener.url) as sock:
+                sock.sendall(GOOD)
+                sock.shutdown(socket.SHUT_WR)
+                assert read_status(sock) == 204
+                assert is_closed(sock)
+        wait_until(lambda: listener.stats().connections == 0)
+
+
+def test_a_connection_whose_descriptor_is_copied_touches_nothing_freed() -> None:
+    """A forked child has copies; to close ours then does not take it out of epoll (epoll(7))."""
+    with listen(FakeRaft(), config=ReceiverConfig(head_timeout_s=0.05)) as listener:
+        sock = dial(listener.url)
+        wait_until(lambda: listener.stats().connections == 1)
+        copies = []
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    copies.append(os.dup(int(name)))
+        wait_until(lambda: listener.stats().connections == 0)
+        for _ in range(50):
+            sock.send(b"x")
+            settle(listener)
+        for copy in copies:
+            os.close(copy)
+        sock.close()
+
+
+# Connections
+
+
+def test_accepting_goes_on_when_a_connection_becomes_idle(gate: threading.Event) -> None:
+    raft = FakeRaft(gate=gate)
+    with listen(raft, config=ReceiverConfig(max_connections=2)) as listener:
+        busy = [dial(listener.url) for _ in range(2)]
+        for sock in busy:
+            sock.sendall(GOOD)
+        raft.wait_processed(2)
+        late = dial(listener.url)
+        late.sendall(GOOD)
+        wait_until(lambda: listener.stats().accept_pauses == 1)
+        assert listener.stats().connections == 2
+        gate.set()
+        assert [read_status(sock) for sock in (*busy, late)] == [204] * 3
+        assert listener.stats().closed_for_room == 1
+        for sock in (*busy, late):
+            sock.close()
+
+
+def test_accepting_goes_on_when_a_connection_closes() -> None:
+    with listen(FakeRaft(), config=ReceiverConfig(max_connections=1)) as listener:
+        post_heartbeat(listener.url)
+        with dial(listener.url) as reading:
+            reading.sendall(GOOD + GOOD[:-1])
+            assert read_status(reading) == 204
+            late = dial(listener.url)
+            late.sendall(GOOD)
+            wait_until(lambda: listener.stats().accept_pauses == 1)
+        assert read_status(late) == 204
+        late.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "counter"),
+    [
+        pytest.param(b"", "head_timeouts", id="nothing"),
+        pytest.param(GOOD[:20], "head_timeouts", id="part of a head"),
+        pytest.param(b"GET /raft HT", "head_timeouts", id="part of another head"),
+        pytest.param(GOOD[:-1], "body_timeouts", id="part of a body"),
+        pytest.param(GOOD, "idle_timeouts", id="nothing more"),
+    ],
+)
+def test_each_timeout_is_counted_as_what_it_is(sent: bytes, counter: str) -> None:
+    config = ReceiverConfig(head_timeout_s=0.1, idle_timeout_s=0.1, stall_timeout_s=0.1)
+    with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
+        sock.sendall(sent)
+        assert is_closed(sock)
+        stats = listener.stats()
+        timeouts = {name: getattr(stats, name) for name in stats._fields if "timeouts" in name}
+        assert timeouts == {**dict.fromkeys(timeouts, 0), counter: 1}
+
+
+def test_a_peer_that_does_not_read_its_answer_counts_as_idle() -> None:
+    raft = FakeRaft(process_error=RequestRejected(500, bytes(32 * MIB)))
+    with listen(raft, config=ReceiverConfig(stall_timeout_s=0.1)) as listener:
+        with dial(listener.url) as sock:
+            sock.sendall(GOOD)
+            wait_until(lambda: listener.stats().idle_timeouts == 1)
+            assert is_closed(sock)
+        assert listener.stats().head_timeouts == 0
+
+
+# Memory
+
+
+def test_what_is_begun_in_any_order_stays_within_the_budget() -> None:
+    """The body begun first is read on whatever is held, and no other."""
+    config = ReceiverConfig(max_buffered_bytes=MIB)
+    size = 32 * MIB
+    data = memoryview(bytes(size - 1))
+    with listen(FakeRaft(), config=config) as listener:
+        post_heartbeat(listener.url)
+        socks = [dial(listener.url) for _ in range(4)]
+        wait_until(lambda: listener.stats().accepted == 5)
+        before = rss()
+        for sock in reversed(socks):  # the one idle longest begins last
+            sock.sendall(head_of(size))
+            fill(sock, data)
+        settle(listener)
+        # One body, one budget, and what each read one step beyond.
+        assert rss() - before < size + 12 * MIB
+        assert listener.stats().body_pauses >= 3
+        for sock in socks:
+            sock.close()
+
+
+def test_a_heartbeat_in_two_parts_does_not_wait_for_the_memory_of_others() -> None:
+    raft = FakeRaft()
+    with listen(raft, config=ReceiverConfig(max_buffered_bytes=MIB)) as listener:
+        post_heartbeat(listener.url)
+        with dial(listener.url) as large, dial(listener.url) as small:
+            large.sendall(head_of(8 * MIB) + bytes(4 * MIB))
+            settle(listener)
+            small.sendall(GOOD[:-3])
+            settle(listener)
+            small.sendall(GOOD[-3:])
+            assert read_status(small) == 204
+
+
+def test_proposals_that_wait_for_a_leader_are_within_the_budget(gate: threading.Event) -> None:
+    raft = FakeRaft(gate=gate)
+    config = ReceiverConfig(handlers=2, max_buffered_bytes=2 * MIB)
+    proposal = post(message_of(MessageType.PROP, MIB))
+    with listen(raft, config=config) as listener:
+        gate.set()
+        post_heartbeat(listener.url)
+        gate.clear()
+        socks = [dial(listener.url) for _ in range(8)]
+        senders = [threading.Thread(target=sock.sendall, args=(proposal,)) for sock in socks]
+        for sender in senders:
+            sender.start()
+        wait_until(lambda: listener.stats().body_pauses >= 1)
+        settle(listener)
+        # 1 from the beginning, then as many proposals as there is room for.
+        assert listener.stats().fast_requests <= 1 + 3
+        assert post_heartbeat_processed(listener, raft)
+        gate.set()
+        for sock, sender in zip(socks, senders, strict=True):
+            assert read_status(sock) == 204
+            sender.join(LONG_TIMEOUT)
+            sock.close()
+    assert len(raft.processed) == 10
+
+
+def post_heartbeat_processed(listener: Listener, raft: FakeRaft) -> bool:
+    """Whether a heartbeat reaches Raft; it is answered when the gate opens."""
+    before = len(raft.processed)
+    sock = dial(listener.url)
+    sock.sendall(GOOD)
+    raft.wait_for(lambda: HEARTBEAT in raft.processed[before:])
+    sock.close()
+    return True
+
+
+def test_a_proposal_never_takes_the_last_handler(gate: threading.Event) -> None:
+    class Leaderless(FakeRaft):
+        def process(self, message: Message) -> None:
+            self.gate = gate if message.type is MessageType.PROP else None
+            super().process(message)
+
+    raft = Leaderless()
+    with listen(raft, config=ReceiverConfig(handlers=4)) as listener:
+        post_heartbeat(listener.url)
+        socks = [dial(listener.url) for _ in range(4)]
+        for sock in socks:
+            sock.sendall(post(message_of(MessageType.PROP)))
+        raft.wait_processed(4)  # the heartbeat and three proposals
+        assert reply_of_socket(
+            listener.url, "POST", "/raft", peer_headers(), message_of(MessageType.VOTE)
+        ).status == 204  # fmt: skip
+        assert [message.type for message in raft.processed].count(MessageType.PROP) == 3
+        gate.set()
+        assert [read_status(sock) for sock in socks] == [204] * 4
+        for sock in socks:
+            sock.close()
+
+
+def test_bodies_are_not_read_while_all_handlers_are_busy(gate: threading.Event) -> None:
+    raft = FakeRaft(gate=gate)
+    body = message_of(MessageType.APP, 64 * MIB)
+    with listen(raft, config=ReceiverConfig(handlers=1)) as listener:
+        blocked, large = dial(listener.url), dial(listener.url)
+        with blocked, large:
+            blocked.sendall(GOOD)
+            raft.wait_processed(1)
+            before = rss()
+            large.sendall(head_of(body))
+            sent = fill(large, memoryview(body))
+            assert sent < len(body), "the body was read"
+            assert rss() - before < 8 * MIB
+            assert listener.stats().body_pauses >= 1
+            gate.set()
+            assert read_status(blocked) == 204
+            large.sendall(memoryview(body)[sent:])
+            assert read_status(large) == 204
+    assert len(raft.processed[1].entries[0].data or b"") == 64 * MIB
+
+
+# Bodies
+
+SIZES = [
+    edge + delta for edge in (64 * 1024, MIB, 2 * MIB, 3 * MIB) for delta in (-300, -1, 0, 1)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_body_of_any_size_arrives_as_it_was_sent(size: int) -> None:
+    raft = FakeRaft()
+    pattern = bytes(range(251)) * (size // 251)
+    for term in (1, 1 << 20):  # lengths are varints: some sizes cannot be made with one of them
+        overhead = len(Message(type=MessageType.APP, term=term, context=pattern).marshal())
+        data = (
+            pattern + pattern[: size - overhead] if size > overhead else pattern[: size - overhead]
+        )
+        body = Message(type=MessageType.APP, term=term, context=data).marshal()
+        if len(body) == size:
+            break
+    assert len(body) == size
+    with listen(raft) as listener, dial(listener.url) as sock:
+        for _ in range(2):  # an unknown head, then a known one
+            sock.sendall(post(body))
+            assert read_status(sock) == 204
+    assert [message.context for message in raft.processed] == [data, data]
+
+
+def test_a_64_mib_snapshot_is_one_copy_whose_memory_is_given_back() -> None:
+    raft = FakeRaft()
+    data = os.urandom(MIB) * 64
+    snapshot = Snapshot(data=data, metadata=SnapshotMetadata(index=1, term=1))
+    body = Message(type=MessageType.SNAP, from_=1, snapshot=snapshot).marshal()
+    with listen(raft) as listener, dial(listener.url) as sock:
+        for _ in range(2):
+            raft.processed.clear()
+            before = rss()
+            bound = before + 8 * MIB
+            sock.sendall(head_of(body))
+            sock.sendall(body)
+            assert read_status(sock) == 204
+            received = raft.processed[0].snapshot
+            assert received is not None
+            assert isinstance(received.data, memoryview)
+            assert received.data.readonly
+            assert received.data == data
+            assert rss() - before < len(body) + 8 * MIB
+            del received
+            raft.processed.clear()
+            wait_for_memory(bound)  # the handler may not be through with it
+
+
+def test_a_malformed_64_mib_body_is_answered_400() -> None:
+    raft = FakeRaft()
+    with listen(raft) as listener, dial(listener.url) as sock:
+        sock.sendall(head_of(64 * MIB))
+        sock.sendall(bytes(64 * MIB))
+        assert read_status(sock) == 400
+        sock.sendall(GOOD)
+        assert read_answers(sock, 1)[0].endswith(b"\r\n\r\n")
+    assert raft.processed == [HEARTBEAT]
+
+
+# The same answers, whoever reads the request
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        pytest.param(MESSAGE, None, id="good"),
+        pytest.param(b"", None, id="empty"),
+        pytest.param(b"garbage", None, id="garbage"),
+        pytest.param(b"\x08\x18", None, id="unknown type"),
+        pytest.param(message_of(MessageType.PROP), None, id="proposal"),
+        pytest.param(message_of(MessageType.APP, 2 * MIB), None, id="large"),
+        pytest.param(bytes(2 * MIB), None, id="large garbage"),
+        pytest.param(MESSAGE, RequestRejected(503, b"no", "a/b"), id="rejected"),
+        pytest.param(MESSAGE, RequestRejected(204), id="rejected 204"),
+        pytest.param(MESSAGE, RuntimeError("blah"), id="raises"),
+    ],
+)
+def test_the_core_answers_as_h11_does(body: bytes, error: Exception | None) -> None:
+    raft = FakeRaft(process_error=error)
+    chunked = raw_head("transfer-encoding: chunked") + b"%x\r\n" % len(body) + body + b"\r\n"
+    chunked = chunked + b"0\r\n\r\n" if body else chunked
+    requests = [post(body), chunked, post(body)]
+    answers = []
+    with listen(raft) as listener:
+        for request in requests:
+            with dial(listener.url) as sock:
+                sock.sendall(request)
+                answers += read_answers(sock, 1)
+        stats = listener.stats()
+        assert (stats.fast_requests, stats.general_requests) == (2, 2)
+    assert sorted(answers[0].lower().split(b"\r\n")) == sorted(answers[1].lower().split(b"\r\n"))
+    assert answers[2] == answers[0]
+
+
+# Places
+
+
+@ipv6
+def test_one_listener_serves_several_urls() -> None:
+    raft = FakeRaft()
+    handlers = Handlers(raft, cluster_id=int(peer_headers()["x-etcd-cluster-id"], 16),
+                        server_version="3.5.1")  # fmt: skip
+    urls = [ANY, "http://[::1]:0", ANY]
+    with Listener(handlers, urls, ReceiverConfig()) as listener:
+        assert listener.url == listener.urls[0]
+        assert len(set(listener.urls)) == 3
+        for url in listener.urls:
+            assert post_heartbeat(url).status == 204
+    for url in listener.urls:
+        with pytest.raises(ConnectionRefusedError):
+            dial(url)
+    assert len(raft.processed) == 3
+
+
+def test_an_address_that_cannot_be_bound_lets_go_of_the_others() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    with listen(FakeRaft()) as listener, pytest.raises(OSError, match="in use"):
+        listen(FakeRaft(), [ANY, listener.url])  # type: ignore[arg-type]
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name.startswith("pipeline-general"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start"):
+        listen(FakeRaft())
+    wait_until(lambda: not listener_threads())
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+# Life
+
+
+STATES: dict[str, bytes] = {
+    "idle": b"",
+    "answered": GOOD,
+    "reading a head": GOOD[:30],
+    "reading a body": GOOD[:-1],
+    "reading a large body": head_of(64 * MIB) + bytes(MIB),
+    "reading chunks": raw_head("transfer-encoding: chunked") + b"5\r\nab",
+    "refusing": raw_head("content-length: 100000", headers=peer_headers(x_etcd_cluster_id="1")),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_close_in_any_state_is_prompt_and_leaves_nothing(state: str) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    raft = FakeRaft()
+    listener = listen(raft)
+    post_heartbeat(listener.url)
+    with dial(listener.url) as sock:
+        sock.sendall(STATES[state])
+        settle(listener)
+        began = time.monotonic()
+        listener.close(deadline_s=LONG_TIMEOUT)
+        assert time.monotonic() - began < LONG_TIMEOUT / 2, "waited for the deadline"
+        assert is_closed(sock)
+    assert listener_threads() == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_process_may_close_its_own_listener() -> None:
+    class Closing(FakeRaft):
+        def process(self, message: Message) -> None:
+            super().process(message)
+            listener.close(deadline_s=LONG_TIMEOUT)
+            closed.set()
+
+    closed = threading.Event()
+    raft = Closing()
+    listener = listen(raft)
+    with dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        assert closed.wait(LONG_TIMEOUT / 2), "close waited for the call it was made in"
+        assert read_status(sock) == 503
+        assert is_closed(sock)
+    with pytest.raises(ConnectionRefusedError):
+        dial(listener.url)
+
+
+def test_close_from_several_calls_of_process_at_once() -> None:
+    class Closing(FakeRaft):
+        def process(self, message: Message) -> None:
+            super().process(message)
+            barrier.wait(LONG_TIMEOUT)
+            listener.close(deadline_s=0.2)
+            closed.release()
+
+    barrier = threading.Barrier(3)
+    closed = threading.Semaphore(0)
+    raft = Closing()
+    listener = listen(raft)
+    socks = [dial(listener.url) for _ in range(3)]
+    for sock in socks:
+        sock.sendall(GOOD)
+    for sock in socks:
+        assert closed.acquire(timeout=LONG_TIMEOUT)
+        sock.close()
+
+
+def test_requests_during_close_are_answered_or_refused_never_lost() -> None:
+    """Whoever is answered 204 was processed, whatever is closed meanwhile."""
+    for _ in range(5):
+        raft = FakeRaft()
+        listener = listen(raft)
+        counts: list[int] = []
+
+        def work(url: str, counts: list[int]) -> None:
+            answered = 0
+            with contextlib.suppress(OSError), dial(url) as sock:
+                while True:
+                    sock.sendall(GOOD)
+                    if read_status(sock) != 204:
+                        break
+                    answered += 1
+            counts.append(answered)
+
+        threads = [threading.Thread(target=work, args=(listener.url, counts)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        raft.wait_processed(50)
+        listener.close()
+        for thread in threads:
+            thread.join(LONG_TIMEOUT)
+        assert sum(counts) <= len(raft.processed) <= sum(counts) + len(threads)
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Let the process have both ends of a thousand connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip("no more than a few descriptors are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def heartbeat_p99(sock: socket.socket, is_enough: Callable[[], bool]) -> float:
+    """Send heartbeats, at least 300; the time that 99 % were answered in, in seconds."""
+    took: list[float] = []
+    while len(took) < 300 or not is_enough():
+        began = time.perf_counter()
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        took.append(time.perf_counter() - began)
+        time.sleep(0.001)
+    return sorted(took)[len(took) * 99 // 100]
+
+
+@pytest.mark.usefixtures("many_descriptors")
+@pytest.mark.parametrize("dripped", [GOOD[:60], head_of(8000)], ids=["heads", "bodies"])
+def test_a_thousand_slow_peers_do_not_delay_a_heartbeat(dripped: bytes) -> None:
+    with listen(FakeRaft()) as listener, dial(listener.url) as peer:
+        peer.sendall(GOOD)
+        assert read_status(peer) == 204
+        undisturbed = heartbeat_p99(peer, lambda: True)
+        drips = [dial(listener.url) for _ in range(1000)]
+        for sock in drips:
+            sock.sendall(dripped)
+        is_over = threading.Event()
+        rounds: list[float] = []
+
+        def drip() -> None:
+            """Send a byte on every connection, each second."""
+            while not is_over.is_set():
+                for at, sock in enumerate(drips):
+                    if at % 20 == 0 and is_over.wait(0.02):
+                        return
+                    with contextlib.suppress(OSError):
+                        sock.send(b"x")
+                rounds.append(time.monotonic())
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        disturbed = heartbeat_p99(peer, lambda: len(rounds) >= 2)
+        is_over.set()
+        dripping.join(LONG_TIMEOUT)
+        for sock in drips:
+            sock.close()
+    # Issue 3: 10 ms. The rest is for the threads of this test, which share a GIL.
+    assert disturbed < undisturbed + 0.05
