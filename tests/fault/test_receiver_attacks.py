@@ -6,7 +6,6 @@ request, that nothing reached Raft, and that memory and threads are as they were
 
 from __future__ import annotations
 
-import os
 import re
 import select
 import socket
@@ -33,6 +32,7 @@ from tests.support.http import (
     raw_head,
     read_status,
 )
+from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 
 MIB = 1 << 20
@@ -78,11 +78,6 @@ def server(shared: Server) -> Iterator[Server]:
     with dial(shared.listener.url) as sock:
         sock.sendall(GOOD)
         assert read_status(sock) == 204
-
-
-def rss() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def stays_open(sock: socket.socket) -> bool:

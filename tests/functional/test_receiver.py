@@ -33,6 +33,7 @@ from tests.support.http import (
     read_status,
     reply_of_socket,
 )
+from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 
 MIB = 1 << 20
@@ -97,11 +98,6 @@ def fill(sock: socket.socket, data: memoryview) -> int:
             sent += sock.send(data[sent : sent + MIB])
     sock.settimeout(LONG_TIMEOUT)
     return sent
-
-
-def rss() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def wait_for_memory(bound: int) -> None:

@@ -14,15 +14,11 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
 from tests.functional.test_listener import GOOD, dial, listen
 from tests.support.http import post_heartbeat, raw_head, read_status
+from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 MIB = 1 << 20
-
-
-def rss() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def no_descriptors() -> None:
