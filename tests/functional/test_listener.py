@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -54,13 +55,21 @@ def listen(raft: FakeRaft, url: str = ANY, config: ReceiverConfig | None = None)
 
 
 def listener_threads() -> list[str]:
-    """Of any listener: its handlers, its general thread, and the native one it starts."""
+    """Of any listener: its handlers, its general thread, and the native one."""
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeline-")]
+    # A thread that has been joined may be seen by the system for a moment.
+    deadline = time.monotonic() + LONG_TIMEOUT
+    while (is_native := has_native_thread()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return [*names, "pipeline-serve"] if is_native else names
+
+
+def has_native_thread() -> bool:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended since
-            name = (task / "comm").read_text().strip()
-            names += [name] if name == "pipeline-serve" else []
-    return names
+            if (task / "comm").read_text().strip() == "pipeline-serve":
+                return True
+    return False
 
 
 def is_closed(sock: socket.socket) -> bool:

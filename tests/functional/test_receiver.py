@@ -33,6 +33,7 @@ from tests.support.http import (
     read_status,
     reply_of_socket,
 )
+from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 
 MIB = 1 << 20
@@ -97,11 +98,6 @@ def fill(sock: socket.socket, data: memoryview) -> int:
             sent += sock.send(data[sent : sent + MIB])
     sock.settimeout(LONG_TIMEOUT)
     return sent
-
-
-def rss() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def wait_for_memory(bound: int) -> None:
@@ -270,6 +266,8 @@ def test_a_heartbeat_in_two_parts_does_not_wait_for_the_memory_of_others() -> No
         with dial(listener.url) as large, dial(listener.url) as small:
             large.sendall(head_of(8 * MIB) + bytes(4 * MIB))
             settle(listener)
+            small.sendall(GOOD)  # the other body was begun before this one's
+            assert read_status(small) == 204
             small.sendall(GOOD[:-3])
             settle(listener)
             small.sendall(GOOD[-3:])

@@ -1,0 +1,183 @@
+"""Whatever the core takes for a plain POST, h11 reads as the very same request.
+
+Invariant: if ``recognise_post`` accepts, then h11, as a server, reads a POST to /raft of HTTP/1.1
+that ends at the same byte, announces the same length in one Content-Length, is not chunked, expects
+nothing, and leaves the connection open. Also: what the core accepts, the checks ahead of h11 in
+``general.py`` accept, and no prefix of a head is accepted.
+"""
+
+from __future__ import annotations
+
+import h11
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline._receiver import recognise_post
+from pipeline.config import ReceiverConfig
+from pipeline.general import General, Then
+from pipeline.handlers import Handlers
+from tests.support.http import CLUSTER_ID, raw_head
+from tests.support.raft import FakeRaft
+
+GO = (
+    b"POST /raft HTTP/1.1\r\nHost: 127.0.0.1:2380\r\nUser-Agent: Go-http-client/1.1\r\n"
+    b"Content-Length: 170\r\nContent-Type: application/protobuf\r\n"
+    b"X-Etcd-Cluster-Id: cdf818194e3a8c32\r\nX-Server-Version: 3.5.1\r\n"
+    b"Accept-Encoding: gzip\r\n\r\n"
+)
+SEEDS = [
+    GO,
+    raw_head("content-length: 0"),
+    raw_head("content-length: 007"),
+    raw_head("content-length:\t12 \t", "connection: keep-alive"),
+    raw_head("Content-Length: 999999999999999", "CONNECTION: Keep-Alive"),
+]
+# Bytes that have been the start of many a smuggled request.
+PIECES = [
+    b"\r\n", b"\r", b"\n", b" ", b"\t", b":", b",", b"\x00", b"\x0b", b"\x7f", b"\x80", b"\xff",
+    b"+", b"-", b"_", b"0", b"1", b"0x1", b"\xd9\xa1", b"Content-Length: 1\r\n", b"Host: b\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding : chunked\r\n",
+    b"Transfer_Encoding: chunked\r\n", b"Connection: close\r\n", b"Connection: keep-alive, close",
+    b"Expect: 100-continue\r\n", b"Upgrade: h2c\r\n", b"Content-Encoding: gzip\r\n", b" folded\r\n",
+    b"HTTP/1.0", b"HTTP/1.1", b"/raft", b"POST ", b"GET ",
+]  # fmt: skip
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A valid head with a few bytes replaced, removed or put in."""
+    data = draw(st.sampled_from(SEEDS))
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        until = min(len(data), at + draw(st.integers(0, 4)))
+        put = draw(st.sampled_from(PIECES) | st.binary(max_size=3))
+        data = data[:at] + put + data[until:]
+    return data + draw(st.binary(max_size=8))
+
+
+NAMES = [
+    "Host", "hOST", "Content-Length", "content-length", "Connection", "Transfer-Encoding", "Expect",
+    "Content-Encoding", "Upgrade", "X", "X-Etcd-Cluster-Id", "Keep-Alive", "Content-Length ",
+    "", "Proxy-Connection", "Trailer", "TE", "Content_Length", "a\x7f", "\xe9",
+]  # fmt: skip
+VALUES = [
+    "", "a", "1", "17", "+1", "-1", "1_0", "0x1", "1,1", "1, 2", "1 1", "٣", "00", "9" * 15,
+    "9" * 16, "keep-alive", "KEEP-ALIVE", "close", "keep-alive, close", "keep-alive, upgrade",
+    "chunked", "identity", "gzip", "100-continue", "h2c", "\x00", "\x1f", "\x7f", "\x80", "a\rb",
+    "a\nb", "a\r\n b", "a\tb",
+]  # fmt: skip
+SPACE = st.sampled_from(["", " ", "\t", "  \t "])
+
+
+@st.composite
+def generated(draw: st.DrawFn) -> bytes:
+    """Lines that may make a head, framed with two thirds of the luck it takes."""
+    line = draw(st.sampled_from(["POST /raft HTTP/1.1"] * 6 + ["POST /raft HTTP/1.0", "GET / x"]))
+    fields = draw(
+        st.lists(st.tuples(st.sampled_from(NAMES), SPACE, st.sampled_from(VALUES), SPACE))
+    )
+    if draw(st.integers(0, 2)):
+        fields.append(("Host", " ", "a", ""))
+    if draw(st.integers(0, 2)):
+        fields.append(("Content-Length", draw(SPACE), draw(st.sampled_from(["0", "5"])), ""))
+    lines = [line] + [
+        f"{name}:{a}{value}{b}" for name, a, value, b in draw(st.permutations(fields))
+    ]
+    end = draw(st.sampled_from(["\r\n"] * 8 + ["\n", "\r"]))
+    return "".join(part + end for part in [*lines, ""]).encode("utf-8")
+
+
+def check(data: bytes) -> bool:
+    """Check the invariant; whether the core accepts."""
+    result = recognise_post(data)
+    if result is None:
+        return False
+    head_len, length = result
+    assert data[head_len - 4 : head_len] == b"\r\n\r\n"
+    assert recognise_post(data[:head_len]) == result
+    assert recognise_post(data[: head_len - 1]) is None
+
+    body = b"x" * min(length, 3)
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+    connection.receive_data(data[:head_len] + body)
+    request = connection.next_event()
+    assert isinstance(request, h11.Request)
+    assert (request.method, request.target) == (b"POST", b"/raft")
+    assert request.http_version == b"1.1"
+    headers = [(name.lower(), value) for name, value in request.headers]
+    assert [int(value) for name, value in headers if name == b"content-length"] == [length]
+    assert len([name for name, _ in headers if name == b"host"]) == 1
+    names = {name for name, _ in headers}
+    assert not names & {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"}
+    assert not connection.they_are_waiting_for_100_continue
+    if length > 3:
+        assert connection.their_state is h11.SEND_BODY
+        received = connection.next_event()
+        assert isinstance(received, h11.Data)
+        assert bytes(received.data) == body
+        assert connection.next_event() is h11.NEED_DATA
+    else:
+        if length:
+            received = connection.next_event()
+            assert isinstance(received, h11.Data)
+            assert bytes(received.data) == body
+        assert isinstance(connection.next_event(), h11.EndOfMessage)
+        # Not MUST_CLOSE: the connection is kept.
+        assert connection.their_state is h11.DONE
+    return True
+
+
+def is_let_through(data: bytes) -> bool:
+    """Whether general.py lets the head through to h11 and the handlers."""
+    config = ReceiverConfig(max_head_bytes=32 * 1024, max_body_bytes=1 << 40)
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    heads: list[bytes] = []
+
+    class Budget:
+        def take(self, n: int) -> bool:
+            return True
+
+        def give(self, n: int) -> None:
+            pass
+
+    def learn(head: bytes) -> bool:
+        heads.append(head)
+        return True
+
+    general = General(handlers, config, "test", Budget(), learn)  # type: ignore[arg-type]
+    out, then = general.feed(data)
+    return bool(heads and then is Then.NEXT) or out.startswith((b"HTTP/1.1 412", b"HTTP/1.1 413"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_seeds_are_accepted(seed: bytes) -> None:
+    assert check(seed)
+    assert is_let_through(seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_no_single_byte_makes_the_core_and_h11_differ(seed: bytes) -> None:
+    end = len(seed)
+    accepted = 0
+    for at in range(end):
+        for byte in b"\x00\t\n\r :,+-_019aZ\x7f\x80\xff":
+            accepted += check(seed[:at] + bytes([byte]) + seed[at + 1 :])
+            accepted += check(seed[:at] + bytes([byte]) + seed[at:])
+        accepted += check(seed[:at] + seed[at + 1 :])
+    assert accepted > 100  # in the values of headers that do not matter
+
+
+@given(mutated() | generated())
+@example(raw_head("content-length: 5", "transfer-encoding: chunked"))
+@example(raw_head("content-length: 5", "content-length: 5"))
+@example(raw_head("content-length: 5,5"))
+@example(raw_head("content-length: 5\x0b"))
+@example(raw_head("content-length: 5", "connection: keep-alive, close"))
+@example(raw_head("content-length: 5", "x: a\rb"))
+@example(raw_head("content-length: 5", "x: a\r\n\tb"))
+@example(raw_head("content-length : 5"))
+@settings(max_examples=1000, deadline=None)
+def test_what_the_core_accepts_h11_reads_the_same_way(data: bytes) -> None:
+    if data and check(data):
+        assert is_let_through(data)

@@ -1,0 +1,162 @@
+"""A listener in a process of its own: ``receiver.py CASE`` prints "ok" or what went wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+import threading
+import time
+import warnings
+
+from pipeline.config import ReceiverConfig
+from pipeline.errors import RequestRejected
+from tests.functional.test_listener import GOOD, dial, listen
+from tests.support.http import post_heartbeat, raw_head, read_status
+from tests.support.memory import rss
+from tests.support.raft import FakeRaft
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
+MIB = 1 << 20
+
+
+def no_descriptors() -> None:
+    """Accept without descriptors left neither spins nor ends the listener."""
+    raft = FakeRaft(gate=threading.Event())
+    listener = listen(raft)
+    busy = dial(listener.url)
+    busy.sendall(GOOD)  # not idle: it cannot make room
+    raft.wait_processed(1)
+    clients = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(4)]
+    host, port = listener.url.removeprefix("http://").split(":")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    for client in clients:
+        client.connect((host, int(port)))
+    deadline = time.monotonic() + 20
+    while listener.stats().accept_pauses < 1:
+        assert time.monotonic() < deadline, "accepting was not paused"
+        time.sleep(0.01)
+    began = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - began < 0.1, "it spins"
+    assert listener.stats().accept_pauses < 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    raft.gate.set()  # type: ignore[union-attr]
+    assert read_status(busy) == 204
+    for client in clients:
+        client.settimeout(20)
+        client.sendall(GOOD)
+        assert read_status(client) == 204
+    listener.close()
+
+
+def announced() -> None:
+    """512 MiB announced and 10 bytes sent cost next to nothing."""
+    listener = listen(FakeRaft())
+    post_heartbeat(listener.url)
+    socks = [dial(listener.url) for _ in range(40)]
+    for sock in socks:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+    before = rss()
+    for sock in socks:
+        sock.sendall(raw_head(f"content-length: {512 * MIB}") + bytes(10))
+    post_heartbeat(listener.url)
+    grown = rss() - before
+    assert grown < 4 * MIB, f"{grown} bytes for {len(socks)} connections"
+    listener.close()
+
+
+def exits(state: str) -> None:
+    """The interpreter ends although a listener is open."""
+    error = RequestRejected(500, bytes(32 * MIB)) if state == "writing" else None
+    gate = threading.Event() if state == "processing" else None
+    raft = FakeRaft(process_error=error, gate=gate)
+    listener = listen(raft)
+    sock = dial(listener.url)
+    sock.sendall({"idle": b"", "head": GOOD[:9], "body": GOOD[:-1]}.get(state, GOOD))
+    if state in ("processing", "writing"):
+        raft.wait_processed(1)
+    else:
+        post_heartbeat(listener.url)
+    sock.detach()  # open until the end
+
+
+def forks() -> None:
+    """A forked child neither waits for our threads nor keeps the port; the parent goes on."""
+    listener = listen(FakeRaft())
+    sock = dial(listener.url)
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        began = time.monotonic()
+        listener.close(deadline_s=20)
+        assert time.monotonic() - began < 5, "the child waited"
+        os.close(writer)
+        os.read(reader, 1)  # lives on until the parent is done
+        sys.exit(0)  # with atexit handlers and all
+    os.close(reader)
+    for _ in range(20):
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        assert post_heartbeat(listener.url).status == 204
+    url = listener.url
+    listener.close()
+    again = listen(FakeRaft(), url)
+    assert post_heartbeat(again.url).status == 204
+    again.close()
+    os.close(writer)
+    deadline = time.monotonic() + 20
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            sys.exit("the child hangs")
+        time.sleep(0.005)
+    assert ended[1] == 0, f"the child ended with {ended[1]}"
+
+
+def blocked_memory() -> None:
+    """While the handlers are blocked, what is sent stays with the senders."""
+    gate = threading.Event()
+    raft = FakeRaft(gate=gate)
+    listener = listen(raft, config=ReceiverConfig(handlers=2))
+    socks = [dial(listener.url) for _ in range(2)]
+    for sock in socks:
+        sock.sendall(GOOD)
+    raft.wait_processed(2)
+    before = rss()
+    large = [dial(listener.url) for _ in range(20)]
+    for sock in large:
+        sock.settimeout(0.05)
+        sock.sendall(raw_head(f"content-length: {16 * MIB}"))
+        try:
+            for _ in range(16):
+                sock.sendall(bytes(MIB))
+        except TimeoutError:
+            pass
+        else:
+            sys.exit("the body was read")
+    grown = rss() - before
+    assert grown < 20 * 256 * 1024, f"{grown} bytes"
+    gate.set()
+    listener.close()
+
+
+CASES = {
+    "no descriptors": no_descriptors,
+    "announced": announced,
+    "forks": forks,
+    "blocked memory": blocked_memory,
+}
+case, *arguments = sys.argv[1:]
+if case == "exits":
+    exits(*arguments)
+else:
+    CASES[case]()
+print("ok", flush=True)
