@@ -343,11 +343,11 @@ cdef class Receiver:
         conn.then = then
         if then == THEN_DELIVER:
             body_free(&request.body)
-            if not body_init(&request.body, len(general.body)):
+            body = general.take_body()
+            if not body_init(&request.body, len(body)):
                 raise MemoryError
-            memcpy(request.body.data, PyByteArray_AS_STRING(general.body), len(general.body))
-            request.body.len = len(general.body)
-            general.close()
+            memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
+            request.body.len = len(body)
         elif then == THEN_NEXT:
             rest = general.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):

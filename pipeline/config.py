@@ -51,7 +51,7 @@ class PipelineConfig:
     stall_timeout_s: float = 30.0
     #: A connection unused for this long is not used again: etcd closes it at 5 s.
     idle_timeout_s: float = 4.0
-    #: TCP_USER_TIMEOUT and keepalive: a dead link is found in this time.
+    #: A peer that acknowledges nothing for this long is given up (TCP_INFO, keepalive).
     dead_link_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:

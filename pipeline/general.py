@@ -119,6 +119,7 @@ class General:
         self._request = Request("", "", {}, remote)
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
+        self._taken = 0  # of the budget
         self._out: list[bytes] = []
 
     def feed(self, data: bytes) -> tuple[bytes, Then]:
@@ -144,9 +145,15 @@ class General:
         then = self._send_answer(answer, close=answer.close)
         return self._take_out(), then
 
+    def take_body(self) -> bytearray:
+        """Return the body, which is the caller's now; it counts in the budget until ``close``."""
+        body, self.body = self.body, bytearray()
+        return body
+
     def close(self) -> None:
-        """Let go of the body."""
-        self._budget.give(len(self.body))
+        """Let go of the body and of its place in the budget."""
+        self._budget.give(self._taken)
+        self._taken = 0
         self.body = bytearray()
 
     def _feed(self, data: bytes) -> Then:
@@ -228,6 +235,7 @@ class General:
             return self._send_answer(self._handlers.body_too_large(self._request), close=True)
         if not self._budget.take(len(data)):
             return self._send_answer(self._handlers.overloaded(self._request), close=True)
+        self._taken += len(data)
         self.body += data
         return None
 

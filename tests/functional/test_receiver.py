@@ -299,6 +299,29 @@ def test_proposals_that_wait_for_a_leader_are_within_the_budget(gate: threading.
     assert len(raft.processed) == 10
 
 
+def test_chunked_bodies_that_wait_for_a_handler_are_within_the_budget(
+    gate: threading.Event,
+) -> None:
+    """The general path reads on while handlers are blocked, so what it has read must count."""
+    raft = FakeRaft(gate=gate)
+    body = message_of(MessageType.APP, MIB // 2)
+    chunked = raw_head("transfer-encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    config = ReceiverConfig(handlers=1, max_buffered_bytes=2 * MIB)
+    with listen(raft, config=config) as listener, contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(dial(listener.url)) for _ in range(8)]
+        for sock in callers:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(chunked)
+        refused = 0
+        for sock in callers:
+            sock.settimeout(0.2)
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                refused += read_status(sock) == 503
+        assert refused >= 4
+        gate.set()
+        raft.wait_processed(3)
+
+
 def post_heartbeat_processed(listener: Listener, raft: FakeRaft) -> bool:
     """Whether a heartbeat reaches Raft; it is answered when the gate opens."""
     before = len(raft.processed)
