@@ -26,7 +26,7 @@ from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_LENGTH_MAX, HTTP_MORE, HTTP_ODD, http_end_head, http_recognise_204,
 )
 from pipeline._ring cimport (
-    RING_OK, ring_free, ring_init, ring_peek, ring_t, ring_try_pop, ring_try_push,
+    RING_OK, ring_free, ring_init, ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET,
@@ -167,6 +167,7 @@ cdef struct pipe_t:
     pthread_cond_t retired  # broadcast when live falls
     ring_t msgc             # small messages
     ring_t large            # those above LARGE_MIN; both together hold msgc.cap
+    int64_t large_bytes     # in the latter
     books_t books
     follower_t follower
     worker_t* idle          # stack: the warmest connection is used first
@@ -203,6 +204,7 @@ cdef struct loop_t:
     int64_t finished_bytes  # atomic
     int chores_queued       # atomic: the event is in the queue
     int64_t queued_bytes    # atomic: of all pipes
+    int64_t large_bytes     # atomic: of large messages among them
     int64_t queue_bytes     # budget for queued_bytes
 
     pthread_mutex_t event_lock      # guards what follows, down to the blank line
@@ -312,19 +314,31 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     cdef loop_t* loop = pipe.loop
     cdef books_t* books = &pipe.books
     cdef int64_t size = <int64_t>job.size_bytes
+    cdef int64_t held, held_by_all
+    cdef bint is_large = pipe_is_large(pipe, job)
+    cdef ring_t* ring
     books.offered += 1
     if pipe.is_stopping:
         books.refused += 1
         return OFFER_STOPPED
     # An empty queue takes one message of any size, whatever the other peers hold: a large
-    # snapshot must be sendable, and a dead peer's backlog must not silence a healthy one.
-    if (add_i64(&loop.queued_bytes, size) > loop.queue_bytes
-            or <int64_t>books.queued_bytes + size > pipe.limits.queue_bytes) and books.queued > 0 \
-            or books.queued >= pipe.msgc.cap:
+    # snapshot must be sendable, and a dead peer's backlog must not silence a healthy one. Small
+    # messages are not refused for the bytes of large ones, which must not silence them either.
+    ring = &pipe.large if is_large else &pipe.msgc
+    held = <int64_t>books.queued_bytes
+    held_by_all = add_i64(&loop.queued_bytes, size)
+    if not is_large:
+        held -= pipe.large_bytes
+        held_by_all -= load_i64(&loop.large_bytes)
+    if (held_by_all > loop.queue_bytes or held + size > pipe.limits.queue_bytes) \
+            and ring_len(ring) > 0 or books.queued >= pipe.msgc.cap:
         add_i64(&loop.queued_bytes, -size)
         books.refused += 1
         return OFFER_FULL
-    ring_try_push(&pipe.large if pipe_is_large(pipe, job) else &pipe.msgc, job)
+    ring_try_push(ring, job)
+    if is_large:
+        pipe.large_bytes += size
+        add_i64(&loop.large_bytes, size)
     job.number = books.accepted
     books.accepted += 1
     books.queued += 1
@@ -350,6 +364,9 @@ cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
         pipe.books.queued -= 1
         pipe.books.queued_bytes -= job.size_bytes
         add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
+        if job is large:
+            pipe.large_bytes -= <int64_t>job.size_bytes
+            add_i64(&pipe.loop.large_bytes, -<int64_t>job.size_bytes)
         pipe.books.in_flight += 1
     return job
 

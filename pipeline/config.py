@@ -39,7 +39,8 @@ class PipelineConfig:
     connections: int = 4
     #: Messages msgc holds; etcd ``pipelineBufSize``: a short pause of the network loses nothing.
     queue_length: int = 64
-    #: Bytes msgc holds. One larger message is let through when msgc is empty.
+    #: Bytes msgc holds. One message is let through, however large, when none of its kind waits;
+    #: messages up to 64 KiB are not refused for the bytes of larger ones.
     queue_bytes: int = 128 * MIB
     #: Encoding on the wire: "3.5" (etcd 3.4 and 3.5), "3.6" or "3.7".
     profile: str = "3.5"
