@@ -67,7 +67,7 @@ asan: build
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(ASAN_SITE) \
 	$(BIN)/python -P -m pytest -p no:cacheprovider --import-mode=append \
-		tests/unit tests/functional
+		tests/unit tests/functional tests/fault/test_receiver_attacks.py
 
 clean:
 	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin

@@ -130,7 +130,8 @@ class Listener:
             self._receiver.begin_close()
             # A handler thread that closes its own listener is not waited for: it cannot end first.
             is_own = threading.current_thread() in self._threads
-            if not self._receiver.wait_closed(0.0 if is_own else deadline_s):
+            # The last tenth is for idle threads to end in.
+            if not self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s):
                 logger.warning("listener at %s closed with requests unanswered", self.url)
             for thread in self._threads:
                 if thread is not threading.current_thread():

@@ -21,7 +21,7 @@ from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
 from tests.fault.test_processes import run
-from tests.functional.test_receiver import read_answers
+from tests.functional.test_receiver import read_answers, wait_until
 from tests.support import LONG_TIMEOUT
 from tests.support.http import (
     CLUSTER_ID,
@@ -73,7 +73,7 @@ def server(shared: Server) -> Iterator[Server]:
     threads, memory = threading.active_count(), rss()
     yield shared
     assert threading.active_count() == threads
-    assert rss() - memory < 8 * MIB
+    assert rss() - memory < 32 * MIB  # what malloc keeps of the largest row
     assert post_heartbeat(shared.listener.url).status == 204
     with dial(shared.listener.url) as sock:
         sock.sendall(GOOD)
@@ -345,13 +345,14 @@ def test_chunked_bodies_together_stay_within_the_budget() -> None:
     handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
     part = raw_head(CHUNKED) + b"%x\r\n" % (2 * MIB) + bytes(MIB * 3 // 4)
     with Listener(handlers, "http://127.0.0.1:0", config) as listener:
-        for _ in range(2):  # what one of them held is given back
+        for round_ in (1, 2):  # what they held is given back
             with dial(listener.url) as first, dial(listener.url) as second:
                 first.sendall(part)
                 second.sendall(part)
                 (refused,), _, _ = select.select([first, second], [], [], LONG_TIMEOUT)
                 assert read_status(refused) == 503
-            assert post_heartbeat(listener.url).status == 204
+            # One was refused, the other broke off.
+            wait_until(lambda n=2 * round_: handlers.received_failures == n)  # type: ignore[misc]
         body = Message(type=MessageType.APP, context=bytes(MIB * 3 // 4)).marshal()
         with dial(listener.url) as sock:
             sock.sendall(raw_head(CHUNKED) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))

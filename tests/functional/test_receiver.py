@@ -512,7 +512,7 @@ def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(threading.Thread, "start", fail)
     with pytest.raises(RuntimeError, match="can't start"):
         listen(FakeRaft())
-    wait_until(lambda: not listener_threads())
+    assert listener_threads() == []
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
