@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import platform
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -194,6 +197,71 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     last = len(ranked) - 1
     named = {"p10": 0.10, "p50": 0.50, "p90": 0.90, "p99": 0.99, "p999": 0.999, "max": 1.0}
     return {name: ranked[round(share * last)] for name, share in named.items()}
+
+
+class Load(enum.Enum):
+    """What a receiver is given: its messages, and over how many connections."""
+
+    SMALL = "MsgApp-128B"
+    LARGE = "MsgSnap-64MiB"
+
+    @property
+    def connections(self) -> int:
+        return 4 if self is Load.SMALL else 1
+
+    def body(self) -> bytes:
+        if self is Load.SMALL:
+            encoded: bytes = _build_core(128)(1).marshal()
+        else:
+            snapshot = pipeline.Snapshot(
+                data=bytes(64 << 20), metadata=pipeline.SnapshotMetadata(index=1, term=TERM)
+            )
+            message = pipeline.Message(
+                type=MessageType.SNAP, to=PEER_ID, from_=MEMBER_ID, snapshot=snapshot
+            )
+            encoded = message.marshal()
+        return encoded
+
+
+def receive(subject: str, load: Load, seconds: float) -> dict[str, Any]:
+    """Send ``load`` to a fresh receiving process; what it took there, and how fast it went.
+
+    ``peak_mib`` is the receiver's peak memory above what it had before the first message.
+    """
+    command = (
+        [str(BIN / "sink")]
+        if subject == "bare-c"
+        else [sys.executable, str(HERE / "receive.py"), subject]
+    )
+    with (
+        tempfile.NamedTemporaryFile() as body,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as receiver,
+    ):
+        body.write(load.body())
+        body.flush()
+        assert receiver.stdout is not None
+        port = receiver.stdout.readline().removeprefix("listening ").strip()
+        sender = subprocess.run(
+            [
+                str(BIN / "bare_sender"), "--port", port, "--body", body.name,
+                "--connections", str(load.connections), "--seconds", str(seconds),
+                "--warmup", "200" if load is Load.SMALL else "1",
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        sent = json.loads(sender.stdout)
+        out, _ = receiver.communicate()
+    result = json.loads(out)
+    if subject == "bare-c":
+        total = result["requests"]
+        result = {"total": total, "cpu_us_per_message": result["cpu_s"] * 1e6 / total}
+    if result["total"] != sent["total"]:
+        raise SystemExit(f"{subject}: {sent['total']} sent, {result['total']} received")
+    return {**result, "messages_per_s": sent["messages_per_s"]}
 
 
 def machine() -> dict[str, Any]:

@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from driver import LONE_MESSAGES
-from harness import BIN, HERE, SUBJECTS, Sink, builder, machine, quantiles
+from harness import BIN, HERE, SUBJECTS, Load, Sink, builder, machine, quantiles, receive
 
 Runs = dict[str, list[dict[str, Any]]]  # "subject mode" -> one result per round
 
 ENTRY_BYTES = 128
+RECEIVING = {"receive": Load.SMALL, "receive-large": Load.LARGE}
 #: What others may use of the machine beside a run; more disturbs it.
 FOREIGN_CORES_MAX = 0.1
 REPEAT_PAUSE_S = 2.0
@@ -85,9 +86,12 @@ def busy_s() -> tuple[float, float]:
 
 
 def run_watched(subject: str, mode: str, seconds: float, body_bytes: int) -> dict[str, Any]:
-    """``run_one``, and the CPU that others used meanwhile."""
+    """``run_one`` or ``receive``, and the CPU that others used meanwhile."""
     start, all_before, ours_before = time.perf_counter(), *busy_s()
-    result = run_one(subject, mode, seconds, body_bytes)
+    if mode in RECEIVING:
+        result = receive(subject, RECEIVING[mode], seconds)
+    else:
+        result = run_one(subject, mode, seconds, body_bytes)
     took, all_after, ours_after = time.perf_counter() - start, *busy_s()
     foreign_s = (all_after - all_before) - (ours_after - ours_before)
     return {**result, "foreign_cores": max(foreign_s / took, 0.0)}
@@ -98,6 +102,8 @@ def measure(rounds: int, seconds: float, repeats: int, body_bytes: int) -> Runs:
     plan.remove(("core-prebuilt", "spin"))
     plan += [("core", "busy"), ("baseline", "busy")]
     plan += [("bare-c", "lone"), ("core", "lone"), ("baseline", "lone")]
+    plan += [(subject, "receive") for subject in ("bare-c", "core", "uvicorn")]
+    plan += [(subject, "receive-large") for subject in ("recv", "core", "uvicorn")]
     runs: Runs = {}
     for n in range(rounds):
         for subject, mode in plan:
@@ -274,6 +280,59 @@ def rows_of_runs(runs: Runs) -> list[Row]:
     ]
 
 
+def rows_of_receiving(runs: Runs) -> list[Row]:
+    def median(run: str, key: str) -> float:
+        return statistics.median(result[key] for result in runs[run])
+
+    def ratio(run: str, reference: str, key: str) -> float:
+        pairs = zip(runs[run], runs[reference], strict=True)
+        return statistics.median(ours[key] / theirs[key] for ours, theirs in pairs)
+
+    cpu, rate, peak = "cpu_us_per_message", "messages_per_s", "peak_mib"
+    fewer = ratio("uvicorn receive", "core receive", cpu)
+    large_ms = median("core receive-large", cpu) / 1000
+    above_mib = median("core receive-large", peak) - 64
+    return [
+        Row(
+            "P6 receive, CPU per message, 128 B MsgApp",
+            f"{median('core receive', cpu):.1f} us",
+            f"uvicorn + asgi_app {median('uvicorn receive', cpu):.0f} us",
+            f"{fewer:.1f} x less",
+            ">= 3 x less",
+            fewer >= 3,
+        ),
+        Row(
+            "P6 the same, against bare C that does not decode",
+            f"{median('core receive', cpu):.1f} us",
+            f"bare C {median('bare-c receive', cpu):.1f} us",
+            f"{ratio('core receive', 'bare-c receive', cpu):.2f}",
+        ),
+        Row(
+            "Messages received per second",
+            f"{median('core receive', rate):,.0f}",
+            f"bare C {median('bare-c receive', rate):,.0f}, "
+            f"uvicorn {median('uvicorn receive', rate):,.0f}",
+        ),
+        Row(
+            "P7 receive, CPU per 64 MiB MsgSnap",
+            f"{large_ms:.1f} ms",
+            f"recv into one buffer {median('recv receive-large', cpu) / 1000:.1f} ms, "
+            f"uvicorn {median('uvicorn receive-large', cpu) / 1000:.0f} ms",
+            f"{ratio('core receive-large', 'recv receive-large', cpu):.2f}",
+            "<= 2.5 x recv",
+            ratio("core receive-large", "recv receive-large", cpu) <= 2.5,
+        ),
+        Row(
+            "P7 the same, peak memory above the payload",
+            f"{above_mib:.1f} MiB",
+            f"uvicorn {median('uvicorn receive-large', peak) - 64:.0f} MiB",
+            "",
+            "<= 16 MiB",
+            above_mib <= 16,
+        ),
+    ]
+
+
 def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     rows = []
     for work, target_ns in (("marshal", 100), ("unmarshal", 250), ("build+marshal", None)):
@@ -315,7 +374,7 @@ def main() -> None:
     body_bytes = builder("core", ENTRY_BYTES)(100_000).byte_size()
     runs = measure(args.rounds, args.seconds, args.repeats, body_bytes)
     benchmarks = bench_files()
-    rows = [*rows_of_runs(runs), *rows_of_marshal(benchmarks)]
+    rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
     where = machine()
     result = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -18,14 +18,14 @@ from libc.string cimport memcpy, memset
 
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._sync cimport (
-    EAGAIN, ECONNABORTED, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MADV_HUGEPAGE,
-    MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
-    MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC, SOCK_NONBLOCK, accept4,
-    cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
-    epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr, madvise, mmap,
-    munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
-    pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init,
+    EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLERR, EPOLLET,
+    EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
+    MADV_HUGEPAGE, MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
+    MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr,
+    madvise, mmap, munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    pthread_cond_t, pthread_cond_wait, pthread_create, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
     pthread_t, recv, send, shutdown, sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t,
     store_int, swap_int, swap_ptr, time, time_t, write,
@@ -199,6 +199,7 @@ cdef struct server_t:
     pthread_cond_t general_queued       # something general, or the end
     handler_t* handlers     # on their threads' stacks
     int proposing           # handler threads at work on a proposal
+    bint is_turn_of_messages
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
     int live                # connections not freed
@@ -385,6 +386,12 @@ cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogi
     cdef conn_t* conn
     if is_general:
         return queue_take(&server.queues[QUEUE_GENERAL])
+    # In turn: neither kind keeps the other waiting.
+    server.is_turn_of_messages = not server.is_turn_of_messages
+    if server.is_turn_of_messages:
+        conn = queue_take(&server.queues[QUEUE_MESSAGES])
+        if conn is not NULL:
+            return conn
     if server_may_propose(server):
         conn = queue_take(&server.queues[QUEUE_PROPOSALS])
         if conn is not NULL:
@@ -787,6 +794,7 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     """A request is answered: go on with what has been read, or be idle."""
     cdef server_t* server = conn.server
     cdef size_t kept = conn.buffer_len
+    invariant(kept <= SERVER_SCRATCH)
     conn_unlink(conn)
     conn_append(conn)
     if load_int(&server.is_stopping):
@@ -1013,12 +1021,14 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         if conn.fd < 0:
             error = errno
             free(conn)
-            if error == EINTR or error == ECONNABORTED:
-                continue
-            if error != EAGAIN and not server_make_room(server):
-                # No descriptors, no memory: the listener stays, and looks again in a while.
-                server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
-            return
+            if error == EAGAIN:
+                return
+            if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
+                if not server_make_room(server):
+                    # The listener stays, and looks again in a while.
+                    server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
+                return
+            # Anything else was the end of the one connection (accept(2)).
         conn.server = server
         server.next_id += 1
         conn.id = server.next_id

@@ -48,7 +48,10 @@ cdef extern from "<errno.h>" nogil:
         EPIPE
         ECONNRESET
         ENOTCONN
-        ECONNABORTED
+        EMFILE
+        ENFILE
+        ENOBUFS
+        ENOMEM
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
