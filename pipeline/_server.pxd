@@ -1152,7 +1152,6 @@ cdef inline void* server_main(void* argument) noexcept nogil:
     cdef bint has_begun_stop = False
     cdef int n, i, timeout_ms
     while True:
-        server_run_returned(server)
         if server.runnable is not NULL:
             server_run_runnable(server)
         server_free_buried(server)
@@ -1179,6 +1178,8 @@ cdef inline void* server_main(void* argument) noexcept nogil:
         n = epoll_wait(server.epfd, events, SERVER_EVENTS, timeout_ms)
         store_int(&server.is_sleeping, 0)
         server.now_ns = clock_ns()
+        # Before the events: what was answered is idle again, and can make room for a caller.
+        server_run_returned(server)
         for i in range(n):
             pointer = events[i].data.ptr
             if pointer is NULL:

@@ -185,9 +185,17 @@ cdef extern from * nogil:
     """
     size_t format_http_date(char* out, size_t room, time_t now)
 
-cdef extern from "<assert.h>" nogil:
+cdef extern from * nogil:
+    """
+    #include <assert.h>
+    #ifdef NDEBUG
+    #define sync_invariant(holds) ((void)(holds))
+    #else
+    #define sync_invariant(holds) assert(holds)
+    #endif
+    """
     # Checked in debug and sanitizer builds, which undefine NDEBUG (setup.py).
-    void invariant "assert"(bint)
+    void invariant "sync_invariant"(bint)
 
 
 cdef inline int64_t clock_ns() noexcept nogil:
