@@ -98,12 +98,18 @@ class EtcdMember:
     """
 
     def __init__(
-        self, binary: Path, directory: Path, other_url: str, token: str = "raft-pipeline"
+        self,
+        binary: Path,
+        directory: Path,
+        other_url: str,
+        token: str = "raft-pipeline",
+        flags: Sequence[str] = (),
     ) -> None:
         self.binary = binary
         self.directory = directory
         self.other_url = other_url
         self.token = token
+        self.flags = tuple(flags)
         self.peer_url = f"http://127.0.0.1:{free_port()}"
         self.client_url = f"http://127.0.0.1:{free_port()}"
         self.id = member_id([self.peer_url], token)
@@ -130,6 +136,7 @@ class EtcdMember:
             *("--logger", "zap"),
             *("--log-outputs", "stderr"),
             *("--max-request-bytes", str(4 << 20)),
+            *self.flags,
         ]
         # A variable that repeats a flag makes etcd refuse to start.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ETCD_")}

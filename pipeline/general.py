@@ -118,6 +118,7 @@ class General:
         self._is_head_whole = False
         self._request = Request("", "", {}, remote)
         self._is_message = False  # a message for Raft; otherwise answered before its body
+        self._late: Answer | None = None  # to be given when the body has been read
         self._seen = 0  # bytes of the body
         self._taken = 0  # of the budget
         self._out: list[bytes] = []
@@ -206,6 +207,8 @@ class General:
         if isinstance(event, h11.Data):
             return self._on_data(bytes(event.data))
         assert isinstance(event, h11.EndOfMessage)
+        if self._late is not None:
+            return self._send_answer(self._late, close=False)
         return Then.DELIVER if self._is_message else self._go_on()
 
     def _on_request(self, event: h11.Request) -> Then | None:
@@ -221,6 +224,9 @@ class General:
                 return Then.NEXT
             self._is_message = True
             return None
+        if answer.drain and not self._http.they_are_waiting_for_100_continue:
+            self._late = answer
+            return None
         # What a refused request still sends is read, if it is little, to keep the connection.
         is_long = int(headers.get("content-length", "0")) > DRAIN_MAX
         close = answer.close or is_long or self._http.they_are_waiting_for_100_continue
@@ -229,10 +235,10 @@ class General:
 
     def _on_data(self, data: bytes) -> Then | None:
         self._seen += len(data)
-        if not self._is_message:
-            return Then.CLOSE if self._seen > DRAIN_MAX else None
-        if self._seen > self._config.max_body_bytes:
+        if self._seen > self._config.max_body_bytes and (self._is_message or self._late):
             return self._send_answer(self._handlers.body_too_large(self._request), close=True)
+        if not self._is_message:
+            return Then.CLOSE if self._seen > DRAIN_MAX and self._late is None else None
         if not self._budget.take(len(data)):
             return self._send_answer(self._handlers.overloaded(self._request), close=True)
         self._taken += len(data)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from pipeline._messages import Message
@@ -83,6 +83,8 @@ class Answer:
     body: bytes = b""
     #: Close the connection, without reading what may be left of the request.
     close: bool = False
+    #: Answer after the body, which is read, within ``max_body_bytes``, and thrown away.
+    drain: bool = False
 
 
 class Handlers:
@@ -154,8 +156,10 @@ class Handlers:
         if path == PROBING_PATH:
             return _probing()
         if path == SNAPSHOT_PATH:
-            # Closed, so that gigabytes of database are not read in order to be thrown away.
-            return self._check_post(request) or self._answer(501, "Not Implemented", close=True)
+            # To be stored one day. Read first: a Go sender that is answered in the middle of its
+            # body breaks it off and may tell of a broken pipe instead of our answer.
+            refusal = self._answer(501, "Not Implemented")
+            return self._check_post(request) or replace(refusal, drain=True)
         if path.startswith(STREAM_PREFIX):
             if request.method != "GET":
                 return _not_allowed("GET")

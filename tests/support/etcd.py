@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline import Message, PipelineStats, Transport, TransportConfig
@@ -50,6 +50,8 @@ class Cluster:
         Of our Transport.
     has_right_cluster_id : bool
         False gives our Transport another cluster's.
+    flags : sequence of str
+        More flags for etcd.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class Cluster:
         *,
         config: TransportConfig | None = None,
         has_right_cluster_id: bool = True,
+        flags: Sequence[str] = (),
     ) -> None:
         binary = find_etcd()
         assert binary is not None, "no etcd binary: the `test` extra brings one"
         self.our_url = f"http://127.0.0.1:{free_port()}"
-        self.etcd = EtcdMember(binary, directory, self.our_url)
+        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config
