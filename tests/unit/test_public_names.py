@@ -23,7 +23,7 @@ MEMBERS = {
     "queued_bytes",
     "PipelineConfig": "connections queue_length",
     "Transport": "start stop send listen add_peer update_peer remove_peer remove_all_peers "
-    "active_since active_peers stats asgi_app",
+    "active_since active_peers stats metrics_collector asgi_app",
     "Listener": "close",
     "Raft": "process is_id_removed report_unreachable report_snapshot",
     "Message": "type to from_ term log_term index entries commit snapshot reject reject_hint "
