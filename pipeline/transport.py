@@ -328,9 +328,14 @@ class Transport:
             url = self.peer_urls
         with self._lock:
             self._require_running("listen")
-            listener = Listener(self.handlers, url, self.config.receiver)
-            self._listeners.append(listener)
-        return listener
+        # Without the lock: a name may take long to resolve, and add_peer takes it.
+        listener = Listener(self.handlers, url, self.config.receiver)
+        with self._lock:
+            if not self._is_stopped:
+                self._listeners.append(listener)
+                return listener
+        listener.close()
+        raise UsageError("listen: transport stopped")
 
     @property
     def asgi_app(self) -> ASGIApp:

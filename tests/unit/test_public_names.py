@@ -69,7 +69,8 @@ def test_the_protobuf_classes_are_where_the_contract_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["google.protobuf", "uvicorn", "click", "rich", "prometheus_client"]
+    "module",
+    ["google.protobuf", "uvicorn", "click", "rich", "prometheus_client", "pipeline.aio"],
 )
 def test_importing_pipeline_does_not_import(module: str) -> None:
     """They are slow to import, and most nodes do not need them."""
