@@ -89,12 +89,13 @@ class _Call:
         self.function = function
         #: Of a report nobody needs the outcome.
         self.is_report = is_report
-        #: Set by the thread when it has stopped to wait; the call is not begun any more.
+        #: Set when nobody waits for it and it was not begun: it is not made any more.
         self.is_given_up = False
         # Completed on the loop only.
         self.outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
 
     def refuse(self) -> None:
+        self.is_given_up = True
         if not self.outcome.done():
             self.outcome.set_exception(_Refused())
 
@@ -157,18 +158,19 @@ class _Deliveries:
             del call  # its outcome's traceback has this frame: no cycle for what is raised
 
     def let_go(self, *, is_stop: bool) -> None:
-        """Stop waiting for the callback that the current task runs in, if it does.
+        """Have no thread wait for the callback that the current task runs, if it runs one.
 
-        Called before something that waits for the library's threads: the one that waits for this
-        callback could not end first. Only a stop also waits for those in ``process``.
+        Called before something that waits for the library's threads: those that wait for this
+        callback, or for their turn after it, could not end first. Only a stop also waits for
+        those in ``process``; it has no use for those that wait for their turn.
         """
         for member_id, task in self._tasks.items():
             if task is asyncio.current_task():
-                call = self._queues[member_id][0]
-                if call.is_report:
-                    call.succeed(None)
-                elif is_stop:
-                    call.refuse()
+                for call in self._queues[member_id]:
+                    if call.is_report:
+                        call.succeed(None)
+                    elif is_stop:
+                        call.refuse()
                 if is_stop:
                     self._stopping.add(task)
 

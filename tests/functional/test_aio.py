@@ -374,26 +374,87 @@ def test_stop_from_a_callback_does_not_wait_for_it(run: Callable[[Main], None]) 
     run(main())
 
 
-def test_removing_a_peer_from_its_report_does_not_wait_for_it(
+def test_removing_a_peer_from_its_report_waits_for_none_of_its_reports(
     run: Callable[[Main], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        removed = asyncio.Event()
-
         async def report() -> None:
-            await transport.remove_peer(5)
-            removed.set()
-            raise ValueError("nobody waits for this")
+            if len(node.reports) == 1:
+                await until(lambda: waiting(transport) == 4)  # a worker each
+                await transport.remove_peer(5)
+                raise ValueError("nobody waits for this")
 
+        node = Node(on_report=report)
         with refused_port() as port:
-            async with transport_of(Node(on_report=report), config=FOREVER) as transport:
+            async with transport_of(node, config=FOREVER) as transport:
                 transport.add_peer(5, [f"http://127.0.0.1:{port}"])
-                transport.send([message(to=5)])
-                await asyncio.wait_for(removed.wait(), LONG_TIMEOUT)
+                transport.send([message(to=5)] * 4)
+                await until(lambda: len(node.reports) == 4)
                 assert transport.stats() == {}
 
     run(main())
     assert "nobody waits for this" in caplog.text
+
+
+def test_stop_from_a_callback_waits_for_none_of_its_member_s_calls(
+    run: Callable[[Main], None],
+) -> None:
+    async def main() -> None:
+        async def process(message: Message) -> None:
+            await until(lambda: waiting(transport) == 2)
+            await transport.stop()
+
+        node = Node(process)
+        transport = transport_of(node, config=FOREVER)
+        await transport.start()
+        url = (await transport.listen("http://127.0.0.1:0")).url
+        replies = await asyncio.gather(posting(url), posting(url))
+        assert [reply.status for reply in replies] == [503, 503]
+        await transport.stop()
+        await until(lambda: waiting(transport) == 0)
+        assert len(node.processed) == 1
+
+    run(main())
+
+
+def test_a_callback_that_ends_the_program_ends_it(run: Callable[[Main], None]) -> None:
+    replies: list[Reply] = []
+
+    async def process(message: Message) -> None:
+        raise SystemExit(3)
+
+    transport = transport_of(Node(process))
+
+    async def main() -> None:
+        await transport.start()
+        url = (await transport.listen("http://127.0.0.1:0")).url
+        thread.append(threading.Thread(target=lambda: replies.append(post(url))))
+        thread[0].start()
+        await asyncio.Event().wait()
+
+    thread: list[threading.Thread] = []
+    with pytest.raises(SystemExit, match="3"):
+        run(main())
+    try:
+        thread[0].join(LONG_TIMEOUT)
+        assert [reply.status for reply in replies] == [500]
+    finally:
+        transport._transport.stop()
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_stop_lets_it_end(
+    run: Callable[[Main], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        transport = transport_of(Node())
+        await transport.start()
+        stopping.append(asyncio.create_task(transport.stop()))
+        await asyncio.sleep(0)
+
+    stopping: list[asyncio.Task[int]] = []
+    run(main())
+    assert stopping[0].cancelled()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 def test_a_cancelled_stop_goes_on(run: Callable[[Main], None]) -> None:
