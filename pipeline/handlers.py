@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from pipeline._messages import Message
 from pipeline.config import ReceiverConfig
@@ -33,7 +34,7 @@ from pipeline.protocol import (
 )
 from pipeline.types import MessageType, Raft
 
-__all__ = ["Answer", "Handlers", "Request"]
+__all__ = ["Answer", "Handlers", "Received", "Request"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ _PROCESS_LOCAL = frozenset(
 _KNOWN_TYPES = frozenset(MessageType)
 
 # Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
-# who makes up ids can cost us.
+# who makes up ids can cost us. Of addresses with failures, where asked for, as many are kept.
 _MAX_SENDERS = 128
 
 _WARNING_INTERVAL_S = 1.0
@@ -85,6 +86,17 @@ class Answer:
     close: bool = False
     #: Answer after the body, which is read, within ``max_body_bytes``, and thrown away.
     drain: bool = False
+
+
+class Received(NamedTuple):
+    """What ``Handlers`` have counted, at one instant."""
+
+    #: Body bytes by sending member; None for all past the first 128.
+    received_bytes: dict[int | None, int]
+    #: Failures by the caller's ``ip:port``; "" for those not told by address, 0 included.
+    received_failures: dict[str, int]
+    ignored: int
+    process_failures: int
 
 
 class Handlers:
@@ -142,6 +154,7 @@ class Handlers:
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
+        self._failures_by_address: dict[str, int] | None = None
         self._lock = threading.Lock()  # guards the counters and the one below
         self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
 
@@ -177,7 +190,7 @@ class Handlers:
             message = Message.unmarshal(body)
         except UnmarshalError as error:
             self._warn("failed to unmarshal Raft message from %s: %s", request.remote, error)
-            self._count_failure()
+            self._count_failure(request.remote)
             return self._answer(400, "error unmarshalling raft message")
         return self.process(message, len(body), request.remote) or self.no_content()
 
@@ -189,7 +202,7 @@ class Handlers:
         kind, sender = message.type, message.from_
         if kind not in _KNOWN_TYPES:
             self._warn("refused Raft message from %s: type %d is not known", remote, kind)
-            self._count_failure()
+            self._count_failure(remote)
             return self._answer(400, "error unmarshalling raft message")
         self._count_received(sender, size_bytes)
         if kind in _PROCESS_LOCAL:
@@ -217,13 +230,13 @@ class Handlers:
     def read_failed(self, request: Request) -> Answer:
         """Answer a request whose body broke off or stalled."""
         self._warn("failed to read Raft message from %s: the body is incomplete", request.remote)
-        self._count_failure()
+        self._count_failure(request.remote)
         return self._answer(400, "error reading raft message", close=True)
 
     def body_too_large(self, request: Request) -> Answer:
         """Answer a request whose body is larger than ``max_body_bytes``."""
         self._warn("refused Raft message from %s: the body is too large", request.remote)
-        self._count_failure()
+        self._count_failure(request.remote)
         return self._answer(413, "request body too large", close=True)
 
     def head_too_large(self) -> Answer:
@@ -233,7 +246,7 @@ class Handlers:
     def overloaded(self, request: Request) -> Answer:
         """Answer a request whose body there is no memory for just now."""
         self._warn("no memory for a Raft message from %s", request.remote)
-        self._count_failure()
+        self._count_failure(request.remote)
         return self._answer(503, "too many bytes in requests", close=True)
 
     def shutting_down(self) -> Answer:
@@ -283,7 +296,7 @@ class Handlers:
             self._warn(
                 "refused Raft message from %s: content encoding %r", request.remote, encoding[:64]
             )
-            self._count_failure()
+            self._count_failure(request.remote)
             return self._answer(415, "unsupported content encoding", close=True)
         # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
         length = request.headers.get("content-length", "")
@@ -304,9 +317,35 @@ class Handlers:
         """Answer a message that was taken."""
         return Answer(204, self._cluster_header)
 
-    def _count_failure(self) -> None:
+    def counts(self) -> Received:
+        """Return everything counted, for the metrics."""
+        with self._lock:
+            received: dict[int | None, int] = dict(self.received_bytes.items())
+            if self.received_bytes_others:
+                received[None] = self.received_bytes_others
+            failures = dict(self._failures_by_address or {})
+            failures[""] = self.received_failures - sum(failures.values())
+            return Received(received, failures, self.ignored, self.process_failures)
+
+    def count_failures_by_address(self) -> None:
+        """Tell failures by the caller's address from now on, for the first 128 addresses."""
+        with self._lock:
+            if self._failures_by_address is None:
+                self._failures_by_address = {}
+
+    def forget(self, sender: int) -> None:
+        """Drop what was counted for a member that is one no more."""
+        with self._lock:
+            self.received_bytes.pop(sender, None)
+
+    def _count_failure(self, remote: object) -> None:
         with self._lock:
             self.received_failures += 1
+            counts = self._failures_by_address
+            if counts is not None:
+                address = str(remote)
+                if address in counts or len(counts) < _MAX_SENDERS:
+                    counts[address] = counts.get(address, 0) + 1
 
     def _count_received(self, sender: int, size_bytes: int) -> None:
         with self._lock:

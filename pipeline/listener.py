@@ -104,6 +104,11 @@ class Listener:
         _all.add(self)
         atexit.register(self.close)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._is_closed
+
     def stats(self) -> ReceiverStats:
         """Return what was received and what had to be limited."""
         return self._receiver.stats()

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from wsgiref.types import WSGIApplication
 
 from pipeline.asgi import ASGIApp, asgi_app
@@ -29,6 +29,9 @@ from pipeline.protocol import format_id
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import Raft
 from pipeline.wsgi import wsgi_app
+
+if TYPE_CHECKING:
+    from pipeline.metrics import MetricsCollector
 
 __all__ = ["Transport"]
 
@@ -241,6 +244,7 @@ class Transport:
         if peer is None:
             logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
             return 0
+        self.handlers.forget(peer_id)
         dropped = peer.stop_begin()
         peer.stop_end(time.monotonic() + self.config.stop_timeout_s)
         logger.info("removed remote peer %s", format_id(peer_id))
@@ -250,6 +254,8 @@ class Transport:
         """Remove every peer; the number of messages dropped."""
         with self._lock:
             peers, self._peers = self._peers, {}
+        for peer_id in peers:
+            self.handlers.forget(peer_id)
         dropped = sum(peer.stop_begin() for peer in peers.values())
         deadline = time.monotonic() + self.config.stop_timeout_s
         for peer in peers.values():
@@ -272,6 +278,27 @@ class Transport:
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
         return {peer_id: peer.pipeline.follower_stats() for peer_id, peer in self._peers.items()}
+
+    def metrics_collector(self, *, received_failures_by_address: bool = False) -> MetricsCollector:
+        """Return a prometheus_client collector with etcd's names; ``docs/metrics.md``.
+
+        Parameters
+        ----------
+        received_failures_by_address : bool
+            True labels failures to receive with the caller's ``ip:port``, as etcd does.
+
+        Raises
+        ------
+        ImportError
+            Without prometheus-client, which the extra ``metrics`` installs.
+
+        Notes
+        -----
+        Several transports in one registry share one :class:`pipeline.metrics.MetricsCollector`.
+        """
+        from pipeline.metrics import MetricsCollector
+
+        return MetricsCollector((self,), received_failures_by_address=received_failures_by_address)
 
     # -- receiving
 
@@ -301,9 +328,14 @@ class Transport:
             url = self.peer_urls
         with self._lock:
             self._require_running("listen")
-            listener = Listener(self.handlers, url, self.config.receiver)
-            self._listeners.append(listener)
-        return listener
+        # Without the lock: a name may take long to resolve, and add_peer takes it.
+        listener = Listener(self.handlers, url, self.config.receiver)
+        with self._lock:
+            if not self._is_stopped:
+                self._listeners.append(listener)
+                return listener
+        listener.close()
+        raise UsageError("listen: transport stopped")
 
     @property
     def asgi_app(self) -> ASGIApp:

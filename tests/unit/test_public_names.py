@@ -23,7 +23,7 @@ MEMBERS = {
     "queued_bytes",
     "PipelineConfig": "connections queue_length",
     "Transport": "start stop send listen add_peer update_peer remove_peer remove_all_peers "
-    "active_since active_peers stats asgi_app",
+    "active_since active_peers stats metrics_collector asgi_app",
     "Listener": "close",
     "Raft": "process is_id_removed report_unreachable report_snapshot",
     "Message": "type to from_ term log_term index entries commit snapshot reject reject_hint "
@@ -69,7 +69,8 @@ def test_the_protobuf_classes_are_where_the_contract_says() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["google.protobuf", "uvicorn", "click", "rich", "prometheus_client"]
+    "module",
+    ["google.protobuf", "uvicorn", "click", "rich", "prometheus_client", "pipeline.aio"],
 )
 def test_importing_pipeline_does_not_import(module: str) -> None:
     """They are slow to import, and most nodes do not need them."""

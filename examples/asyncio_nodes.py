@@ -1,0 +1,33 @@
+"""Two nodes on one event loop exchange messages: the asyncio program of the README."""
+
+import asyncio
+
+from pipeline import Message, MessageType, SnapshotStatus
+from pipeline.aio import Transport
+
+
+class Node:
+    """What a Raft node implements (``pipeline.aio.Raft``); called on the loop, async or plain."""
+
+    def __init__(self) -> None:
+        self.inbox: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def process(self, message: Message) -> None:
+        await self.inbox.put(message)
+
+    def is_id_removed(self, member_id: int) -> bool:
+        return False
+
+    def report_unreachable(self, member_id: int) -> None: ...
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None: ...
+
+
+async def main() -> None:
+    a, b = Node(), Node()
+    async with Transport(1, 0x77, a) as one, Transport(2, 0x77, b) as two:
+        one.add_peer(2, [(await two.listen("http://127.0.0.1:0")).url])
+        one.send([Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)])
+        print("2 got", await b.inbox.get())
+
+
+asyncio.run(main())

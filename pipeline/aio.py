@@ -1,0 +1,500 @@
+"""The asyncio face: the same Transport, its callbacks delivered on the event loop.
+
+A thread of the library that has something for the node leaves it on the loop and waits for the
+outcome, as it would wait in a blocking callback. So nothing queues up that is not held by a
+waiting thread: a loop that is stuck makes peers wait and grows nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, ParamSpec, Protocol, Self, TypeVar
+from wsgiref.types import WSGIApplication
+
+from pipeline import transport as threaded
+from pipeline._messages import Message
+from pipeline._receiver import ReceiverStats
+from pipeline.asgi import ASGIApp
+from pipeline.config import TransportConfig
+from pipeline.errors import MemberRemovedError, RequestRejected, UsageError
+from pipeline.listener import Listener as ThreadedListener
+from pipeline.peer import Sendable
+from pipeline.protocol import format_id
+from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.types import SnapshotStatus
+
+if TYPE_CHECKING:
+    from pipeline.metrics import MetricsCollector
+
+__all__ = ["Listener", "Raft", "Transport"]
+
+logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: How often a waiting thread looks whether the loop still runs: a loop that ends tells nobody.
+LOOP_CHECK_S = 0.5
+
+#: What ``stop`` gives cancelled callbacks to end. They need one turn of the loop, unless they
+#: suppress the cancellation or clean up.
+CANCEL_TIMEOUT_S = 0.1
+
+
+class Raft(Protocol):
+    """What the node implements: ``pipeline.Raft``, each method plain or ``async``.
+
+    Called on the event loop: one call at a time for one member, in the order in which they came;
+    calls for different members run concurrently where they await. A plain method must not block.
+    One that waits holds up its member's further calls and a thread of the library, so ``process``
+    should not wait for what the same member's next message brings.
+    """
+
+    def process(self, message: Message) -> Awaitable[None] | None:
+        """Take a message from a peer, which is answered 204 when this has returned.
+
+        ``RequestRejected`` chooses the answer; anything else raised is answered 500. The calls
+        are ordered by ``message.from_``.
+        """
+
+    def is_id_removed(self, member_id: int) -> Awaitable[bool] | bool:
+        """Tell whether the member was removed from the cluster for good."""
+
+    def report_unreachable(self, member_id: int) -> Awaitable[None] | None:
+        """Learn that a message to the member was not delivered."""
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> Awaitable[None] | None:
+        """Learn how a MsgSnap to the member ended."""
+
+
+class _Refused(Exception):
+    """The call was not made, or not waited for: the loop ended, or the transport stopped."""
+
+
+class _Call:
+    """One callback to be made on the loop, and the thread that waits for its outcome."""
+
+    __slots__ = ("function", "is_given_up", "is_report", "outcome")
+
+    def __init__(
+        self, function: Callable[[], Awaitable[object] | object], *, is_report: bool
+    ) -> None:
+        self.function = function
+        #: Of a report nobody needs the outcome.
+        self.is_report = is_report
+        #: Set when nobody waits for it and it was not begun: it is not made any more.
+        self.is_given_up = False
+        # Completed on the loop only.
+        self.outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
+
+    def refuse(self) -> None:
+        self.is_given_up = True
+        if not self.outcome.done():
+            self.outcome.set_exception(_Refused())
+
+    def succeed(self, result: object) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+        else:  # let go before it ended
+            logger.error("a callback raised that is not waited for any more", exc_info=error)
+
+
+class _Deliveries:
+    """Calls by member: a queue each, emptied by a task each. Used on the loop, but for ``call``."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread_id = 0
+        self._is_closed = False
+        self._queues: dict[int, deque[_Call]] = {}  # the call being made stays at the left end
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._stopping: set[asyncio.Task[None]] = set()  # those whose callback called stop
+
+    def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
+
+    def call(
+        self,
+        member_id: int,
+        function: Callable[[], Awaitable[object] | object],
+        *,
+        is_report: bool = False,
+    ) -> object:
+        """Have ``function`` called on the loop; its result or what it raises. Blocks.
+
+        Raises ``_Refused`` when it will not be called, and ``UsageError`` on the loop's thread,
+        which would wait for itself.
+        """
+        loop = self._loop
+        if loop is None or self._is_closed:
+            raise _Refused
+        if threading.get_ident() == self._thread_id:
+            raise UsageError("called on the event loop: it would wait for itself")
+        call = _Call(function, is_report=is_report)
+        try:
+            loop.call_soon_threadsafe(self._take, member_id, call)
+        except RuntimeError:  # closed
+            raise _Refused from None
+        while not call.outcome.done():
+            concurrent.futures.wait((call.outcome,), LOOP_CHECK_S)
+            if not loop.is_running() and not call.outcome.done():
+                call.is_given_up = True
+                raise _Refused
+        try:
+            return call.outcome.result()
+        finally:
+            del call  # its outcome's traceback has this frame: no cycle for what is raised
+
+    def let_go(self, *, is_stop: bool) -> None:
+        """Have no thread wait for the callback that the current task runs, if it runs one.
+
+        Called before something that waits for the library's threads: those that wait for this
+        callback, or for their turn after it, could not end first. Only a stop also waits for
+        those in ``process``; it has no use for those that wait for their turn.
+        """
+        for member_id, task in self._tasks.items():
+            if task is asyncio.current_task():
+                for call in self._queues[member_id]:
+                    if call.is_report:
+                        call.succeed(None)
+                    elif is_stop:
+                        call.refuse()
+                if is_stop:
+                    self._stopping.add(task)
+
+    async def close(self) -> None:
+        """Refuse what waits and what comes, cancel the callbacks that run but those that stop."""
+        self._is_closed = True
+        for queue in self._queues.values():
+            for call in queue:
+                call.refuse()
+        tasks = [task for task in self._tasks.values() if task not in self._stopping]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT_S)
+
+    def _take(self, member_id: int, call: _Call) -> None:
+        if self._is_closed:
+            call.refuse()
+            return
+        queue = self._queues.setdefault(member_id, deque())
+        queue.append(call)
+        if len(queue) == 1:
+            task = asyncio.get_running_loop().create_task(
+                self._make_calls(member_id, queue), name=f"pipeline-member-{format_id(member_id)}"
+            )
+            self._tasks[member_id] = task
+            task.add_done_callback(partial(self._clear, member_id))
+
+    async def _make_calls(self, member_id: int, queue: deque[_Call]) -> None:
+        while queue:
+            call = queue[0]
+            if not call.is_given_up and not self._is_closed:
+                await self._make_call(call)
+            queue.popleft()
+        # In the same turn that found the queue empty: what is taken next makes a task anew.
+        del self._queues[member_id], self._tasks[member_id]
+
+    def _clear(self, member_id: int, task: asyncio.Task[None]) -> None:
+        """Refuse what a task left that was cancelled, perhaps before it began, or that broke."""
+        if self._tasks.get(member_id) is task:
+            for call in self._queues[member_id]:
+                call.refuse()
+            del self._queues[member_id], self._tasks[member_id]
+
+    async def _make_call(self, call: _Call) -> None:
+        try:
+            result = call.function()
+            if inspect.isawaitable(result):
+                result = await result
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            assert task is not None
+            if task.cancelling():
+                raise
+            call.fail(error)  # of something it awaited: a failure like another
+        except (KeyboardInterrupt, SystemExit) as error:
+            call.fail(error)
+            raise  # ends the program, as anywhere on the loop
+        except BaseException as error:
+            call.fail(error)
+        else:
+            call.succeed(result)
+        finally:
+            del call  # as above
+
+
+class _Bridge:
+    """The node as the library's threads know it: ``pipeline.Raft``."""
+
+    def __init__(
+        self,
+        raft: Raft,
+        on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None,
+    ) -> None:
+        self.deliveries = _Deliveries()
+        self._raft = raft
+        self._on_critical_error = on_critical_error
+
+    def process(self, message: Message) -> None:
+        try:
+            self.deliveries.call(message.from_, lambda: self._raft.process(message))
+        except _Refused:
+            # What a listener answers that closes; the message may have been processed.
+            raise RequestRejected(503, b"shutting down\n") from None
+
+    def is_id_removed(self, member_id: int) -> bool:
+        try:
+            return bool(
+                self.deliveries.call(member_id, lambda: self._raft.is_id_removed(member_id))
+            )
+        except _Refused:
+            return False
+
+    def report_unreachable(self, member_id: int) -> None:
+        self._report(member_id, lambda: self._raft.report_unreachable(member_id))
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
+        self._report(member_id, lambda: self._raft.report_snapshot(member_id, status))
+
+    def critical_error(self, error: MemberRemovedError) -> None:
+        callback = self._on_critical_error
+        assert callback is not None
+        self._report(error.peer_id, lambda: callback(error))
+
+    def _report(self, member_id: int, function: Callable[[], Awaitable[None] | None]) -> None:
+        try:
+            self.deliveries.call(member_id, function, is_report=True)
+        except _Refused:
+            logger.debug("nobody is told of peer %s: the loop has ended", format_id(member_id))
+
+
+class Listener:
+    """A listener of :meth:`Transport.listen`. Also an async context manager.
+
+    Attributes
+    ----------
+    url : str
+        Where it is served, with the real port; of several the first one given.
+    urls : tuple of str
+        All of them, in the order given.
+    """
+
+    def __init__(self, listener: ThreadedListener) -> None:
+        self._listener = listener
+        self.url = listener.url
+        self.urls = listener.urls
+
+    def stats(self) -> ReceiverStats:
+        """Return what was received and what had to be limited."""
+        return self._listener.stats()
+
+    async def close(self, deadline_s: float = 1.0) -> None:
+        """Close as :meth:`pipeline.Listener.close` does, off the loop."""
+        await _in_thread(self._listener.close, deadline_s)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class Transport:
+    """The network half of a Raft node, for asyncio. ``pipeline.Transport`` says what it does.
+
+    Parameters
+    ----------
+    member_id, cluster_id : int
+        Ours, 64 bits.
+    raft : pipeline.aio.Raft
+        Called on the loop; its methods are plain or ``async``.
+    peer_urls : iterable of str
+        Where peers reach us; sent as X-PeerURLs.
+    config : TransportConfig, optional
+    on_critical_error : callable, optional
+        Called on the loop, plain or ``async``, in order with the other callbacks of that peer.
+
+    Raises
+    ------
+    UsageError
+        If an ID, a URL or a setting is not valid.
+
+    Notes
+    -----
+    An async context manager: starts and stops. It belongs to the loop that runs ``start``.
+    What is plain here never blocks: ``send``, ``add_peer``, ``update_peer`` and what reads
+    counters may be called on the loop, from callbacks and from any thread. What may wait is
+    ``async`` and waits in a thread of its own: ``stop``, ``listen``, ``remove_peer`` and
+    ``remove_all_peers``; call these, and ``start``, on the loop.
+
+    While a callback has not returned, the thread that delivers it waits: a message's sender has no
+    answer, and no more than ``config.receiver.handlers`` messages of each listener and
+    ``config.dispatchers`` reports are pending. If the loop ends without ``stop``, messages are
+    answered 503 and reports are dropped.
+    """
+
+    def __init__(
+        self,
+        member_id: int,
+        cluster_id: int,
+        raft: Raft,
+        *,
+        peer_urls: Iterable[str] = (),
+        config: TransportConfig | None = None,
+        on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None = None,
+    ) -> None:
+        bridge = _Bridge(raft, on_critical_error)
+        self._deliveries = bridge.deliveries
+        self._transport = threaded.Transport(
+            member_id,
+            cluster_id,
+            bridge,
+            peer_urls=peer_urls,
+            config=config,
+            on_critical_error=None if on_critical_error is None else bridge.critical_error,
+        )
+        self._stopping: asyncio.Task[int] | None = None
+        self.member_id = member_id
+        self.cluster_id = cluster_id
+        self.config = self._transport.config
+        self.peer_urls = self._transport.peer_urls
+
+    async def start(self) -> None:
+        """Start the I/O thread; callbacks come to the loop that runs. Once, else ``UsageError``."""
+        # Not in a thread: it starts two threads, as getting off the loop would start one.
+        self._transport.start()
+        self._deliveries.open()
+
+    async def stop(self) -> int:
+        """Close the listeners, stop all peers, end all threads.
+
+        Callbacks that run have ``config.stop_timeout_s`` to end, then they are cancelled; those
+        that wait for their turn are not made. Called from a callback, it does not wait for that
+        callback. A second call waits for the first; one that is cancelled leaves it running.
+
+        Returns
+        -------
+        int
+            How many queued messages were dropped.
+        """
+        self._deliveries.let_go(is_stop=True)
+        if self._stopping is None:
+            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+        return await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> int:
+        try:
+            return await _in_thread(self._transport.stop)
+        finally:
+            await self._deliveries.close()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    def send(self, messages: Iterable[Sendable]) -> None:
+        """Hand each message to the peer it is for; never waits. As :meth:`Transport.send`."""
+        self._transport.send(messages)
+
+    def add_peer(self, peer_id: int, urls: Iterable[str]) -> None:
+        """Start to send to a member; ``UsageError`` for a bad URL, or if not running."""
+        self._transport.add_peer(peer_id, urls)
+
+    def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
+        """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
+        self._transport.update_peer(peer_id, urls)
+
+    async def remove_peer(self, peer_id: int) -> int:
+        """Stop to send to a member; the number of messages dropped.
+
+        Waits for reports that run, at most ``config.stop_timeout_s``; not for the one it is
+        called from.
+        """
+        self._deliveries.let_go(is_stop=False)
+        return await _in_thread(self._transport.remove_peer, peer_id)
+
+    async def remove_all_peers(self) -> int:
+        """Remove every peer, as :meth:`remove_peer`; the number of messages dropped."""
+        self._deliveries.let_go(is_stop=False)
+        return await _in_thread(self._transport.remove_all_peers)
+
+    def active_since(self, peer_id: int) -> float | None:
+        """When the peer last became active, seconds since the epoch; None if it is not."""
+        return self._transport.active_since(peer_id)
+
+    def active_peers(self) -> int:
+        """How many peers are active."""
+        return self._transport.active_peers()
+
+    def stats(self) -> dict[int, PipelineStats]:
+        """The books of every peer's pipeline, by member ID."""
+        return self._transport.stats()
+
+    def follower_stats(self) -> dict[int, FollowerStats]:
+        """What became of MsgApp messages, by member ID."""
+        return self._transport.follower_stats()
+
+    def metrics_collector(self, *, received_failures_by_address: bool = False) -> MetricsCollector:
+        """Return a prometheus_client collector, as ``pipeline.Transport`` does."""
+        return self._transport.metrics_collector(
+            received_failures_by_address=received_failures_by_address
+        )
+
+    async def listen(self, url: str | Iterable[str] | None = None) -> Listener:
+        """Receive at ``url``, by default at all of ``peer_urls``; names are resolved off the loop.
+
+        ``UsageError`` if there is no URL or the transport is not running, ``OSError`` if the
+        address cannot be bound. :meth:`stop` closes it.
+        """
+        return Listener(await _in_thread(self._transport.listen, url))
+
+    @property
+    def asgi_app(self) -> ASGIApp:
+        """An ASGI application that does what :meth:`listen` does; it may run on the same loop."""
+        return self._transport.asgi_app
+
+    @property
+    def wsgi_app(self) -> WSGIApplication:
+        """A WSGI application that does what :meth:`listen` does, for threads off the loop."""
+        return self._transport.wsgi_app
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run what blocks in a thread of its own.
+
+    Not in the loop's executor: that may be full of what waits for us, and closing the loop waits
+    for it.
+    """
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # it cannot be cancelled, only not be waited for
+
+    def run() -> None:
+        try:
+            done.set_result(function(*args, **kwargs))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="pipeline-aio", daemon=True).start()
+    return await asyncio.wrap_future(done)

@@ -1,0 +1,245 @@
+"""A prometheus_client collector: etcd's series under etcd's names, and our own.
+
+Names, types and labels are those of etcd's rafthttp/metrics.go (spec section 5.5); docs/metrics.md
+has the table. Nothing is counted here: at each scrape the counters of the peers, the handlers and
+the listeners are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from pipeline.errors import UsageError
+from pipeline.protocol import format_id
+
+try:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as error:
+    raise ImportError(
+        "metrics need prometheus-client: pip install 'raft-pipeline[metrics]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from pipeline.handlers import Handlers
+    from pipeline.listener import Listener
+    from pipeline.peer import Peer
+    from pipeline.transport import Transport
+
+__all__ = ["MetricsCollector"]
+
+_LISTENER = ("Local", "Listener")
+_PEER = ("Local", "To")
+
+# Name: type, labels, help. A counter's name has to end in _total, for prometheus_client would add
+# it; etcd's own counters that do not (snapshot_send_success) will need a Metric of their own.
+_FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
+    "etcd_network_active_peers": ("gauge", ("Local", "Remote"), "Whether a peer is active."),
+    "etcd_network_disconnected_peers_total": (
+        "counter",
+        ("Local", "Remote"),
+        "How often a peer became inactive.",
+    ),
+    "etcd_network_peer_sent_bytes_total": ("counter", ("To",), "Bytes of messages sent to a peer."),
+    "etcd_network_peer_received_bytes_total": (
+        "counter",
+        ("From",),
+        "Bytes of messages received from a member; From is empty for senders past the first 128.",
+    ),
+    "etcd_network_peer_sent_failures_total": (
+        "counter",
+        ("To",),
+        "Messages to a peer that were not delivered, or refused because its queue was full.",
+    ),
+    "etcd_network_peer_received_failures_total": (
+        "counter",
+        ("From",),
+        "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
+    ),
+    "raft_pipeline_offered_messages_total": ("counter", _PEER, "Messages given to send."),
+    "raft_pipeline_accepted_messages_total": ("counter", _PEER, "Messages taken."),
+    "raft_pipeline_refused_messages_total": ("counter", _PEER, "Messages turned away by send."),
+    "raft_pipeline_sent_messages_total": ("counter", _PEER, "Messages answered 204."),
+    "raft_pipeline_failed_messages_total": ("counter", _PEER, "Messages not answered 204."),
+    "raft_pipeline_dropped_messages_total": ("counter", _PEER, "Messages queued at a stop."),
+    "raft_pipeline_queued_messages": ("gauge", _PEER, "Messages that wait for a worker."),
+    "raft_pipeline_in_flight_messages": ("gauge", _PEER, "Messages with a worker."),
+    "raft_pipeline_queued_bytes": ("gauge", _PEER, "Bytes that wait for a worker."),
+    "raft_pipeline_callback_errors_total": ("counter", _PEER, "Callbacks of Raft that raised."),
+    "raft_pipeline_ignored_messages_total": (
+        "counter",
+        ("Local",),
+        "Messages of process-local types, answered 204 and not delivered.",
+    ),
+    "raft_pipeline_process_failures_total": (
+        "counter",
+        ("Local",),
+        "Calls of process that raised.",
+    ),
+    "raft_pipeline_listener_connections": ("gauge", _LISTENER, "Connections open."),
+    "raft_pipeline_listener_accepted_connections_total": (
+        "counter",
+        _LISTENER,
+        "Connections taken.",
+    ),
+    "raft_pipeline_listener_fast_requests_total": (
+        "counter",
+        _LISTENER,
+        "Requests recognised by the core.",
+    ),
+    "raft_pipeline_listener_general_requests_total": (
+        "counter",
+        _LISTENER,
+        "Requests read by h11.",
+    ),
+    "raft_pipeline_listener_closed_for_room_total": (
+        "counter",
+        _LISTENER,
+        "Idle connections closed to make room.",
+    ),
+    "raft_pipeline_listener_head_timeouts_total": (
+        "counter",
+        _LISTENER,
+        "Connections closed because a head did not come in time.",
+    ),
+    "raft_pipeline_listener_body_timeouts_total": (
+        "counter",
+        _LISTENER,
+        "Connections closed because a body stalled.",
+    ),
+    "raft_pipeline_listener_idle_timeouts_total": (
+        "counter",
+        _LISTENER,
+        "Connections closed because they were idle.",
+    ),
+    "raft_pipeline_listener_accept_pauses_total": (
+        "counter",
+        _LISTENER,
+        "Times accepting was paused.",
+    ),
+    "raft_pipeline_listener_body_pauses_total": (
+        "counter",
+        _LISTENER,
+        "Times a body had to wait for a handler or for memory.",
+    ),
+}
+
+Sample = tuple[str, tuple[str, ...], float]
+
+
+class MetricsCollector(Collector):
+    """The metrics of one or more transports, for ``CollectorRegistry.register``.
+
+    Parameters
+    ----------
+    transports : iterable of Transport
+        At least one. etcd's series name no local member but for two, so transports that share a
+        registry share a collector, which adds up what has the same labels, as etcd's
+        process-wide counters do. A second collector in the same registry is refused by
+        ``register`` (``ValueError``).
+    received_failures_by_address : bool
+        True gives ``etcd_network_peer_received_failures_total`` the caller's ``ip:port`` as From,
+        as etcd does, counted from now on for the first 128 addresses. Every connection of a caller
+        is another address, so by default all failures are one series with an empty From.
+
+    Raises
+    ------
+    ImportError
+        When the module is imported without prometheus-client (extra ``metrics``).
+    UsageError
+        If there is no transport.
+
+    Notes
+    -----
+    Thread-safe; a scrape takes each peer's and the handlers' lock for microseconds, one after the
+    other, and calls nothing of the application. Differs from etcd: a removed peer's series
+    disappear, To and From, and begin at 0 when it is added again; a peer's series are there from
+    ``add_peer`` on. The transports are kept alive: unregister the collector after a stop.
+    """
+
+    def __init__(
+        self, transports: Iterable[Transport], *, received_failures_by_address: bool = False
+    ) -> None:
+        self._transports = tuple(transports)
+        if not self._transports:
+            raise UsageError("transports: none given")
+        if received_failures_by_address:
+            for transport in self._transports:
+                transport.handlers.count_failures_by_address()
+
+    def describe(self) -> Iterable[Metric]:
+        """Yield the families without samples, so that ``register`` can refuse duplicates."""
+        for name, (kind, labels, text) in _FAMILIES.items():
+            if kind == "gauge":
+                yield GaugeMetricFamily(name, text, labels=labels)
+            else:
+                yield CounterMetricFamily(name, text, labels=labels)
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield all families with what is counted at this moment."""
+        sums: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _FAMILIES}
+        for transport in self._transports:
+            for name, labels, value in _samples(transport):
+                family = sums[name]
+                family[labels] = family.get(labels, 0) + value
+        for metric, samples in zip(self.describe(), sums.values(), strict=True):
+            assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
+            for labels, value in samples.items():
+                metric.add_metric(labels, value)
+            yield metric
+
+
+def _samples(transport: Transport) -> Iterator[Sample]:
+    # The underscored attributes are Transport's own: this is a part of it, in a file of its own.
+    local = format_id(transport.member_id)
+    for peer in transport._peers.values():
+        yield from _peer_samples(local, peer)
+    yield from _received_samples(local, transport.handlers)
+    for listener in transport._listeners:
+        if not listener.is_closed:
+            yield from _listener_samples(local, listener)
+
+
+def _peer_samples(local: str, peer: Peer) -> Iterator[Sample]:
+    to = format_id(peer.peer_id)
+    books, status = peer.pipeline.stats(), peer.status
+    yield "etcd_network_active_peers", (local, to), status.is_active
+    yield "etcd_network_disconnected_peers_total", (local, to), status.disconnects
+    yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes
+    yield "etcd_network_peer_sent_failures_total", (to,), books.failed + books.refused
+    for field in ("offered", "accepted", "refused", "sent", "failed", "dropped"):
+        yield f"raft_pipeline_{field}_messages_total", (local, to), getattr(books, field)
+    for field in ("queued", "in_flight"):
+        yield f"raft_pipeline_{field}_messages", (local, to), getattr(books, field)
+    yield "raft_pipeline_queued_bytes", (local, to), books.queued_bytes
+    errors = peer.pipeline.callback_errors
+    yield "raft_pipeline_callback_errors_total", (local, to), errors
+
+
+def _received_samples(local: str, handlers: Handlers) -> Iterator[Sample]:
+    counts = handlers.counts()
+    for sender, size_bytes in counts.received_bytes.items():
+        name = "" if sender is None else format_id(sender)
+        yield "etcd_network_peer_received_bytes_total", (name,), size_bytes
+    for address, failures in counts.received_failures.items():
+        yield "etcd_network_peer_received_failures_total", (address,), failures
+    yield "raft_pipeline_ignored_messages_total", (local,), counts.ignored
+    yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
+
+
+def _listener_samples(local: str, listener: Listener) -> Iterator[Sample]:
+    counts, labels = listener.stats(), (local, listener.url)
+    yield "raft_pipeline_listener_connections", labels, counts.connections
+    yield "raft_pipeline_listener_accepted_connections_total", labels, counts.accepted
+    for field in (
+        "fast_requests",
+        "general_requests",
+        "closed_for_room",
+        "head_timeouts",
+        "body_timeouts",
+        "idle_timeouts",
+        "accept_pauses",
+        "body_pauses",
+    ):
+        yield f"raft_pipeline_listener_{field}_total", labels, getattr(counts, field)

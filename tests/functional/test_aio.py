@@ -1,0 +1,598 @@
+"""The asyncio face: where callbacks run, in which order, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from pipeline import (
+    MemberRemovedError,
+    Message,
+    MessageType,
+    PipelineConfig,
+    ReceiverConfig,
+    RequestRejected,
+    SnapshotStatus,
+    TransportConfig,
+    UsageError,
+)
+from pipeline.aio import Transport, _Call
+from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.http import CLUSTER_ID, Reply, peer_headers, reply_of_socket
+from tests.support.senders import eventually, message
+from tests.support.server import ScriptedServer, always, answer, refused_port
+
+# A stop that waited for the callback it is called from would take this long.
+FOREVER = TransportConfig(stop_timeout_s=3600.0)
+
+Main = Coroutine[Any, Any, None]
+
+
+class Node:
+    """Records what it is told; ``on_process`` and ``on_report`` may be plain or async."""
+
+    def __init__(
+        self,
+        on_process: Callable[[Message], Awaitable[None] | None] = lambda message: None,
+        on_report: Callable[[], Awaitable[None] | None] = lambda: None,
+    ) -> None:
+        self.processed: list[Message] = []
+        self.reports: list[tuple[object, ...]] = []
+        self.threads: set[int] = set()
+        self.on_process = on_process
+        self.on_report = on_report
+
+    def process(self, message: Message) -> Awaitable[None] | None:
+        self.threads.add(threading.get_ident())
+        self.processed.append(message)
+        return self.on_process(message)
+
+    def is_id_removed(self, member_id: int) -> bool:
+        self.threads.add(threading.get_ident())
+        return member_id == 7
+
+    def report_unreachable(self, member_id: int) -> Awaitable[None] | None:
+        self.threads.add(threading.get_ident())
+        self.reports.append((member_id,))
+        return self.on_report()
+
+    async def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
+        self.reports.append((member_id, status))
+
+    def removed(self, error: MemberRemovedError) -> None:
+        self.reports.append((error.peer_id, "removed"))
+
+
+def post(url: str, *, sender: int = 1, index: int = 0) -> Reply:
+    """Post a message as a peer does; blocks."""
+    body = Message(type=MessageType.HEARTBEAT, from_=sender, to=2, index=index).marshal()
+    return reply_of_socket(url, "POST", "/raft", peer_headers(), body)
+
+
+def posting(url: str, **fields: int) -> asyncio.Task[Reply]:
+    return asyncio.create_task(asyncio.to_thread(post, url, **fields))
+
+
+async def until(predicate: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LONG_TIMEOUT):
+        while not predicate():
+            await asyncio.sleep(0.002)
+
+
+def transport_of(node: Node, **changes: Any) -> Transport:
+    return Transport(2, CLUSTER_ID, node, on_critical_error=node.removed, **changes)
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Callable[[Main], None]:
+    """Run a test's coroutine on a loop of its own, as ``asyncio.run`` does."""
+    factory = None
+    if request.param == "uvloop":
+        uvloop = pytest.importorskip("uvloop", reason="no uvloop for this Python")
+        factory = uvloop.new_event_loop
+
+    def run(main: Main) -> None:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(main)
+
+    return run
+
+
+def test_many_messages_go_both_ways(run: Callable[[Main], None]) -> None:
+    count = 1000
+    config = TransportConfig(pipeline=PipelineConfig(queue_length=count))
+
+    async def main() -> None:
+        a, b = Node(), Node()
+        async with (
+            Transport(1, CLUSTER_ID, a, config=config) as one,
+            Transport(2, CLUSTER_ID, b, config=config) as two,
+        ):
+            one.add_peer(2, [(await two.listen("http://127.0.0.1:0")).url])
+            two.add_peer(1, [(await one.listen("http://127.0.0.1:0")).url])
+            for index in range(count):
+                one.send([Message(type=MessageType.HEARTBEAT, from_=1, to=2, index=index)])
+                two.send([Message(type=MessageType.HEARTBEAT, from_=2, to=1, index=index)])
+            await until(lambda: one.stats()[2].sent == two.stats()[1].sent == count)
+            assert (one.active_peers(), one.active_since(2) is not None) == (1, True)
+            assert one.follower_stats().keys() == {2}
+        for node in (a, b):
+            assert sorted(message.index for message in node.processed) == list(range(count))
+            assert node.threads == {threading.get_ident()}
+
+    run(main())
+
+
+def test_messages_of_one_member_are_processed_one_by_one_as_they_came(
+    run: Callable[[Main], None],
+) -> None:
+    active = {1: 0, 3: 0}
+    most = dict(active)
+
+    async def process(message: Message) -> None:
+        active[message.from_] += 1
+        most[message.from_] = max(most[message.from_], active[message.from_])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+        active[message.from_] -= 1
+
+    async def main() -> None:
+        node = Node(process)
+        async with transport_of(node) as transport:
+            listener = await transport.listen("http://127.0.0.1:0")
+            # One connection per sender: the next one leaves when the last one is answered.
+            config = TransportConfig(pipeline=PipelineConfig(connections=1))
+            async with (
+                Transport(1, CLUSTER_ID, Node(), config=config) as one,
+                Transport(3, CLUSTER_ID, Node()) as three,
+            ):
+                for sender in (one, three):
+                    sender.add_peer(2, [listener.url])
+                    for index in range(50):
+                        beat = Message(
+                            type=MessageType.HEARTBEAT, from_=sender.member_id, to=2, index=index
+                        )
+                        sender.send([beat])
+                await until(lambda: one.stats()[2].sent == three.stats()[2].sent == 50)
+        assert most == {1: 1, 3: 1}
+        assert [m.index for m in node.processed if m.from_ == 1] == list(range(50))
+
+    run(main())
+
+
+def test_calls_queue_for_their_member_in_the_order_they_were_left(
+    run: Callable[[Main], None],
+) -> None:
+    gate = asyncio.Event()
+
+    async def main() -> None:
+        node = Node(lambda message: gate.wait() if message.index == 0 else None)  # type: ignore[arg-type, return-value]
+        async with transport_of(node) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            posts = []
+            for index in range(3):
+                posts.append(posting(url, index=index))
+                await until(lambda index=index: waiting(transport) == index + 1)
+            other = await posting(url, sender=9, index=9)  # does not wait for member 1
+            assert [m.index for m in node.processed] == [0, 9]
+            gate.set()
+            replies = [other, *await asyncio.gather(*posts)]
+        assert [m.index for m in node.processed] == [0, 9, 1, 2]
+        assert [reply.status for reply in replies] == [204] * 4
+
+    run(main())
+
+
+def waiting(transport: Transport) -> int:
+    return sum(len(queue) for queue in transport._deliveries._queues.values())
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_what_process_raises_decides_the_answer(
+    run: Callable[[Main], None], is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors: list[BaseException] = [
+        RequestRejected(418, b"a teapot\n"),
+        ValueError("no"),
+        asyncio.CancelledError(),
+        TimeoutError("not ours"),
+    ]
+
+    def plain(message: Message) -> None:
+        if message.index < len(errors):
+            raise errors[message.index]
+
+    async def later(message: Message) -> None:
+        await asyncio.sleep(0)
+        plain(message)
+
+    async def main() -> None:
+        async with transport_of(Node(later if is_async else plain)) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            replies = [await posting(url, index=index) for index in range(5)]
+        assert [reply.status for reply in replies] == [418, 500, 500, 500, 204]
+        assert replies[0].body == b"a teapot\n"
+
+    run(main())
+    assert "failed to process Raft message" in caplog.text
+
+
+def test_reports_and_critical_errors_come_on_the_loop_in_etcd_s_order(
+    run: Callable[[Main], None],
+) -> None:
+    async def main() -> None:
+        node = Node()
+        with ScriptedServer(always(answer("403 Forbidden"))) as server:
+            async with transport_of(node) as transport:
+                transport.add_peer(5, [server.url])
+                transport.send([message(MessageType.SNAP, b"s", to=5)])
+                await until(lambda: transport.stats()[5].failed == 1)
+                removed = transport._transport._raft.is_id_removed
+                assert await asyncio.to_thread(removed, 7) is True
+                assert await asyncio.to_thread(removed, 5) is False
+        assert node.reports == [(5, "removed"), (5,), (5, SnapshotStatus.FAILURE)]
+        assert node.threads == {threading.get_ident()}
+
+    run(main())
+
+
+def test_a_report_that_raises_is_logged_and_counted(
+    run: Callable[[Main], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def report() -> None:
+        raise ValueError("tell nobody")
+
+    async def main() -> None:
+        node = Node(on_report=report)
+        with refused_port() as port:
+            async with transport_of(node) as transport:
+                transport.add_peer(5, [f"http://127.0.0.1:{port}"])
+                transport.send([message(to=5), message(to=5)])
+                await until(lambda: transport.stats()[5].failed == 2)
+        assert node.reports == [(5,), (5,)]
+
+    run(main())
+    assert "tell nobody" in caplog.text
+
+
+def test_every_method_works_from_a_callback(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        done = asyncio.Event()
+
+        async def process(message: Message) -> None:
+            transport.add_peer(5, ["http://127.0.0.1:1"])
+            transport.update_peer(5, ["http://127.0.0.1:2"])
+            transport.send([Message(type=MessageType.HEARTBEAT, to=5)])
+            assert await transport.remove_peer(5) in (0, 1)
+            transport.add_peer(6, ["http://127.0.0.1:1"])
+            assert await transport.remove_all_peers() == 0
+            async with await transport.listen("http://127.0.0.1:0") as other:
+                assert other.stats().accepted == 0
+                assert other.urls == (other.url,)
+            done.set()
+
+        async with transport_of(Node(process)) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            assert (await posting(url)).status == 204
+        assert done.is_set()
+
+    run(main())
+
+
+def test_a_stuck_loop_makes_callers_wait_and_holds_no_more_calls_than_threads(
+    run: Callable[[Main], None],
+) -> None:
+    config = TransportConfig(receiver=ReceiverConfig(handlers=2))
+
+    def calls() -> int:
+        return len([thing for thing in gc.get_objects() if type(thing) is _Call])
+
+    async def main() -> None:
+        node = Node()
+        async with transport_of(node, config=config) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            before = calls()
+            replies: list[Reply] = []
+            threads = [
+                threading.Thread(target=lambda n=n: replies.append(post(url, sender=n)))
+                for n in range(1, 9)
+            ]
+            for thread in threads:
+                thread.start()
+            # From here on the loop is stuck: this very line of the test blocks it.
+            eventually(lambda: calls() == before + 2)
+            time.sleep(SHORT_TIMEOUT)
+            assert (calls() - before, node.processed, replies) == (2, [], [])
+            await until(lambda: len(replies) == 8)
+            for thread in threads:
+                thread.join()
+        assert {reply.status for reply in replies} == {204}
+
+    run(main())
+
+
+def test_stop_cancels_the_callbacks_that_run_and_refuses_those_that_wait(
+    run: Callable[[Main], None],
+) -> None:
+    config = TransportConfig(stop_timeout_s=0.1)
+    cancelled: list[int] = []
+
+    async def process(message: Message) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(message.index)
+            raise
+
+    async def main() -> None:
+        node = Node(process)
+        transport = transport_of(node, config=config)
+        async with transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            first = posting(url, index=1)
+            await until(lambda: waiting(transport) == 1)
+            second = posting(url, index=2)
+            await until(lambda: waiting(transport) == 2)
+            assert await asyncio.gather(transport.stop(), transport.stop()) == [0, 0]
+            assert cancelled == [1]
+            assert [m.index for m in node.processed] == [1]
+            for reply in await asyncio.gather(first, second):
+                assert (reply.status, reply.body) == (503, b"shutting down\n")
+            with pytest.raises(UsageError, match="stopped"):
+                transport.add_peer(5, ["http://127.0.0.1:1"])
+            with pytest.raises(UsageError, match="stopped"):
+                await transport.listen("http://127.0.0.1:0")
+
+    run(main())
+
+
+def test_stop_from_a_callback_does_not_wait_for_it(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        stopped = asyncio.Event()
+
+        async def process(message: Message) -> None:
+            await transport.stop()
+            await asyncio.sleep(0)  # it was not cancelled
+            stopped.set()
+
+        transport = transport_of(Node(process), config=FOREVER)
+        await transport.start()
+        url = (await transport.listen("http://127.0.0.1:0")).url
+        reply = await posting(url)
+        assert reply.status == 503
+        await asyncio.wait_for(stopped.wait(), LONG_TIMEOUT)
+
+    run(main())
+
+
+def test_removing_a_peer_from_its_report_waits_for_none_of_its_reports(
+    run: Callable[[Main], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async def report() -> None:
+            if len(node.reports) == 1:
+                await until(lambda: waiting(transport) == 4)  # a worker each
+                await transport.remove_peer(5)
+                raise ValueError("nobody waits for this")
+
+        node = Node(on_report=report)
+        with refused_port() as port:
+            async with transport_of(node, config=FOREVER) as transport:
+                transport.add_peer(5, [f"http://127.0.0.1:{port}"])
+                transport.send([message(to=5)] * 4)
+                await until(lambda: len(node.reports) == 4)
+                assert transport.stats() == {}
+
+    run(main())
+    assert "nobody waits for this" in caplog.text
+
+
+def test_stop_from_a_callback_waits_for_none_of_its_member_s_calls(
+    run: Callable[[Main], None],
+) -> None:
+    async def main() -> None:
+        async def process(message: Message) -> None:
+            await until(lambda: waiting(transport) == 2)
+            await transport.stop()
+
+        node = Node(process)
+        transport = transport_of(node, config=FOREVER)
+        await transport.start()
+        url = (await transport.listen("http://127.0.0.1:0")).url
+        replies = await asyncio.gather(posting(url), posting(url))
+        assert [reply.status for reply in replies] == [503, 503]
+        await transport.stop()
+        await until(lambda: waiting(transport) == 0)
+        assert len(node.processed) == 1
+
+    run(main())
+
+
+def test_a_callback_that_ends_the_program_ends_it(run: Callable[[Main], None]) -> None:
+    replies: list[Reply] = []
+
+    async def process(message: Message) -> None:
+        raise SystemExit(3)
+
+    transport = transport_of(Node(process))
+
+    async def main() -> None:
+        await transport.start()
+        url = (await transport.listen("http://127.0.0.1:0")).url
+        thread.append(threading.Thread(target=lambda: replies.append(post(url))))
+        thread[0].start()
+        await asyncio.Event().wait()
+
+    thread: list[threading.Thread] = []
+    with pytest.raises(SystemExit, match="3"):
+        run(main())
+    try:
+        thread[0].join(LONG_TIMEOUT)
+        assert [reply.status for reply in replies] == [500]
+    finally:
+        transport._transport.stop()
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_stop_lets_it_end(
+    run: Callable[[Main], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        transport = transport_of(Node())
+        await transport.start()
+        stopping.append(asyncio.create_task(transport.stop()))
+        await asyncio.sleep(0)
+
+    stopping: list[asyncio.Task[int]] = []
+    run(main())
+    assert stopping[0].cancelled()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_a_cancelled_stop_goes_on(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        transport = transport_of(Node())
+        await transport.start()
+        stopping = asyncio.create_task(transport.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert await transport.stop() == 0
+
+    run(main())
+
+
+def test_a_loop_that_ends_without_stop_leaves_no_thread_waiting(
+    run: Callable[[Main], None],
+) -> None:
+    replies: list[Reply] = []
+    transport = transport_of(Node(lambda message: asyncio.Event().wait()))  # type: ignore[arg-type, return-value]
+
+    async def main() -> None:
+        await transport.start()
+        url = (await transport.listen("http://127.0.0.1:0")).url
+        for index in range(2):  # one runs, one waits for its turn
+            thread = threading.Thread(target=lambda: replies.append(post(url)))
+            threads.append(thread)
+            thread.start()
+            await until(lambda index=index: waiting(transport) == index + 1)
+        # Returning cancels what runs on the loop.
+
+    threads: list[threading.Thread] = []
+    run(main())
+    try:
+        for thread in threads:
+            thread.join(LONG_TIMEOUT)
+        assert [reply.status for reply in replies] == [503, 503]
+    finally:
+        transport._transport.stop()
+
+
+def test_while_the_loop_does_not_run_messages_are_refused() -> None:
+    node = Node()
+    transport = transport_of(node)
+    with asyncio.Runner() as runner:
+        runner.run(transport.start())
+        listener = runner.run(transport.listen("http://127.0.0.1:0"))
+        assert post(listener.url).status == 503
+        runner.run(asyncio.sleep(0))  # what was given up is not begun
+        assert node.processed == []
+        runner.run(transport.stop())
+    assert transport._transport._raft.is_id_removed(7) is False  # nor is any other call made
+
+
+def test_the_loop_s_own_thread_is_told_that_it_would_wait_for_itself() -> None:
+    async def main() -> None:
+        async with transport_of(Node()) as transport:
+            with pytest.raises(UsageError, match="wait for itself"):
+                transport._transport._raft.process(message())
+
+    asyncio.run(main())
+
+
+def test_the_asgi_application_may_run_on_the_same_loop(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        node = Node()
+        sent: list[Any] = []
+        body = message().marshal()
+        events = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Any:
+            return events.pop()
+
+        async def send(event: Any) -> None:
+            sent.append(event)
+
+        async def shutdown() -> Any:
+            return {"type": "lifespan.shutdown"}
+
+        async with transport_of(node) as transport:
+            app = transport.asgi_app
+            headers = [(k.encode(), v.encode()) for k, v in peer_headers().items()]
+            scope = {"type": "http", "method": "POST", "path": "/raft", "headers": headers}
+            scope["raw_path"] = b"/raft"
+            await app(scope, receive, send)
+            await app({"type": "lifespan"}, shutdown, send)
+        assert sent[0]["status"] == 204
+        assert [m.type for m in node.processed] == [MessageType.APP]
+
+    run(main())
+
+
+def test_a_transport_that_was_never_started_is_freed_when_dropped() -> None:
+    transport = transport_of(Node())
+    reference = weakref.ref(transport)
+    inner = weakref.ref(transport._transport)
+    del transport
+    gc.collect()
+    assert (reference(), inner()) == (None, None)
+
+
+def test_a_program_that_drops_its_transport_ends() -> None:
+    program = """
+import asyncio, threading
+from pipeline.aio import Transport
+from tests.functional.test_aio import CLUSTER_ID, Node, post, until, waiting
+
+async def main():
+    transport = Transport(2, CLUSTER_ID, Node(lambda message: asyncio.Event().wait()))
+    await transport.start()
+    url = (await transport.listen("http://127.0.0.1:0")).url
+    threading.Thread(target=lambda: print(post(url).status)).start()
+    await until(lambda: waiting(transport) == 1)
+
+asyncio.run(main())
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "503\n", "")
+
+
+def test_start_and_stop_are_said_once_and_metrics_are_there() -> None:
+    async def main() -> None:
+        transport = transport_of(Node(), peer_urls=["http://127.0.0.1:0"])
+        assert (transport.member_id, transport.cluster_id) == (2, CLUSTER_ID)
+        with pytest.raises(UsageError, match="not started"):
+            await transport.listen()
+        async with transport:
+            with pytest.raises(UsageError, match="once"):
+                await transport.start()
+            listener = await transport.listen()
+            assert listener.url != transport.peer_urls[0]
+            assert list(transport.metrics_collector().collect())
+
+    asyncio.run(main())

@@ -1,0 +1,221 @@
+"""The collector: what it shows of a transport, for how long, and beside others."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline import PipelineConfig, Transport, TransportConfig, UsageError
+from pipeline.handlers import Request
+from pipeline.metrics import _FAMILIES, MetricsCollector
+from tests.support.http import HEARTBEAT, post_heartbeat
+from tests.support.raft import FakeRaft
+from tests.support.senders import eventually, message
+from tests.support.server import ScriptedServer, always, answer
+
+CLUSTER_ID = 0xCDF818194E3A8C32
+
+Labels = Mapping[str, str]
+
+
+class Exposition:
+    """What a registry exposes, by sample name."""
+
+    def __init__(self, *collectors: MetricsCollector) -> None:
+        registry = CollectorRegistry()
+        for collector in collectors:
+            registry.register(collector)
+        self.text = generate_latest(registry).decode()
+        self.samples = [
+            sample
+            for family in text_string_to_metric_families(self.text)
+            for sample in family.samples
+        ]
+
+    def labels(self, name: str) -> list[Labels]:
+        return [sample.labels for sample in self.samples if sample.name == name]
+
+    def value(self, name: str, **labels: str) -> float:
+        (value,) = [s.value for s in self.samples if s.name == name and s.labels == labels]
+        return value
+
+
+def failed_request(transport: Transport, remote: str) -> None:
+    transport.handlers.read_failed(Request("POST", "/raft", {}, remote))
+
+
+def test_a_peer_s_books_and_etcd_s_series_are_shown() -> None:
+    with ScriptedServer() as server, Transport(0xA1, CLUSTER_ID, FakeRaft()) as transport:
+        transport.add_peer(0xB2, [server.url])
+        sent = message(to=0xB2)
+        transport.send([sent])
+        eventually(lambda: transport.stats()[0xB2].sent == 1)
+        shown = Exposition(transport.metrics_collector())
+    peer = {"Local": "a1", "To": "b2"}
+    assert shown.value("etcd_network_active_peers", Local="a1", Remote="b2") == 1
+    assert shown.value("etcd_network_disconnected_peers_total", Local="a1", Remote="b2") == 0
+    assert shown.value("etcd_network_peer_sent_bytes_total", To="b2") == sent.byte_size()
+    assert shown.value("etcd_network_peer_sent_failures_total", To="b2") == 0
+    for name in ("offered", "accepted", "sent"):
+        assert shown.value(f"raft_pipeline_{name}_messages_total", **peer) == 1
+    for name in ("refused", "failed", "dropped"):
+        assert shown.value(f"raft_pipeline_{name}_messages_total", **peer) == 0
+    for name in ("queued_messages", "in_flight_messages", "queued_bytes"):
+        assert shown.value(f"raft_pipeline_{name}", **peer) == 0
+
+
+def test_failed_and_refused_messages_are_send_failures() -> None:
+    config = TransportConfig(pipeline=PipelineConfig(connections=1, queue_length=1))
+    with (
+        ScriptedServer(always(answer("500 Internal Server Error"))) as failing,
+        ScriptedServer(always(b"")) as stuck,
+        Transport(1, CLUSTER_ID, FakeRaft(), config=config) as transport,
+    ):
+        transport.add_peer(2, [failing.url])
+        transport.add_peer(3, [stuck.url])
+        transport.send([message(to=2), message(to=3)])
+        eventually(lambda: transport.stats()[2].failed == 1)
+        eventually(lambda: transport.stats()[3].in_flight == 1)
+        transport.send([message(to=3)] * 3)  # one fits
+        shown = Exposition(transport.metrics_collector())
+    assert shown.value("etcd_network_peer_sent_failures_total", To="2") == 1
+    assert shown.value("etcd_network_peer_sent_failures_total", To="3") == 2
+    assert shown.value("raft_pipeline_queued_messages", Local="1", To="3") == 1
+    assert shown.value("raft_pipeline_in_flight_messages", Local="1", To="3") == 1
+    assert shown.value("raft_pipeline_queued_bytes", Local="1", To="3") > 0
+
+
+def test_what_is_received_is_counted_by_its_sender_and_its_listener() -> None:
+    with Transport(2, CLUSTER_ID, FakeRaft()) as transport:
+        listener = transport.listen("http://127.0.0.1:0")
+        collector = transport.metrics_collector()
+        assert post_heartbeat(listener.url).status == 204
+        shown = Exposition(collector)
+        listener.close()
+        closed = Exposition(collector)
+    size = HEARTBEAT.byte_size()
+    assert shown.value("etcd_network_peer_received_bytes_total", From="1") == size
+    labels = {"Local": "2", "Listener": listener.url}
+    assert shown.value("raft_pipeline_listener_accepted_connections_total", **labels) == 1
+    assert shown.value("raft_pipeline_listener_general_requests_total", **labels) == 1
+    assert closed.labels("raft_pipeline_listener_connections") == []
+
+
+@pytest.mark.parametrize("is_all", [False, True], ids=["remove_peer", "remove_all_peers"])
+def test_the_series_of_a_removed_peer_disappear(is_all: bool) -> None:
+    with Transport(2, CLUSTER_ID, FakeRaft()) as transport:
+        transport.add_peer(1, ["http://127.0.0.1:1"])
+        post_heartbeat(transport.listen("http://127.0.0.1:0").url)
+        collector = transport.metrics_collector()
+        before = Exposition(collector)
+        if is_all:
+            transport.remove_all_peers()
+        else:
+            transport.remove_peer(1)
+        after = Exposition(collector)
+    for shown, count in ((before, 1), (after, 0)):
+        assert len(shown.labels("etcd_network_active_peers")) == count
+        assert len(shown.labels("etcd_network_peer_sent_bytes_total")) == count
+        assert len(shown.labels("etcd_network_peer_received_bytes_total")) == count
+        assert len(shown.labels("raft_pipeline_queued_messages")) == count
+
+
+def test_received_failures_are_one_series_unless_addresses_are_asked_for() -> None:
+    transport = Transport(1, CLUSTER_ID, FakeRaft())
+    name = "etcd_network_peer_received_failures_total"
+    plain = transport.metrics_collector()
+    assert Exposition(plain).value(name, From="") == 0
+    failed_request(transport, "10.0.0.1:1")
+    assert Exposition(plain).labels(name) == [{"From": ""}]
+
+    by_address = transport.metrics_collector(received_failures_by_address=True)
+    for n in range(200):
+        failed_request(transport, f"10.0.0.2:{n}")
+    failed_request(transport, "10.0.0.2:0")
+    shown = Exposition(by_address)
+    assert len(shown.labels(name)) == 128 + 1
+    assert shown.value(name, From="10.0.0.2:0") == 2
+    assert shown.value(name, From="") == 1 + 72
+    # To ask again forgets nothing.
+    again = Exposition(transport.metrics_collector(received_failures_by_address=True))
+    assert again.text == shown.text
+
+
+def test_senders_past_the_first_128_are_one_series() -> None:
+    transport = Transport(1, CLUSTER_ID, FakeRaft())
+    for sender in range(1, 131):
+        transport.handlers._count_received(sender, 10)
+    name = "etcd_network_peer_received_bytes_total"
+    shown = Exposition(transport.metrics_collector())
+    assert len(shown.labels(name)) == 129
+    assert shown.value(name, From="80") == 10
+    assert shown.value(name, From="") == 20
+
+
+def test_transports_of_one_registry_share_a_collector_that_adds_up() -> None:
+    one, two = Transport(1, CLUSTER_ID, FakeRaft()), Transport(2, CLUSTER_ID, FakeRaft())
+    with one, two:
+        for transport in (one, two):
+            transport.add_peer(3, ["http://127.0.0.1:1"])
+            transport.handlers._count_received(3, 10)
+        shown = Exposition(MetricsCollector([one, two]))
+    assert shown.value("etcd_network_peer_received_bytes_total", From="3") == 20
+    assert shown.labels("etcd_network_peer_sent_bytes_total") == [{"To": "3"}]
+    assert shown.labels("raft_pipeline_queued_messages") == [
+        {"Local": "1", "To": "3"},
+        {"Local": "2", "To": "3"},
+    ]
+    assert shown.text.count("# TYPE etcd_network_active_peers ") == 1
+
+
+def test_a_second_collector_is_refused_by_the_registry() -> None:
+    one, two = Transport(1, CLUSTER_ID, FakeRaft()), Transport(2, CLUSTER_ID, FakeRaft())
+    with pytest.raises(ValueError, match="Duplicated timeseries"):
+        Exposition(one.metrics_collector(), two.metrics_collector())
+    with pytest.raises(UsageError, match="transports"):
+        MetricsCollector([])
+
+
+def test_openmetrics_takes_the_families_too() -> None:
+    registry = CollectorRegistry()
+    registry.register(Transport(1, CLUSTER_ID, FakeRaft()).metrics_collector())
+    text = generate_openmetrics(registry).decode()
+    assert 'etcd_network_peer_received_failures_total{From=""} 0' in text
+    assert text.endswith("# EOF\n")
+
+
+def test_without_prometheus_client_the_error_names_the_extra() -> None:
+    code = """
+import sys
+sys.modules["prometheus_client"] = None
+sys.modules["prometheus_client.core"] = None
+from pipeline import Transport
+try:
+    Transport(1, 1, None).metrics_collector()
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert result.stdout == "metrics need prometheus-client: pip install 'raft-pipeline[metrics]'\n"
+
+
+def test_the_page_of_metrics_has_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\w, ]+) \|", page, re.MULTILINE)
+    assert [(name, kind, tuple(labels.split(", "))) for name, kind, labels in rows] == [
+        (name, kind, labels) for name, (kind, labels, _) in _FAMILIES.items()
+    ]
