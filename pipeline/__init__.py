@@ -33,6 +33,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.listener import Listener
+from pipeline.peer import PeerStats
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
 from pipeline.stats import FollowerStats, PipelineStats
@@ -54,6 +55,7 @@ __all__ = [
     "MemberRemovedError",
     "Message",
     "MessageType",
+    "PeerStats",
     "PeerStatus",
     "PeerUnreachableError",
     "Pipeline",

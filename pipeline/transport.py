@@ -23,7 +23,7 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.peer import Peer, Sendable
+from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.picker import parse_urls
 from pipeline.protocol import format_id
 from pipeline.stats import FollowerStats, PipelineStats
@@ -256,6 +256,37 @@ class Transport:
             peer.stop_end(deadline)
         return dropped
 
+    # -- testing aids: a network that loses everything
+
+    def pause(self) -> None:
+        """Drop what is sent to the peers there are now, until :meth:`resume`.
+
+        Raft is not told, as if the network lost it; ``peer_stats`` counts it. What was queued
+        before still goes, and receiving goes on. A peer added later is not paused.
+        Source: etcd ``Transport.Pause``, a testing aid.
+        """
+        for peer in self._peers.values():
+            peer.pause()
+
+    def resume(self) -> None:
+        """Send to all peers again, those cut off by :meth:`cut_peer` included."""
+        for peer in self._peers.values():
+            peer.resume()
+
+    def cut_peer(self, peer_id: int) -> None:
+        """Do what :meth:`pause` does, for one member; nothing for an unknown one."""
+        peer = self._peers.get(peer_id)
+        if peer is not None:
+            peer.pause()
+
+    def mend_peer(self, peer_id: int) -> None:
+        """Undo :meth:`cut_peer` and :meth:`pause` for one member; nothing for an unknown one."""
+        peer = self._peers.get(peer_id)
+        if peer is not None:
+            peer.resume()
+
+    # -- what there is to tell
+
     def active_since(self, peer_id: int) -> float | None:
         """When the peer last became active, seconds since the epoch; None if it is not."""
         peer = self._peers.get(peer_id)
@@ -268,6 +299,10 @@ class Transport:
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer's pipeline, by member ID; each balances in itself."""
         return {peer_id: peer.pipeline.stats() for peer_id, peer in self._peers.items()}
+
+    def peer_stats(self) -> dict[int, PeerStats]:
+        """Whether each peer is active or paused, by member ID, and what that cost."""
+        return {peer_id: peer.stats() for peer_id, peer in self._peers.items()}
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
