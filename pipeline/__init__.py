@@ -36,6 +36,7 @@ from pipeline.listener import Listener
 from pipeline.peer import PeerStats
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
+from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.status import PeerStatus
 from pipeline.transport import Transport
@@ -65,6 +66,8 @@ __all__ = [
     "PostError",
     "Raft",
     "ReceiverConfig",
+    "RemotePolicy",
+    "RemoteStats",
     "RequestRejected",
     "SendResult",
     "Snapshot",

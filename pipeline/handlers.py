@@ -12,23 +12,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Protocol
 
 from pipeline._messages import Message
 from pipeline.config import ReceiverConfig
-from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.errors import RequestRejected, UnmarshalError, UsageError
 from pipeline.protocol import (
     CLUSTER_ID,
     CLUSTER_ID_MISMATCH,
     INCOMPATIBLE_VERSION,
     MIN_CLUSTER_VERSION,
+    PEER_URLS,
     PROBING_PATH,
     RAFT_PATH,
+    SERVER_FROM,
     SNAPSHOT_PATH,
     STREAM_PREFIX,
     Version,
     check_version_compatibility,
     format_id,
     min_cluster_version,
+    parse_id,
     server_version,
 )
 from pipeline.types import MessageType, Raft
@@ -85,6 +89,16 @@ class Answer:
     close: bool = False
 
 
+class Senders(Protocol):
+    """Who wants to know who sends us messages (``remote.Remotes``)."""
+
+    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+        """See a sender's X-Server-From and X-PeerURLs, before its message is read."""
+
+    def is_watched(self, sender: int) -> bool:
+        """Tell whether every request of this sender is to be shown."""
+
+
 class Handlers:
     """Everything a node serves on its peer port.
 
@@ -98,6 +112,8 @@ class Handlers:
         The etcd version we stand for, and the lowest cluster version we take part in.
     config : ReceiverConfig
         For ``max_body_bytes``.
+    senders : Senders, optional
+        Shown who posts; by default the two headers are not looked at.
 
     Attributes
     ----------
@@ -126,7 +142,9 @@ class Handlers:
         server_version: str,
         min_cluster_version: str = MIN_CLUSTER_VERSION,
         config: ReceiverConfig | None = None,
+        senders: Senders | None = None,
     ) -> None:
+        self._senders = senders
         self.config = config or ReceiverConfig()
         self.received_bytes: dict[int, int] = {}
         self.received_bytes_others = 0
@@ -150,7 +168,7 @@ class Handlers:
         """
         path = request.path
         if path == RAFT_PATH:
-            return self._check_post(request) or self._check_body(request)
+            return self._check_post(request) or self._note_sender(request)
         if path == PROBING_PATH:
             return _probing()
         if path == SNAPSHOT_PATH:
@@ -163,6 +181,16 @@ class Handlers:
             # the peer active; with it, every dial would deactivate the peer (spec section 13.2).
             return self._answer(404, "404 page not found")
         return _error(404, "404 page not found")
+
+    def is_learnable(self, request: Request) -> bool:
+        """Tell whether ``check`` need not see the next request with the same head.
+
+        For a request that ``check`` let pass. The compiled receiver remembers such heads.
+        """
+        if self._senders is None:
+            return True
+        sender = _sender(request)
+        return sender is None or not self._senders.is_watched(sender)
 
     def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
         """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
@@ -269,6 +297,13 @@ class Handlers:
             return self._answer(412, CLUSTER_ID_MISMATCH)
         return None
 
+    def _note_sender(self, request: Request) -> Answer | None:
+        """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
+        urls = request.headers.get(PEER_URLS.lower(), "")
+        if self._senders is not None and urls and (sender := _sender(request)) is not None:
+            self._senders.note(sender, tuple(urls.split(",")), request.remote)
+        return self._check_body(request)
+
     def _check_body(self, request: Request) -> Answer | None:
         """Refuse a body that would be refused once it had arrived.
 
@@ -320,6 +355,13 @@ class Handlers:
             if is_due:
                 self._next_warning[text] = now + _WARNING_INTERVAL_S
         logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args, exc_info=exc_info)
+
+
+def _sender(request: Request) -> int | None:
+    try:
+        return parse_id(request.headers.get(SERVER_FROM.lower(), ""))
+    except UsageError:
+        return None
 
 
 def _error(

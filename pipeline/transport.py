@@ -1,7 +1,7 @@
 """The transport: all peers of a node, and the listener they reach it by.
 
-Source: etcd rafthttp/transport.go. Remotes, TLS, snapshots, pause and probing are to come; the
-places they take are ``remote.py``, ``tls.py``, ``snapshot.py``, ``Peer`` and ``probing.py``.
+Source: etcd rafthttp/transport.go. TLS, snapshots and probing are to come; the places they take
+are ``tls.py``, ``snapshot.py`` and ``probing.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from wsgiref.types import WSGIApplication
 
 from pipeline.asgi import ASGIApp, asgi_app
@@ -25,7 +25,9 @@ from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.picker import parse_urls
+from pipeline.pipeline import Pipeline
 from pipeline.protocol import format_id
+from pipeline.remote import RemotePolicy, Remotes, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import Raft
 from pipeline.wsgi import wsgi_app
@@ -52,6 +54,15 @@ class Transport:
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when a peer answers 403. Stopping the node is the
         application's decision.
+    remote_policy : callable, optional
+        ``(member ID, URLs, caller's ip:port) -> bool``: whether a sender that is not a peer is
+        remembered as a remote at the URLs its request names, so that it can be answered. Asked at
+        every request of such a sender, from a receiving thread; it must not block. By default
+        nobody is: what a stranger writes into a request must not choose where we connect to.
+        It is not asked about link-local, multicast, unspecified and malformed addresses, which
+        are never learned; what a host *name* stands for is its business.
+    allow_loopback_remotes : bool
+        Whether the policy is asked about loopback addresses.
 
     Raises
     ------
@@ -73,6 +84,8 @@ class Transport:
         peer_urls: Iterable[str] = (),
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        remote_policy: RemotePolicy | None = None,
+        allow_loopback_remotes: bool = False,
     ) -> None:
         urls = tuple(peer_urls)
         self.member_id = member_id
@@ -80,19 +93,37 @@ class Transport:
         self.config = config or TransportConfig()
         self.peer_urls = parse_urls(urls) if urls else ()
         format_id(member_id)  # UsageError for what is not an ID
+        self._raft = raft
+        self._dispatcher = Dispatcher(
+            format_id(member_id),
+            queue_bytes=self.config.queue_bytes,
+            max_threads=self.config.dispatchers,
+        )
+        self._channel: dict[str, Any] = {  # what every pipeline is made with
+            "dispatcher": self._dispatcher,
+            "member_id": member_id,
+            "cluster_id": cluster_id,
+            "config": self.config.pipeline,
+            "peer_urls": self.peer_urls,
+            "server_version": self.config.server_version,
+            "min_cluster_version": self.config.min_cluster_version,
+            "on_critical_error": on_critical_error,
+        }
+        self._remotes = Remotes(
+            member_id,
+            lambda peer_id, urls: Pipeline(peer_id, urls, raft, **self._channel),
+            is_peer=lambda peer_id: peer_id in self._peers,
+            call_soon=self._dispatcher.call_soon,
+            policy=remote_policy,
+            allow_loopback=allow_loopback_remotes,
+        )
         self.handlers = Handlers(
             raft,
             cluster_id=cluster_id,
             server_version=self.config.server_version,
             min_cluster_version=self.config.min_cluster_version,
             config=self.config.receiver,
-        )
-        self._raft = raft
-        self._on_critical_error = on_critical_error
-        self._dispatcher = Dispatcher(
-            format_id(member_id),
-            queue_bytes=self.config.queue_bytes,
-            max_threads=self.config.dispatchers,
+            senders=None if remote_policy is None else self._remotes,
         )
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: send reads it without a lock.
@@ -111,6 +142,7 @@ class Transport:
             if self._is_started or self._is_stopped:
                 raise UsageError("start: a transport can be started once")
             self._is_started = True
+            self._remotes.open()
         self._dispatcher.start()
         atexit.register(self.stop)
 
@@ -135,9 +167,14 @@ class Transport:
             if self._is_started and not self._dispatcher.is_current_thread():
                 self._stop_done.wait(self.config.stop_timeout_s)
             return 0
-        dropped = sum(peer.stop_begin() for peer in peers.values())
+        # As in etcd, remotes first.
+        remotes = self._remotes.close()
+        dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
+        dropped += sum(peer.stop_begin() for peer in peers.values())
         for listener in listeners:
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
+        for remote in remotes:
+            remote.pipeline.stop_end(deadline)
         for peer in peers.values():
             peer.stop_end(deadline)
         self._dispatcher.stop(deadline)
@@ -160,7 +197,7 @@ class Transport:
     # -- sending
 
     def send(self, messages: Iterable[Sendable]) -> None:
-        """Hand each message to the peer it is for.
+        """Hand each message to the peer, or else the remote, it is for.
 
         Parameters
         ----------
@@ -176,7 +213,7 @@ class Transport:
         -----
         Never waits, and raises nothing for the network's reasons. Source: etcd ``Transport.Send``.
         """
-        peers = self._peers
+        peers, remotes = self._peers, self._remotes
         for message in messages:
             try:
                 to = message.to
@@ -185,6 +222,8 @@ class Transport:
             peer = peers.get(to)
             if peer is not None:
                 peer.send(message)
+            elif to and (remote := remotes.get(to)) is not None:
+                remote.send(message)
             elif to:
                 logger.debug("ignored message to unknown member %s", format_id(to))
 
@@ -203,21 +242,27 @@ class Transport:
             self._require_running("add_peer")
             if peer_id in self._peers:
                 return
-            peer = Peer(
-                peer_id,
-                urls,
-                self._raft,
-                dispatcher=self._dispatcher,
-                member_id=self.member_id,
-                cluster_id=self.cluster_id,
-                config=self.config.pipeline,
-                peer_urls=self.peer_urls,
-                server_version=self.config.server_version,
-                min_cluster_version=self.config.min_cluster_version,
-                on_critical_error=self._on_critical_error,
-            )
+            peer = Peer(peer_id, urls, self._raft, **self._channel)
             self._peers = {**self._peers, peer_id: peer}
         logger.info("added remote peer %s", format_id(peer_id))
+
+    def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
+        """Be able to answer a node that is not a peer, until :meth:`stop`.
+
+        Ignored when the ID is a peer's or a remote's already, and after :meth:`stop`. If the
+        member becomes a peer later, messages go to the peer. A full buffer drops a message
+        without telling Raft. Source: etcd ``Transport.AddRemote``.
+
+        Raises
+        ------
+        UsageError
+            If a URL or the ID is not valid, or the transport was not started.
+        """
+        format_id(member_id)  # UsageError for what is not an ID
+        if not self._is_started:
+            raise UsageError("add_remote: the transport was not started")
+        if member_id not in self._peers:
+            self._remotes.add(member_id, urls)
 
     def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
@@ -262,7 +307,7 @@ class Transport:
         """Drop what is sent to the peers there are now, until :meth:`resume`.
 
         Raft is not told, as if the network lost it; ``peer_stats`` counts it. What was queued
-        before still goes, and receiving goes on. A peer added later is not paused.
+        before still goes, and receiving goes on. A peer added later is not paused; remotes are not.
         Source: etcd ``Transport.Pause``, a testing aid.
         """
         for peer in self._peers.values():
@@ -274,16 +319,16 @@ class Transport:
             peer.resume()
 
     def cut_peer(self, peer_id: int) -> None:
-        """Do what :meth:`pause` does, for one member; nothing for an unknown one."""
-        peer = self._peers.get(peer_id)
-        if peer is not None:
-            peer.pause()
+        """Do what :meth:`pause` does, for one peer or remote; nothing for an unknown one."""
+        for node in (self._peers.get(peer_id), self._remotes.get(peer_id)):
+            if node is not None:
+                node.pause()
 
     def mend_peer(self, peer_id: int) -> None:
-        """Undo :meth:`cut_peer` and :meth:`pause` for one member; nothing for an unknown one."""
-        peer = self._peers.get(peer_id)
-        if peer is not None:
-            peer.resume()
+        """Undo :meth:`cut_peer` and :meth:`pause` for one peer or remote, if there is one."""
+        for node in (self._peers.get(peer_id), self._remotes.get(peer_id)):
+            if node is not None:
+                node.resume()
 
     # -- what there is to tell
 
@@ -303,6 +348,10 @@ class Transport:
     def peer_stats(self) -> dict[int, PeerStats]:
         """Whether each peer is active or paused, by member ID, and what that cost."""
         return {peer_id: peer.stats() for peer_id, peer in self._peers.items()}
+
+    def remote_stats(self) -> dict[int, RemoteStats]:
+        """Where each remote is, how it came to be, and its books, by member ID."""
+        return self._remotes.stats()
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""

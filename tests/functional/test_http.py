@@ -62,9 +62,29 @@ def raft() -> FakeRaft:
     return FakeRaft()
 
 
+class SeenSenders:
+    """Writes down who is shown to it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[str, ...], str]] = []
+
+    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+        self.seen.append((sender, urls, str(caller)))
+
+    def is_watched(self, sender: int) -> bool:
+        return False
+
+
 @pytest.fixture
-def handlers(raft: FakeRaft) -> Handlers:
-    return Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+def senders() -> SeenSenders:
+    return SeenSenders()
+
+
+@pytest.fixture
+def handlers(raft: FakeRaft, senders: SeenSenders) -> Handlers:
+    return Handlers(
+        raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG, senders=senders
+    )
 
 
 @pytest.fixture
@@ -333,6 +353,32 @@ def test_process_may_choose_the_answer(
     assert reply.headers.get("content-type") == content_type
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
     assert handlers.process_failures == 0
+
+
+def test_a_sender_is_shown_before_its_body_is_looked_at(ask: Ask, senders: SeenSenders) -> None:
+    urls = "http://10.0.0.1:2380,http://10.0.0.2:2380"
+    assert post(ask, b"malformed garbage", x_server_from="A1", x_peerurls=urls).status == 400
+    ((sender, seen, caller),) = senders.seen
+    assert (sender, seen) == (0xA1, ("http://10.0.0.1:2380", "http://10.0.0.2:2380"))
+    assert caller.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x_server_from": None},
+        {"x_server_from": "x"},
+        {"x_peerurls": None},
+        {"x_peerurls": ""},
+        {"x_etcd_cluster_id": "1"},
+    ],
+    ids=["no id", "malformed id", "no URLs", "empty URLs", "another cluster"],
+)
+def test_a_sender_is_not_shown(
+    ask: Ask, senders: SeenSenders, changes: dict[str, str | None]
+) -> None:
+    post(ask, **changes)
+    assert senders.seen == []
 
 
 def test_probing_says_we_are_there_and_what_time_it_is(ask: Ask) -> None:
