@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -28,6 +28,7 @@ from pipeline.protocol import (
     SERVER_FROM,
     SNAPSHOT_PATH,
     STREAM_PREFIX,
+    VERSION_PATH,
     Version,
     check_version_compatibility,
     format_id,
@@ -114,6 +115,8 @@ class Handlers:
         For ``max_body_bytes``.
     senders : Senders, optional
         Shown who posts; by default the two headers are not looked at.
+    on_append : callable, optional
+        Called with the sender in hex and the bytes of each MsgApp, before Raft has it.
 
     Attributes
     ----------
@@ -143,8 +146,10 @@ class Handlers:
         min_cluster_version: str = MIN_CLUSTER_VERSION,
         config: ReceiverConfig | None = None,
         senders: Senders | None = None,
+        on_append: Callable[[str, int], None] | None = None,
     ) -> None:
         self._senders = senders
+        self._on_append = on_append
         self.config = config or ReceiverConfig()
         self.received_bytes: dict[int, int] = {}
         self.received_bytes_others = 0
@@ -155,6 +160,10 @@ class Handlers:
         self._cluster_id = format_id(cluster_id)
         self._local = Version.parse(server_version)
         self._local_min = Version.parse(min_cluster_version)
+        # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
+        # Differs from etcd: we do not know what version the cluster has; it has at least this.
+        versions = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'
+        self._version = Answer(200, (("Content-Type", "application/json"),), versions.encode())
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
@@ -174,12 +183,8 @@ class Handlers:
         if path == SNAPSHOT_PATH:
             # Closed, so that gigabytes of database are not read in order to be thrown away.
             return self._check_post(request) or self._answer(501, "Not Implemented", close=True)
-        if path.startswith(STREAM_PREFIX):
-            if request.method != "GET":
-                return _not_allowed("GET")
-            # Without X-Server-Version etcd takes us for a member from before streams and keeps
-            # the peer active; with it, every dial would deactivate the peer (spec section 13.2).
-            return self._answer(404, "404 page not found")
+        if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
+            return self._get(path) if request.method == "GET" else _not_allowed("GET")
         return _error(404, "404 page not found")
 
     def is_learnable(self, request: Request) -> bool:
@@ -220,6 +225,8 @@ class Handlers:
             with self._lock:
                 self.ignored += 1
             return None
+        if kind == MessageType.APP and self._on_append is not None:
+            self._on_append(format_id(sender), size_bytes)
         try:
             self._raft.process(message)
         except RequestRejected as rejected:
@@ -263,6 +270,13 @@ class Handlers:
     def shutting_down(self) -> Answer:
         """Answer a request that will not be waited for; its message may have been processed."""
         return self._answer(503, "shutting down", close=True)
+
+    def _get(self, path: str) -> Answer:
+        if path == VERSION_PATH:
+            return self._version
+        # A stream. Without X-Server-Version etcd takes us for a member from before streams and
+        # keeps the peer active; with it, every dial would deactivate the peer (spec section 13.2).
+        return self._answer(404, "404 page not found")
 
     def _check_post(self, request: Request) -> Answer | None:
         """Do what etcd does before it reads a body; None if all is well."""

@@ -27,6 +27,7 @@ __all__ = [
     "RAFT_PATH",
     "SNAPSHOT_PATH",
     "STREAM_PREFIX",
+    "VERSION_PATH",
     "Version",
     "check_answer",
     "check_version_compatibility",
@@ -43,6 +44,7 @@ RAFT_PATH = "/raft"
 SNAPSHOT_PATH = "/raft/snapshot"
 PROBING_PATH = "/raft/probing"
 STREAM_PREFIX = "/raft/stream/"
+VERSION_PATH = "/version"
 
 # As Go's net/http writes them: etcd's source says X-Etcd-Cluster-ID and X-PeerURLs, the wire does
 # not.

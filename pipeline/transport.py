@@ -28,8 +28,8 @@ from pipeline.picker import parse_urls
 from pipeline.pipeline import Pipeline
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
-from pipeline.stats import FollowerStats, PipelineStats
-from pipeline.types import Raft
+from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
+from pipeline.types import MessageType, Raft
 from pipeline.wsgi import wsgi_app
 
 __all__ = ["Transport"]
@@ -92,7 +92,7 @@ class Transport:
         self.cluster_id = cluster_id
         self.config = config or TransportConfig()
         self.peer_urls = parse_urls(urls) if urls else ()
-        format_id(member_id)  # UsageError for what is not an ID
+        self._server_stats = ServerStats(format_id(member_id))  # UsageError for what is no ID
         self._raft = raft
         self._dispatcher = Dispatcher(
             format_id(member_id),
@@ -124,6 +124,7 @@ class Transport:
             min_cluster_version=self.config.min_cluster_version,
             config=self.config.receiver,
             senders=None if remote_policy is None else self._remotes,
+            on_append=self._server_stats.received_append,
         )
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: send reads it without a lock.
@@ -222,6 +223,8 @@ class Transport:
             peer = peers.get(to)
             if peer is not None:
                 peer.send(message)
+                if message.type == MessageType.APP:
+                    self._server_stats.sent_append()
             elif to and (remote := remotes.get(to)) is not None:
                 remote.send(message)
             elif to:
@@ -356,6 +359,25 @@ class Transport:
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
         return {peer_id: peer.pipeline.follower_stats() for peer_id, peer in self._peers.items()}
+
+    def leader_stats(self) -> dict[str, object]:
+        """``follower_stats`` in the shape of etcd's ``/v2/stats/leader``.
+
+        ``leader`` is our ID: whether we lead is for the node to know. etcd answers only when it
+        does. A follower that nothing was delivered to has a minimum of 0, not 2**63.
+        """
+        followers = {format_id(k): stats for k, stats in self.follower_stats().items()}
+        return leader_stats(format_id(self.member_id), followers)
+
+    def server_stats(self) -> dict[str, object]:
+        """MsgApp sent and received, in the shape of etcd's ``/v2/stats/self``.
+
+        ``state`` and ``leaderInfo`` are concluded from who sent the last MsgApp, as in etcd.
+        ``leaderInfo`` is left out until there was one, ``name`` because we do not know it, and
+        ``sendBandwidthRate`` because ``send`` does not measure messages. As in etcd, a rate is
+        left out when it is zero.
+        """
+        return self._server_stats.to_dict()
 
     # -- receiving
 

@@ -393,6 +393,19 @@ def test_probing_says_we_are_there_and_what_time_it_is(ask: Ask) -> None:
     assert answer["Now"].endswith("Z")
 
 
+def test_our_version_is_told_as_etcd_tells_its(ask: Ask) -> None:
+    reply = ask("GET", "/version", {}, b"")
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "application/json"
+    assert json.loads(reply.body) == {"etcdserver": "3.5.1", "etcdcluster": "3.0.0"}
+
+
+def test_our_version_is_asked_for_with_get(ask: Ask) -> None:
+    reply = ask("POST", "/version", {}, b"")
+    assert (reply.status, reply.body) == (405, b"Method Not Allowed\n")
+    assert reply.headers["allow"] == "GET"
+
+
 @pytest.mark.parametrize("kind", ["msgapp", "message", "strange"])
 def test_a_stream_is_refused_in_the_one_way_that_leaves_the_peer_active(
     ask: Ask, kind: str
@@ -427,7 +440,7 @@ def test_a_snapshot_is_not_taken_yet(
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/version", "/raft/", "//raft", "/Raft", "/raft/stream", "/raft/probing/", "/raft/x",
+    ["/", "/version/", "/raft/", "//raft", "/Raft", "/raft/stream", "/raft/probing/", "/raft/x",
      "/%72aft", "/raft%2F", "%2Fraft", "/./raft", "http://test/raft", "*", "/raft;a=b"],
 )  # fmt: skip
 def test_any_other_path_is_not_found(raft: FakeRaft, ask: Ask, path: str) -> None:

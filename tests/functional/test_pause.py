@@ -184,6 +184,8 @@ METHODS: dict[str, Step] = {
     "stats": lambda t: t.stats(),
     "peer_stats": lambda t: t.peer_stats(),
     "remote_stats": lambda t: t.remote_stats(),
+    "leader_stats": lambda t: t.leader_stats(),
+    "server_stats": lambda t: t.server_stats(),
     "follower_stats": lambda t: t.follower_stats(),
     "pause": lambda t: t.pause(),
     "resume": lambda t: t.resume(),

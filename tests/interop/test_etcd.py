@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from pipeline import Message, MessageType, PipelineConfig, TransportConfig
 from pipeline.examples.etcd import EtcdError, put_of
@@ -237,3 +238,13 @@ def test_a_wrong_cluster_id_is_refused_on_both_sides(
         assert cluster.follower.messages == []
     finally:
         cluster.stop()
+
+
+def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster) -> None:
+    url = f"{cluster.etcd.client_url}/version"
+
+    def is_raised() -> bool:
+        return bool(urllib3.request("GET", url).json()["etcdcluster"] == "3.5.0")
+
+    wait_until(is_raised, "the cluster's version is that of its members")
+    assert "failed to get version" not in cluster.etcd.log_tail(100_000)
