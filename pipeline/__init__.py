@@ -36,6 +36,7 @@ from pipeline.listener import Listener
 from pipeline.peer import PeerStats
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
+from pipeline.probing import ProbeStats
 from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.status import PeerStatus
@@ -64,6 +65,7 @@ __all__ = [
     "PipelineError",
     "PipelineStats",
     "PostError",
+    "ProbeStats",
     "Raft",
     "ReceiverConfig",
     "RemotePolicy",

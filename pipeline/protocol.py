@@ -36,6 +36,7 @@ __all__ = [
     "min_cluster_version",
     "parse_id",
     "post_url",
+    "probe_head",
     "request_head",
     "server_version",
 ]
@@ -242,6 +243,20 @@ def request_head(
         # A refusal is a line of text: nothing to compress, and nothing to inflate.
         "Accept-Encoding: identity",
         "Content-Length: ",
+    ]
+    return "\r\n".join(lines).encode("ascii")
+
+
+def probe_head(url: str) -> bytes:
+    """Build a whole probe: ``GET /raft/probing`` at an ``http`` or ``https`` peer URL."""
+    (checked,) = parse_urls((url,))
+    lines = [
+        f"GET {PROBING_PATH} HTTP/1.1",
+        f"Host: {checked.partition('://')[2]}",
+        f"User-Agent: raft-pipeline/{__version__}",
+        "Accept-Encoding: identity",
+        "",
+        "",
     ]
     return "\r\n".join(lines).encode("ascii")
 

@@ -1,7 +1,7 @@
 """The transport: all peers of a node, and the listener they reach it by.
 
-Source: etcd rafthttp/transport.go. TLS, snapshots and probing are to come; the places they take
-are ``tls.py``, ``snapshot.py`` and ``probing.py``.
+Source: etcd rafthttp/transport.go. TLS and snapshots are to come; the places they take are
+``tls.py`` and ``snapshot.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.listener import Listener
 from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.picker import parse_urls
 from pipeline.pipeline import Pipeline
+from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
@@ -72,7 +73,7 @@ class Transport:
     Notes
     -----
     Thread-safe; every method may be called from a callback. A context manager: starts and stops.
-    One I/O thread serves all peers.
+    One I/O thread serves all peers, and one probes them.
     """
 
     def __init__(
@@ -126,6 +127,9 @@ class Transport:
             senders=None if remote_policy is None else self._remotes,
             on_append=self._server_stats.received_append,
         )
+        self._prober: Prober | None = None
+        if self.config.probe_interval_s:
+            self._prober = Prober(format_id(member_id), interval_s=self.config.probe_interval_s)
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: send reads it without a lock.
         self._peers: dict[int, Peer] = {}
@@ -138,13 +142,15 @@ class Transport:
     # -- life
 
     def start(self) -> None:
-        """Start the I/O thread. Once; ``UsageError`` otherwise."""
+        """Start the threads. Once; ``UsageError`` otherwise."""
         with self._lock:
             if self._is_started or self._is_stopped:
                 raise UsageError("start: a transport can be started once")
             self._is_started = True
             self._remotes.open()
         self._dispatcher.start()
+        if self._prober is not None:
+            self._prober.start()
         atexit.register(self.stop)
 
     def stop(self) -> int:
@@ -168,6 +174,8 @@ class Transport:
             if self._is_started and not self._dispatcher.is_current_thread():
                 self._stop_done.wait(self.config.stop_timeout_s)
             return 0
+        if self._prober is not None:
+            self._prober.stop_begin()
         # As in etcd, remotes first.
         remotes = self._remotes.close()
         dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
@@ -178,6 +186,8 @@ class Transport:
             remote.pipeline.stop_end(deadline)
         for peer in peers.values():
             peer.stop_end(deadline)
+        if self._prober is not None:
+            self._prober.stop_end(deadline)
         self._dispatcher.stop(deadline)
         atexit.unregister(self.stop)
         self._stop_done.set()
@@ -247,6 +257,7 @@ class Transport:
                 return
             peer = Peer(peer_id, urls, self._raft, **self._channel)
             self._peers = {**self._peers, peer_id: peer}
+            self._probe(peer)
         logger.info("added remote peer %s", format_id(peer_id))
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
@@ -269,9 +280,12 @@ class Transport:
 
     def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
-        peer = self._peers.get(peer_id)
+        with self._lock:
+            peer = self._peers.get(peer_id)
+            if peer is not None:
+                peer.pipeline.update(urls)
+                self._probe(peer)
         if peer is not None:
-            peer.pipeline.update(urls)
             logger.info("updated remote peer %s", format_id(peer_id))
 
     def remove_peer(self, peer_id: int) -> int:
@@ -286,6 +300,8 @@ class Transport:
             peers = dict(self._peers)
             peer = peers.pop(peer_id, None)
             self._peers = peers
+            if self._prober is not None:
+                self._prober.remove(peer_id)
         if peer is None:
             logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
             return 0
@@ -298,6 +314,9 @@ class Transport:
         """Remove every peer; the number of messages dropped."""
         with self._lock:
             peers, self._peers = self._peers, {}
+            if self._prober is not None:
+                for peer_id in peers:
+                    self._prober.remove(peer_id)
         dropped = sum(peer.stop_begin() for peer in peers.values())
         deadline = time.monotonic() + self.config.stop_timeout_s
         for peer in peers.values():
@@ -351,6 +370,10 @@ class Transport:
     def peer_stats(self) -> dict[int, PeerStats]:
         """Whether each peer is active or paused, by member ID, and what that cost."""
         return {peer_id: peer.stats() for peer_id, peer in self._peers.items()}
+
+    def probe_stats(self) -> dict[int, ProbeStats]:
+        """What probing found out, by member ID; empty when ``probe_interval_s`` is 0."""
+        return {} if self._prober is None else self._prober.stats()
 
     def remote_stats(self) -> dict[int, RemoteStats]:
         """Where each remote is, how it came to be, and its books, by member ID."""
@@ -421,8 +444,14 @@ class Transport:
         """A WSGI application that does what :meth:`listen` does, for a server of your own."""
         return wsgi_app(self.handlers, self.config.receiver)
 
+    def _probe(self, peer: Peer) -> None:
+        if self._prober is not None:
+            self._prober.set(peer.peer_id, peer.picker.urls)
+
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()
+        if self._prober is not None:
+            self._prober.forget_after_fork()
         self._stop_done.set()
 
     def _require_running(self, what: str) -> None:

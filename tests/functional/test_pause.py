@@ -183,6 +183,7 @@ METHODS: dict[str, Step] = {
     "active_peers": lambda t: t.active_peers(),
     "stats": lambda t: t.stats(),
     "peer_stats": lambda t: t.peer_stats(),
+    "probe_stats": lambda t: t.probe_stats(),
     "remote_stats": lambda t: t.remote_stats(),
     "leader_stats": lambda t: t.leader_stats(),
     "server_stats": lambda t: t.server_stats(),

@@ -248,3 +248,20 @@ def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster
 
     wait_until(is_raised, "the cluster's version is that of its members")
     assert "failed to get version" not in cluster.etcd.log_tail(100_000)
+
+
+def test_etcd_answers_our_probes_on_one_connection(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, config=TransportConfig(probe_interval_s=0.05))
+    try:
+        cluster.start()
+        assert cluster.transport is not None
+        transport, etcd = cluster.transport, cluster.etcd.id
+        wait_until(lambda: transport.probe_stats()[etcd].is_healthy, "etcd answers a probe")
+        before = transport.probe_stats()[etcd]
+        wait_until(lambda: transport.probe_stats()[etcd].total > before.total + 5, "and more")
+        after = transport.probe_stats()[etcd]
+        assert after.lost == before.lost
+        assert after.last_rtt_s is not None
+        assert 0 < after.smoothed_rtt_s < LONG_TIMEOUT
+    finally:
+        cluster.stop()
