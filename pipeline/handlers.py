@@ -58,6 +58,7 @@ _PROCESS_LOCAL = frozenset(
     )
 )
 _KNOWN_TYPES = frozenset(MessageType)
+_APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
 
 # Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
 # who makes up ids can cost us.
@@ -116,7 +117,7 @@ class Handlers:
     senders : Senders, optional
         Shown who posts; by default the two headers are not looked at.
     on_append : callable, optional
-        Called with the sender in hex and the bytes of each MsgApp, before Raft has it.
+        Called with the sender and the bytes of each MsgApp, before Raft has it.
 
     Attributes
     ----------
@@ -146,7 +147,7 @@ class Handlers:
         min_cluster_version: str = MIN_CLUSTER_VERSION,
         config: ReceiverConfig | None = None,
         senders: Senders | None = None,
-        on_append: Callable[[str, int], None] | None = None,
+        on_append: Callable[[int, int], None] | None = None,
     ) -> None:
         self._senders = senders
         self._on_append = on_append
@@ -225,8 +226,8 @@ class Handlers:
             with self._lock:
                 self.ignored += 1
             return None
-        if kind == MessageType.APP and self._on_append is not None:
-            self._on_append(format_id(sender), size_bytes)
+        if kind == _APP and self._on_append is not None:
+            self._on_append(sender, size_bytes)
         try:
             self._raft.process(message)
         except RequestRejected as rejected:

@@ -228,6 +228,10 @@ class Remotes:
         except BaseException as error:  # the application's policy; or https, not to be dialled
             self._warn("did not learn remote %s from %s: %r", format_id(sender), caller, error)
 
+    def forget_after_fork(self) -> None:
+        """In a forked child: locks another thread may have held are made anew."""
+        self._lock = threading.Lock()
+
     def _count_learned(self) -> int:
         return sum(remote.is_learned for remote in self._remotes.values())
 

@@ -86,8 +86,8 @@ class ServerStats:
 
     Parameters
     ----------
-    member_id : str
-        Ours, in hex.
+    member_id : int
+        Ours.
 
     Notes
     -----
@@ -95,11 +95,11 @@ class ServerStats:
     nothing but MsgApp, too: who sends one leads.
     """
 
-    def __init__(self, member_id: str) -> None:
+    def __init__(self, member_id: int) -> None:
         self._id = member_id
         self._start_time = datetime.now(UTC)
         self._lock = threading.Lock()  # guards what follows
-        self._leader = ""
+        self._leader: int | None = None
         self._leader_since = self._start_time
         self._sent = 0
         self._received = 0
@@ -115,7 +115,7 @@ class ServerStats:
             self._sent += 1
             self._sent_last.append((time.monotonic(), 0))
 
-    def received_append(self, leader: str, size_bytes: int) -> None:
+    def received_append(self, leader: int, size_bytes: int) -> None:
         """Count a MsgApp that ``leader`` sent us."""
         with self._lock:
             if self._leader != leader:
@@ -128,15 +128,15 @@ class ServerStats:
         now, now_s = datetime.now(UTC), time.monotonic()
         with self._lock:
             stats: dict[str, object] = {
-                "id": self._id,
+                "id": f"{self._id:x}",
                 "state": "StateLeader" if self._leader == self._id else "StateFollower",
                 "startTime": _format_time(self._start_time),
                 "recvAppendRequestCnt": self._received,
                 "sendAppendRequestCnt": self._sent,
             }
-            if self._leader:
+            if self._leader is not None:
                 stats["leaderInfo"] = {
-                    "leader": self._leader,
+                    "leader": f"{self._leader:x}",
                     "uptime": _format_duration((now - self._leader_since).total_seconds()),
                     "startTime": _format_time(self._leader_since),
                 }
@@ -150,7 +150,11 @@ class ServerStats:
             stats["sendPkgRate"] = sent_rate
         return stats
 
-    def _lead(self, leader: str) -> None:
+    def forget_after_fork(self) -> None:
+        """In a forked child: a lock another thread may have held is made anew."""
+        self._lock = threading.Lock()
+
+    def _lead(self, leader: int) -> None:
         self._leader = leader
         self._leader_since = datetime.now(UTC)
 

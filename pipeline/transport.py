@@ -37,6 +37,8 @@ __all__ = ["Transport"]
 
 logger = logging.getLogger(__name__)
 
+_APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
+
 _all: weakref.WeakSet[Transport] = weakref.WeakSet()
 
 
@@ -93,7 +95,8 @@ class Transport:
         self.cluster_id = cluster_id
         self.config = config or TransportConfig()
         self.peer_urls = parse_urls(urls) if urls else ()
-        self._server_stats = ServerStats(format_id(member_id))  # UsageError for what is no ID
+        format_id(member_id)  # UsageError for what is not an ID
+        self._server_stats = ServerStats(member_id)
         self._raft = raft
         self._dispatcher = Dispatcher(
             format_id(member_id),
@@ -233,7 +236,7 @@ class Transport:
             peer = peers.get(to)
             if peer is not None:
                 peer.send(message)
-                if message.type == MessageType.APP:
+                if message.type == _APP:
                     self._server_stats.sent_append()
             elif to and (remote := remotes.get(to)) is not None:
                 remote.send(message)
@@ -450,6 +453,8 @@ class Transport:
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._server_stats.forget_after_fork()
+        self._remotes.forget_after_fork()
         if self._prober is not None:
             self._prober.forget_after_fork()
         self._stop_done.set()

@@ -98,10 +98,10 @@ def test_server_stats_count_appends_received_and_follow_who_sent_them() -> None:
 
 
 def test_rates_are_of_the_last_200_and_end_after_a_second(clock: Clock) -> None:
-    stats = ServerStats("a")
+    stats = ServerStats(0xA)
     for _ in range(300):
         clock.now += 0.125
-        stats.received_append("b", 100)
+        stats.received_append(0xB, 100)
         stats.sent_append()
     told = stats.to_dict()
     rate = 200 / (199 * 0.125)
@@ -111,7 +111,7 @@ def test_rates_are_of_the_last_200_and_end_after_a_second(clock: Clock) -> None:
     told = stats.to_dict()
     assert not {"recvPkgRate", "recvBandwidthRate", "sendPkgRate"} & set(told)
     assert told["recvAppendRequestCnt"] == told["sendAppendRequestCnt"] == 300
-    stats.received_append("b", 100)
+    stats.received_append(0xB, 100)
     assert "recvPkgRate" not in stats.to_dict()  # of one there is no rate
 
 
