@@ -33,8 +33,11 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.listener import Listener
+from pipeline.peer import PeerStats
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
+from pipeline.probing import ProbeStats
+from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.status import PeerStatus
 from pipeline.transport import Transport
@@ -54,6 +57,7 @@ __all__ = [
     "MemberRemovedError",
     "Message",
     "MessageType",
+    "PeerStats",
     "PeerStatus",
     "PeerUnreachableError",
     "Pipeline",
@@ -61,8 +65,11 @@ __all__ = [
     "PipelineError",
     "PipelineStats",
     "PostError",
+    "ProbeStats",
     "Raft",
     "ReceiverConfig",
+    "RemotePolicy",
+    "RemoteStats",
     "RequestRejected",
     "SendResult",
     "Snapshot",

@@ -112,6 +112,8 @@ class TransportConfig:
     min_cluster_version: str = "3.0.0"
     #: Python threads for dialling, odd answers and callbacks, started as they are needed.
     dispatchers: int = 8
+    #: Between two probes of a peer; 0 for none. etcd's is its read timeout of 5 s less 1 s.
+    probe_interval_s: float = 4.0
     #: ``stop()`` returns within this, whatever its workers and callbacks do.
     stop_timeout_s: float = 1.0
 
@@ -122,4 +124,6 @@ class TransportConfig:
             raise UsageError(f"receiver: {self.receiver!r} is not a ReceiverConfig")
         _require_int("queue_bytes", self.queue_bytes, 1, 1 << 50)
         _require_int("dispatchers", self.dispatchers, 1, 256)
+        if self.probe_interval_s != 0:
+            _require("probe_interval_s", self.probe_interval_s, 0.001, 86400.0)
         _require("stop_timeout_s", self.stop_timeout_s, 0.01, 3600.0)

@@ -219,7 +219,7 @@ class General:
         self._request = Request(event.method.decode("ascii"), path, headers, self._remote)
         answer = self._handlers.check(self._request)
         if answer is None:
-            if self._learn(self._head):
+            if self._handlers.is_learnable(self._request) and self._learn(self._head):
                 self.rest = self._first
                 return Then.NEXT
             self._is_message = True

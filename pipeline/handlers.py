@@ -9,27 +9,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pipeline._messages import Message
 from pipeline.config import ReceiverConfig
-from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.errors import RequestRejected, UnmarshalError, UsageError
 from pipeline.protocol import (
     CLUSTER_ID,
     CLUSTER_ID_MISMATCH,
     INCOMPATIBLE_VERSION,
     MIN_CLUSTER_VERSION,
+    PEER_URLS,
     PROBING_PATH,
     RAFT_PATH,
+    SERVER_FROM,
     SNAPSHOT_PATH,
     STREAM_PREFIX,
+    VERSION_PATH,
     Version,
     check_version_compatibility,
     format_id,
     min_cluster_version,
+    parse_id,
     server_version,
 )
 from pipeline.types import MessageType, Raft
@@ -54,6 +58,7 @@ _PROCESS_LOCAL = frozenset(
     )
 )
 _KNOWN_TYPES = frozenset(MessageType)
+_APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
 
 # Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
 # who makes up ids can cost us. Of addresses with failures, where asked for, as many are kept.
@@ -99,6 +104,16 @@ class Received(NamedTuple):
     process_failures: int
 
 
+class Senders(Protocol):
+    """Who wants to know who sends us messages (``remote.Remotes``)."""
+
+    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+        """See a sender's X-Server-From and X-PeerURLs, before its message is read."""
+
+    def is_watched(self, sender: int) -> bool:
+        """Tell whether every request of this sender is to be shown."""
+
+
 class Handlers:
     """Everything a node serves on its peer port.
 
@@ -112,6 +127,10 @@ class Handlers:
         The etcd version we stand for, and the lowest cluster version we take part in.
     config : ReceiverConfig
         For ``max_body_bytes``.
+    senders : Senders, optional
+        Shown who posts; by default the two headers are not looked at.
+    on_append : callable, optional
+        Called with the sender and the bytes of each MsgApp, before Raft has it.
 
     Attributes
     ----------
@@ -140,7 +159,11 @@ class Handlers:
         server_version: str,
         min_cluster_version: str = MIN_CLUSTER_VERSION,
         config: ReceiverConfig | None = None,
+        senders: Senders | None = None,
+        on_append: Callable[[int, int], None] | None = None,
     ) -> None:
+        self._senders = senders
+        self._on_append = on_append
         self.config = config or ReceiverConfig()
         self.received_bytes: dict[int, int] = {}
         self.received_bytes_others = 0
@@ -151,6 +174,10 @@ class Handlers:
         self._cluster_id = format_id(cluster_id)
         self._local = Version.parse(server_version)
         self._local_min = Version.parse(min_cluster_version)
+        # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
+        # Differs from etcd: we do not know what version the cluster has; it has at least this.
+        versions = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'
+        self._version = Answer(200, (("Content-Type", "application/json"),), versions.encode())
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
@@ -165,7 +192,7 @@ class Handlers:
         """
         path = request.path
         if path == RAFT_PATH:
-            return self._check_post(request) or self._check_body(request)
+            return self._check_post(request) or self._note_sender(request)
         if path == PROBING_PATH:
             return _probing()
         if path == SNAPSHOT_PATH:
@@ -173,13 +200,19 @@ class Handlers:
             # body breaks it off and may tell of a broken pipe instead of our answer.
             refusal = self._answer(501, "Not Implemented")
             return self._check_post(request) or replace(refusal, drain=True)
-        if path.startswith(STREAM_PREFIX):
-            if request.method != "GET":
-                return _not_allowed("GET")
-            # Without X-Server-Version etcd takes us for a member from before streams and keeps
-            # the peer active; with it, every dial would deactivate the peer (spec section 13.2).
-            return self._answer(404, "404 page not found")
+        if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
+            return self._get(path) if request.method == "GET" else _not_allowed("GET")
         return _error(404, "404 page not found")
+
+    def is_learnable(self, request: Request) -> bool:
+        """Tell whether ``check`` need not see the next request with the same head.
+
+        For a request that ``check`` let pass. The compiled receiver remembers such heads.
+        """
+        if self._senders is None:
+            return True
+        sender = _sender(request)
+        return sender is None or not self._senders.is_watched(sender)
 
     def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
         """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
@@ -209,6 +242,8 @@ class Handlers:
             with self._lock:
                 self.ignored += 1
             return None
+        if kind == _APP and self._on_append is not None:
+            self._on_append(sender, size_bytes)
         try:
             self._raft.process(message)
         except RequestRejected as rejected:
@@ -253,6 +288,13 @@ class Handlers:
         """Answer a request that will not be waited for; its message may have been processed."""
         return self._answer(503, "shutting down", close=True)
 
+    def _get(self, path: str) -> Answer:
+        if path == VERSION_PATH:
+            return self._version
+        # A stream. Without X-Server-Version etcd takes us for a member from before streams and
+        # keeps the peer active; with it, every dial would deactivate the peer (spec section 13.2).
+        return self._answer(404, "404 page not found")
+
     def _check_post(self, request: Request) -> Answer | None:
         """Do what etcd does before it reads a body; None if all is well."""
         if request.method != "POST":
@@ -285,6 +327,13 @@ class Handlers:
             )
             return self._answer(412, CLUSTER_ID_MISMATCH)
         return None
+
+    def _note_sender(self, request: Request) -> Answer | None:
+        """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
+        urls = request.headers.get(PEER_URLS.lower(), "")
+        if self._senders is not None and urls and (sender := _sender(request)) is not None:
+            self._senders.note(sender, tuple(urls.split(",")), request.remote)
+        return self._check_body(request)
 
     def _check_body(self, request: Request) -> Answer | None:
         """Refuse a body that would be refused once it had arrived.
@@ -363,6 +412,13 @@ class Handlers:
             if is_due:
                 self._next_warning[text] = now + _WARNING_INTERVAL_S
         logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args, exc_info=exc_info)
+
+
+def _sender(request: Request) -> int | None:
+    try:
+        return parse_id(request.headers.get(SERVER_FROM.lower(), ""))
+    except UsageError:
+        return None
 
 
 def _error(

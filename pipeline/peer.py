@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from pipeline._core import ActiveFlag, EncodedMessage
 from pipeline._messages import Message
@@ -25,7 +25,7 @@ from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
 if TYPE_CHECKING:
     from pipeline._core import ProtobufMessage
 
-__all__ = ["Peer", "Sendable"]
+__all__ = ["Peer", "PeerStats", "Sendable"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,20 @@ class Channel(Protocol):
 
     def send(self, message: Sendable) -> SendResult:
         """Take the message or refuse it, without waiting."""
+
+
+class PeerStats(NamedTuple):
+    """What there is to tell of a peer besides the books of its pipeline."""
+
+    #: When it last became active, seconds since the epoch; None while it is inactive.
+    active_since: float | None
+    #: Changes from active to inactive (etcd ``disconnected_peers_total``).
+    disconnects: int
+    #: Whether messages to it are dropped (``Transport.pause``, ``cut_peer``).
+    is_paused: bool
+    #: Messages dropped because it was paused. They are not in the books of the pipeline, which
+    #: was never offered them.
+    paused_drops: int
 
 
 class Peer:
@@ -108,6 +122,8 @@ class Peer:
         self._refused = 0  # messages, not told to Raft yet
         self._refused_snapshots = 0
         self._full_logged_at = float("-inf")
+        self._is_paused = False
+        self._paused_drops = 0
         self.pipeline.start()
 
     def pick(self, message: Sendable) -> tuple[Channel, str]:
@@ -117,18 +133,39 @@ class Peer:
         """
         return self.pipeline, "pipeline"
 
-    def send(self, message: Sendable) -> SendResult:
-        """Offer a message to its channel without waiting.
+    def send(self, message: Sendable) -> SendResult | None:
+        """Offer a message to its channel without waiting; None if it was dropped while paused.
 
         A full channel refuses it, and Raft is told, soon, from a dispatcher thread: a Raft that
-        sends while it holds a lock must not be called back in the same call.
+        sends while it holds a lock must not be called back in the same call. Raft is not told of
+        what is dropped while paused: to it, as in etcd, such a message is lost on the network.
         Source: etcd ``peer.send``.
         """
+        if self._is_paused:
+            with self._lock:
+                self._paused_drops += 1
+            return None
         channel, name = self.pick(message)
         result = channel.send(message)
         if result is SendResult.QUEUE_FULL:
             self._note_full(message, name)
         return result
+
+    def pause(self) -> None:
+        """Drop what is sent from now on; what was queued before still goes. Twice is once."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`, however often it was called."""
+        self._is_paused = False
+
+    def stats(self) -> PeerStats:
+        """Return what there is to tell besides ``pipeline.stats()``."""
+        status = self.status
+        with self._lock:
+            return PeerStats(
+                status.active_since, status.disconnects, self._is_paused, self._paused_drops
+            )
 
     def stop_begin(self) -> int:
         """Stop all channels without waiting; the number of messages dropped."""

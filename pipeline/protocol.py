@@ -27,6 +27,7 @@ __all__ = [
     "RAFT_PATH",
     "SNAPSHOT_PATH",
     "STREAM_PREFIX",
+    "VERSION_PATH",
     "Version",
     "check_answer",
     "check_version_compatibility",
@@ -35,6 +36,7 @@ __all__ = [
     "min_cluster_version",
     "parse_id",
     "post_url",
+    "probe_head",
     "request_head",
     "server_version",
 ]
@@ -43,6 +45,7 @@ RAFT_PATH = "/raft"
 SNAPSHOT_PATH = "/raft/snapshot"
 PROBING_PATH = "/raft/probing"
 STREAM_PREFIX = "/raft/stream/"
+VERSION_PATH = "/version"
 
 # As Go's net/http writes them: etcd's source says X-Etcd-Cluster-ID and X-PeerURLs, the wire does
 # not.
@@ -240,6 +243,20 @@ def request_head(
         # A refusal is a line of text: nothing to compress, and nothing to inflate.
         "Accept-Encoding: identity",
         "Content-Length: ",
+    ]
+    return "\r\n".join(lines).encode("ascii")
+
+
+def probe_head(url: str) -> bytes:
+    """Build a whole probe: ``GET /raft/probing`` at an ``http`` or ``https`` peer URL."""
+    (checked,) = parse_urls((url,))
+    lines = [
+        f"GET {PROBING_PATH} HTTP/1.1",
+        f"Host: {checked.partition('://')[2]}",
+        f"User-Agent: raft-pipeline/{__version__}",
+        "Accept-Encoding: identity",
+        "",
+        "",
     ]
     return "\r\n".join(lines).encode("ascii")
 

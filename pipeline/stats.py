@@ -1,10 +1,20 @@
-"""What a pipeline counts: its books, and the follower it feeds."""
+"""What a pipeline counts: its books, and the follower it feeds; and etcd's v2 statistics."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import NamedTuple
 
-__all__ = ["FollowerStats", "PipelineStats"]
+__all__ = ["FollowerStats", "PipelineStats", "ServerStats", "leader_stats"]
+
+#: MsgApp that a rate is taken over; etcd ``queueCapacity``.
+RATE_SAMPLES = 200
+#: Without a MsgApp for this long a rate is zero.
+RATE_STALE_S = 1.0
 
 
 class PipelineStats(NamedTuple):
@@ -49,3 +59,125 @@ class FollowerStats(NamedTuple):
     latency_stddev_ms: float
     latency_minimum_ms: float
     latency_maximum_ms: float
+
+
+def leader_stats(leader: str, followers: Mapping[str, FollowerStats]) -> dict[str, object]:
+    """Put follower statistics into the shape of etcd's ``/v2/stats/leader``; IDs in hex."""
+    return {
+        "leader": leader,
+        "followers": {
+            follower: {
+                "latency": {
+                    "current": stats.latency_current_ms,
+                    "average": stats.latency_average_ms,
+                    "standardDeviation": stats.latency_stddev_ms,
+                    "minimum": stats.latency_minimum_ms,
+                    "maximum": stats.latency_maximum_ms,
+                },
+                "counts": {"fail": stats.fail, "success": stats.success},
+            }
+            for follower, stats in followers.items()
+        },
+    }
+
+
+class ServerStats:
+    """MsgApp sent and received by a node, and what they say about who leads.
+
+    Parameters
+    ----------
+    member_id : int
+        Ours.
+
+    Notes
+    -----
+    Thread-safe. Source: etcd ``v2stats.ServerStats``, which concludes state and leader from
+    nothing but MsgApp, too: who sends one leads.
+    """
+
+    def __init__(self, member_id: int) -> None:
+        self._id = member_id
+        self._start_time = datetime.now(UTC)
+        self._lock = threading.Lock()  # guards what follows
+        self._leader: int | None = None
+        self._leader_since = self._start_time
+        self._sent = 0
+        self._received = 0
+        # monotonic seconds, and bytes where they are known
+        self._sent_last: deque[tuple[float, int]] = deque(maxlen=RATE_SAMPLES)
+        self._received_last: deque[tuple[float, int]] = deque(maxlen=RATE_SAMPLES)
+
+    def sent_append(self) -> None:
+        """Count a MsgApp handed to a peer, whatever becomes of it."""
+        with self._lock:
+            if self._leader != self._id:
+                self._lead(self._id)
+            self._sent += 1
+            self._sent_last.append((time.monotonic(), 0))
+
+    def received_append(self, leader: int, size_bytes: int) -> None:
+        """Count a MsgApp that ``leader`` sent us."""
+        with self._lock:
+            if self._leader != leader:
+                self._lead(leader)
+            self._received += 1
+            self._received_last.append((time.monotonic(), size_bytes))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the shape of etcd's ``/v2/stats/self``."""
+        now, now_s = datetime.now(UTC), time.monotonic()
+        with self._lock:
+            stats: dict[str, object] = {
+                "id": f"{self._id:x}",
+                "state": "StateLeader" if self._leader == self._id else "StateFollower",
+                "startTime": _format_time(self._start_time),
+                "recvAppendRequestCnt": self._received,
+                "sendAppendRequestCnt": self._sent,
+            }
+            if self._leader is not None:
+                stats["leaderInfo"] = {
+                    "leader": f"{self._leader:x}",
+                    "uptime": _format_duration((now - self._leader_since).total_seconds()),
+                    "startTime": _format_time(self._leader_since),
+                }
+            received_rate, received_bytes_rate = _rates(self._received_last, now_s)
+            sent_rate, _ = _rates(self._sent_last, now_s)
+        # As etcd: a rate of zero is left out.
+        if received_rate:
+            stats["recvPkgRate"] = received_rate
+            stats["recvBandwidthRate"] = received_bytes_rate
+        if sent_rate:
+            stats["sendPkgRate"] = sent_rate
+        return stats
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: a lock another thread may have held is made anew."""
+        self._lock = threading.Lock()
+
+    def _lead(self, leader: int) -> None:
+        self._leader = leader
+        self._leader_since = datetime.now(UTC)
+
+
+def _rates(last: deque[tuple[float, int]], now_s: float) -> tuple[float, float]:
+    """Messages and bytes per second over the last messages; source: etcd ``statsQueue.Rate``."""
+    if last and now_s - last[-1][0] > RATE_STALE_S:
+        last.clear()
+    if len(last) < 2 or last[-1][0] <= last[0][0]:
+        return 0.0, 0.0
+    duration_s = last[-1][0] - last[0][0]
+    return len(last) / duration_s, sum(size for _, size in last) / duration_s
+
+
+def _format_time(time: datetime) -> str:
+    return time.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def _format_duration(duration_s: float) -> str:
+    """Write a duration as Go's ``time.ParseDuration`` reads it: ``1h2m3.5s``."""
+    minutes, seconds = divmod(max(0.0, duration_s), 60.0)
+    hours, minutes = divmod(int(minutes), 60)
+    text = f"{seconds:.6f}".rstrip("0").rstrip(".") + "s"
+    if hours:
+        return f"{hours}h{minutes}m{text}"
+    return f"{minutes}m{text}" if minutes else text

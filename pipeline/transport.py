@@ -1,7 +1,7 @@
 """The transport: all peers of a node, and the listener they reach it by.
 
-Source: etcd rafthttp/transport.go. Remotes, TLS, snapshots, pause and probing are to come; the
-places they take are ``remote.py``, ``tls.py``, ``snapshot.py``, ``Peer`` and ``probing.py``.
+Source: etcd rafthttp/transport.go. TLS and snapshots are to come; the places they take are
+``tls.py`` and ``snapshot.py``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from wsgiref.types import WSGIApplication
 
 from pipeline.asgi import ASGIApp, asgi_app
@@ -23,11 +23,14 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.peer import Peer, Sendable
+from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.picker import parse_urls
+from pipeline.pipeline import Pipeline
+from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
-from pipeline.stats import FollowerStats, PipelineStats
-from pipeline.types import Raft
+from pipeline.remote import RemotePolicy, Remotes, RemoteStats
+from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
+from pipeline.types import MessageType, Raft
 from pipeline.wsgi import wsgi_app
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Transport"]
 
 logger = logging.getLogger(__name__)
+
+_APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
 
 _all: weakref.WeakSet[Transport] = weakref.WeakSet()
 
@@ -55,6 +60,15 @@ class Transport:
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when a peer answers 403. Stopping the node is the
         application's decision.
+    remote_policy : callable, optional
+        ``(member ID, URLs, caller's ip:port) -> bool``: whether a sender that is not a peer is
+        remembered as a remote at the URLs its request names, so that it can be answered. Asked at
+        every request of such a sender, from a receiving thread; it must not block. By default
+        nobody is: what a stranger writes into a request must not choose where we connect to.
+        It is not asked about link-local, multicast, unspecified and malformed addresses, which
+        are never learned; what a host *name* stands for is its business.
+    allow_loopback_remotes : bool
+        Whether the policy is asked about loopback addresses.
 
     Raises
     ------
@@ -64,7 +78,7 @@ class Transport:
     Notes
     -----
     Thread-safe; every method may be called from a callback. A context manager: starts and stops.
-    One I/O thread serves all peers.
+    One I/O thread serves all peers, and one probes them.
     """
 
     def __init__(
@@ -76,6 +90,8 @@ class Transport:
         peer_urls: Iterable[str] = (),
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        remote_policy: RemotePolicy | None = None,
+        allow_loopback_remotes: bool = False,
     ) -> None:
         urls = tuple(peer_urls)
         self.member_id = member_id
@@ -83,20 +99,43 @@ class Transport:
         self.config = config or TransportConfig()
         self.peer_urls = parse_urls(urls) if urls else ()
         format_id(member_id)  # UsageError for what is not an ID
+        self._server_stats = ServerStats(member_id)
+        self._raft = raft
+        self._dispatcher = Dispatcher(
+            format_id(member_id),
+            queue_bytes=self.config.queue_bytes,
+            max_threads=self.config.dispatchers,
+        )
+        self._channel: dict[str, Any] = {  # what every pipeline is made with
+            "dispatcher": self._dispatcher,
+            "member_id": member_id,
+            "cluster_id": cluster_id,
+            "config": self.config.pipeline,
+            "peer_urls": self.peer_urls,
+            "server_version": self.config.server_version,
+            "min_cluster_version": self.config.min_cluster_version,
+            "on_critical_error": on_critical_error,
+        }
+        self._remotes = Remotes(
+            member_id,
+            lambda peer_id, urls: Pipeline(peer_id, urls, raft, **self._channel),
+            is_peer=lambda peer_id: peer_id in self._peers,
+            call_soon=self._dispatcher.call_soon,
+            policy=remote_policy,
+            allow_loopback=allow_loopback_remotes,
+        )
         self.handlers = Handlers(
             raft,
             cluster_id=cluster_id,
             server_version=self.config.server_version,
             min_cluster_version=self.config.min_cluster_version,
             config=self.config.receiver,
+            senders=None if remote_policy is None else self._remotes,
+            on_append=self._server_stats.received_append,
         )
-        self._raft = raft
-        self._on_critical_error = on_critical_error
-        self._dispatcher = Dispatcher(
-            format_id(member_id),
-            queue_bytes=self.config.queue_bytes,
-            max_threads=self.config.dispatchers,
-        )
+        self._prober: Prober | None = None
+        if self.config.probe_interval_s:
+            self._prober = Prober(format_id(member_id), interval_s=self.config.probe_interval_s)
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: send reads it without a lock.
         self._peers: dict[int, Peer] = {}
@@ -109,12 +148,15 @@ class Transport:
     # -- life
 
     def start(self) -> None:
-        """Start the I/O thread. Once; ``UsageError`` otherwise."""
+        """Start the threads. Once; ``UsageError`` otherwise."""
         with self._lock:
             if self._is_started or self._is_stopped:
                 raise UsageError("start: a transport can be started once")
             self._is_started = True
+            self._remotes.open()
         self._dispatcher.start()
+        if self._prober is not None:
+            self._prober.start()
         atexit.register(self.stop)
 
     def stop(self) -> int:
@@ -138,11 +180,20 @@ class Transport:
             if self._is_started and not self._dispatcher.is_current_thread():
                 self._stop_done.wait(self.config.stop_timeout_s)
             return 0
-        dropped = sum(peer.stop_begin() for peer in peers.values())
+        if self._prober is not None:
+            self._prober.stop_begin()
+        # As in etcd, remotes first.
+        remotes = self._remotes.close()
+        dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
+        dropped += sum(peer.stop_begin() for peer in peers.values())
         for listener in listeners:
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
+        for remote in remotes:
+            remote.pipeline.stop_end(deadline)
         for peer in peers.values():
             peer.stop_end(deadline)
+        if self._prober is not None:
+            self._prober.stop_end(deadline)
         self._dispatcher.stop(deadline)
         atexit.unregister(self.stop)
         self._stop_done.set()
@@ -163,7 +214,7 @@ class Transport:
     # -- sending
 
     def send(self, messages: Iterable[Sendable]) -> None:
-        """Hand each message to the peer it is for.
+        """Hand each message to the peer, or else the remote, it is for.
 
         Parameters
         ----------
@@ -179,7 +230,7 @@ class Transport:
         -----
         Never waits, and raises nothing for the network's reasons. Source: etcd ``Transport.Send``.
         """
-        peers = self._peers
+        peers, remotes = self._peers, self._remotes
         for message in messages:
             try:
                 to = message.to
@@ -188,6 +239,10 @@ class Transport:
             peer = peers.get(to)
             if peer is not None:
                 peer.send(message)
+                if message.type == _APP:
+                    self._server_stats.sent_append()
+            elif to and (remote := remotes.get(to)) is not None:
+                remote.send(message)
             elif to:
                 logger.debug("ignored message to unknown member %s", format_id(to))
 
@@ -206,27 +261,37 @@ class Transport:
             self._require_running("add_peer")
             if peer_id in self._peers:
                 return
-            peer = Peer(
-                peer_id,
-                urls,
-                self._raft,
-                dispatcher=self._dispatcher,
-                member_id=self.member_id,
-                cluster_id=self.cluster_id,
-                config=self.config.pipeline,
-                peer_urls=self.peer_urls,
-                server_version=self.config.server_version,
-                min_cluster_version=self.config.min_cluster_version,
-                on_critical_error=self._on_critical_error,
-            )
+            peer = Peer(peer_id, urls, self._raft, **self._channel)
             self._peers = {**self._peers, peer_id: peer}
+            self._probe(peer)
         logger.info("added remote peer %s", format_id(peer_id))
+
+    def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
+        """Be able to answer a node that is not a peer, until :meth:`stop`.
+
+        Ignored when the ID is a peer's or a remote's already, and after :meth:`stop`. If the
+        member becomes a peer later, messages go to the peer. A full buffer drops a message
+        without telling Raft. Source: etcd ``Transport.AddRemote``.
+
+        Raises
+        ------
+        UsageError
+            If a URL or the ID is not valid, or the transport was not started.
+        """
+        format_id(member_id)  # UsageError for what is not an ID
+        if not self._is_started:
+            raise UsageError("add_remote: the transport was not started")
+        if member_id not in self._peers:
+            self._remotes.add(member_id, urls)
 
     def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
-        peer = self._peers.get(peer_id)
+        with self._lock:
+            peer = self._peers.get(peer_id)
+            if peer is not None:
+                peer.pipeline.update(urls)
+                self._probe(peer)
         if peer is not None:
-            peer.pipeline.update(urls)
             logger.info("updated remote peer %s", format_id(peer_id))
 
     def remove_peer(self, peer_id: int) -> int:
@@ -241,6 +306,8 @@ class Transport:
             peers = dict(self._peers)
             peer = peers.pop(peer_id, None)
             self._peers = peers
+            if self._prober is not None:
+                self._prober.remove(peer_id)
         if peer is None:
             logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
             return 0
@@ -254,6 +321,9 @@ class Transport:
         """Remove every peer; the number of messages dropped."""
         with self._lock:
             peers, self._peers = self._peers, {}
+            if self._prober is not None:
+                for peer_id in peers:
+                    self._prober.remove(peer_id)
         for peer_id in peers:
             self.handlers.forget(peer_id)
         dropped = sum(peer.stop_begin() for peer in peers.values())
@@ -261,6 +331,37 @@ class Transport:
         for peer in peers.values():
             peer.stop_end(deadline)
         return dropped
+
+    # -- testing aids: a network that loses everything
+
+    def pause(self) -> None:
+        """Drop what is sent to the peers there are now, until :meth:`resume`.
+
+        Raft is not told, as if the network lost it; ``peer_stats`` counts it. What was queued
+        before still goes, and receiving goes on. A peer added later is not paused; remotes are not.
+        Source: etcd ``Transport.Pause``, a testing aid.
+        """
+        for peer in self._peers.values():
+            peer.pause()
+
+    def resume(self) -> None:
+        """Send to all peers again, those cut off by :meth:`cut_peer` included."""
+        for peer in self._peers.values():
+            peer.resume()
+
+    def cut_peer(self, peer_id: int) -> None:
+        """Do what :meth:`pause` does, for one peer or remote; nothing for an unknown one."""
+        for node in (self._peers.get(peer_id), self._remotes.get(peer_id)):
+            if node is not None:
+                node.pause()
+
+    def mend_peer(self, peer_id: int) -> None:
+        """Undo :meth:`cut_peer` and :meth:`pause` for one peer or remote, if there is one."""
+        for node in (self._peers.get(peer_id), self._remotes.get(peer_id)):
+            if node is not None:
+                node.resume()
+
+    # -- what there is to tell
 
     def active_since(self, peer_id: int) -> float | None:
         """When the peer last became active, seconds since the epoch; None if it is not."""
@@ -274,6 +375,18 @@ class Transport:
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer's pipeline, by member ID; each balances in itself."""
         return {peer_id: peer.pipeline.stats() for peer_id, peer in self._peers.items()}
+
+    def peer_stats(self) -> dict[int, PeerStats]:
+        """Whether each peer is active or paused, by member ID, and what that cost."""
+        return {peer_id: peer.stats() for peer_id, peer in self._peers.items()}
+
+    def probe_stats(self) -> dict[int, ProbeStats]:
+        """What probing found out, by member ID; empty when ``probe_interval_s`` is 0."""
+        return {} if self._prober is None else self._prober.stats()
+
+    def remote_stats(self) -> dict[int, RemoteStats]:
+        """Where each remote is, how it came to be, and its books, by member ID."""
+        return self._remotes.stats()
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
@@ -299,6 +412,25 @@ class Transport:
         from pipeline.metrics import MetricsCollector
 
         return MetricsCollector((self,), received_failures_by_address=received_failures_by_address)
+
+    def leader_stats(self) -> dict[str, object]:
+        """``follower_stats`` in the shape of etcd's ``/v2/stats/leader``.
+
+        ``leader`` is our ID: whether we lead is for the node to know. etcd answers only when it
+        does. A follower that nothing was delivered to has a minimum of 0, not 2**63.
+        """
+        followers = {format_id(k): stats for k, stats in self.follower_stats().items()}
+        return leader_stats(format_id(self.member_id), followers)
+
+    def server_stats(self) -> dict[str, object]:
+        """MsgApp sent and received, in the shape of etcd's ``/v2/stats/self``.
+
+        ``state`` and ``leaderInfo`` are concluded from who sent the last MsgApp, as in etcd.
+        ``leaderInfo`` is left out until there was one, ``name`` because we do not know it, and
+        ``sendBandwidthRate`` because ``send`` does not measure messages. As in etcd, a rate is
+        left out when it is zero.
+        """
+        return self._server_stats.to_dict()
 
     # -- receiving
 
@@ -347,8 +479,16 @@ class Transport:
         """A WSGI application that does what :meth:`listen` does, for a server of your own."""
         return wsgi_app(self.handlers, self.config.receiver)
 
+    def _probe(self, peer: Peer) -> None:
+        if self._prober is not None:
+            self._prober.set(peer.peer_id, peer.picker.urls)
+
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._server_stats.forget_after_fork()
+        self._remotes.forget_after_fork()
+        if self._prober is not None:
+            self._prober.forget_after_fork()
         self._stop_done.set()
 
     def _require_running(self, what: str) -> None:

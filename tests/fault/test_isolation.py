@@ -93,7 +93,7 @@ def test_answers_that_never_end_hold_up_their_peer_only() -> None:
         good.wait_requests(1, timeout=5.0)
 
 
-def test_64_peers_cost_one_io_thread_and_few_of_python_s() -> None:
+def test_64_peers_cost_one_io_thread_one_that_probes_and_few_of_python_s() -> None:
     config = TransportConfig(dispatchers=4)
     before = threading.active_count(), len(os.listdir("/proc/self/task"))
     with contextlib.ExitStack() as stack:
@@ -105,8 +105,8 @@ def test_64_peers_cost_one_io_thread_and_few_of_python_s() -> None:
             transport.send([message(to=peer)] * 4)
         server.wait_requests(4 * 64)
         servers = sum(thread.name.startswith("server-") for thread in threading.enumerate())
-        assert threading.active_count() - before[0] - servers <= 4
-        assert len(os.listdir("/proc/self/task")) - before[1] - servers <= 4 + 1
+        assert threading.active_count() - before[0] - servers <= 4 + 1
+        assert len(os.listdir("/proc/self/task")) - before[1] - servers <= 4 + 2
         assert transport.active_peers() == 64
 
 

@@ -101,6 +101,11 @@ def test_fork(how: str) -> None:
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
+def test_fork_of_a_transport_that_probes() -> None:
+    result = run("fork_transport.py")
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
 def test_a_forked_child_closes_its_copies_of_the_connections() -> None:
     """As long as it has them, the peer does not hear that the parent has closed them."""
     result = run("forks.py", "stops")

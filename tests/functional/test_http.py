@@ -62,9 +62,29 @@ def raft() -> FakeRaft:
     return FakeRaft()
 
 
+class SeenSenders:
+    """Writes down who is shown to it."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, tuple[str, ...], str]] = []
+
+    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+        self.seen.append((sender, urls, str(caller)))
+
+    def is_watched(self, sender: int) -> bool:
+        return False
+
+
 @pytest.fixture
-def handlers(raft: FakeRaft) -> Handlers:
-    return Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+def senders() -> SeenSenders:
+    return SeenSenders()
+
+
+@pytest.fixture
+def handlers(raft: FakeRaft, senders: SeenSenders) -> Handlers:
+    return Handlers(
+        raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG, senders=senders
+    )
 
 
 @pytest.fixture
@@ -335,6 +355,32 @@ def test_process_may_choose_the_answer(
     assert handlers.process_failures == 0
 
 
+def test_a_sender_is_shown_before_its_body_is_looked_at(ask: Ask, senders: SeenSenders) -> None:
+    urls = "http://10.0.0.1:2380,http://10.0.0.2:2380"
+    assert post(ask, b"malformed garbage", x_server_from="A1", x_peerurls=urls).status == 400
+    ((sender, seen, caller),) = senders.seen
+    assert (sender, seen) == (0xA1, ("http://10.0.0.1:2380", "http://10.0.0.2:2380"))
+    assert caller.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x_server_from": None},
+        {"x_server_from": "x"},
+        {"x_peerurls": None},
+        {"x_peerurls": ""},
+        {"x_etcd_cluster_id": "1"},
+    ],
+    ids=["no id", "malformed id", "no URLs", "empty URLs", "another cluster"],
+)
+def test_a_sender_is_not_shown(
+    ask: Ask, senders: SeenSenders, changes: dict[str, str | None]
+) -> None:
+    post(ask, **changes)
+    assert senders.seen == []
+
+
 def test_probing_says_we_are_there_and_what_time_it_is(ask: Ask) -> None:
     reply = ask("GET", "/raft/probing", {}, b"")
     assert reply.status == 200
@@ -345,6 +391,19 @@ def test_probing_says_we_are_there_and_what_time_it_is(ask: Ask) -> None:
     now = datetime.fromisoformat(answer["Now"])
     assert abs(datetime.now(UTC) - now) < timedelta(minutes=1)
     assert answer["Now"].endswith("Z")
+
+
+def test_our_version_is_told_as_etcd_tells_its(ask: Ask) -> None:
+    reply = ask("GET", "/version", {}, b"")
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "application/json"
+    assert json.loads(reply.body) == {"etcdserver": "3.5.1", "etcdcluster": "3.0.0"}
+
+
+def test_our_version_is_asked_for_with_get(ask: Ask) -> None:
+    reply = ask("POST", "/version", {}, b"")
+    assert (reply.status, reply.body) == (405, b"Method Not Allowed\n")
+    assert reply.headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize("kind", ["msgapp", "message", "strange"])
@@ -381,7 +440,7 @@ def test_a_snapshot_is_not_taken_yet(
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/version", "/raft/", "//raft", "/Raft", "/raft/stream", "/raft/probing/", "/raft/x",
+    ["/", "/version/", "/raft/", "//raft", "/Raft", "/raft/stream", "/raft/probing/", "/raft/x",
      "/%72aft", "/raft%2F", "%2Fraft", "/./raft", "http://test/raft", "*", "/raft;a=b"],
 )  # fmt: skip
 def test_any_other_path_is_not_found(raft: FakeRaft, ask: Ask, path: str) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import urllib3
 
 from pipeline import Message, MessageType, PipelineConfig, TransportConfig
 from pipeline.examples.etcd import EtcdError, put_of
@@ -208,7 +209,9 @@ def connections_to(url: str) -> int:
 @pytest.mark.parametrize("idle_timeout_s", [4.0, 60.0], ids=["too old for us", "young enough"])
 def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout_s: float) -> None:
     """etcd closes a connection after 5 s without a read (spec section 10.1)."""
-    config = TransportConfig(pipeline=PipelineConfig(idle_timeout_s=idle_timeout_s))
+    pipeline = PipelineConfig(idle_timeout_s=idle_timeout_s)
+    # Probes have a connection of their own, which they keep warm.
+    config = TransportConfig(pipeline=pipeline, probe_interval_s=0)
     cluster = Cluster(tmp_path, config=config)
     heartbeat = Message(
         type=MessageType.HEARTBEAT_RESP, to=cluster.etcd.id, from_=cluster.follower.member_id
@@ -258,5 +261,32 @@ def test_a_wrong_cluster_id_is_refused_on_both_sides(
         assert (stats.sent, stats.failed) == (0, 1)
         assert_balanced(stats)
         assert cluster.follower.messages == []
+    finally:
+        cluster.stop()
+
+
+def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster) -> None:
+    url = f"{cluster.etcd.client_url}/version"
+
+    def is_raised() -> bool:
+        return bool(urllib3.request("GET", url).json()["etcdcluster"] == "3.5.0")
+
+    wait_until(is_raised, "the cluster's version is that of its members")
+    assert "failed to get version" not in cluster.etcd.log_tail(100_000)
+
+
+def test_etcd_answers_our_probes_on_one_connection(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, config=TransportConfig(probe_interval_s=0.05))
+    try:
+        cluster.start()
+        assert cluster.transport is not None
+        transport, etcd = cluster.transport, cluster.etcd.id
+        wait_until(lambda: transport.probe_stats()[etcd].is_healthy, "etcd answers a probe")
+        before = transport.probe_stats()[etcd]
+        wait_until(lambda: transport.probe_stats()[etcd].total > before.total + 5, "and more")
+        after = transport.probe_stats()[etcd]
+        assert after.lost == before.lost
+        assert after.last_rtt_s is not None
+        assert 0 < after.smoothed_rtt_s < LONG_TIMEOUT
     finally:
         cluster.stop()

@@ -23,6 +23,9 @@ def answer(status: str, body: bytes = b"", *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + body
 
 
+PROBED = answer("200 OK", b'{"OK":true,"Now":"2026-01-01T00:00:00.5Z"}')
+
+
 @dataclass(frozen=True)
 class Request:
     """One whole request."""
@@ -153,7 +156,8 @@ class ScriptedServer:
     Notes
     -----
     ``hold`` is a script that keeps a request unanswered until ``release`` is set. After ``stop``,
-    which the ``with`` statement calls, there is no thread and no connection.
+    which the ``with`` statement calls, there is no thread and no connection. Probes are answered by
+    ``on_probe`` and recorded apart.
     """
 
     def __init__(
@@ -168,9 +172,11 @@ class ScriptedServer:
         self.script: Script = script or always(OK)
         self.on_connect = on_connect
         self.on_head = on_head
+        self.on_probe: Script = always(PROBED)
         self.release = threading.Event()
         self._changed = threading.Condition()  # guards what follows
         self.requests: list[Request] = []
+        self.probes: list[Request] = []
         self.connections: list[Connection] = []
         self.ended = 0  # connections that are served no more
         self._is_stopped = False
@@ -271,6 +277,15 @@ class ScriptedServer:
         head = connection.read_head()
         if not head:
             return False
+        if head.startswith(b"GET /raft/probing "):  # not what a script is about
+            request = Request(head, b"", connection.number)
+            with self._changed:
+                self.probes.append(request)
+                self._changed.notify_all()
+            data = self.on_probe(connection, request)
+            if data is not None:
+                connection.send(data)
+            return True
         if self.on_head is not None and not self.on_head(connection, head):
             return False
         size = next(

@@ -46,3 +46,5 @@ Transport(1, 0x77, TakesBytes())  # type: ignore[arg-type]
 Transport(1, 0x77, AsyncNode())  # type: ignore[arg-type]
 Pipeline(2, ["http://127.0.0.1:2380"], Node(), member_id=1, cluster_id=0x77)
 Pipeline(2, ["http://127.0.0.1:2380"], Deaf(), member_id=1, cluster_id=0x77)  # type: ignore[arg-type]
+Transport(1, 0x77, Node(), remote_policy=lambda member_id, urls, caller: len(urls) == 1)
+Transport(1, 0x77, Node(), remote_policy=lambda member_id: True)  # type: ignore[arg-type, misc]

@@ -1,0 +1,332 @@
+"""Probing: whether peers answer, and how fast. Diagnostic only; nothing here decides anything.
+
+Source: etcd rafthttp/probing_status.go over xiang90/probing. Differs from etcd: one thread for
+all peers, and no judgement of clocks.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import os
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from urllib3.exceptions import HTTPError
+
+from pipeline.pool import Line, Pool, parse_answer
+from pipeline.protocol import format_id, probe_head
+
+__all__ = ["ProbeStats", "Prober"]
+
+logger = logging.getLogger(__name__)
+
+#: To connect, and again to be answered. A probe that takes longer is a failure: round trips
+#: beyond this are beyond any election timeout.
+STEP_TIMEOUT_S = 1.0
+#: Weight of a new round trip in the smoothed one; as TCP (RFC 6298) and xiang90/probing.
+RTT_WEIGHT = 0.125
+
+
+class ProbeStats(NamedTuple):
+    """What probing found out about one peer."""
+
+    #: Whether the last probe was answered; False before the first.
+    is_healthy: bool = False
+    #: Probes answered or given up.
+    total: int = 0
+    #: Probes that failed.
+    lost: int = 0
+    #: Seconds from the request to the whole answer, without connecting; None before the first.
+    last_rtt_s: float | None = None
+    #: Its moving average, from 0 up as in etcd.
+    smoothed_rtt_s: float = 0.0
+    #: Why the last probe failed; empty if it did not.
+    last_error: str = ""
+
+
+class _Target:
+    """One peer, in the hands of the prober's thread but for ``stats``, which is replaced."""
+
+    def __init__(self, peer_id: int, urls: tuple[str, ...], due: float) -> None:
+        self.peer_id = peer_id
+        self.urls = urls
+        self.picked = 0
+        self.pools: dict[str, Pool] = {}
+        self.line = Line()
+        self.is_open = False  # the line is
+        self.is_busy = False
+        self.is_sent = False
+        self.is_reused = False
+        self.due = due  # when idle: of the next probe; otherwise: of giving up
+        self.next_due = due
+        self.sent_at = 0.0
+        self.stats = ProbeStats()
+
+    @property
+    def url(self) -> str:
+        return self.urls[self.picked]
+
+
+class Prober:
+    """Asks every peer in turn, at intervals, whether it is there.
+
+    Parameters
+    ----------
+    name : str
+        Goes into the thread's name, ``pipeline-probe-<name>``.
+    interval_s : float
+        Between two probes of a peer, and before the first.
+
+    Notes
+    -----
+    Thread-safe. The thread waits for all peers at once, so one that is dead delays no other; only
+    resolving a host name blocks it. A connection is kept from probe to probe.
+    """
+
+    def __init__(self, name: str, *, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._lock = threading.Lock()  # guards changes of what follows
+        # Replaced, never changed: the thread and stats read it without a lock.
+        self._targets: dict[int, _Target] = {}
+        self._is_stopped = False
+        self._wake = -1
+        self._thread = threading.Thread(
+            target=self._run, name=f"pipeline-probe-{name}", daemon=True
+        )
+        # The thread's own.
+        self._selector = selectors.DefaultSelector()
+        self._known: set[_Target] = set()
+
+    def start(self) -> None:
+        """Start the thread. Once."""
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._thread.start()
+
+    def stop_begin(self) -> None:
+        """End the thread, without waiting for it."""
+        with self._lock:
+            self._is_stopped = True
+            self._targets = {}
+            self._wake_up()
+
+    def stop_end(self, deadline: float) -> None:
+        """Wait until ``deadline`` (``time.monotonic()``) for the thread, if it was started."""
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def set(self, peer_id: int, urls: Iterable[str]) -> None:
+        """Probe a peer at these URLs from now on; what was known of it is forgotten."""
+        target = _Target(peer_id, tuple(urls), time.monotonic() + self._interval_s)
+        with self._lock:
+            if not self._is_stopped:
+                self._targets = {**self._targets, peer_id: target}
+                self._wake_up()
+
+    def remove(self, peer_id: int) -> None:
+        """Probe a peer no more; nothing for an unknown one."""
+        with self._lock:
+            self._targets = {k: v for k, v in self._targets.items() if k != peer_id}
+            self._wake_up()
+
+    def stats(self) -> dict[int, ProbeStats]:
+        """What is known of each peer."""
+        return {peer_id: target.stats for peer_id, target in self._targets.items()}
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, which has no thread: close its copies of the descriptors."""
+        self._lock = threading.Lock()
+        if self._thread.ident is None:
+            return  # it may yet be started here
+        self._is_stopped = True
+        self._targets = {}
+        for target in list(self._known):
+            target.line.forget_after_fork()
+        self._selector.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    def _wake_up(self) -> None:
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        while not self._is_stopped:
+            try:
+                self._turn()
+            except BaseException:  # also sys.exit() in a log handler
+                logger.exception("internal error, please report: probing fails")
+                time.sleep(STEP_TIMEOUT_S)  # not in a busy loop
+        for target in self._known:
+            self._close(target)
+        with self._lock:
+            os.close(self._wake)
+            self._wake = -1
+        self._selector.close()
+
+    def _turn(self) -> None:
+        targets = set(self._targets.values())
+        for target in self._known - targets:
+            self._close(target)
+        self._known = targets
+        for target in targets:
+            if target.due <= time.monotonic():
+                if target.is_busy:
+                    self._fail(target, f"no answer in {STEP_TIMEOUT_S:g} s")
+                else:
+                    self._begin(target)
+        next_due = min((target.due for target in targets), default=None)
+        timeout = None if next_due is None else max(0.0, next_due - time.monotonic())
+        for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                os.eventfd_read(self._wake)
+            elif key.data.is_sent:
+                self._read(key.data)
+            else:
+                self._connected(key.data)
+
+    def _begin(self, target: _Target) -> None:
+        target.is_busy = True
+        target.next_due = time.monotonic() + self._interval_s
+        target.is_reused = target.is_open
+        if target.is_open:
+            self._send(target)
+        else:
+            self._dial(target)
+
+    def _dial(self, target: _Target) -> None:
+        target.is_sent = False
+        target.due = time.monotonic() + STEP_TIMEOUT_S
+        url = target.url
+        try:
+            pool = target.pools.get(url)
+            if pool is None:
+                pool = target.pools[url] = Pool(
+                    url, probe_head(url), size=1, dead_link_timeout_s=STEP_TIMEOUT_S
+                )
+            target.line.dial(pool, STEP_TIMEOUT_S)
+        except HTTPError as error:
+            self._fail(target, str(error))
+            return
+        target.is_open = True
+        self._selector.register(target.line.fileno(), selectors.EVENT_WRITE, target)
+
+    def _connected(self, target: _Target) -> None:
+        sock = target.line.sock
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if not error:
+            self._selector.modify(sock, selectors.EVENT_READ, target)
+            self._send(target)
+            return
+        self._selector.unregister(sock)
+        try:
+            target.line.dial_next(OSError(error, os.strerror(error)))
+        except (HTTPError, OSError) as failure:
+            target.is_open = False
+            self._fail(target, str(failure))
+            return
+        self._selector.register(target.line.fileno(), selectors.EVENT_WRITE, target)
+
+    def _send(self, target: _Target) -> None:
+        target.is_sent = True
+        target.sent_at = time.monotonic()
+        target.due = target.sent_at + STEP_TIMEOUT_S
+        try:
+            # Some 100 bytes, and nothing else was ever left unsent: they fit.
+            target.line.sock.send(target.line.head)
+        except OSError as error:
+            self._broken(target, str(error))
+
+    def _read(self, target: _Target) -> None:
+        try:
+            data = target.line.sock.recv(65536)
+        except OSError as error:
+            self._broken(target, str(error))
+            return
+        if not target.is_busy:
+            self._close(target)  # between probes there is nothing to be said
+            return
+        if not data and not target.line.received:
+            self._broken(target, "the connection ended before an answer")
+            return
+        target.line.received += data
+        try:
+            answer = parse_answer(target.line.received, is_ended=not data, is_written=True)
+        except (http.client.HTTPException, ValueError) as error:
+            self._fail(target, f"malformed or incomplete answer: {error!r}")
+            return
+        if answer is None:
+            return
+        target.line.received = b""
+        if answer.status != 200:
+            self._fail(target, f"answered with status {answer.status}")
+        elif not _says_ok(answer.body):
+            self._fail(target, "answered without OK")
+        else:
+            if not answer.keep:
+                self._close(target)
+            self._succeed(target, time.monotonic() - target.sent_at)
+
+    def _broken(self, target: _Target, reason: str) -> None:
+        """Fail, unless the connection was an old one, which may have ended meanwhile."""
+        if not target.is_busy or not target.is_reused or target.line.received:
+            self._fail(target, reason)
+            return
+        target.is_reused = False
+        self._close(target)
+        self._dial(target)
+
+    def _succeed(self, target: _Target, rtt_s: float) -> None:
+        old = target.stats
+        target.stats = ProbeStats(
+            is_healthy=True,
+            total=old.total + 1,
+            lost=old.lost,
+            last_rtt_s=rtt_s,
+            smoothed_rtt_s=(1 - RTT_WEIGHT) * old.smoothed_rtt_s + RTT_WEIGHT * rtt_s,
+        )
+        self._done(target)
+        if not old.is_healthy:
+            logger.info("peer %s answers probes at %s", format_id(target.peer_id), target.url)
+
+    def _fail(self, target: _Target, reason: str) -> None:
+        self._close(target)
+        if not target.is_busy:
+            return
+        old, url = target.stats, target.url
+        target.stats = old._replace(
+            is_healthy=False, total=old.total + 1, lost=old.lost + 1, last_error=reason
+        )
+        target.picked = (target.picked + 1) % len(target.urls)
+        self._done(target)
+        is_change = old.is_healthy or old.total == 0
+        level = logging.WARNING if is_change else logging.DEBUG
+        logger.log(level, "probe of peer %s at %s: %s", format_id(target.peer_id), url, reason)
+
+    def _done(self, target: _Target) -> None:
+        target.is_busy = False
+        target.due = max(target.next_due, time.monotonic())
+
+    def _close(self, target: _Target) -> None:
+        if target.is_open:
+            target.is_open = False
+            self._selector.unregister(target.line.sock)
+            target.line.close()
+        target.line.received = b""
+
+
+def _says_ok(body: bytes) -> bool:
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(answer, dict) and answer.get("OK") is True

@@ -1,0 +1,290 @@
+"""Remotes: nodes we answer without having them as peers, and who may become one by asking.
+
+A node whose log lags behind does not know the newest members; they tell it where they are in the
+headers of what they send. etcd dials whatever a request says; here that is off by default, and
+bounded when it is on. Source: etcd rafthttp/remote.go, ``addRemoteFromRequest`` in http.go.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+from urllib3.util import parse_url
+
+from pipeline.errors import UsageError
+from pipeline.peer import FULL_LOG_INTERVAL_S, Sendable
+from pipeline.picker import parse_urls
+from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
+from pipeline.protocol import format_id
+from pipeline.stats import PipelineStats
+from pipeline.types import SendResult
+
+__all__ = ["Remote", "RemotePolicy", "RemoteStats", "Remotes"]
+
+logger = logging.getLogger(__name__)
+
+#: Who may become a remote by a request: (X-Server-From, X-PeerURLs, the caller's ``ip:port``).
+RemotePolicy = Callable[[int, tuple[str, ...], str], bool]
+
+#: Learned remotes. A cluster has 3 to 7 members, and few of them at a time are unknown to one.
+REMOTES_MAX = 16
+#: A learned remote that nothing was sent to for this long is forgotten.
+UNUSED_S = 600.0
+#: URLs of one learned remote.
+URLS_MAX = 8
+
+
+class RemoteStats(NamedTuple):
+    """What there is to tell of a remote."""
+
+    urls: tuple[str, ...]
+    #: Whether it came from a request rather than ``add_remote``.
+    is_learned: bool
+    #: Whether messages to it are dropped (``Transport.cut_peer``).
+    is_paused: bool
+    #: Messages dropped because it was cut off; not in the books.
+    paused_drops: int
+    #: Its books. ``refused`` are those a full buffer turned away, of which Raft is not told.
+    pipeline: PipelineStats
+
+
+class Remote:
+    """A pipeline to a node that is not a peer. Thread-safe.
+
+    Differs from etcd: pausing drops what is sent. There it stops the pipeline, which loses what
+    is queued and panics when done twice.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, is_learned: bool) -> None:
+        self.pipeline = pipeline
+        self.is_learned = is_learned
+        self.used_at = time.monotonic()
+        self._lock = threading.Lock()  # guards what follows
+        self._is_paused = False
+        self._paused_drops = 0
+        self._full_logged_at = float("-inf")
+        pipeline.start()
+
+    def send(self, message: Sendable) -> None:
+        """Offer a message without waiting. Raft is not told when the buffer is full.
+
+        Source: etcd ``remote.send``. A post that fails later is told, by the pipeline.
+        """
+        if self._is_paused:
+            with self._lock:
+                self._paused_drops += 1
+            return
+        self.used_at = now = time.monotonic()
+        if self.pipeline.send(message) is not SendResult.QUEUE_FULL:
+            return
+        with self._lock:
+            is_logged = now - self._full_logged_at >= FULL_LOG_INTERVAL_S
+            if is_logged:
+                self._full_logged_at = now
+        if is_logged:
+            logger.warning(
+                "dropped Raft message since sending buffer is full (overloaded network): "
+                "type %s, to remote %s",
+                message.type,
+                format_id(self.pipeline.peer_id),
+            )
+
+    def pause(self) -> None:
+        """Drop what is sent from now on. Twice is once."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`."""
+        self._is_paused = False
+
+    def stats(self) -> RemoteStats:
+        """Return what there is to tell."""
+        with self._lock:
+            paused, drops = self._is_paused, self._paused_drops
+        urls = self.pipeline.picker.urls
+        return RemoteStats(urls, self.is_learned, paused, drops, self.pipeline.stats())
+
+
+class Remotes:
+    """All remotes of a transport, and the rules by which requests add to them.
+
+    Parameters
+    ----------
+    member_id : int
+        Ours; no request makes a remote of it.
+    make : callable
+        Makes a pipeline, not started, of an ID and URLs; ``UsageError`` for a bad URL.
+    is_peer : callable
+        Tells whether an ID is a peer's: peers are not learned.
+    call_soon : callable
+        Runs a function in another thread (``Dispatcher.call_soon``).
+    policy : RemotePolicy or None
+        Asked about every sender that is not a peer, after the rules here; None allows nobody.
+    allow_loopback : bool
+        Whether loopback URLs may be learned.
+
+    Notes
+    -----
+    Thread-safe. ``note`` calls the policy and holds no lock meanwhile.
+    """
+
+    def __init__(
+        self,
+        member_id: int,
+        make: Callable[[int, Iterable[str]], Pipeline],
+        *,
+        is_peer: Callable[[int], bool],
+        call_soon: Callable[[Callable[[], None]], None],
+        policy: RemotePolicy | None,
+        allow_loopback: bool,
+    ) -> None:
+        self._member_id = member_id
+        self._make = make
+        self._is_peer = is_peer
+        self._call_soon = call_soon
+        self._policy = policy
+        self._allow_loopback = allow_loopback
+        self._lock = threading.Lock()  # guards changes of what follows
+        # Replaced, never changed: get reads it without a lock.
+        self._remotes: dict[int, Remote] = {}
+        self._is_open = False
+        self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
+
+    def open(self) -> None:
+        """Take remotes from now on."""
+        self._is_open = True
+
+    def close(self) -> list[Remote]:
+        """Take no more; hand over those there are, to be stopped."""
+        with self._lock:
+            self._is_open = False
+            remotes, self._remotes = self._remotes, {}
+        return list(remotes.values())
+
+    def get(self, member_id: int) -> Remote | None:
+        """Return the remote with this ID, or None. No lock."""
+        return self._remotes.get(member_id)
+
+    def stats(self) -> dict[int, RemoteStats]:
+        """What there is to tell, by ID."""
+        return {member_id: remote.stats() for member_id, remote in self._remotes.items()}
+
+    def add(self, member_id: int, urls: Iterable[str], *, is_learned: bool = False) -> bool:
+        """Add one; False if it is there already, closed, or one learned too many."""
+        with self._lock:
+            if not self._is_open or member_id in self._remotes:
+                return False
+            if is_learned and self._count_learned() >= REMOTES_MAX:
+                return False
+            remote = Remote(self._make(member_id, urls), is_learned=is_learned)
+            self._remotes = {**self._remotes, member_id: remote}
+        logger.info("added remote %s at %s", format_id(member_id), remote.pipeline.picker.urls)
+        return True
+
+    def is_watched(self, sender: int) -> bool:
+        """Tell whether the next request of this sender is to be shown to ``note`` as well."""
+        remote = self._remotes.get(sender)
+        return not self._is_peer(sender) and (remote is None or remote.is_learned)
+
+    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+        """Look at who sent a request, and maybe remember where it is reached. Never raises.
+
+        Parameters
+        ----------
+        sender : int
+            Its X-Server-From.
+        urls : tuple of str
+            Its X-PeerURLs, as they came.
+        caller : object
+            Shows its ``ip:port``.
+        """
+        if sender in (0, self._member_id) or self._is_peer(sender):
+            return
+        self._forget_unused()
+        if sender in self._remotes:
+            return
+        if self._count_learned() >= REMOTES_MAX:
+            self._warn("did not learn remote %s: there are %d", format_id(sender), REMOTES_MAX)
+            return
+        try:
+            checked = parse_urls(urls)
+            reason = _refusal(checked, allow_loopback=self._allow_loopback)
+        except UsageError as error:
+            reason = str(error)
+        if reason is not None:
+            self._warn("did not learn remote %s from %s: %s", format_id(sender), caller, reason)
+            return
+        try:
+            if self._policy is None or not self._policy(sender, checked, str(caller)):
+                return
+            self.add(sender, checked, is_learned=True)
+        except BaseException as error:  # the application's policy; or https, not to be dialled
+            self._warn("did not learn remote %s from %s: %r", format_id(sender), caller, error)
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: locks another thread may have held are made anew."""
+        self._lock = threading.Lock()
+
+    def _count_learned(self) -> int:
+        return sum(remote.is_learned for remote in self._remotes.values())
+
+    def _forget_unused(self) -> None:
+        limit = time.monotonic() - UNUSED_S
+        with self._lock:
+            unused = {
+                member_id: remote
+                for member_id, remote in self._remotes.items()
+                if remote.is_learned and remote.used_at < limit
+            }
+            if not unused:
+                return
+            self._remotes = {k: v for k, v in self._remotes.items() if k not in unused}
+        for member_id, remote in unused.items():
+            logger.info("forgot remote %s: unused for %g s", format_id(member_id), UNUSED_S)
+            remote.pipeline.stop_begin()
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            self._call_soon(partial(remote.pipeline.stop_end, deadline))
+
+    def _warn(self, text: str, *args: object) -> None:
+        """Log at warning, but at debug within a second of the last warning of this text."""
+        now = time.monotonic()
+        with self._lock:
+            is_due = now >= self._next_warning.get(text, 0.0)
+            if is_due:
+                self._next_warning[text] = now + FULL_LOG_INTERVAL_S
+        logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args)
+
+
+def _refusal(urls: tuple[str, ...], *, allow_loopback: bool) -> str | None:
+    """Tell why no request may make us dial these; None if the policy is to decide."""
+    if len(urls) > URLS_MAX:
+        return f"more than {URLS_MAX} URLs"
+    for url in urls:
+        host = (parse_url(url).host or "").strip("[]")
+        try:
+            # Not ipaddress alone: what dials takes 127.1 and 0x7f000001 as well. Asks no DNS.
+            found = socket.getaddrinfo(
+                host, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        except (OSError, UnicodeError):
+            name = host.lower().rstrip(".")
+            if (name == "localhost" or name.endswith(".localhost")) and not allow_loopback:
+                return f"{url} is loopback"
+            continue  # what a name stands for is for the policy to know
+        address = ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        if address.is_loopback and not allow_loopback:
+            return f"{url} is loopback"
+        if address.is_link_local or address.is_multicast or address.is_unspecified:
+            return f"{url} is link-local, multicast or unspecified"
+        if address == ipaddress.IPv4Address("255.255.255.255"):
+            return f"{url} is broadcast"
+    return None

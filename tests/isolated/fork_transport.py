@@ -1,0 +1,63 @@
+"""fork() of a Transport that probes: the child stops cleanly, the parent goes on probing.
+
+Prints "ok" or what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+
+from pipeline import Transport, TransportConfig
+from tests.support.raft import FakeRaft
+from tests.support.senders import eventually, message
+from tests.support.server import ScriptedServer
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
+
+server = ScriptedServer()
+transport = Transport(1, 1, FakeRaft(), config=TransportConfig(probe_interval_s=0.01))
+transport.start()
+transport.add_peer(2, [server.url])
+transport.add_remote(3, [server.url])
+transport.send([message(), message(to=3)])
+eventually(lambda: transport.probe_stats()[2].total >= 3)
+
+# As if another thread were inside at the moment of the fork.
+locks = (
+    transport._lock,
+    transport._remotes._lock,
+    transport._prober._lock,
+    transport._server_stats._lock,
+)
+for lock in locks:
+    lock.acquire()
+child = os.fork()
+if child == 0:
+    begin = time.monotonic()
+    assert transport.probe_stats() == {}
+    transport.send([message(), message(to=3)])
+    transport.stop()
+    assert time.monotonic() - begin < 2.0
+    sys.exit(0)  # with atexit handlers and all
+for lock in locks:
+    lock.release()
+
+deadline = time.monotonic() + 20
+while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+    if time.monotonic() > deadline:
+        os.kill(child, 9)
+        sys.exit("the child hangs")
+    time.sleep(0.005)
+if ended[1] != 0:
+    sys.exit(f"the child ended with {ended[1]}")
+
+before = transport.probe_stats()[2].total
+eventually(lambda: transport.probe_stats()[2].total >= before + 5)
+assert transport.probe_stats()[2].lost == 0, transport.probe_stats()
+assert {request.connection for request in server.probes} == {server.probes[0].connection}
+transport.stop()
+server.stop()
+print("ok")
