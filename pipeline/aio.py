@@ -26,8 +26,10 @@ from pipeline.asgi import ASGIApp
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, RequestRejected, UsageError
 from pipeline.listener import Listener as ThreadedListener
-from pipeline.peer import Sendable
+from pipeline.peer import PeerStats, Sendable
+from pipeline.probing import ProbeStats
 from pipeline.protocol import format_id
+from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SnapshotStatus
 
@@ -327,6 +329,9 @@ class Transport:
     config : TransportConfig, optional
     on_critical_error : callable, optional
         Called on the loop, plain or ``async``, in order with the other callbacks of that peer.
+    remote_policy : callable, optional
+        As ``pipeline.Transport`` has it: plain, called from the library's threads, not on the loop.
+    allow_loopback_remotes : bool
 
     Raises
     ------
@@ -356,6 +361,8 @@ class Transport:
         peer_urls: Iterable[str] = (),
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None = None,
+        remote_policy: RemotePolicy | None = None,
+        allow_loopback_remotes: bool = False,
     ) -> None:
         bridge = _Bridge(raft, on_critical_error)
         self._deliveries = bridge.deliveries
@@ -366,6 +373,8 @@ class Transport:
             peer_urls=peer_urls,
             config=config,
             on_critical_error=None if on_critical_error is None else bridge.critical_error,
+            remote_policy=remote_policy,
+            allow_loopback_remotes=allow_loopback_remotes,
         )
         self._stopping: asyncio.Task[int] | None = None
         self.member_id = member_id
@@ -451,6 +460,46 @@ class Transport:
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer's pipeline, by member ID."""
         return self._transport.stats()
+
+    def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
+        """As ``pipeline.Transport.add_remote``."""
+        self._transport.add_remote(member_id, urls)
+
+    def pause(self) -> None:
+        """As ``pipeline.Transport.pause``."""
+        self._transport.pause()
+
+    def resume(self) -> None:
+        """As ``pipeline.Transport.resume``."""
+        self._transport.resume()
+
+    def cut_peer(self, peer_id: int) -> None:
+        """As ``pipeline.Transport.cut_peer``."""
+        self._transport.cut_peer(peer_id)
+
+    def mend_peer(self, peer_id: int) -> None:
+        """As ``pipeline.Transport.mend_peer``."""
+        self._transport.mend_peer(peer_id)
+
+    def peer_stats(self) -> dict[int, PeerStats]:
+        """As ``pipeline.Transport.peer_stats``."""
+        return self._transport.peer_stats()
+
+    def remote_stats(self) -> dict[int, RemoteStats]:
+        """As ``pipeline.Transport.remote_stats``."""
+        return self._transport.remote_stats()
+
+    def probe_stats(self) -> dict[int, ProbeStats]:
+        """As ``pipeline.Transport.probe_stats``."""
+        return self._transport.probe_stats()
+
+    def leader_stats(self) -> dict[str, object]:
+        """As ``pipeline.Transport.leader_stats``."""
+        return self._transport.leader_stats()
+
+    def server_stats(self) -> dict[str, object]:
+        """As ``pipeline.Transport.server_stats``."""
+        return self._transport.server_stats()
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""

@@ -140,7 +140,7 @@ class Listener:
                 logger.warning("listener at %s closed with requests unanswered", self.url)
             for thread in self._threads:
                 if thread is not threading.current_thread():
-                    thread.join(max(0.0, deadline - time.monotonic()))
+                    thread.join(max(0.05, deadline - time.monotonic()))
             atexit.unregister(self.close)
 
     def _forget_after_fork(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import pipeline.transport
 from pipeline import (
     MemberRemovedError,
     Message,
@@ -596,3 +597,9 @@ def test_start_and_stop_are_said_once_and_metrics_are_there() -> None:
             assert list(transport.metrics_collector().collect())
 
     asyncio.run(main())
+
+
+def test_has_every_public_name_of_the_threaded_transport() -> None:
+    """What one can do one can do here, under the same name."""
+    threaded = {name for name in dir(pipeline.transport.Transport) if not name.startswith("_")}
+    assert threaded <= {name for name in dir(Transport) if not name.startswith("_")}

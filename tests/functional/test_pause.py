@@ -193,6 +193,7 @@ METHODS: dict[str, Step] = {
     "cut_peer": lambda t: t.cut_peer(2),
     "mend_peer": lambda t: t.mend_peer(2),
     "listen": lambda t: t.listen("http://127.0.0.1:0"),
+    "metrics_collector": lambda t: t.metrics_collector(),
     "asgi_app": lambda t: t.asgi_app,
     "wsgi_app": lambda t: t.wsgi_app,
 }
