@@ -31,14 +31,13 @@ from pipeline._ring cimport (
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET,
     EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
-    IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SIG_SETMASK, SOL_SOCKET, SO_ERROR, TCP_INFO,
-    add_i64, add_int, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr,
-    msghdr, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
-    pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask, pthread_t, recv,
-    sched_yield, sendmsg, sigfillset, sigset_t, socklen_t, store_int, swap_int, swap_ptr, tcp_info,
-    write,
+    IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET, SO_ERROR, TCP_INFO, add_i64,
+    add_int, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr, msghdr,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_join,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, pthread_t, recv, sched_yield, sendmsg, socklen_t, store_int, swap_int,
+    swap_ptr, tcp_info, thread_start, write,
 )
 
 cdef enum:
@@ -1012,17 +1011,9 @@ cdef inline void loop_free(loop_t* loop) noexcept nogil:
 
 
 cdef inline int loop_start(loop_t* loop) noexcept nogil:
-    """Start the thread, with all signals blocked: they belong to Python's threads."""
-    cdef sigset_t all_signals, before
-    cdef int rc
+    """Start the thread; 0 or an errno."""
     loop.now_ns = clock_ns()
-    sigfillset(&all_signals)
-    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
-    rc = pthread_create(&loop.thread, NULL, loop_main, loop)
-    if rc == 0:
-        pthread_setname_np(loop.thread, loop.name)
-    pthread_sigmask(SIG_SETMASK, &before, NULL)
-    return rc
+    return thread_start(&loop.thread, loop_main, loop, loop.name)
 
 
 cdef inline void loop_stop(loop_t* loop) noexcept nogil:

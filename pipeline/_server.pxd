@@ -21,14 +21,13 @@ from pipeline._sync cimport (
     EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLERR, EPOLLET,
     EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     MADV_HUGEPAGE, MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
-    MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SIG_SETMASK, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr,
-    madvise, mmap, munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_cond_t, pthread_cond_wait, pthread_create, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_setname_np, pthread_sigmask,
-    pthread_t, recv, send, shutdown, sigfillset, sigset_t, sockaddr, sockaddr_storage, socklen_t,
-    store_int, swap_int, swap_ptr, time, time_t, write,
+    MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    accept4, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr, madvise, mmap,
+    munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr,
+    sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr, thread_start, time, time_t, write,
 )
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
 
@@ -219,6 +218,7 @@ cdef struct server_t:
     int64_t buffered_bytes  # of bodies being read
     int64_t held_bytes      # of large bodies that are read and not answered
     int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
+    int64_t handled         # connections that are not ours at the moment
     bint has_queued         # requests for handlers since they were last signalled
     bint has_paused
     uint64_t next_id
@@ -347,6 +347,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
         queue = &server.queues[QUEUE_MESSAGES]
     conn.state = CONN_HANDLED
     conn.deadline_ns = 0
+    server.handled += 1
     conn.request.kind = kind
     conn.request.next = NULL
     pthread_mutex_lock(&server.lock)
@@ -919,6 +920,7 @@ cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept n
 
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
+    conn.server.handled -= 1
     conn.server.held_bytes -= conn.held_bytes
     conn.held_bytes = 0
     if conn.then == THEN_DELIVER:
@@ -1167,6 +1169,9 @@ cdef inline void* server_main(void* argument) noexcept nogil:
                 break
         if server.has_queued:
             server_signal_handlers(server, False)
+        if server.handled > 0:
+            # What is answered without waking us is to be idle from some time on.
+            server_look_at(server, server.now_ns + server.limits.idle_timeout_ns)
         timeout_ms = 0 if server.runnable is not NULL else server_timeout_ms(server)
         if timeout_ms != 0:
             store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
@@ -1292,18 +1297,10 @@ cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
 
 
 cdef inline int server_start(server_t* server) noexcept nogil:
-    """Start the thread, with all signals blocked: they belong to Python's threads."""
-    cdef sigset_t all_signals, before
-    cdef int rc
+    """Start the thread; 0 or an errno."""
     server.now_ns = clock_ns()
     server_resume_accept(server)
-    sigfillset(&all_signals)
-    pthread_sigmask(SIG_SETMASK, &all_signals, &before)
-    rc = pthread_create(&server.thread, NULL, server_main, server)
-    if rc == 0:
-        pthread_setname_np(server.thread, b"pipeline-serve")
-    pthread_sigmask(SIG_SETMASK, &before, NULL)
-    return rc
+    return thread_start(&server.thread, server_main, server, b"pipeline-serve")
 
 
 cdef inline void server_stop(server_t* server, int how) noexcept nogil:

@@ -304,11 +304,14 @@ def test_a_head_that_trickles_in_ends_the_connection() -> None:
         assert answer == b""
 
 
-def test_an_idle_connection_is_closed_in_time() -> None:
+@pytest.mark.parametrize("requests", [1, 2, 20])
+def test_an_idle_connection_is_closed_in_time(requests: int) -> None:
+    """Whoever wrote its last answer: the loop, or a handler thread that did not wake the loop."""
     config = ReceiverConfig(idle_timeout_s=0.1, head_timeout_s=LONG_TIMEOUT * 10)
     with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
-        sock.sendall(GOOD)
-        assert read_status(sock) == 204
+        for _ in range(requests):
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
         assert is_closed(sock)
 
 
