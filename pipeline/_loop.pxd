@@ -452,9 +452,10 @@ cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
 cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
     """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good.
 
-    etcd closes connections it has not read from for 5 s, and a request may just be on its way:
-    when a reused connection ends before the first byte of an answer, the request is made once
-    more. Never a MsgProp of which a byte may have left: proposals are not idempotent.
+    Differs from etcd: Go repeats a request only if none of its bytes were written. etcd closes
+    connections it has not read from for 5 s, and a request may just be on its way: when a reused
+    connection ends before the first byte of an answer, the request is made once more. Never a
+    MsgProp of which a byte may have left: proposals are not idempotent.
     """
     cdef bint is_end = (error == ERROR_CLOSED or error == EPIPE or error == ECONNRESET
                         or error == ENOTCONN)
@@ -536,6 +537,7 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
             loop_add_runnable(loop, worker)
             return
     worker.state = WORKER_READING
+    # Differs from etcd: it waits for ever, and a black hole keeps its worker.
     worker.answer_deadline_ns = loop.now_ns + worker.pipe.limits.response_timeout_ns
     # The peer may take its time over a snapshot.
     worker_set_deadline(worker, 0 if job.type == TYPE_SNAP else worker.answer_deadline_ns)

@@ -188,6 +188,8 @@ class Handlers:
     def check(self, request: Request) -> Answer | None:
         """Answer a request that needs no body; None if it is a message to be delivered.
 
+        Differs from etcd: paths are matched exactly and undecoded; Go's mux cleans them.
+
         Nothing of the body needs to have arrived. Paths are matched exactly, as they are written.
         """
         path = request.path

@@ -167,6 +167,10 @@ class Peer:
                 status.active_since, status.disconnects, self._is_paused, self._paused_drops
             )
 
+    def forget_after_fork(self) -> None:
+        """Make anew, in a forked child, the lock that a thread of the parent may have held."""
+        self._lock = threading.Lock()
+
     def stop_begin(self) -> int:
         """Stop all channels without waiting; the number of messages dropped."""
         return self.pipeline.stop_begin()

@@ -216,7 +216,9 @@ def request_head(
 
     Notes
     -----
-    Source: etcd ``rafthttp/util.go`` ``createPostRequest``; header order is Go's.
+    Source: etcd ``rafthttp/util.go`` ``createPostRequest``; header order is Go's. Differs from
+    etcd: Content-Length comes last, for it is what changes from message to message; User-Agent is
+    ours; nothing compressed is asked for.
     """
     (checked,) = parse_urls((url,))
     scheme, _, host = checked.partition("://")

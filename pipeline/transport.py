@@ -485,6 +485,8 @@ class Transport:
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()
+        for peer in self._peers.values():
+            peer.forget_after_fork()
         self._server_stats.forget_after_fork()
         self._remotes.forget_after_fork()
         if self._prober is not None:
