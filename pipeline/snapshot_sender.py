@@ -191,9 +191,10 @@ class SnapshotTransfer:
         self._rate: float | None = None  # when everything was written
         self._sender: SnapshotSender | None = None
         self._call: Callable[..., None] = _call
-        self._future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        #: For asyncio; completed when it has ended.
+        self.future: concurrent.futures.Future[None] = concurrent.futures.Future()
         # It is not for a waiting thread to cancel: only ``cancel`` of this class ends a transfer.
-        self._future.set_running_or_notify_cancel()
+        self.future.set_running_or_notify_cancel()
 
     def __repr__(self) -> str:
         phase, sent, total, _ = self.progress
@@ -221,7 +222,7 @@ class SnapshotTransfer:
 
     def done(self) -> bool:
         """Tell whether it has ended, and Raft has been told."""
-        return self._future.done()
+        return self.future.done()
 
     def result(self, timeout: float | None = None) -> None:
         """Wait until it has ended; return if the peer answered 204.
@@ -239,14 +240,14 @@ class SnapshotTransfer:
         TimeoutError
             If it has not ended after ``timeout`` seconds.
         """
-        self._future.result(timeout)
+        self.future.result(timeout)
 
     def add_done_callback(self, callback: Callable[[SnapshotTransfer], object]) -> None:
         """Have ``callback`` called with this, once it has ended; at once if it has.
 
         It is called by the library's thread, or by the caller's. What it raises is logged.
         """
-        self._future.add_done_callback(lambda _: self._call(callback, self))
+        self.future.add_done_callback(lambda _: self._call(callback, self))
 
     # What follows is the sender's.
 
@@ -287,9 +288,9 @@ class SnapshotTransfer:
             self._rate = 0.0
         self.enter("done")
         if error is None:
-            self._future.set_result(None)
+            self.future.set_result(None)
         else:
-            self._future.set_exception(error)
+            self.future.set_exception(error)
 
     def forget_after_fork(self) -> None:
         """In a forked child: let go of what is the parent's, and let nobody wait for it."""
@@ -298,8 +299,8 @@ class SnapshotTransfer:
             self.link.close()
         if isinstance(self.source, FileSource):
             self.source.close()
-        self._future = concurrent.futures.Future()
-        self._future.set_exception(SnapshotCancelledError("stopped"))
+        self.future = concurrent.futures.Future()
+        self.future.set_exception(SnapshotCancelledError("stopped"))
 
     def _report(self) -> None:
         if self._on_progress is not None:
