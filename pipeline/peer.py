@@ -73,9 +73,10 @@ class Peer:
     raft : Raft
     dispatcher : Dispatcher
         Runs the pipeline's workers and calls Raft.
-    member_id, cluster_id, config, peer_urls, server_version, min_cluster_version, on_critical_error
+    member_id, cluster_id, config, peer_urls, server_version, min_cluster_version
+    on_critical_error, credentials
         As for :class:`pipeline.Pipeline`.
-    limiter, snapshot_answer_timeout_s, credentials
+    limiter, snapshot_answer_timeout_s
         As for :class:`pipeline.snapshot_sender.SnapshotSender`.
 
     Raises
@@ -120,6 +121,7 @@ class Peer:
             server_version=server_version,
             min_cluster_version=min_cluster_version,
             on_critical_error=on_critical_error,
+            credentials=credentials,
             picker=self.picker,
             status=self.status,
             dispatcher=dispatcher,

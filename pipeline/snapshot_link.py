@@ -24,6 +24,7 @@ from pipeline.errors import PeerUnreachableError, SnapshotCancelledError
 from pipeline.pool import Answer, DialConnection, parse_answer, socket_options
 from pipeline.snapshot_source import FileSource
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
+from pipeline.tunnel import tls_reason
 
 __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 
@@ -180,7 +181,9 @@ class SnapshotLink:
 
     def _secure(self, credentials: Credentials) -> None:
         assert self._sock is not None
-        host = self._connection.host.strip("[]")
+        # As an address: without brackets and zone.
+        host = self._connection.host.strip("[]").partition("%")[0]
+        credentials.poll()
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
         try:
             tls = credentials.client_context.wrap_socket(
@@ -192,12 +195,12 @@ class SnapshotLink:
             while (events := _handshake(tls)) and self._wait(events, deadline):
                 pass
         except OSError as error:
-            raise self._unreachable(f"TLS: {error}", error) from error
+            raise self._unreachable(tls_reason(error), error) from error
         if events:
             raise self._unreachable("TLS: handshake timeout")
         refusal = credentials.refusal(tls.getpeercert() or {})
         if refusal:
-            raise self._unreachable(f"TLS: {refusal}")
+            raise self._unreachable(tls_reason(ssl.SSLError(refusal)))
 
     def write(self, data: memoryview) -> int:
         """Write some of ``data``; how many bytes. Waits until there is room.
