@@ -194,13 +194,15 @@ class SnapshotLink:
             self._sock = self._connection.sock = tls
             while (events := _handshake(tls)) and self._wait(events, deadline):
                 pass
-        except OSError as error:
+        except ssl.SSLError as error:
             raise self._unreachable(tls_reason(error), error) from error
+        except OSError as error:
+            raise self._unreachable(str(error), error) from error
         if events:
             raise self._unreachable("TLS: handshake timeout")
         refusal = credentials.refusal(tls.getpeercert() or {})
         if refusal:
-            raise self._unreachable(tls_reason(ssl.SSLError(refusal)))
+            raise self._unreachable(refusal)
 
     def write(self, data: memoryview) -> int:
         """Write some of ``data``; how many bytes. Waits until there is room.
