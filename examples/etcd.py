@@ -88,6 +88,10 @@ class EtcdMember:
         Peer URL of the cluster's other member, which it knows as ``python``.
     token : str
         Cluster token: clusters with the same URLs and another token have other ids.
+    flags : sequence of str
+        More flags for etcd.
+    peer_scheme : str
+        ``https`` needs flags that name its certificate.
 
     Attributes
     ----------
@@ -104,13 +108,15 @@ class EtcdMember:
         other_url: str,
         token: str = "raft-pipeline",
         flags: Sequence[str] = (),
+        *,
+        peer_scheme: str = "http",
     ) -> None:
         self.binary = binary
         self.directory = directory
         self.other_url = other_url
         self.token = token
         self.flags = tuple(flags)
-        self.peer_url = f"http://127.0.0.1:{free_port()}"
+        self.peer_url = f"{peer_scheme}://127.0.0.1:{free_port()}"
         self.client_url = f"http://127.0.0.1:{free_port()}"
         self.id = member_id([self.peer_url], token)
         self.other_id = member_id([other_url], token)

@@ -26,6 +26,7 @@ from pipeline import (
     MessageType,
     PeerUnreachableError,
     PipelineConfig,
+    ReceiverConfig,
     Snapshot,
     SnapshotCancelledError,
     SnapshotMetadata,
@@ -33,6 +34,7 @@ from pipeline import (
     SnapshotSourceError,
     SnapshotStatus,
     SnapshotTransfer,
+    TLSInfo,
     Transport,
     TransportConfig,
     UnexpectedStatusError,
@@ -55,6 +57,7 @@ from tests.support.server import (
     black_hole,
     refused_port,
 )
+from tests.support.tls import Authority
 
 MEMBER, PEER, CLUSTER = 1, 2, 0xCDF818194E3A8C32
 MIB = 1 << 20
@@ -135,17 +138,39 @@ def raft() -> FakeRaft:
     return FakeRaft()
 
 
-@pytest.fixture
-def server() -> Iterator[ScriptedServer]:
-    with ScriptedServer() as server:
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def info(authority: Authority) -> TLSInfo:
+    return authority.info()
+
+
+@pytest.fixture(params=["http", "https"])
+def server(request: pytest.FixtureRequest, authority: Authority) -> Iterator[ScriptedServer]:
+    tls = authority.server() if request.param == "https" else None
+    with ScriptedServer(tls=tls) as server:
         yield server
 
 
+Make = Callable[..., Transport]
+
+
 @pytest.fixture
-def transport(server: ScriptedServer, raft: FakeRaft) -> Iterator[Transport]:
-    with Transport(
-        MEMBER, CLUSTER, raft, peer_urls=["http://10.0.0.1:2380"], config=NO_PROBES
-    ) as transport:
+def make(info: TLSInfo) -> Make:
+    """Make a transport that can do both, without probes."""
+
+    def make(raft: FakeRaft, config: TransportConfig = NO_PROBES, **settings: Any) -> Transport:
+        return Transport(MEMBER, CLUSTER, raft, tls=info, config=config, **settings)
+
+    return make
+
+
+@pytest.fixture
+def transport(server: ScriptedServer, raft: FakeRaft, make: Make) -> Iterator[Transport]:
+    with make(raft, peer_urls=["http://10.0.0.1:2380"]) as transport:
         transport.add_peer(PEER, [server.url])
         yield transport
 
@@ -303,7 +328,7 @@ def generated(path: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("make", "is_sized"),
+    ("opened", "is_sized"),
     [
         (path_source, True),
         (text_path, True),
@@ -321,12 +346,12 @@ def test_sources(
     server: ScriptedServer,
     transport: Transport,
     tmp_path: Path,
-    make: Callable[[Path], Any],
+    opened: Callable[[Path], Any],
     is_sized: bool,
 ) -> None:
     path = tmp_path / "db"
     path.write_bytes(DATA)
-    source = make(path)
+    source = opened(path)
     size = None if is_sized else len(DATA)
     transfer = transport.send_snapshot(snapshot_message(), source, size=size)
     transfer.result(LONG_TIMEOUT)
@@ -420,9 +445,9 @@ def test_encoded_and_protobuf_messages_are_sent_too(
 # -- outcomes
 
 
-def test_success_has_etcd_s_side_effects_in_order(server: ScriptedServer) -> None:
+def test_success_has_etcd_s_side_effects_in_order(server: ScriptedServer, make: Make) -> None:
     raft = Order()
-    with Transport(MEMBER, CLUSTER, raft, config=NO_PROBES) as transport:
+    with make(raft) as transport:
         transport.add_peer(PEER, [server.url])
         raft.watch(transport)
         source = Closing(b"hello")
@@ -451,7 +476,7 @@ def test_success_has_etcd_s_side_effects_in_order(server: ScriptedServer) -> Non
     ids=["500", "403", "412", "200", "junk"],
 )
 def test_failure_has_etcd_s_side_effects_in_order(
-    server: ScriptedServer, reply: bytes, error: type[Exception], text: str
+    server: ScriptedServer, reply: bytes, error: type[Exception], text: str, make: Make
 ) -> None:
     raft = Order()
     server.script = always(reply)
@@ -459,9 +484,7 @@ def test_failure_has_etcd_s_side_effects_in_order(
     def critical(failure: Exception) -> None:
         raft.calls.append(f"critical({type(failure).__name__})")
 
-    with Transport(
-        MEMBER, CLUSTER, raft, config=NO_PROBES, on_critical_error=critical
-    ) as transport:
+    with make(raft, on_critical_error=critical) as transport:
         transport.add_peer(PEER, [server.url])
         raft.watch(transport)
         source = Closing(b"hello")
@@ -479,8 +502,8 @@ def test_failure_has_etcd_s_side_effects_in_order(
         assert source.closed.is_set()
 
 
-def test_nobody_listens(raft: FakeRaft) -> None:
-    with refused_port() as port, Transport(MEMBER, CLUSTER, raft, config=NO_PROBES) as transport:
+def test_nobody_listens(raft: FakeRaft, make: Make) -> None:
+    with refused_port() as port, make(raft) as transport:
         transport.add_peer(PEER, [f"http://127.0.0.1:{port}"])
         transfer = transport.send_snapshot(snapshot_message(), b"x")
         with pytest.raises(PeerUnreachableError, match="Connection refused"):
@@ -488,9 +511,9 @@ def test_nobody_listens(raft: FakeRaft) -> None:
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)]
 
 
-def test_a_dial_that_is_not_answered_ends(raft: FakeRaft) -> None:
+def test_a_dial_that_is_not_answered_ends(raft: FakeRaft, make: Make) -> None:
     config = TransportConfig(probe_interval_s=0, pipeline=PipelineConfig(dial_timeout_s=0.1))
-    with black_hole() as port, Transport(MEMBER, CLUSTER, raft, config=config) as transport:
+    with black_hole() as port, make(raft, config=config) as transport:
         transport.add_peer(PEER, [f"http://127.0.0.1:{port}"])
         transfer = transport.send_snapshot(snapshot_message(), b"x")
         with pytest.raises(PeerUnreachableError, match="dial timeout"):
@@ -498,9 +521,9 @@ def test_a_dial_that_is_not_answered_ends(raft: FakeRaft) -> None:
 
 
 def test_the_next_address_of_a_name_is_tried(
-    server: ScriptedServer, raft: FakeRaft, monkeypatch: pytest.MonkeyPatch
+    raft: FakeRaft, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
-    with refused_port() as port, Transport(MEMBER, CLUSTER, raft, config=NO_PROBES) as transport:
+    with ScriptedServer() as server, refused_port() as port, make(raft) as transport:
         found = [
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", p))
             for p in (port, server.port)
@@ -576,11 +599,12 @@ def config_of(answer_timeout_s: float = 600.0, **pipeline: Any) -> TransportConf
     ],
 )
 def test_a_stuck_peer_is_given_up(
-    server: ScriptedServer, raft: FakeRaft, config: TransportConfig, on_head: Any, text: str
+    server: ScriptedServer, make: Make, config: TransportConfig, on_head: Any, text: str
 ) -> None:
+    raft = FakeRaft()
     server.on_head = on_head
     server.script = server.hold
-    with Transport(MEMBER, CLUSTER, raft, config=config) as transport:
+    with make(raft, config=config) as transport:
         transport.add_peer(PEER, [server.url])
         transfer = transport.send_snapshot(snapshot_message(), [bytes(64 * MIB)], size=64 * MIB)
         with pytest.raises(PeerUnreachableError, match=text):
@@ -589,7 +613,7 @@ def test_a_stuck_peer_is_given_up(
         server.release.set()
 
 
-def test_a_slow_peer_is_not_given_up(server: ScriptedServer, raft: FakeRaft) -> None:
+def test_a_slow_peer_is_not_given_up(server: ScriptedServer, raft: FakeRaft, make: Make) -> None:
     """Longer than the stall timeout in all, and never that long without a byte."""
 
     def slow(connection: Connection, head: bytes) -> bool:
@@ -599,7 +623,7 @@ def test_a_slow_peer_is_not_given_up(server: ScriptedServer, raft: FakeRaft) -> 
         return reading(connection, head, 60 * MIB)
 
     server.on_head = slow
-    with Transport(MEMBER, CLUSTER, raft, config=config_of(stall_timeout_s=1.0)) as transport:
+    with make(raft, config=config_of(stall_timeout_s=1.0)) as transport:
         transport.add_peer(PEER, [server.url])
         transfer = transport.send_snapshot(snapshot_message(), [bytes(80 * MIB)], size=80 * MIB)
         transfer.result(LONG_TIMEOUT)
@@ -630,9 +654,11 @@ def test_a_source_that_cannot_be_closed_fails_the_handle_but_not_the_snapshot(
     assert raft.snapshots == [(PEER, SnapshotStatus.FINISH)]
 
 
-def test_callbacks_that_raise_are_counted_and_end_nothing(server: ScriptedServer) -> None:
+def test_callbacks_that_raise_are_counted_and_end_nothing(
+    server: ScriptedServer, make: Make
+) -> None:
     raft = FakeRaft(report_error=RuntimeError("report"))
-    with Transport(MEMBER, CLUSTER, raft, config=NO_PROBES) as transport:
+    with make(raft) as transport:
         transport.add_peer(PEER, [server.url])
         called = threading.Event()
 
@@ -670,11 +696,11 @@ def test_progress_goes_through_the_phases(server: ScriptedServer, transport: Tra
 
 
 def test_progress_is_told_while_bytes_move_and_not_too_often(
-    server: ScriptedServer, raft: FakeRaft
+    server: ScriptedServer, raft: FakeRaft, make: Make
 ) -> None:
     config = TransportConfig(probe_interval_s=0, snapshot_rate_limit=200_000)
     seen: list[tuple[float, SnapshotProgress]] = []
-    with Transport(MEMBER, CLUSTER, raft, config=config) as transport:
+    with make(raft, config=config) as transport:
         transport.add_peer(PEER, [server.url])
         transfer = transport.send_snapshot(
             snapshot_message(),
@@ -724,11 +750,11 @@ PHASES = ["waiting", "dialing", "sending", "answering"]
 @pytest.mark.parametrize("end", ["cancel", "remove_peer", "stop"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_transfer_is_ended_in_every_phase(
-    server: ScriptedServer, raft: FakeRaft, phase: str, end: str
+    server: ScriptedServer, raft: FakeRaft, phase: str, end: str, make: Make
 ) -> None:
     source = Closing(*[bytes(MIB)] * 64)
     config = config_of(dial_timeout_s=LONG_TIMEOUT)
-    with black_hole() as hole, Transport(MEMBER, CLUSTER, raft, config=config) as transport:
+    with black_hole() as hole, make(raft, config=config) as transport:
         url = f"http://127.0.0.1:{hole}" if phase == "dialing" else server.url
         transport.add_peer(PEER, [url])
         transfer = begin(transport, server, phase, source)
@@ -817,10 +843,12 @@ def test_pause_and_cut_peer_do_not_concern_snapshots(
     transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
 
 
-def test_the_transport_can_be_stopped_from_every_callback(server: ScriptedServer) -> None:
+def test_the_transport_can_be_stopped_from_every_callback(
+    server: ScriptedServer, make: Make
+) -> None:
     for where in ("report", "progress", "done"):
         raft = FakeRaft()
-        transport = Transport(MEMBER, CLUSTER, raft, config=NO_PROBES)
+        transport = make(raft)
         transport.start()
         transport.add_peer(PEER, [server.url])
         stopped = threading.Event()
@@ -898,9 +926,11 @@ def test_a_large_file_goes_out_without_being_read_into_memory(
 # -- the rate limit
 
 
-def test_the_limit_is_shared_and_can_be_changed(server: ScriptedServer, raft: FakeRaft) -> None:
+def test_the_limit_is_shared_and_can_be_changed(
+    server: ScriptedServer, raft: FakeRaft, make: Make
+) -> None:
     config = TransportConfig(probe_interval_s=0, snapshot_rate_limit=100_000)
-    with Transport(MEMBER, CLUSTER, raft, config=config) as transport:
+    with make(raft, config=config) as transport:
         for peer in (PEER, 3):
             transport.add_peer(peer, [server.url])
         began = time.monotonic()
@@ -970,3 +1000,68 @@ def test_a_descriptor_that_cannot_be_had_is_a_failure(
         transport.send_snapshot(snapshot_message(), source, size=1).result(LONG_TIMEOUT)
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)]
     assert source.closed.is_set()
+
+
+# -- TLS, and our own receiver
+
+
+def test_a_handshake_that_is_not_answered_is_ended_by_cancel_and_by_its_time(
+    raft: FakeRaft, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    with (
+        ScriptedServer(on_connect=lambda _: bool(release.wait(LONG_TIMEOUT))) as silent,
+        make(raft) as transport,
+    ):
+        transport.add_peer(PEER, [silent.url.replace("http:", "https:")])
+        transfer = transport.send_snapshot(snapshot_message(), b"x")
+        silent.wait_connections(1)
+        transfer.cancel()
+        with pytest.raises(SnapshotCancelledError):
+            transfer.result(LONG_TIMEOUT)
+        monkeypatch.setattr("pipeline.snapshot_link.HANDSHAKE_TIMEOUT_S", 0.1)
+        with pytest.raises(PeerUnreachableError, match="handshake timeout"):
+            transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
+        release.set()
+
+
+def test_a_server_that_is_not_to_be_trusted_gets_nothing(
+    raft: FakeRaft, tmp_path: Path, authority: Authority
+) -> None:
+    other = Authority(tmp_path)
+    refusing = authority.info("refusing", allowed_hostnames=("elsewhere",))
+    for info, text in ((other.info(), "certificate verify failed"), (refusing, "refused")):
+        with (
+            ScriptedServer(tls=authority.server()) as server,
+            Transport(MEMBER, CLUSTER, raft, tls=info, config=NO_PROBES) as transport,
+        ):
+            transport.add_peer(PEER, [server.url])
+            with pytest.raises(PeerUnreachableError, match=text):
+                transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
+            assert server.requests == []
+
+
+def test_our_own_receiver_stores_what_was_sent(tmp_path: Path, raft: FakeRaft, make: Make) -> None:
+    database = tmp_path / "db"
+    database.write_bytes(DATA)
+    stored = tmp_path / "stored"
+    config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=stored))
+    node = FakeRaft()
+    with Transport(PEER, CLUSTER, node, config=config) as receiver, make(raft) as transport:
+        transport.add_peer(PEER, [receiver.listen("http://127.0.0.1:0").url])
+        for sent, source in enumerate((database, iter([DATA[:100], DATA[100:]])), 1):
+            message = snapshot_message(index=sent)
+            transfer = transport.send_snapshot(message, source, size=len(DATA))
+            transfer.result(LONG_TIMEOUT)
+            assert node.processed[-1] == message
+            assert receiver.snapshot_path(sent).read_bytes() == DATA
+        for source in ([DATA[:-1]], [DATA, b"!"], [DATA, OSError("broken")]):
+            with pytest.raises(SnapshotSourceError):
+                transport.send_snapshot(
+                    snapshot_message(index=9), Closing(*source), size=len(DATA)
+                ).result(LONG_TIMEOUT)
+        eventually(
+            lambda: receiver.handlers.snapshots.counts()["1"].failures == 3, "all three broke off"
+        )
+        assert len(list(stored.iterdir())) == 2
+        assert len(node.processed) == 2
