@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
 ASAN_SITE := build/asan/site
 
-.PHONY: build test lint typecheck demo bench asan clean raftpb help
+.PHONY: build test lint typecheck demo bench bench-snapshot asan clean raftpb help
 
 help:
-	@echo "make demo test lint typecheck bench asan build raftpb clean"
+	@echo "make demo test lint typecheck bench bench-snapshot asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,9 @@ benchmarks/bin/%: benchmarks/c/%.c
 
 bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
 	$(BIN)/python benchmarks/report.py
+
+bench-snapshot: build
+	$(BIN)/python benchmarks/bench_snapshot.py
 
 # The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow
 # (protobuf >= 6.31 in pyproject.toml), which is not so with a newer one.
