@@ -84,6 +84,8 @@ def test_a_64_mib_snapshot_is_not_copied(tmp_path: Path) -> None:
         "in a callback that spins",
         "resolving",
         "thrown away",
+        "sending a snapshot",
+        "in a snapshot's source",
     ],
 )
 def test_the_interpreter_exits_without_stop(state: str) -> None:
@@ -103,6 +105,11 @@ def test_fork(how: str) -> None:
 
 def test_fork_of_a_transport_that_probes() -> None:
     result = run("fork_transport.py")
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
+def test_fork_in_the_middle_of_a_snapshot() -> None:
+    result = run("fork_snapshot.py")
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
