@@ -124,6 +124,7 @@ class SnapshotLink:
         dead_link_timeout_s: float,
     ) -> None:
         parsed = parse_url(url)
+        assert parsed.scheme == "http" or credentials is not None, url  # Pool has refused it
         self._url = url
         self._ending = ending
         self._peer_id = peer_id
@@ -194,10 +195,8 @@ class SnapshotLink:
             self._sock = self._connection.sock = tls
             while (events := _handshake(tls)) and self._wait(events, deadline):
                 pass
-        except ssl.SSLError as error:
-            raise self._unreachable(tls_reason(error), error) from error
         except OSError as error:
-            raise self._unreachable(str(error), error) from error
+            raise self._unreachable(_text(error), error) from error
         if events:
             raise self._unreachable("TLS: handshake timeout")
         refusal = credentials.refusal(tls.getpeercert() or {})
@@ -274,9 +273,10 @@ class SnapshotLink:
                 self._read_early()
                 if len(self._received) == before:
                     break
-        except PeerUnreachableError:
-            pass  # of the two errors the first says more
-        raise self._unreachable(str(error), error) from error
+        except PeerUnreachableError as failure:
+            if isinstance(failure.__cause__, ssl.SSLError):
+                raise  # an alert: it says more than that the connection is gone
+        raise self._unreachable(_text(error), error) from error
 
     def _receive(self) -> Answer | None:
         """Receive what there is, without waiting; the answer, when it is complete."""
@@ -287,7 +287,7 @@ class SnapshotLink:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except OSError as error:
-            raise self._unreachable(str(error), error) from error
+            raise self._unreachable(_text(error), error) from error
         if data is None:
             return None
         self._received += data
@@ -331,6 +331,10 @@ class SnapshotLink:
         error = PeerUnreachableError(reason, peer_id=self._peer_id, url=self._url)
         error.__cause__ = cause
         return error
+
+
+def _text(error: OSError) -> str:
+    return tls_reason(error) if isinstance(error, ssl.SSLError) else error.strerror or str(error)
 
 
 def _handshake(tls: ssl.SSLSocket) -> int:

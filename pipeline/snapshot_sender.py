@@ -396,7 +396,7 @@ class SnapshotSender:
                 return False
             if self._thread is None:
                 thread = threading.Thread(
-                    target=self._run, name=f"pipeline-snapshot-{self._peer}", daemon=True
+                    target=self._run, name=f"pipeline-snapshot-to-{self._peer}", daemon=True
                 )
                 self._running = transfer
                 try:

@@ -310,6 +310,8 @@ class Transport:
             If message, source or size are not as above. ``source`` is closed.
         OSError
             If the path cannot be opened.
+        RuntimeError
+            If the system gives no thread. ``source`` is closed.
 
         Notes
         -----
