@@ -87,6 +87,8 @@ class ReceiverConfig:
     head_timeout_s: float = 5.0
     #: Reading a body without a byte arriving.
     stall_timeout_s: float = 30.0
+    #: From the connection to the end of its TLS handshake, on an https listener.
+    handshake_timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
         _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
@@ -94,7 +96,7 @@ class ReceiverConfig:
         _require_int("handlers", self.handlers, 1, 256)
         _require_int("max_connections", self.max_connections, 1, 1 << 20)
         _require_int("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
-        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
+        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s", "handshake_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 
 

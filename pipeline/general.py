@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import Any
 
 import h11
 
@@ -45,6 +46,12 @@ class Then(enum.IntEnum):
     READ_BODY = 3
     #: A whole body: have it decoded and processed, then call ``General.answer``.
     DELIVER = 4
+    # From here on for sealed connections only.
+    HANDSHAKE = 6
+    #: Answered, and the next request has not begun.
+    IDLE = 7
+    #: Write what there is and call ``Sealed.feed`` once more.
+    AGAIN = 8
 
 
 class BodyBudget:
@@ -82,9 +89,13 @@ class General:
     learn : callable
         Called with the bytes of a head that may be followed by a message for Raft; tells whether
         the core will recognise it from now on. Then the core takes the request over.
+    certificate : mapping, optional
+        The caller's, of a connection with TLS.
 
     Attributes
     ----------
+    request : Request
+        Once its head has been read.
     body : bytearray
         What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
@@ -102,12 +113,14 @@ class General:
         remote: object,
         budget: BodyBudget,
         learn: Callable[[bytes], bool],
+        certificate: Mapping[str, Any] | None = None,
     ) -> None:
         self.body = bytearray()
         self.rest = b""
         self._handlers = handlers
         self._config = config
         self._remote = remote
+        self._certificate = certificate
         self._budget = budget
         self._learn = learn
         self._http = h11.Connection(
@@ -116,7 +129,7 @@ class General:
         self._head = b""
         self._first = b""  # the head and what came with it
         self._is_head_whole = False
-        self._request = Request("", "", {}, remote)
+        self.request = Request("", "", {}, remote, certificate)
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._late: Answer | None = None  # to be given when the body has been read
         self._seen = 0  # bytes of the body
@@ -129,7 +142,7 @@ class General:
             then = self._feed(data)
         except h11.RemoteProtocolError:
             if self._is_message:
-                then = self._send_answer(self._handlers.read_failed(self._request), close=True)
+                then = self._send_answer(self._handlers.read_failed(self.request), close=True)
             else:
                 then = self._send_answer(_bad_request(), close=True)
         return self._take_out(), then
@@ -137,7 +150,7 @@ class General:
     def broken(self) -> tuple[bytes, Then]:
         """Hear that the rest of the request will not come; returns as ``feed``."""
         if self._is_message:
-            self._send_answer(self._handlers.read_failed(self._request), close=True)
+            self._send_answer(self._handlers.read_failed(self.request), close=True)
         return self._take_out(), Then.CLOSE
 
     def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
@@ -198,7 +211,7 @@ class General:
             return _bad_request()
         # 18 digits: no longer number is worth converting.
         if lengths and len(lengths[0].strip()) > 18:
-            return self._handlers.body_too_large(self._request)
+            return self._handlers.body_too_large(self.request)
         return None
 
     def _on_event(self, event: object) -> Then | None:
@@ -216,10 +229,10 @@ class General:
         for name, value in event.headers:
             headers.setdefault(name.decode("ascii"), value.decode("latin-1"))
         path, _, _ = event.target.decode("ascii").partition("?")
-        self._request = Request(event.method.decode("ascii"), path, headers, self._remote)
-        answer = self._handlers.check(self._request)
+        self.request = Request(event.method.decode("ascii"), path, headers, self._remote, self._certificate)
+        answer = self._handlers.check(self.request)
         if answer is None:
-            if self._handlers.is_learnable(self._request) and self._learn(self._head):
+            if self._handlers.is_learnable(self.request) and self._learn(self._head):
                 self.rest = self._first
                 return Then.NEXT
             self._is_message = True
@@ -236,11 +249,11 @@ class General:
     def _on_data(self, data: bytes) -> Then | None:
         self._seen += len(data)
         if self._seen > self._config.max_body_bytes and (self._is_message or self._late):
-            return self._send_answer(self._handlers.body_too_large(self._request), close=True)
+            return self._send_answer(self._handlers.body_too_large(self.request), close=True)
         if not self._is_message:
             return Then.CLOSE if self._seen > DRAIN_MAX and self._late is None else None
         if not self._budget.take(len(data)):
-            return self._send_answer(self._handlers.overloaded(self._request), close=True)
+            return self._send_answer(self._handlers.overloaded(self.request), close=True)
         self._taken += len(data)
         self.body += data
         return None
@@ -254,7 +267,7 @@ class General:
             reason=_phrase(answer.status).encode("ascii"),
         )
         self._send(response)
-        if answer.body and answer.status not in (204, 304) and self._request.method != "HEAD":
+        if answer.body and answer.status not in (204, 304) and self.request.method != "HEAD":
             self._send(h11.Data(data=answer.body))
         self._send(h11.EndOfMessage())
         return Then.CLOSE if close else self._go_on()
