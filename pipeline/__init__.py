@@ -40,6 +40,7 @@ from pipeline.probing import ProbeStats
 from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.status import PeerStatus
+from pipeline.tls import TLSInfo
 from pipeline.transport import Transport
 from pipeline.types import EntryType, MessageType, Raft, SendResult, SnapshotStatus
 
@@ -75,6 +76,7 @@ __all__ = [
     "Snapshot",
     "SnapshotMetadata",
     "SnapshotStatus",
+    "TLSInfo",
     "Transport",
     "TransportConfig",
     "URLPicker",

@@ -31,6 +31,7 @@ from pipeline.probing import ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.tls import TLSInfo
 from pipeline.types import SnapshotStatus
 
 if TYPE_CHECKING:
@@ -326,6 +327,8 @@ class Transport:
         Called on the loop; its methods are plain or ``async``.
     peer_urls : iterable of str
         Where peers reach us; sent as X-PeerURLs.
+    tls : TLSInfo, optional
+        As ``pipeline.Transport`` has it; ``allow_member`` is plain, and not called on the loop.
     config : TransportConfig, optional
     on_critical_error : callable, optional
         Called on the loop, plain or ``async``, in order with the other callbacks of that peer.
@@ -336,15 +339,15 @@ class Transport:
     Raises
     ------
     UsageError
-        If an ID, a URL or a setting is not valid.
+        If an ID, a URL or a setting is not valid, or a TLS file cannot be loaded.
 
     Notes
     -----
     An async context manager: starts and stops. It belongs to the loop that runs ``start``.
     What is plain here never blocks: ``send``, ``add_peer``, ``update_peer`` and what reads
     counters may be called on the loop, from callbacks and from any thread. What may wait is
-    ``async`` and waits in a thread of its own: ``stop``, ``listen``, ``remove_peer`` and
-    ``remove_all_peers``; call these, and ``start``, on the loop.
+    ``async`` and waits in a thread of its own: ``stop``, ``listen``, ``remove_peer``,
+    ``remove_all_peers`` and ``reload_tls``; call these, and ``start``, on the loop.
 
     While a callback has not returned, the thread that delivers it waits: a message's sender has no
     answer, and no more than ``config.receiver.handlers`` messages of each listener and
@@ -359,6 +362,7 @@ class Transport:
         raft: Raft,
         *,
         peer_urls: Iterable[str] = (),
+        tls: TLSInfo | None = None,
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None = None,
         remote_policy: RemotePolicy | None = None,
@@ -371,6 +375,7 @@ class Transport:
             cluster_id,
             bridge,
             peer_urls=peer_urls,
+            tls=tls,
             config=config,
             on_critical_error=None if on_critical_error is None else bridge.critical_error,
             remote_policy=remote_policy,
@@ -510,6 +515,15 @@ class Transport:
         return self._transport.metrics_collector(
             received_failures_by_address=received_failures_by_address
         )
+
+    async def reload_tls(self) -> bool:
+        """Load the TLS files again, off the loop. As ``pipeline.Transport.reload_tls``."""
+        return await _in_thread(self._transport.reload_tls)
+
+    @property
+    def certificate_expires_at(self) -> float | None:
+        """As ``pipeline.Transport.certificate_expires_at``."""
+        return self._transport.certificate_expires_at
 
     async def listen(self, url: str | Iterable[str] | None = None) -> Listener:
         """Receive at ``url``, by default at all of ``peer_urls``; names are resolved off the loop.

@@ -1,7 +1,6 @@
 """The transport: all peers of a node, and the listener they reach it by.
 
-Source: etcd rafthttp/transport.go. TLS and snapshots are to come; the places they take are
-``tls.py`` and ``snapshot.py``.
+Source: etcd rafthttp/transport.go. Snapshots are to come; their place is ``snapshot.py``.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
 from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
+from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
 from pipeline.wsgi import wsgi_app
 
@@ -56,6 +56,9 @@ class Transport:
         Takes what peers send and hears what could not be delivered, from our threads.
     peer_urls : iterable of str
         Where peers reach us; sent as X-PeerURLs.
+    tls : TLSInfo, optional
+        Our certificate and whom we trust; ``https`` URLs need it. The files are looked at once a
+        second, and connections made with an old set are replaced.
     config : TransportConfig, optional
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when a peer answers 403. Stopping the node is the
@@ -73,7 +76,7 @@ class Transport:
     Raises
     ------
     UsageError
-        If an ID, a URL or a setting is not valid.
+        If an ID, a URL or a setting is not valid, or a TLS file cannot be loaded.
 
     Notes
     -----
@@ -88,6 +91,7 @@ class Transport:
         raft: Raft,
         *,
         peer_urls: Iterable[str] = (),
+        tls: TLSInfo | None = None,
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
         remote_policy: RemotePolicy | None = None,
@@ -99,6 +103,8 @@ class Transport:
         self.config = config or TransportConfig()
         self.peer_urls = parse_urls(urls) if urls else ()
         format_id(member_id)  # UsageError for what is not an ID
+        #: What ``tls`` is made of; handed to everything that speaks TLS.
+        self.credentials = None if tls is None else Credentials(tls)
         self._server_stats = ServerStats(member_id)
         self._raft = raft
         self._dispatcher = Dispatcher(
@@ -157,6 +163,8 @@ class Transport:
         self._dispatcher.start()
         if self._prober is not None:
             self._prober.start()
+        if self.credentials is not None:
+            self.credentials.watch(format_id(self.member_id))
         atexit.register(self.stop)
 
     def stop(self) -> int:
@@ -194,6 +202,8 @@ class Transport:
             peer.stop_end(deadline)
         if self._prober is not None:
             self._prober.stop_end(deadline)
+        if self.credentials is not None:
+            self.credentials.stop(deadline)
         self._dispatcher.stop(deadline)
         atexit.unregister(self.stop)
         self._stop_done.set()
@@ -432,6 +442,26 @@ class Transport:
         """
         return self._server_stats.to_dict()
 
+    # -- TLS
+
+    def reload_tls(self) -> bool:
+        """Load the TLS files again, changed or not, and have connections made anew.
+
+        Happens by itself within a second or so of a change. Blocks while the files are read.
+
+        Returns
+        -------
+        bool
+            Whether a new set is in force. False if one of the files is broken, which is logged;
+            the last good set stays. Also False without ``tls``.
+        """
+        return self.credentials is not None and self.credentials.reload()
+
+    @property
+    def certificate_expires_at(self) -> float | None:
+        """When our certificate expires, seconds since the epoch; None without ``tls``."""
+        return None if self.credentials is None else self.credentials.not_after
+
     # -- receiving
 
     def listen(self, url: str | Iterable[str] | None = None) -> Listener:
@@ -491,6 +521,8 @@ class Transport:
         self._remotes.forget_after_fork()
         if self._prober is not None:
             self._prober.forget_after_fork()
+        if self.credentials is not None:
+            self.credentials.forget_after_fork()
         self._stop_done.set()
 
     def _require_running(self, what: str) -> None:

@@ -194,6 +194,8 @@ METHODS: dict[str, Step] = {
     "mend_peer": lambda t: t.mend_peer(2),
     "listen": lambda t: t.listen("http://127.0.0.1:0"),
     "metrics_collector": lambda t: t.metrics_collector(),
+    "reload_tls": lambda t: t.reload_tls(),
+    "certificate_expires_at": lambda t: t.certificate_expires_at,
     "asgi_app": lambda t: t.asgi_app,
     "wsgi_app": lambda t: t.wsgi_app,
 }

@@ -1,0 +1,412 @@
+"""TLS: what a node's certificate, key and trust are, and how they are replaced while it runs.
+
+Source: etcd client/pkg/transport/listener.go ``TLSInfo``. Differs from etcd: files are loaded
+when they change, not at every handshake, and a broken set never takes the place of a good one.
+"""
+
+from __future__ import annotations
+
+import _ssl
+import contextlib
+import ipaddress
+import logging
+import os
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pipeline.errors import UsageError
+
+__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo"]
+
+logger = logging.getLogger(__name__)
+
+StrPath = str | os.PathLike[str]
+
+#: Of a handshake, in both directions; Go's default.
+HANDSHAKE_TIMEOUT_S = 10.0
+#: The files are looked at this often.
+POLL_INTERVAL_S = 1.0
+#: A set that could not be loaded is tried again after this, changed or not: what was wrong may
+#: not show in the files' dates, as when descriptors ran out.
+RETRY_INTERVAL_S = 10.0
+
+_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TLSInfo:
+    """The files and rules of mutual TLS, for both directions.
+
+    One certificate serves both: if it has an extended key usage, that must name client and
+    server authentication. All files are PEM; they are loaded again when they change.
+
+    Parameters
+    ----------
+    cert_file, key_file : path
+        Our certificate, followed by its intermediates, and its key, which must not be encrypted.
+    trusted_ca_file : path, optional
+        Who may sign the others' certificates. Without it servers are checked against the
+        system's authorities, and no client can be.
+    client_cert_auth : bool
+        Whether the listener requires a certificate of its clients; needs ``trusted_ca_file``.
+    allowed_cn : tuple of str
+        If not empty: the common names a verified certificate may have. Excludes
+        ``allowed_hostnames``.
+    allowed_hostnames : tuple of str
+        If not empty: the certificate must be valid for one of these names or IP addresses, by its
+        subject alternative names.
+    allowed_uris : tuple of str
+        If not empty: the certificate must have one of these as a URI alternative name.
+    crl_file : path, optional
+        Revoked certificates. Every issuer of a leaf must have a list in it that has not expired;
+        needs ``trusted_ca_file``.
+    server_name : str, optional
+        The name that servers must prove, instead of the host of the URL dialled.
+    min_version : str
+        "1.2" or "1.3".
+    allow_member : callable, optional
+        ``(certificate, member ID) -> bool``: whether the holder of a certificate, as
+        ``ssl.SSLSocket.getpeercert`` describes it, may say in X-Server-From that it is this
+        member. Called from receiving threads; it must not block.
+
+    Raises
+    ------
+    UsageError
+        If settings contradict each other. Files are first opened by ``Transport``.
+    """
+
+    cert_file: StrPath
+    key_file: StrPath
+    trusted_ca_file: StrPath | None = None
+    client_cert_auth: bool = True
+    allowed_cn: tuple[str, ...] = ()
+    allowed_hostnames: tuple[str, ...] = ()
+    allowed_uris: tuple[str, ...] = ()
+    crl_file: StrPath | None = None
+    server_name: str | None = None
+    min_version: str = "1.2"
+    allow_member: Callable[[Mapping[str, Any], int], bool] | None = None
+
+    def __post_init__(self) -> None:
+        self._check_kinds()
+        if self.client_cert_auth and self.trusted_ca_file is None:
+            raise UsageError("trusted_ca_file: is needed for client_cert_auth")
+        if self.crl_file is not None and self.trusted_ca_file is None:
+            raise UsageError("trusted_ca_file: is needed for crl_file")
+        if self.allowed_cn and self.allowed_hostnames:
+            raise UsageError("allowed_cn: cannot be given together with allowed_hostnames")
+        for name in ("allowed_cn", "allowed_hostnames", "allowed_uris", "allow_member"):
+            # The listener would let in whom the rule means to keep out.
+            if getattr(self, name) and not self.client_cert_auth:
+                raise UsageError(f"{name}: needs client_cert_auth")
+
+    def _check_kinds(self) -> None:
+        for name in ("cert_file", "key_file", "trusted_ca_file", "crl_file"):
+            path = getattr(self, name)
+            is_needed = name in ("cert_file", "key_file")
+            if (path is not None or is_needed) and not (
+                isinstance(path, (str, os.PathLike)) and os.fspath(path)
+            ):
+                raise UsageError(f"{name}: {path!r} is not a path")
+        for name in ("allowed_cn", "allowed_hostnames", "allowed_uris"):
+            names = getattr(self, name)
+            if not isinstance(names, tuple) or not all(isinstance(v, str) and v for v in names):
+                raise UsageError(f"{name}: {names!r} is not a tuple of names")
+        if self.server_name is not None and not (
+            isinstance(self.server_name, str) and self.server_name
+        ):
+            raise UsageError(f"server_name: {self.server_name!r} is not a name")
+        if self.min_version not in _VERSIONS:
+            raise UsageError(f"min_version: {self.min_version!r} is not one of 1.2, 1.3")
+        if self.allow_member is not None and not callable(self.allow_member):
+            raise UsageError(f"allow_member: {self.allow_member!r} is not callable")
+
+
+class _Set(NamedTuple):
+    """What is made of one state of the files."""
+
+    client_context: ssl.SSLContext
+    server_context: ssl.SSLContext
+    not_after: float
+
+
+class Credentials:
+    """The loaded files of a :class:`TLSInfo`, replaced as a whole when they change.
+
+    Raises
+    ------
+    UsageError
+        If the files cannot be loaded.
+
+    Notes
+    -----
+    Thread-safe. ``watch`` starts a thread that polls; without it ``poll`` has to be called.
+    """
+
+    def __init__(self, info: TLSInfo) -> None:
+        if not isinstance(info, TLSInfo):
+            raise UsageError(f"tls: {info!r} is not a TLSInfo")
+        self.info = info
+        self.generation = 0
+        self._lock = threading.Lock()  # one load at a time; guards what follows
+        self._seen = _seen(info)
+        self._poll_at = 0.0  # time.monotonic()
+        self._retry_at: float | None = None  # None while the files are those loaded
+        self._failure = ""  # as logged last
+        self._subscribers: list[Callable[[], None]] = []
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            self._set = _load_unchanged(info, self._seen)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"tls: {error}") from error
+
+    @property
+    def client_context(self) -> ssl.SSLContext:
+        """For connections we make."""
+        return self._set.client_context
+
+    @property
+    def server_context(self) -> ssl.SSLContext:
+        """For connections we accept."""
+        return self._set.server_context
+
+    @property
+    def not_after(self) -> float:
+        """When our certificate expires, seconds since the epoch."""
+        return self._set.not_after
+
+    def reload(self) -> bool:
+        """Load the files again, changed or not. Blocks while they are read.
+
+        Returns
+        -------
+        bool
+            Whether a new set is in force. If the files cannot be loaded that is logged, and the
+            last good set stays.
+        """
+        with self._lock:
+            is_loaded = self._load_again()
+        if is_loaded:
+            self._tell()
+        return is_loaded
+
+    def poll(self) -> None:
+        """Load the files if they have changed. Looks at them once a second at most."""
+        now = time.monotonic()
+        if now < self._poll_at or not self._lock.acquire(blocking=False):
+            return  # or someone else is at it
+        try:
+            self._poll_at = now + POLL_INTERVAL_S
+            is_due = self._retry_at is not None and now >= self._retry_at
+            is_loaded = (is_due or _seen(self.info) != self._seen) and self._load_again()
+        finally:
+            self._lock.release()
+        if is_loaded:
+            self._tell()
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """Have ``callback`` called after each rotation, by the thread that noticed it."""
+        self._subscribers.append(callback)
+
+    def refusal(self, certificate: Mapping[str, Any]) -> str:
+        """Tell why the rules refuse a verified certificate; empty if they do not.
+
+        Parameters
+        ----------
+        certificate : mapping
+            As ``ssl.SSLSocket.getpeercert`` describes it.
+
+        Notes
+        -----
+        Source: etcd ``TLSInfo.baseConfig``, ``VerifyPeerCertificate``.
+        """
+        info = self.info
+        names = tuple(certificate.get("subjectAltName", ()))
+        if info.allowed_cn and (cn := _common_name(certificate)) not in info.allowed_cn:
+            return f"certificate refused: its common name {cn!r} is not allowed"
+        if info.allowed_hostnames and not any(
+            _is_valid_for(host, names) for host in info.allowed_hostnames
+        ):
+            return "certificate refused: it is valid for none of the allowed host names"
+        if info.allowed_uris and not any(("URI", uri) in names for uri in info.allowed_uris):
+            return "certificate refused: it has none of the allowed URIs"
+        return ""
+
+    # -- the thread
+
+    def watch(self, name: str) -> None:
+        """Poll from a thread of its own, named ``pipeline-tls-<name>``. Once."""
+        self._thread = threading.Thread(target=self._run, name=f"pipeline-tls-{name}", daemon=True)
+        self._thread.start()
+
+    def stop(self, deadline: float) -> None:
+        """End the thread; wait for it until ``deadline`` (``time.monotonic()``)."""
+        self._stopping.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, which has no thread: locks that may have been held are made anew."""
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = None
+
+    def _run(self) -> None:
+        while not self._stopping.wait(POLL_INTERVAL_S):
+            try:
+                self.poll()
+            except BaseException:  # also sys.exit() in a log handler
+                logger.exception("internal error, please report: polling TLS files fails")
+
+    # -- loading
+
+    def _load_again(self) -> bool:
+        """Replace the set; False, and a line in the log, if it is broken. Under the lock."""
+        self._seen = _seen(self.info)
+        try:
+            loaded = _load_unchanged(self.info, self._seen)
+        except (OSError, ValueError) as error:
+            self._retry_at = time.monotonic() + RETRY_INTERVAL_S
+            failure = str(error)
+            level = logging.DEBUG if failure == self._failure else logging.ERROR
+            self._failure = failure
+            logger.log(level, "TLS files not loaded, the last good ones stay: %s", failure)
+            return False
+        self._retry_at = None
+        self._failure = ""
+        self._set = loaded
+        self.generation += 1
+        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(loaded.not_after))
+        logger.info("TLS files loaded anew; our certificate is valid until %s", until)
+        return True
+
+    def _tell(self) -> None:
+        for callback in tuple(self._subscribers):
+            try:
+                callback()
+            except BaseException:
+                logger.exception("internal error, please report: a rotation was not followed")
+
+
+def _files(info: TLSInfo) -> Iterable[StrPath]:
+    files = (info.cert_file, info.key_file, info.trusted_ca_file, info.crl_file)
+    return (file for file in files if file is not None)
+
+
+def _seen(info: TLSInfo) -> list[tuple[int, ...]]:
+    """Return what shows that a file was replaced or written to, or its permissions changed."""
+    seen: list[tuple[int, ...]] = []
+    for file in _files(info):
+        found: tuple[int, ...] = ()
+        with contextlib.suppress(OSError):
+            stat = os.stat(file)
+            found = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        seen.append(found)
+    return seen
+
+
+def _load_unchanged(info: TLSInfo, seen: list[tuple[int, ...]]) -> _Set:
+    loaded = _load(info)
+    if _seen(info) != seen:  # half of it may be of one state, half of another
+        raise OSError("the files changed while they were read")
+    return loaded
+
+
+def _load(info: TLSInfo) -> _Set:
+    """Make a set of the files as they are; OSError or ValueError if one of them is no good."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and name
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if info.client_cert_auth:
+        server.verify_mode = ssl.CERT_REQUIRED
+    # Every handshake is to verify the certificate of this day; no session outlives a rotation.
+    server.num_tickets = 0
+    server.options |= ssl.OP_NO_TICKET
+    for context in (client, server):
+        # No ALPN: etcd 3.4 serves its gRPC by HTTP/2 on the same port, and so is not to be
+        # asked for h2.
+        context.minimum_version = _VERSIONS[info.min_version]
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        # As in Go, whatever is in the CA file is an anchor, an intermediate as well. Not
+        # VERIFY_X509_STRICT: Go takes certificates without key identifiers, and clusters have
+        # such.
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        _blame("cert_file, key_file", _load_chain, context, info)
+        if info.trusted_ca_file is not None:
+            _blame("trusted_ca_file", context.load_verify_locations, info.trusted_ca_file)
+        if info.crl_file is not None:
+            _blame("crl_file", _load_crl, context, info.crl_file)
+    if info.trusted_ca_file is None:
+        client.load_default_certs(ssl.Purpose.SERVER_AUTH)
+    # There is no public way to read a certificate without a connection. This one reads the first
+    # of a PEM file, and has been in every CPython since 2.6.
+    decode = _ssl._test_decode_cert  # type: ignore[attr-defined]
+    decoded = _blame("cert_file", decode, os.fspath(info.cert_file))
+    return _Set(client, server, float(ssl.cert_time_to_seconds(decoded["notAfter"])))
+
+
+def _blame(name: str, load: Callable[..., Any], *args: object) -> Any:
+    """Call ``load``; an error then says which setting it is about."""
+    try:
+        return load(*args)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{name}: {error}") from error
+
+
+def _load_chain(context: ssl.SSLContext, info: TLSInfo) -> None:
+    def refuse() -> str:
+        # Otherwise OpenSSL asks at the terminal, and waits.
+        raise ValueError("the key is encrypted")
+
+    context.load_cert_chain(info.cert_file, info.key_file, refuse)
+
+
+def _load_crl(context: ssl.SSLContext, file: StrPath) -> None:
+    """Load revocation lists, and nothing else: a certificate among them would be trusted."""
+    before = context.cert_store_stats()
+    context.load_verify_locations(file)
+    after = context.cert_store_stats()
+    if after["x509"] != before["x509"]:
+        raise ValueError("holds certificates")
+    if after["crl"] == before["crl"]:
+        raise ValueError("holds no revocation list")
+    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _common_name(certificate: Mapping[str, Any]) -> str:
+    """Return the subject's common name, the last one as in Go; empty if there is none."""
+    found = ""
+    for part in certificate.get("subject", ()):
+        for kind, value in part:
+            if kind == "commonName":
+                found = value
+    return found
+
+
+def _is_valid_for(host: str, names: Iterable[tuple[str, str]]) -> bool:
+    """Tell whether a certificate with these alternative names is valid for a host.
+
+    Source: Go ``x509.Certificate.VerifyHostname``: a wildcard stands for the whole first label
+    and no more; IP addresses have names of their own kind; the common name does not count.
+    """
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        wanted = host.lower().removesuffix(".").split(".")
+        return any(kind == "DNS" and _matches(name, wanted) for kind, name in names)
+    for kind, name in names:
+        with contextlib.suppress(ValueError):
+            if kind == "IP Address" and ipaddress.ip_address(name.strip()) == address:
+                return True
+    return False
+
+
+def _matches(pattern: str, wanted: list[str]) -> bool:
+    labels = pattern.lower().removesuffix(".").split(".")
+    if len(labels) != len(wanted) or not all(wanted):
+        return False
+    return labels[1:] == wanted[1:] and labels[0] in ("*", wanted[0])
