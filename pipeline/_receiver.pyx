@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 from pipeline.general import BodyBudget, General, render
 from pipeline.handlers import Request
-from pipeline.sealed import Sealed
+from pipeline.sealed import Sealed, SealedServer
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 
@@ -204,7 +204,7 @@ cdef class Receiver:
     cdef object config
     cdef dict generals          # id of the connection -> General or Sealed
     cdef object budget
-    cdef object credentials     # for sealed connections; None without TLS
+    cdef object sealed          # SealedServer; None without TLS
 
     def __cinit__(self, handlers, config, bytes cluster_header not None, credentials=None):
         cdef server_limits_t limits
@@ -235,9 +235,11 @@ cdef class Receiver:
         self.server.answer_503_len = len(unavailable)
         self.handlers = handlers
         self.config = config
-        self.credentials = credentials
         self.generals = {}
         self.budget = BodyBudget(config.max_buffered_bytes)
+        if credentials is not None:
+            self.sealed = SealedServer(
+                handlers, config, self.budget, credentials, KnownHead, Body.of_size)
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
@@ -262,7 +264,8 @@ cdef class Receiver:
 
     def retire(self):
         """End the idle https connections. Those at a request see to it themselves."""
-        if self.is_running:
+        with nogil:
+            # The lock's owner may be at work. Only C state is touched.
             server_retire_soon(&self.server)
 
     def begin_close(self):
@@ -375,8 +378,7 @@ cdef class Receiver:
             general = self.generals.get(conn.id)
             if conn.is_sealed:
                 if general is None:
-                    general = Sealed(self.handlers, self.config, remote, self.budget,
-                                     self.credentials, KnownHead, Body.of_size)
+                    general = Sealed(self.sealed, remote)
                     self.generals[conn.id] = general
                 data = b""
                 if request.body.len > 0:    # copied by feed before it returns

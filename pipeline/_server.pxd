@@ -1429,7 +1429,10 @@ cdef inline void server_stop(server_t* server, int how) noexcept nogil:
 
 
 cdef inline void server_retire_soon(server_t* server) noexcept nogil:
-    """Have the loop end the sealed connections that are idle."""
+    """Have the loop, if it runs, end the sealed connections that are idle."""
     cdef uint64_t one = 1
-    store_int(&server.is_retiring, 1)
-    write(server.wakefd, &one, sizeof(one))
+    pthread_mutex_lock(&server.lock)
+    if not server.is_ended:         # or the descriptor may be another's
+        store_int(&server.is_retiring, 1)
+        write(server.wakefd, &one, sizeof(one))
+    pthread_mutex_unlock(&server.lock)

@@ -1,13 +1,14 @@
 """Connections of an https listener: TLS, and one request after the other.
 
 Sans-I/O, like ``general.py``: the receiving loop reads and writes sealed bytes and keeps the
-deadlines; here they are deciphered. Of the plain text, heads that were accepted before on the
-connection are recognised by the core, and the bodies behind them deciphered into the memory that
-the message will keep. Everything else is ``General``'s.
+deadlines; here they are deciphered. Of the plain text, a head like the one accepted last on the
+connection is recognised by the core, and the body behind it deciphered into the memory that the
+message will keep. Everything else is for ``General``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -19,38 +20,26 @@ from pipeline.general import BodyBudget, General, Then, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.tls import Credentials
 
-__all__ = ["Sealed", "SealedNews"]
+__all__ = ["Sealed", "SealedServer"]
 
 #: The plain text of one record (RFC 8446 section 5.1), which is what one read gives at most.
 _RECORD_BYTES = 16 * 1024
-#: Bodies up to this size are not counted in the budget: they are heartbeats and votes, and as few
-#: as connections.
+#: Bodies up to this size do not count in the budget: they are heartbeats and votes, and as few as
+#: connections.
 _SMALL_BYTES = 64 * 1024
-#: As Go's server says to who speaks plain HTTP to it.
+#: What Go's server says to a caller that speaks plain HTTP.
 _NOT_TLS = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"
-
-
-class SealedNews(NamedTuple):
-    """What happened on a connection since it was asked last; see ``ReceiverStats``."""
-
-    fast_requests: int
-    general_requests: int
-    handshakes: int
-    handshake_failures: int
-
-
-_NO_NEWS = SealedNews(0, 0, 0, 0)
 
 
 class KnownHead(Protocol):
     """A head that was accepted, in the core."""
 
     def match(self, data: bytes, /) -> tuple[int, int] | None:
-        """Return lengths of head and body if ``data`` starts with one like it, else None."""
+        """Return the lengths of head and body if ``data`` starts with one like it, else None."""
 
 
 class Body(Protocol):
-    """Memory for a body, in the core; not touched before bytes arrive."""
+    """Memory for a body, in the core; no memory is taken before bytes arrive."""
 
     def __len__(self) -> int: ...
 
@@ -61,8 +50,64 @@ class Body(Protocol):
     def append(self, data: bytes, /) -> None:
         """Add what has arrived."""
 
-    def read_from(self, read: Callable[[int, memoryview], int], /) -> int:
-        """Have ``read`` fill what is missing, or a part of it; how much that was."""
+    def read_from(self, read: Callable[..., Any], /) -> int:
+        """Have ``read(n, buffer)`` fill some of what is missing; how much it was."""
+
+
+class SealedServer:
+    """What the https connections of a listener share. Thread-safe.
+
+    Parameters
+    ----------
+    handlers : Handlers
+    config : ReceiverConfig
+    budget : BodyBudget
+    credentials : Credentials
+        Each connection takes those in force, and ends when they are replaced.
+    make_head, make_body : callable
+        The core's, of a head's bytes and of a body's size. The first raises ``ValueError`` for
+        a head that the core does not recognise.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        config: ReceiverConfig,
+        budget: BodyBudget,
+        credentials: Credentials,
+        make_head: Callable[[bytes], KnownHead],
+        make_body: Callable[[int], Body],
+    ) -> None:
+        self.handlers = handlers
+        self.config = config
+        self.budget = budget
+        self.credentials = credentials
+        self.make_head = make_head
+        self.make_body = make_body
+        self._no_content = (0, b"")  # of which second; replaced as a whole
+
+    def render(self, answer: Answer | None) -> bytes:
+        """Write an answer; None is 204, which is made once a second."""
+        if answer is not None:
+            return render(answer)
+        second, data = self._no_content
+        now = int(time.time())
+        if now != second:
+            data = render(self.handlers.no_content())
+            self._no_content = (now, data)
+        return data
+
+
+class SealedNews(NamedTuple):
+    """What happened on a connection; see ``ReceiverStats``."""
+
+    fast_requests: int = 0
+    general_requests: int = 0
+    handshakes: int = 0
+    handshake_failures: int = 0
+
+
+_NO_NEWS = SealedNews()
 
 
 class Sealed:
@@ -70,58 +115,38 @@ class Sealed:
 
     Parameters
     ----------
-    handlers : Handlers
-    config : ReceiverConfig
+    server : SealedServer
     remote : object
         Shows ``ip:port`` in logs.
-    budget : BodyBudget
-        Shared by all connections.
-    credentials : Credentials
-        The connection keeps those now in force.
-    make_head, make_body : callable
-        The core's, of a head's bytes and of a body's size. The first raises ``ValueError`` for
-        a head that the core does not recognise.
 
     Notes
     -----
-    Used by one thread at a time. Nothing here blocks; a handshake takes the CPU for about a
-    millisecond. Truncation is never the end of a request: a request ends where its framing says,
-    and what ends before, with or without a close_notify, is answered 400.
+    Used by one thread at a time. Nothing here waits; a handshake takes the CPU for about a
+    millisecond. A request ends where its framing says. When the connection ends before, with a
+    close_notify or without, its message is answered 400.
     """
 
-    def __init__(
-        self,
-        handlers: Handlers,
-        config: ReceiverConfig,
-        remote: object,
-        budget: BodyBudget,
-        credentials: Credentials,
-        make_head: Callable[[bytes], KnownHead],
-        make_body: Callable[[int], Body],
-    ) -> None:
-        self._handlers = handlers
-        self._config = config
-        self._remote = remote
-        self._budget = budget
-        self._credentials = credentials
-        self._make_head = make_head
-        self._make_body = make_body
-        self._generation = credentials.generation  # read first: a rotation between makes it old
+    def __init__(self, server: SealedServer, remote: object) -> None:
+        credentials = server.credentials
+        self._generation = credentials.generation  # first: if they are replaced now, we are old
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = credentials.server_context.wrap_bio(
             self._incoming, self._outgoing, server_side=True
         )
+        self._server = server
+        self._handlers = server.handlers
+        self._remote = remote
+        self._certificate: Mapping[str, Any] | None = None
         self._is_shaken = False
         self._has_ended = False  # the caller's close_notify was read
-        self._certificate: Mapping[str, Any] | None = None
         self._plain = b""  # deciphered and not used
-        self._is_fresh = False  # nothing has come since the last request or the handshake
-        self._is_due = False  # a body is to be delivered once what was written before is out
-        self._then = Then.READ_HEAD  # what general wants
+        self._is_idle = False  # nothing has come since the handshake or the last request
+        self._is_due = False  # a body is to be delivered once what comes before it is written
         self._general: General | None = None  # reads the request
-        self._head: KnownHead | None = None  # the one accepted last, of request
-        self._request = Request("", "", {}, remote)
+        self._then = Then.READ_HEAD  # what general said last
+        self._head: KnownHead | None = None  # the one accepted last
+        self._request = Request("", "", {}, remote)  # what it said
         self._body: Body | None = None  # of a request that was recognised
         self._taken = 0  # of the budget
         self._news = _NO_NEWS
@@ -150,17 +175,17 @@ class Sealed:
         return out, then
 
     def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
-        """Answer the message that was to be delivered; returns as ``feed``. None is 204."""
-        if self._generation != self._credentials.generation:
+        """Answer the message that was delivered; returns as ``feed``. None is 204."""
+        if self._is_old():
             answer = replace(answer or self._handlers.no_content(), close=True)
-        if self._general is not None:
+        if self._general is None:
+            self._tls.write(self._server.render(answer))
+            then = Then.CLOSE if answer is not None and answer.close else Then.NEXT
+            self._end_request()
+        else:
             out, then = self._general.answer(answer)
             self._tls.write(out)
-            then = self._after_general(then)
-        else:
-            self._tls.write(render(answer or self._handlers.no_content()))
-            self.close()
-            then = Then.CLOSE if answer is not None and answer.close else Then.NEXT
+            then = self._follow(self._general, then)
         if then is Then.CLOSE:
             return self.end()
         is_more = self._plain or self._incoming.pending or self._tls.pending()
@@ -168,13 +193,13 @@ class Sealed:
 
     def broken(self) -> tuple[bytes, Then]:
         """Hear that the rest of the request will not come; returns as ``feed``."""
-        self._cut_off()
-        return self._outgoing.read(), Then.CLOSE
+        then = self._break_off()
+        return self._outgoing.read(), then
 
     def end(self) -> tuple[bytes, Then]:
         """End the connection in good order; returns as ``feed``."""
-        self._say_goodbye()
-        return self._outgoing.read(), Then.CLOSE
+        then = self._say_goodbye()
+        return self._outgoing.read(), then
 
     def take_body(self) -> Body | bytearray:
         """Return the body, which is the caller's now; it counts in the budget until ``answer``."""
@@ -196,7 +221,7 @@ class Sealed:
             self._general = None
         self._body = None
         if self._taken:
-            self._budget.give(self._taken)
+            self._server.budget.give(self._taken)
             self._taken = 0
 
     # -- TLS
@@ -209,117 +234,172 @@ class Sealed:
             except ssl.SSLWantReadError:
                 return Then.HANDSHAKE
             if not self._let_in():
-                return Then.CLOSE
+                return self._say_goodbye()
         while True:
             if self._body is not None:
                 then = self._read_body(self._body)
             elif self._general is not None:
-                then = self._feed_general(self._general)
+                then = self._read_general(self._general)
             else:
                 then = self._read_head()
             if then is not Then.NEXT:
                 return then
 
     def _let_in(self) -> bool:
-        """Look at who has shaken hands; False if it is to go.
+        """Look at who has shaken hands; whether it may stay.
 
-        The rules are applied when the handshake is over, for ssl lets us refuse no certificate
-        that is valid. The caller sees the end of the connection instead of an alert.
+        The rules are applied after the handshake, for ssl refuses no certificate that is valid:
+        the caller sees the end of the connection where etcd's sees an alert.
         """
-        self._is_shaken = self._is_fresh = True
+        self._is_shaken = self._is_idle = True
         self._certificate = self._tls.getpeercert() or None
-        reason = "" if self._certificate is None else self._credentials.refusal(self._certificate)
-        if reason:
-            self._refuse(reason)
-            self._say_goodbye()
-            return False
+        if self._certificate is not None:
+            reason = self._server.credentials.refusal(self._certificate)
+            if reason:
+                self._refuse(reason)
+                return False
         self._news = self._news._replace(handshakes=self._news.handshakes + 1)
         return True
 
     def _fail(self, error: ssl.SSLError) -> Then:
-        """End a connection that TLS has given up; an alert may be on its way."""
-        if not self._is_shaken:
-            self._refuse(error.verify_message if _is_verification(error) else str(error))
-            if error.reason == "HTTP_REQUEST":
-                self._outgoing.read()  # an alert, which it would not understand
-                self._outgoing.write(_NOT_TLS)
+        """End a connection that TLS has given up. There may be an alert to be written."""
+        if self._is_shaken:
+            self._break_off()
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            self._refuse(error.verify_message)
         else:
-            self._count_broken()
-        self.close()
+            self._refuse(error.reason or str(error))
+            if error.reason == "HTTP_REQUEST":
+                self._outgoing.read()  # an alert, which the caller does not understand
+                self._outgoing.write(_NOT_TLS)
         return Then.CLOSE
 
     def _refuse(self, reason: str) -> None:
         self._news = self._news._replace(handshake_failures=self._news.handshake_failures + 1)
         self._handlers.handshake_failed(self._remote, reason)
 
-    def _read(self) -> bytes:
-        """Decipher what has come, up to one record; empty when there is no more, or the end."""
-        while self._incoming.pending or self._tls.pending():
-            try:
-                data = self._tls.read(_RECORD_BYTES)
-            except ssl.SSLWantReadError:
-                break
-            self._has_ended = not data
-            return data
-        return b""
+    def _is_old(self) -> bool:
+        return self._generation != self._server.credentials.generation
 
-    def _say_goodbye(self) -> None:
-        """Put a close_notify at the end of what is to be written."""
+    def _read(self) -> bytes:
+        """Decipher what has come, up to one record; nothing when there is no more, or the end."""
+        if not (self._incoming.pending or self._tls.pending()):
+            return b""
+        try:
+            data: bytes = self._tls.read(_RECORD_BYTES)
+        except ssl.SSLWantReadError:  # a part of a record, or one that is TLS's own
+            self._is_idle = False
+            return b""
+        self._has_ended = not data
+        return data
+
+    def _say_goodbye(self) -> Then:
+        """Put a close_notify behind what is to be written."""
         self.close()
         if self._is_shaken:
-            try:
+            # It is written in any case; the caller's own, or an error before, is all there is
+            # to hear of.
+            with contextlib.suppress(ssl.SSLError):
                 self._tls.unwrap()
-            except ssl.SSLError:
-                pass  # it is written; the caller's own is not waited for
+        return Then.CLOSE
 
     # -- plain text
 
     def _read_head(self) -> Then:
-        """Begin with the next request, if there is one; NEXT if there is."""
+        """Begin with a request, if there is one: then NEXT."""
         data = self._plain or self._read()
         if not data:
-            if self._has_ended or self._generation != self._credentials.generation:
-                self._say_goodbye()
-                return Then.CLOSE
-            return Then.IDLE if self._is_fresh else Then.READ_HEAD
-        match = None if self._head is None else self._head.match(data)
-        if match is None or not self._may_be_recognised(*match):
+            if self._has_ended or self._is_old():
+                return self._say_goodbye()
+            return Then.IDLE if self._is_idle else Then.READ_HEAD
+        found = None if self._head is None else self._head.match(data)
+        if found is None or not self._is_accepted(*found):
             self._plain = data
-            self._is_fresh = False
-            self._news = self._news._replace(general_requests=self._news.general_requests + 1)
             self._then = Then.READ_HEAD
             self._general = General(
                 self._handlers,
-                self._config,
+                self._server.config,
                 self._remote,
-                self._budget,
+                self._server.budget,
                 self._learn,
                 self._certificate,
             )
+            self._news = self._news._replace(general_requests=self._news.general_requests + 1)
             return Then.NEXT
-        head_len, size = match
-        self._body = self._make_body(size)
+        head_len, size = found
+        self._body = self._server.make_body(size)
         self._body.append(data[head_len : head_len + size])
         self._plain = data[head_len + size :]
         self._news = self._news._replace(fast_requests=self._news.fast_requests + 1)
         return Then.NEXT
 
-    def _may_be_recognised(self, head_len: int, size: int) -> bool:
-        """Tell whether what was checked of the head that is known holds for this one, too."""
+    def _is_accepted(self, head_len: int, size: int) -> bool:
+        """Tell whether a head like the known one needs no further look."""
         return (
-            head_len <= self._config.max_head_bytes
-            and size <= self._config.max_body_bytes
+            head_len <= self._server.config.max_head_bytes
+            and size <= self._server.config.max_body_bytes
             and self._handlers.check_member(self._request) is None
         )
 
+    def _learn(self, head: bytes) -> bool:
+        assert self._general is not None
+        try:
+            self._head = self._server.make_head(head)
+        except ValueError:
+            return False
+        self._request = self._general.request
+        return True
+
     def _read_body(self, body: Body) -> Then:
-        """Decipher a body to where it belongs."""
-        before = len(body)
+        """Decipher a body to where it will stay."""
         while body.missing and (self._incoming.pending or self._tls.pending()):
             try:
                 self._has_ended = body.read_from(self._tls.read) == 0
             except ssl.SSLWantReadError:
                 break
             if self._has_ended:
-                break
-        ...
+                return self._break_off()
+        if len(body) + body.missing > _SMALL_BYTES:
+            if not self._server.budget.take(len(body) - self._taken):
+                self._tls.write(render(self._handlers.overloaded(self._request)))
+                return self._say_goodbye()
+            self._taken = len(body)
+        return Then.READ_BODY if body.missing else Then.DELIVER
+
+    def _read_general(self, general: General) -> Then:
+        """Give general what has come; NEXT when there may be more to do."""
+        data, self._plain = self._plain or self._read(), b""
+        if not data:
+            return self._break_off() if self._has_ended else self._then
+        out, then = general.feed(data)
+        if out:
+            self._tls.write(out)
+        return self._follow(general, then)
+
+    def _follow(self, general: General, then: Then) -> Then:
+        """Do what general says; NEXT when there may be more to do."""
+        if then is Then.CLOSE:
+            return self._say_goodbye()
+        if then is Then.NEXT:
+            self._plain = general.rest
+            self._end_request()
+        elif then is not Then.DELIVER:
+            self._then = then
+            return Then.NEXT
+        return then
+
+    def _end_request(self) -> None:
+        self.close()
+        self._is_idle = True
+
+    def _break_off(self) -> Then:
+        """Answer a request that will not be whole, if TLS still lets us."""
+        out = b""
+        if self._general is not None:
+            out, _ = self._general.broken()
+        elif self._body is not None:
+            out = render(self._handlers.read_failed(self._request))
+        if out:
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.write(out)
+        return self._say_goodbye()
