@@ -7,7 +7,9 @@ from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
 
 from pipeline.config import ReceiverConfig
+from pipeline.general import General
 from pipeline.handlers import Handlers
+from pipeline.snapshot_connections import Connection
 from pipeline.tls import Credentials
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
@@ -51,6 +53,7 @@ class Receiver:
         handlers: Handlers,
         config: ReceiverConfig,
         cluster_header: bytes,
+        take: Callable[[Connection | None, General], None],
         credentials: Credentials | None = None,
     ) -> Receiver: ...
     def start(self, plain: list[int], sealed: list[int]) -> None: ...

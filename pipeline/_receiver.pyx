@@ -20,16 +20,17 @@ from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_sa
 from pipeline._messages cimport message_from_decoded
 from pipeline._server cimport (
     ANSWER_204_MAX, BODY_HUGE_MIN, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL,
-    REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_FREE, THEN_NEXT, answer_204_t,
-    body_free, body_init, body_t, conn_answer_here, conn_give_back, conn_give_back_locked,
-    conn_save, conn_t, handler_t, request_free, request_t, server_add_handler,
-    server_close_descriptors, server_free, server_init, server_learn, server_limits_t,
-    server_remove_handler, server_retire_soon, server_start, server_stop, server_t, server_take,
-    server_wait,
+    REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
+    answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
+    conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t,
+    server_add_handler, server_close_descriptors, server_detach, server_free, server_init,
+    server_learn, server_limits_t, server_remove_handler, server_retire_soon, server_start,
+    server_stop, server_t, server_take, server_wait,
 )
 from pipeline._sync cimport (
     MADV_HUGEPAGE, add_int, clock_ns, close, deadline_timespec, madvise, pthread_cond_timedwait,
-    pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
+    pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
+    sockaddr_storage, timespec,
 )
 
 import logging
@@ -188,6 +189,10 @@ cdef class Receiver:
     config : ReceiverConfig
     cluster_header : bytes
         The header lines every 204 carries, each with its CRLF.
+    take : callable
+        Called with a non-blocking socket, which it owns from then on, and the ``General`` that has
+        read the head, when a connection leaves the loop; with None for the socket when the loop
+        has closed it meanwhile. It must not block.
     credentials : Credentials or None
         What https listening sockets are served with.
 
@@ -204,9 +209,10 @@ cdef class Receiver:
     cdef object config
     cdef dict generals          # id of the connection -> General or Sealed
     cdef object budget
+    cdef object take
     cdef object sealed          # SealedServer; None without TLS
 
-    def __cinit__(self, handlers, config, bytes cluster_header not None, credentials=None):
+    def __cinit__(self, handlers, config, bytes cluster_header not None, take, credentials=None):
         cdef server_limits_t limits
         cdef bytes fixed = b"HTTP/1.1 204 No Content\r\n" + cluster_header + b"Date: "
         cdef int error
@@ -237,6 +243,7 @@ cdef class Receiver:
         self.config = config
         self.generals = {}
         self.budget = BodyBudget(config.max_buffered_bytes)
+        self.take = take
         if credentials is not None:
             self.sealed = SealedServer(
                 handlers, config, self.budget, credentials, KnownHead, Body.of_size)
@@ -463,9 +470,29 @@ cdef class Receiver:
             rest = general.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
                 raise MemoryError
-        if then == THEN_NEXT or then == THEN_CLOSE:
+        if then == THEN_DETACH:
+            self.detach(conn, general)
+        if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
             general.close()
             del self.generals[conn.id]
+        return 0
+
+    cdef int detach(self, conn_t* conn, object general) except -1:
+        """Move a connection's socket out of the loop. The loop forgets it, whatever happens here.
+        """
+        cdef int fd = server_detach(conn)
+        connection = None
+        try:
+            if fd >= 0:
+                connection = socket.socket(fileno=fd)
+                fd = -1
+                if conn.is_sealed:
+                    connection, general = general.detach(connection)
+            self.take(connection, general)
+        except BaseException:
+            logger.exception("internal error, please report: a connection is closed")
+            if fd >= 0:
+                close(fd)
         return 0
 
     def learn(self, bytes head not None):

@@ -18,6 +18,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.handlers import Handlers
 from pipeline.picker import parse_urls
+from pipeline.snapshot_connections import SnapshotConnections
 from pipeline.tls import Credentials
 
 __all__ = ["Listener"]
@@ -80,9 +81,15 @@ class Listener:
                 raise UsageError(f"url: {url!r}: only http and https can be listened on")
             if url.startswith("https://") and credentials is None:
                 raise UsageError(f"url: {url!r}: https needs a TLSInfo")
-        self._receiver = Receiver(handlers, config, handlers.cluster_header, credentials)
+        if handlers.snapshots.store is not None:
+            handlers.snapshots.store.prepare()
+        self._snapshots = SnapshotConnections(handlers, config)
+        self._receiver = Receiver(
+            handlers, config, handlers.cluster_header, self._snapshots.take, credentials
+        )
         sockets = _bind(given, config.max_connections)
         ports = [sock.getsockname()[1] for sock in sockets]
+        self._snapshots.name = f"pipeline-snapshot-{ports[0]}"
         self.urls = tuple(
             f"{url.rpartition(':')[0]}:{port}" for url, port in zip(given, ports, strict=True)
         )
@@ -155,10 +162,12 @@ class Listener:
             self._is_closed = True
             deadline = time.monotonic() + deadline_s
             self._receiver.begin_close()
+            self._snapshots.begin_close()
             # A handler thread that closes its own listener is not waited for: it cannot end first.
             is_own = threading.current_thread() in self._threads
             # The last tenth is for idle threads to end in.
-            if not self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s):
+            is_whole = self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s)
+            if not self._snapshots.wait_closed(deadline - 0.1 * deadline_s) or not is_whole:
                 logger.warning("listener at %s closed with requests unanswered", self.url)
             for thread in self._threads:
                 if thread is not threading.current_thread():
@@ -169,6 +178,7 @@ class Listener:
         self._lock = threading.Lock()
         self._is_closed = True
         self._receiver.forget_after_fork()
+        self._snapshots.forget_after_fork()
 
     def __enter__(self) -> Listener:
         return self

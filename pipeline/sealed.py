@@ -9,6 +9,7 @@ message will keep. Everything else is for ``General``.
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
@@ -20,10 +21,12 @@ from pipeline.general import BodyBudget, General, Then, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.tls import Credentials
 
-__all__ = ["Sealed", "SealedServer"]
+__all__ = ["Sealed", "SealedServer", "SealedSocket"]
 
 #: The plain text of one record (RFC 8446 section 5.1), which is what one read gives at most.
 _RECORD_BYTES = 16 * 1024
+#: Read from a detached connection at once.
+_READ_BYTES = 256 * 1024
 #: Bodies up to this size do not count in the budget: they are heartbeats and votes, and as few as
 #: connections.
 _SMALL_BYTES = 64 * 1024
@@ -142,7 +145,7 @@ class Sealed:
         self._has_ended = False  # the caller's close_notify was read
         self._plain = b""  # deciphered and not used
         self._is_idle = False  # nothing has come since the handshake or the last request
-        self._is_due = False  # a body is to be delivered once what comes before it is written
+        self._due: Then | None = None  # how to go on once what comes before is written
         self._general: General | None = None  # reads the request
         self._then = Then.READ_HEAD  # what general said last
         self._head: KnownHead | None = None  # the one accepted last
@@ -157,21 +160,21 @@ class Sealed:
         Returns
         -------
         (bytes, Then)
-            What to write, and how to go on then. With ``Then.DELIVER`` there is nothing to write.
+            What to write, and how to go on then. With ``Then.DELIVER`` and ``Then.DETACH`` there
+            is nothing to write.
         """
         if data:
             self._incoming.write(data)
-        if self._is_due:
-            self._is_due = False
-            return b"", Then.DELIVER
+        if self._due is not None:
+            due, self._due = self._due, None
+            return b"", due
         try:
             then = self._go_on()
         except ssl.SSLError as error:
             then = self._fail(error)
         out = self._outgoing.read()
-        if out and then is Then.DELIVER:
-            self._is_due = True
-            then = Then.AGAIN
+        if out and then in (Then.DELIVER, Then.DETACH):
+            self._due, then = then, Then.AGAIN
         return out, then
 
     def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
@@ -208,6 +211,12 @@ class Sealed:
         body, self._body = self._body, None
         assert body is not None
         return body
+
+    def detach(self, sock: socket.socket) -> tuple[SealedSocket, General]:
+        """Go on without the loop, after ``Then.DETACH``: a connection, and who read the head."""
+        general = self._general
+        assert general is not None
+        return SealedSocket(sock, self._tls, self._incoming, self._outgoing), general
 
     def take_news(self) -> SealedNews:
         """Return what happened since the last call."""
@@ -383,7 +392,7 @@ class Sealed:
         if then is Then.NEXT:
             self._plain = general.rest
             self._end_request()
-        elif then is not Then.DELIVER:
+        elif then in (Then.READ_HEAD, Then.READ_BODY):
             self._then = then
             return Then.NEXT
         return then
@@ -403,3 +412,83 @@ class Sealed:
             with contextlib.suppress(ssl.SSLError):
                 self._tls.write(out)
         return self._say_goodbye()
+
+
+class SealedSocket:
+    """A connection that has left the loop: a socket whose bytes are deciphered.
+
+    Blocks as the socket's timeout says. Used by one thread; another one may ``shutdown`` reading,
+    or both directions.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        tls: ssl.SSLObject,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+    ) -> None:
+        self._sock = sock
+        self._tls = tls
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._is_said = False  # our close_notify
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Read some bytes; 0 at the end, whether a close_notify tells of it or not.
+
+        After ``shutdown(SHUT_WR)`` what is read means nothing.
+        """
+        if self._is_said:
+            return self._sock.recv_into(buffer)
+        n = 0
+        while n == 0:
+            while n < len(buffer) and (self._incoming.pending or self._tls.pending()):
+                try:
+                    got = self._tls.read(len(buffer) - n, buffer[n:])  # type: ignore[arg-type]
+                except ssl.SSLWantReadError:
+                    break
+                if got == 0:
+                    return n
+                n += got
+            self._flush()  # an answer of TLS's own, to an update of the keys
+            if n == 0:
+                got = self._sock.recv_into(self._buffer)
+                if got == 0:
+                    break
+                self._incoming.write(self._buffer[:got])
+        return n
+
+    def sendall(self, data: bytes, /) -> None:
+        """Write all of ``data``."""
+        self._tls.write(data)
+        self._flush()
+
+    def settimeout(self, value: float, /) -> None:
+        """Let reading and writing wait for so many seconds."""
+        self._sock.settimeout(value)
+
+    def shutdown(self, how: int, /) -> None:
+        """Shut the socket; for ``SHUT_WR`` with a close_notify first."""
+        if how == socket.SHUT_WR:
+            self._say_goodbye()
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        """Close the socket, after a close_notify if there is room for it."""
+        with contextlib.suppress(OSError):
+            self._sock.setblocking(False)
+            self._say_goodbye()
+        self._sock.close()
+
+    def _say_goodbye(self) -> None:
+        if not self._is_said:
+            self._is_said = True
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._sock.sendall(self._outgoing.read())
