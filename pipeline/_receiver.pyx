@@ -246,7 +246,8 @@ cdef class Receiver:
         self.take = take
         if credentials is not None:
             self.sealed = SealedServer(
-                handlers, config, self.budget, credentials, KnownHead, Body.of_size)
+                handlers, config, self.budget, credentials, make_head=KnownHead,
+                make_body=Body.of_size)
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.

@@ -120,6 +120,7 @@ class General:
         remote: object,
         budget: BodyBudget,
         learn: Callable[[bytes], bool],
+        *,
         certificate: Mapping[str, Any] | None = None,
     ) -> None:
         self.body = bytearray()

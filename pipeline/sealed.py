@@ -78,6 +78,7 @@ class SealedServer:
         config: ReceiverConfig,
         budget: BodyBudget,
         credentials: Credentials,
+        *,
         make_head: Callable[[bytes], KnownHead],
         make_body: Callable[[int], Body],
     ) -> None:
@@ -331,7 +332,7 @@ class Sealed:
                 self._remote,
                 self._server.budget,
                 self._learn,
-                self._certificate,
+                certificate=self._certificate,
             )
             self._news = self._news._replace(general_requests=self._news.general_requests + 1)
             return Then.NEXT
@@ -430,6 +431,7 @@ class SealedSocket:
     ) -> None:
         self._sock = sock
         self._tls = tls
+        self._read: Callable[..., int] = tls.read  # into a buffer
         self._incoming = incoming
         self._outgoing = outgoing
         self._buffer = memoryview(bytearray(_READ_BYTES))
@@ -446,7 +448,7 @@ class SealedSocket:
         while n == 0:
             while n < len(buffer) and (self._incoming.pending or self._tls.pending()):
                 try:
-                    got = self._tls.read(len(buffer) - n, buffer[n:])  # type: ignore[arg-type]
+                    got = self._read(len(buffer) - n, buffer[n:])
                 except ssl.SSLWantReadError:
                     break
                 if got == 0:

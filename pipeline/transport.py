@@ -68,8 +68,9 @@ class Transport:
         remembered as a remote at the URLs its request names, so that it can be answered. Asked at
         every request of such a sender, from a receiving thread; it must not block. By default
         those are who have shown a certificate that ``tls`` trusts, and nobody else: what a
-        stranger writes into a request must not choose where we connect to. It is not asked about link-local, multicast, unspecified and malformed addresses, which
-        are never learned; what a host *name* stands for is its business.
+        stranger writes into a request must not choose where we connect to. It is not asked about
+        link-local, multicast, unspecified and malformed addresses, which are never learned; what
+        a host *name* stands for is its business.
     allow_loopback_remotes : bool
         Whether the policy is asked about loopback addresses.
 
