@@ -431,7 +431,8 @@ class SealedSocket:
     ) -> None:
         self._sock = sock
         self._tls = tls
-        self._read: Callable[..., int] = tls.read  # into a buffer
+        # The stubs know no read into a buffer, which returns how much it was.
+        self._read: Callable[..., Any] = tls.read
         self._incoming = incoming
         self._outgoing = outgoing
         self._buffer = memoryview(bytearray(_READ_BYTES))
