@@ -9,8 +9,9 @@ dispatcher thread makes for a worker, and the Python owners of the C structs:
     ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -21,12 +22,15 @@ from posix.uio cimport iovec
 from pipeline._counters cimport books_t, follower_stddev_ms, follower_t
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport (
-    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
-    ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_CONNECT_FAILED,
-    EVENT_FAILED, EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED,
-    OUTCOME_FAILED, OUTCOME_SENT, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free,
-    loop_init, loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop,
-    pipe_count, pipe_free, pipe_init, pipe_offer, pipe_t, worker_give_back, worker_t,
+    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
+    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED,
+    EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL,
+    EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_STEP_BYTES,
+    OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTING, SEAL_NONE, SEAL_READING,
+    SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init,
+    loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop, pipe_count,
+    pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_give_back,
+    worker_may_retry, worker_t,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
@@ -51,8 +55,8 @@ from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
 __all__ = [
-    "ActiveFlag", "Channel", "EncodedMessage", "Event", "Given", "IOLoop", "Sender", "error_text",
-    "recognise_204",
+    "CLOSED", "ActiveFlag", "Channel", "EncodedMessage", "Event", "Given", "IOLoop", "Sender",
+    "error_text", "recognise_204",
 ]
 
 cdef enum:
@@ -61,6 +65,8 @@ cdef enum:
     BORROW_MIN = 4096
     # protobuf cannot encode more.
     MESSAGE_MAX = 0x7fffffff
+    # What a TLS record holds.
+    RECORD_MAX = 16 * 1024
 
 cdef size_t COPY_LIMIT = 16 * 1024      # config.COPY_LIMIT, checked by a test
 
@@ -76,6 +82,9 @@ class Event(enum.IntEnum):
     FAILED = EVENT_FAILED
     SUCCEEDED = EVENT_SUCCEEDED
     CLOSED = EVENT_CLOSED
+    HANDSHAKE = EVENT_HANDSHAKE
+    SEAL = EVENT_SEAL
+    UNSEAL = EVENT_UNSEAL
 
 
 cdef tuple EVENTS = (None, *Event)
@@ -98,7 +107,11 @@ cdef dict REASONS = {
     ERROR_DIAL_TIMEOUT: "dial timeout",
     ERROR_STOPPED: "stopped",
     ERROR_DEAD_LINK: "dead link: the peer acknowledges nothing",
+    ERROR_HANDSHAKE_TIMEOUT: "TLS handshake timeout",
 }
+
+#: Why a worker comes with an event: the peer has ended the stream.
+CLOSED = ERROR_CLOSED
 
 
 def error_text(int error):
@@ -746,9 +759,14 @@ cdef class Sender:
         """Return (bytes of the answer read so far, whether the request is written whole)."""
         cdef worker_t* worker = self.worker(index)
         return (PyBytes_FromStringAndSize(<char*>worker.answer, worker.answer_len),
-                worker.segment > worker.job.n_segments)
+                worker.job is not NULL and worker.segment > worker.job.n_segments
+                and worker.sealed_written == worker.sealed_len)
 
-    def connect(self, int index, int fd, bytes head, double timeout_s):
+    def has_job(self, int index):
+        """Tell whether the worker has a message; it comes without one from an idle connection."""
+        return self.worker(index).job is not NULL
+
+    def connect(self, int index, int fd, bytes head, double timeout_s, *, bint is_sealed=False):
         """Give the worker a connecting socket and the request head for it.
 
         Parameters
@@ -760,6 +778,8 @@ cdef class Sender:
             The request head up to and with ``Content-Length: ``.
         timeout_s : float
             What is left of the dial timeout.
+        is_sealed : bool
+            Whether the connection is to carry TLS.
         """
         cdef worker_t* worker = self.worker(index)
         cdef size_t n = PyBytes_GET_SIZE(head)
@@ -773,6 +793,9 @@ cdef class Sender:
         worker.head_for = <size_t>-1
         worker.known_len = 0
         worker.fd = fd
+        worker.seal = SEAL_CONNECTING if is_sealed else SEAL_NONE
+        worker.sealed = NULL
+        worker.sealed_len = worker.sealed_written = 0
         worker.is_odd = False
         worker.is_reused = False
         worker.is_ended = False
@@ -786,16 +809,101 @@ cdef class Sender:
         """
         cdef worker_t* worker = self.worker(index)
         worker.fd = -1
+        worker.sealed = NULL
+        worker.sealed_len = worker.sealed_written = 0
         worker.generation = load_int(&self.pipe.generation)
 
     def read_on(self, int index):
         """Have the loop read more of an answer, for Python, when the worker is given back."""
-        self.worker(index).is_odd = True
+        cdef worker_t* worker = self.worker(index)
+        worker.is_odd = True
+        if worker.seal == SEAL_WRITING:     # answered early: the rest is not worth writing
+            worker.seal = SEAL_READING
+            worker.sealed_deadline_ns = clock_ns() + self.pipe.limits.response_timeout_ns
+
+    def may_retry(self, int index, int error):
+        """Tell whether the worker's message goes once more on a fresh connection, after ``error``.
+
+        If so, it is to be dialled: it is for once only.
+        """
+        return worker_may_retry(self.worker(index), error)
+
+    # -- for a connection that carries TLS
+
+    def begin_handshake(self, int index, double timeout_s):
+        """Bound the handshake that begins now."""
+        self.worker(index).sealed_deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
+
+    def end_handshake(self, int index):
+        """Note that the worker's message comes next."""
+        cdef worker_t* worker = self.worker(index)
+        worker.seal = SEAL_WRITING
+        worker.sealed_deadline_ns = 0
+
+    def post(self, int index, bytes sealed):
+        """Give the worker ciphertext to write. Borrowed until the next, or until it fails."""
+        cdef worker_t* worker = self.worker(index)
+        worker.sealed = <const uint8_t*>PyBytes_AS_STRING(sealed)
+        worker.sealed_len = PyBytes_GET_SIZE(sealed)
+        worker.sealed_written = 0
+
+    def seal(self, int index, write):
+        """Pass what comes next of the worker's request to ``write``, 1 MiB at most.
+
+        A request that fits into one TLS record is passed at once. Otherwise ``write`` gets views
+        of the message's own memory, which end with the call.
+        """
+        cdef worker_t* worker = self.worker(index)
+        cdef job_t* job = worker.job
+        cdef size_t left = LOOP_STEP_BYTES
+        cdef size_t room
+        cdef uint8_t* at
+        cdef int i
+        if worker.segment == 0 and worker.head_len + job.size_bytes <= RECORD_MAX:
+            data = PyBytes_FromStringAndSize(NULL, worker.head_len + job.size_bytes)
+            at = <uint8_t*>PyBytes_AS_STRING(data)
+            memcpy(at, worker.head, worker.head_len)
+            at += worker.head_len
+            for i in range(job.n_segments):
+                memcpy(at, job.segments[i].iov_base, job.segments[i].iov_len)
+                at += job.segments[i].iov_len
+            worker.segment = job.n_segments + 1
+            write(data)
+            return
+        while worker.segment <= job.n_segments and left > 0:
+            if worker.segment == 0:
+                at = worker.head
+                room = worker.head_len
+            else:
+                at = <uint8_t*>job.segments[worker.segment - 1].iov_base
+                room = job.segments[worker.segment - 1].iov_len
+            at += worker.offset
+            room -= worker.offset
+            if room > left:
+                room = left
+                worker.offset += room
+            else:
+                worker.segment += 1
+                worker.offset = 0
+            left -= room
+            if room > 0:
+                view = PyMemoryView_FromMemory(<char*>at, room, PyBUF_READ)
+                try:
+                    write(view)
+                finally:
+                    view.release()
 
     def renew(self):
         """Have every worker dial anew before its next message. Thread-safe; never waits."""
         if self.is_open:
             add_int(&self.pipe.generation, 1)
+
+    def retire_connections(self):
+        """Do as ``renew``, and have idle connections closed. Thread-safe; never waits."""
+        if self.is_open:
+            with nogil:
+                # Only C state is touched.
+                pipe_retire_connections(&self.pipe)
 
     def count_failed_append(self, int index):
         """Count the worker's message as failed for the follower, if it is a MsgApp."""

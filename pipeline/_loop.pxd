@@ -36,8 +36,8 @@ from pipeline._sync cimport (
     epoll_wait, errno, eventfd, getsockopt, invariant, load_i64, load_int, load_ptr, msghdr,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_t, recv, sched_yield, sendmsg, socklen_t, store_int, swap_int,
-    swap_ptr, tcp_info, thread_start, write,
+    pthread_mutex_unlock, pthread_t, recv, sched_yield, send, sendmsg, socklen_t, store_int,
+    swap_int, swap_ptr, tcp_info, thread_start, write,
 )
 
 cdef enum:
@@ -77,6 +77,9 @@ cdef enum:
     EVENT_FAILED            # error says why
     EVENT_SUCCEEDED         # 204, and Python has to hear of it
     EVENT_CLOSED            # no job; the idle connection was closed by the peer
+    EVENT_HANDSHAKE         # connected; TLS is to begin
+    EVENT_SEAL              # the job, or more of it, is to be encrypted
+    EVENT_UNSEAL            # ciphertext has been read; without a job from an idle connection
     EVENT_CHORES            # no worker; borrowed payloads to release, Python's own tasks to run
 
 # Causes of failure that have no errno.
@@ -87,6 +90,16 @@ cdef enum:
     ERROR_DIAL_TIMEOUT = -4
     ERROR_STOPPED = -5
     ERROR_DEAD_LINK = -6    # what was sent is not acknowledged
+    ERROR_HANDSHAKE_TIMEOUT = -7
+
+# How far a connection that carries TLS has come. The loop does its I/O and keeps its deadlines;
+# Python turns plaintext into ciphertext and back, one visit per piece written or read.
+cdef enum:
+    SEAL_NONE = 0           # it carries plain HTTP
+    SEAL_CONNECTING
+    SEAL_HANDSHAKE
+    SEAL_WRITING            # a request
+    SEAL_READING            # the answer; also between two requests
 
 cdef enum:
     OFFER_ACCEPTED = 0
@@ -142,12 +155,17 @@ cdef struct worker_t:
     int generation          # of the pipe when the connection was dialled
     int64_t answer_deadline_ns      # of the whole answer, however often Python looks at it
     bint is_odd             # http.client reads the answer: whatever comes goes to Python
+    int seal                # SEAL_*
+    const uint8_t* sealed   # ciphertext to write; borrowed from the Line until it gives more
+    size_t sealed_len
+    size_t sealed_written
+    int64_t sealed_deadline_ns      # of handshake, stall or answer, however often Python is asked
     uint8_t* head           # owned: the request head up to and with "Content-Length: "
     size_t head_fixed       # bytes of it that never change
     size_t head_len
     size_t head_for         # the length now written at its end
-    size_t written          # bytes of head and body
-    int segment             # next to write; 0 is the head
+    size_t written          # bytes of head and body, or of their ciphertext
+    int segment             # next to write, or to encrypt; 0 is the head
     size_t offset           # within it
     int answer_len
     int known_len
@@ -174,6 +192,7 @@ cdef struct pipe_t:
     bint is_stopping        # offers are refused
     bint is_detached        # the loop has forgotten this pipe
     bint is_scheduled       # on loop.ready
+    bint is_retiring        # idle connections of an earlier generation are to be closed
 
     pipe_t* next_ready
     pipe_t* next_detached
@@ -408,6 +427,21 @@ cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
     return first
 
 
+cdef inline void pipe_retire_connections(pipe_t* pipe) noexcept nogil:
+    """Have workers dial anew before their next job, and idle ones close what they have."""
+    cdef bint is_needed = False
+    add_int(&pipe.generation, 1)
+    pthread_mutex_lock(&pipe.lock)
+    if not pipe.is_stopping:
+        pipe.is_retiring = True
+        if not pipe.is_scheduled:
+            pipe.is_scheduled = is_needed = True
+            push_ready(pipe.loop, pipe)
+    pthread_mutex_unlock(&pipe.lock)
+    if is_needed:
+        loop_wake(pipe.loop)
+
+
 cdef inline void worker_retire(worker_t* worker) noexcept nogil:
     """Count a worker out for good. The caller holds the lock."""
     worker.state = WORKER_RETIRED
@@ -449,22 +483,29 @@ cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
         and info.tcpi_last_ack_recv > info.tcpi_last_data_sent + LINK_ANSWER_MS)
 
 
-cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
-    """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good.
+cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
+    """Tell whether the job goes once more, on a fresh connection; if so, it is the last time.
 
     Differs from etcd: Go repeats a request only if none of its bytes were written. etcd closes
     connections it has not read from for 5 s, and a request may just be on its way: when a reused
     connection ends before the first byte of an answer, the request is made once more. Never a
     MsgProp of which a byte may have left: proposals are not idempotent.
     """
-    cdef bint is_end = (error == ERROR_CLOSED or error == EPIPE or error == ECONNRESET
-                        or error == ENOTCONN)
     cdef job_t* job = worker.job
+    if error != ERROR_CLOSED and error != EPIPE and error != ECONNRESET and error != ENOTCONN:
+        return False
+    if not worker.is_reused or worker.is_odd or job.retried \
+            or (job.type == TYPE_PROP and worker.written > 0):
+        return False
+    job.retried = True
+    return True
+
+
+cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
+    """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good."""
     if worker.state == WORKER_CONNECTING:
         worker_to_python(worker, EVENT_CONNECT_FAILED, error)
-    elif is_end and worker.is_reused and worker.answer_len == 0 and not job.retried \
-            and (job.type != TYPE_PROP or worker.written == 0):
-        job.retried = True
+    elif worker.answer_len == 0 and worker_may_retry(worker, error):
         worker_to_python(worker, EVENT_CONNECT, error)
     else:
         worker_to_python(worker, EVENT_FAILED, error)
@@ -550,9 +591,71 @@ cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil
         worker.answer_len = <int>n
         worker.answer_deadline_ns = \
             worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
-        worker_to_python(worker, EVENT_ANSWER, 0)
+        if worker.seal != SEAL_NONE:
+            worker_to_python(worker, EVENT_UNSEAL, error)
+        else:
+            worker_to_python(worker, EVENT_ANSWER, 0)
     else:
         worker_fail(worker, error)
+
+
+cdef inline void worker_flush(worker_t* worker) noexcept nogil:
+    """Write what Python has encrypted; then have it encrypt more, or wait for the peer.
+
+    A deadline outlasts the visits to Python: what the peer sends meanwhile, such as session
+    tickets, does not put it off.
+    """
+    cdef int64_t now_ns = worker.pipe.loop.now_ns
+    cdef ssize_t written
+    cdef bint has_moved = False
+    worker.state = WORKER_WRITING
+    while worker.seal != SEAL_READING and worker.sealed_written < worker.sealed_len:
+        written = send(worker.fd, worker.sealed + worker.sealed_written,
+                       worker.sealed_len - worker.sealed_written, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                if worker.seal == SEAL_WRITING and (has_moved or worker.sealed_deadline_ns == 0):
+                    worker.sealed_deadline_ns = now_ns + worker.pipe.limits.stall_timeout_ns
+                worker_set_deadline(worker, worker.sealed_deadline_ns)
+                return
+            worker_write_failed(worker, errno)
+            return
+        has_moved = True
+        worker.sealed_written += written
+        if worker.seal == SEAL_WRITING:
+            worker.written += written
+    if worker.seal == SEAL_WRITING:
+        worker.sealed_deadline_ns = 0
+        if worker.segment <= worker.job.n_segments:
+            worker_to_python(worker, EVENT_SEAL, 0)
+            return
+        worker.seal = SEAL_READING
+        worker.sealed_deadline_ns = now_ns + worker.pipe.limits.response_timeout_ns
+    worker.state = WORKER_READING
+    if worker.seal == SEAL_READING and worker.job.type == TYPE_SNAP:
+        worker_set_deadline(worker, 0)
+    else:
+        worker_set_deadline(worker, worker.sealed_deadline_ns)
+
+
+cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
+    """Have Python begin with the handshake, or with the job when there has been one."""
+    cdef ssize_t n
+    if worker.seal == SEAL_CONNECTING:
+        worker.seal = SEAL_HANDSHAKE
+        worker_to_python(worker, EVENT_HANDSHAKE, 0)
+        return
+    # Session tickets may have come while it was idle; what else it may be, Python finds out.
+    n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n == 0 or (n < 0 and errno != EAGAIN):
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    worker.answer_len = <int>n if n > 0 else 0
+    worker.seal = SEAL_WRITING
+    worker.sealed_deadline_ns = 0
+    worker_to_python(worker, EVENT_SEAL, 0)
 
 
 cdef inline void worker_begin(worker_t* worker) noexcept nogil:
@@ -568,7 +671,10 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     worker.is_odd = False
     worker.deadline_ns = 0
     worker.link_check_ns = worker.pipe.loop.now_ns + worker.pipe.limits.dead_link_timeout_ns
-    worker_write(worker)
+    if worker.seal != SEAL_NONE:
+        worker_begin_sealed(worker)
+    else:
+        worker_write(worker)
 
 
 cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
@@ -583,8 +689,9 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     # An idle connection must be silent: an end of stream or stray bytes make it unfit.
-    if was_idle and (recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
-                     or errno != EAGAIN):
+    if was_idle and worker.seal == SEAL_NONE \
+            and (recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
+                 or errno != EAGAIN):
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     worker_begin(worker)
@@ -597,7 +704,8 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     """
     cdef pipe_t* pipe = worker.pipe
     cdef job_t* job
-    cdef bint is_closed = worker.fd >= 0 and worker.is_ended
+    cdef bint is_closed = worker.fd >= 0 and (
+        worker.is_ended or worker.generation != load_int(&pipe.generation))
     pthread_mutex_lock(&pipe.lock)
     if done is not NULL:
         pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
@@ -643,13 +751,17 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         return
     if n == 0:
         if worker.answer_len > 0 or worker.is_odd:
-            worker_to_python(worker, EVENT_ANSWER, ERROR_CLOSED)
+            worker_to_python(worker, EVENT_ANSWER if worker.seal == SEAL_NONE else EVENT_UNSEAL,
+                             ERROR_CLOSED)
         else:
             worker_fail(worker, ERROR_CLOSED)
         return
     worker.answer_len += <int>n
     if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         worker.is_ended = True
+    if worker.seal != SEAL_NONE:
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+        return
     if worker.state == WORKER_WRITING:
         worker.answer_deadline_ns = \
             worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
@@ -688,7 +800,12 @@ cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
     cdef pipe_t* pipe = worker.pipe
     cdef worker_t** link
     cdef uint8_t byte
-    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 and errno == EAGAIN:
+    cdef ssize_t n
+    if worker.seal == SEAL_NONE:
+        n = recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+    else:
+        n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n < 0 and errno == EAGAIN:
         return
     pthread_mutex_lock(&pipe.lock)
     link = &pipe.idle
@@ -696,7 +813,11 @@ cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
         link = &link[0].next
     link[0] = worker.next
     pthread_mutex_unlock(&pipe.lock)
-    worker_to_python(worker, EVENT_CLOSED, 0)
+    if worker.seal != SEAL_NONE and n > 0:      # a session ticket does not end a connection
+        worker.answer_len = <int>n
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+    else:
+        worker_to_python(worker, EVENT_CLOSED, 0)
 
 
 cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
@@ -708,7 +829,10 @@ cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
         if flags & ~EPOLLOUT:
             worker_read(worker, flags)
         if worker.state == WORKER_WRITING and flags & EPOLLOUT:
-            worker_write(worker)
+            if worker.seal != SEAL_NONE:
+                worker_flush(worker)
+            else:
+                worker_write(worker)
     elif worker.state == WORKER_CONNECTING:
         if flags & (EPOLLOUT | EPOLLERR | EPOLLHUP):
             worker_connected(worker)
@@ -737,11 +861,15 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         elif worker.job is NULL:
             worker.is_ended = True
         else:
-            worker.state = WORKER_CONNECTING if not worker.is_odd else WORKER_READING
+            worker.state = WORKER_CONNECTING if worker.seal <= SEAL_CONNECTING \
+                and not worker.is_odd else WORKER_READING
             worker_fail(worker, errno)
             return
     if worker.job is NULL:
         worker_next(worker, NULL, OUTCOME_SENT)
+    elif worker.seal > SEAL_CONNECTING:
+        worker.answer_len = 0
+        worker_flush(worker)
     elif worker.is_odd:
         worker.state = WORKER_READING
         worker.answer_len = 0
@@ -815,6 +943,19 @@ cdef inline void loop_queue_chores(loop_t* loop) noexcept nogil:
         loop_queue_event(loop, &loop.chores_event)
 
 
+cdef inline void loop_close_idle(pipe_t* pipe) noexcept nogil:
+    """Have idle connections of an earlier generation closed. The caller holds the lock."""
+    cdef worker_t** link = &pipe.idle
+    cdef worker_t* worker
+    while link[0] is not NULL:
+        worker = link[0]
+        if worker.fd >= 0 and worker.generation != load_int(&pipe.generation):
+            link[0] = worker.next
+            worker_to_python(worker, EVENT_CLOSED, 0)
+        else:
+            link = &worker.next
+
+
 cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
     """Start idle workers of pipes that were offered something."""
     cdef pipe_t* following
@@ -841,6 +982,9 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
             worker_start(worker, job, True)
             pthread_mutex_lock(&pipe.lock)
             link = &pipe.idle
+        if pipe.is_retiring:
+            pipe.is_retiring = False
+            loop_close_idle(pipe)
         pthread_mutex_unlock(&pipe.lock)
         pipe = following
 
@@ -889,8 +1033,11 @@ cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcep
             return
     elif worker.state == WORKER_WRITING or worker.state == WORKER_READING:
         if worker.deadline_ns and now_ns >= worker.deadline_ns:
-            worker_fail(worker, ERROR_STALLED if worker.state == WORKER_WRITING
-                        else ERROR_RESPONSE_TIMEOUT)
+            if worker.seal == SEAL_HANDSHAKE:
+                worker_fail(worker, ERROR_HANDSHAKE_TIMEOUT)
+            else:
+                worker_fail(worker, ERROR_STALLED if worker.state == WORKER_WRITING
+                            else ERROR_RESPONSE_TIMEOUT)
             return
         if now_ns >= worker.link_check_ns:
             if worker_link_is_dead(worker):

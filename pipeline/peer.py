@@ -20,6 +20,7 @@ from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
 from pipeline.protocol import format_id
 from pipeline.status import PeerStatus
+from pipeline.tls import Credentials
 from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class Peer:
     raft : Raft
     dispatcher : Dispatcher
         Runs the pipeline's workers and calls Raft.
-    member_id, cluster_id, config, peer_urls, server_version, min_cluster_version, on_critical_error
+    member_id, cluster_id, config, peer_urls, server_version, min_cluster_version
+    on_critical_error, credentials
         As for :class:`pipeline.Pipeline`.
 
     Raises
@@ -97,6 +99,7 @@ class Peer:
         server_version: str,
         min_cluster_version: str,
         on_critical_error: Callable[[MemberRemovedError], None] | None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.picker = URLPicker(urls)
@@ -112,6 +115,7 @@ class Peer:
             server_version=server_version,
             min_cluster_version=min_cluster_version,
             on_critical_error=on_critical_error,
+            credentials=credentials,
             picker=self.picker,
             status=self.status,
             dispatcher=dispatcher,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import http.client
 import logging
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,13 +20,23 @@ from typing import ParamSpec, Self
 from urllib3.exceptions import HTTPError
 
 from pipeline import protocol
-from pipeline._core import ActiveFlag, Event, Given, Sender, error_text
+from pipeline._core import (
+    CLOSED,
+    ActiveFlag,
+    Event,
+    Given,
+    Sender,
+    error_text,
+    recognise_204,
+)
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.picker import URLPicker, parse_urls
 from pipeline.pool import Line, Pool, parse_answer
 from pipeline.status import PeerStatus
+from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
+from pipeline.tunnel import Tunnel, tls_reason
 from pipeline.types import MessageType, Raft, SnapshotStatus
 
 __all__ = ["Pipeline"]
@@ -47,7 +58,8 @@ class Pipeline(Sender):
     peer_id : int
         The member it sends to; 64 bits.
     urls : iterable of str
-        The peer's URLs, ``http://host:port``. Ignored when ``picker`` is given.
+        The peer's URLs, ``http://host:port`` or ``https://host:port``. Ignored when ``picker`` is
+        given.
     raft : Raft
         Told of what could not be delivered, from the dispatcher's threads.
     member_id, cluster_id : int
@@ -60,6 +72,8 @@ class Pipeline(Sender):
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when the peer answers 403. Stopping the node is the
         application's decision.
+    credentials : Credentials, optional
+        For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
     picker, status, dispatcher
         Shared with the peer's other channels; a pipeline on its own makes its own.
 
@@ -88,6 +102,7 @@ class Pipeline(Sender):
         server_version: str | None = None,
         min_cluster_version: str = protocol.MIN_CLUSTER_VERSION,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        credentials: Credentials | None = None,
         picker: URLPicker | None = None,
         status: PeerStatus | None = None,
         dispatcher: Dispatcher | None = None,
@@ -101,6 +116,7 @@ class Pipeline(Sender):
         self._raft = raft
         self._config = config or defaults.pipeline
         self._on_critical_error = on_critical_error
+        self._credentials = credentials
         self._owns_dispatcher = dispatcher is None
         self._dispatcher = dispatcher or Dispatcher(
             self._peer, queue_bytes=defaults.queue_bytes, max_threads=defaults.dispatchers
@@ -231,25 +247,39 @@ class Pipeline(Sender):
         """Do what the loop needs Python for, then give worker ``index`` back. Never raises."""
         _handling.pipeline = self
         try:
-            if event is Event.CONNECT:
-                self._dial(index)
-            elif event is Event.CONNECT_FAILED:
-                self._dial_next(index, OSError(error, error_text(error)))
-            elif event is Event.ANSWER:
-                self._judge(index, is_ended=error != 0)
-            elif event is Event.FAILED:
-                self._fail(index, self._unreachable(index, error_text(error)))
-            elif event is Event.SUCCEEDED:
-                self._succeed(index)
-            else:
-                self._disconnect(index)
-                self._give_back(index)
+            self._handle(index, event, error)
         except BaseException as failure:
             # Ours to fix, not the worker's to die of: its message fails like any other.
             logger.exception("internal error, please report: event %s", event.name)
-            self._fail(index, self._unreachable(index, f"internal error: {failure!r}"))
+            if self.has_job(index):
+                self._fail(index, self._unreachable(index, f"internal error: {failure!r}"))
+            else:
+                self._disconnect(index)
+                self._give_back(index)
         finally:
             _handling.pipeline = None
+
+    def _handle(self, index: int, event: Event, error: int) -> None:
+        if event is Event.CONNECT:
+            self._dial(index)
+        elif event is Event.CONNECT_FAILED:
+            self._dial_next(index, OSError(error, error_text(error)))
+        elif event is Event.ANSWER:
+            self._judge(index, *self.answer(index), is_ended=error != 0)
+        elif event is Event.SEAL:
+            self._seal(index)
+        elif event is Event.UNSEAL:
+            self._unseal(index, error)
+        elif event is Event.HANDSHAKE:
+            self.begin_handshake(index, HANDSHAKE_TIMEOUT_S)
+            self._shake(index, self._lines[index].begin_tls(), b"")
+        elif event is Event.FAILED:
+            self._fail(index, self._unreachable(index, error_text(error)))
+        elif event is Event.SUCCEEDED:
+            self._succeed(index)
+        else:
+            self._disconnect(index)
+            self._give_back(index)
 
     def _pool(self, url: str) -> Pool:
         with self._lock:
@@ -260,6 +290,7 @@ class Pipeline(Sender):
                     self._head(url),
                     size=self._config.connections,
                     dead_link_timeout_s=self._config.dead_link_timeout_s,
+                    credentials=self._credentials,
                 )
             return pool
 
@@ -290,13 +321,88 @@ class Pipeline(Sender):
     def _connecting(self, index: int) -> None:
         line = self._lines[index]
         left_s = max(0.0, line.deadline - time.monotonic())
-        self.connect(index, line.fileno(), line.head, left_s)
+        self.connect(index, line.fileno(), line.head, left_s, is_sealed=line.is_sealed)
         self._give_back(index)
 
-    def _judge(self, index: int, *, is_ended: bool) -> None:
+    # What a connection that carries TLS needs besides. The loop writes and reads; it waits, and
+    # knows when to stop waiting.
+
+    def _shake(self, index: int, tunnel: Tunnel, data: bytes) -> None:
+        """Go on with the handshake; the message follows without another visit."""
+        try:
+            if tunnel.shake(data):
+                self.end_handshake(index)
+                self.seal(index, tunnel.seal)
+        except ssl.SSLError as error:
+            self._lines[index].say_why()
+            reason = f"TLS handshake: {tls_reason(error)}"
+            self._fail(index, self._unreachable(index, reason, error))
+        else:
+            self._post(index)
+
+    def _seal(self, index: int) -> None:
+        """Encrypt the message, or more of it; but first what came while the worker was idle."""
+        tunnel = self._tunnel(index)
+        stray, _ = self.answer(index)
+        if stray and not tunnel.is_silent(stray):
+            self._dial(index)
+            return
+        self.seal(index, tunnel.seal)
+        self._post(index)
+
+    def _unseal(self, index: int, error: int) -> None:
+        """Decrypt what came: of a handshake, of an answer, or nothing that concerns HTTP.
+
+        ``error`` says that the stream has ended, or why the request cannot be written on.
+        """
+        tunnel = self._tunnel(index)
+        data, is_written = self.answer(index)
+        if not self.has_job(index):
+            if not tunnel.is_silent(data):
+                self._disconnect(index)
+            self._give_back(index)
+            return
+        if not tunnel.is_established:
+            self._shake(index, tunnel, data)
+            return
+        try:
+            text = tunnel.open(data)
+        except ssl.SSLError as failure:
+            reason = f"TLS: {tls_reason(failure)}"
+            self._fail(index, self._unreachable(index, reason, failure))
+            return
+        if tunnel.is_ended:
+            error = error or CLOSED
+        if text or self._lines[index].received:
+            self._judge_opened(index, text, is_written=is_written, is_ended=error != 0)
+        elif error == 0:
+            self._give_back(index)
+        elif self.may_retry(index, error):
+            self._dial(index)
+        else:
+            self._fail(index, self._unreachable(index, error_text(error)))
+
+    def _judge_opened(self, index: int, text: bytes, *, is_written: bool, is_ended: bool) -> None:
+        """Do as the loop does with a plain answer: a 204 is recognised, the rest judged."""
+        is_first = not self._lines[index].received
+        if is_first and is_written and not is_ended and recognise_204(text) == len(text):
+            self.keep(index)
+            self._succeed(index)
+        else:
+            self._judge(index, text, is_written, is_ended=is_ended)
+
+    def _post(self, index: int) -> None:
+        self.post(index, self._lines[index].take_outgoing())
+        self._give_back(index)
+
+    def _tunnel(self, index: int) -> Tunnel:
+        tunnel = self._lines[index].tunnel
+        assert tunnel is not None
+        return tunnel
+
+    def _judge(self, index: int, data: bytes, is_written: bool, *, is_ended: bool) -> None:
         """Have http.client read the answer, and decide by spec section 2.5."""
         line = self._lines[index]
-        data, is_written = self.answer(index)
         line.received += data
         try:
             answer = parse_answer(line.received, is_ended=is_ended, is_written=is_written)

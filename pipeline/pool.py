@@ -1,8 +1,9 @@
 """Connections: urllib3's pools, dialled without blocking, and the general path for answers.
 
 urllib3 owns the connections; a worker has one checked out for as long as it lives. What is ours
-is the dial (so that waiting for a connect costs no thread and ``stop`` can end it) and reading an
-answer the core did not recognise (parsed by ``http.client``, waited for together with ``stop``).
+is the dial (so that waiting for a connect costs no thread and ``stop`` can end it), TLS on top of
+it as a ``Tunnel``, for the same reason, and reading an answer the core did not recognise (parsed by
+``http.client``, waited for together with ``stop``).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from urllib3.util import connection as urllib3_connection
 from urllib3.util import parse_url
 
 from pipeline.errors import UsageError
+from pipeline.tls import Credentials
+from pipeline.tunnel import Tunnel
 
 __all__ = ["Answer", "Line", "Pool", "parse_answer"]
 
@@ -82,21 +85,34 @@ class Pool(HTTPConnectionPool):
     Parameters
     ----------
     url : str
-        ``http://host:port``.
+        ``http://host:port`` or ``https://host:port``.
     head : bytes
         What every request to this URL starts with (``protocol.request_head``).
     size : int
         Connections kept.
     dead_link_timeout_s : float
         A silent peer is probed, and given up after this long (keepalive).
+    credentials : Credentials, optional
+        For ``https``, which needs them.
     """
 
     ConnectionCls = DialConnection
 
-    def __init__(self, url: str, head: bytes, *, size: int, dead_link_timeout_s: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        head: bytes,
+        *,
+        size: int,
+        dead_link_timeout_s: float,
+        credentials: Credentials | None = None,
+    ) -> None:
         parsed = parse_url(url)
-        if parsed.scheme != "http":
-            raise UsageError(f"url: {url!r}: only http:// peers can be sent to")
+        if parsed.scheme not in ("http", "https"):
+            raise UsageError(f"url: {url!r}: only http and https peers can be sent to")
+        self.credentials = credentials if parsed.scheme == "https" else None
+        if parsed.scheme == "https" and credentials is None:
+            raise UsageError(f"url: {url!r}: https needs tls")
         probe_s = max(1, round(dead_link_timeout_s / 4))
         super().__init__(
             cast(str, parsed.host),
@@ -114,6 +130,15 @@ class Pool(HTTPConnectionPool):
         )
         self.url = url
         self.head = head
+        # As an address: without brackets and zone.
+        self._proven_host = cast(str, parsed.host).strip("[]").partition("%")[0]
+
+    def tunnel(self) -> Tunnel:
+        """Make the TLS of a new connection."""
+        assert self.credentials is not None
+        self.credentials.poll()
+        host = self.credentials.info.server_name or self._proven_host
+        return Tunnel(self.credentials, host)
 
 
 class Line:
@@ -123,12 +148,25 @@ class Line:
     worker ended.
     """
 
-    __slots__ = ("_connection", "_lock", "_pool", "deadline", "received", "url")
+    __slots__ = (
+        "_connection",
+        "_lock",
+        "_pool",
+        "deadline",
+        "outgoing",
+        "received",
+        "tunnel",
+        "url",
+    )
 
     def __init__(self) -> None:
         self.url = ""
         #: What has been received of an answer that ``http.client`` reads.
         self.received = b""
+        #: The TLS of the connection, once it is connected.
+        self.tunnel: Tunnel | None = None
+        #: What the loop is writing of it, and so must not go away.
+        self.outgoing = b""
         self._lock = threading.Lock()  # one close at a time
         self.deadline = 0.0
         self._pool: Pool | None = None
@@ -175,6 +213,30 @@ class Line:
         assert self._pool is not None
         return self._pool.head
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the open connection is to carry TLS."""
+        assert self._pool is not None
+        return self._pool.credentials is not None
+
+    def begin_tls(self) -> Tunnel:
+        """Put TLS on the connection, which is connected."""
+        assert self._pool is not None
+        self.tunnel = self._pool.tunnel()
+        return self.tunnel
+
+    def take_outgoing(self) -> bytes:
+        """Return what the tunnel has to send, and keep it until the next call."""
+        assert self.tunnel is not None
+        self.outgoing = self.tunnel.outgoing()
+        return self.outgoing
+
+    def say_why(self) -> None:
+        """Send the tunnel's last words, an alert: to the peer they are what went wrong."""
+        if self.tunnel is not None:
+            with contextlib.suppress(OSError):
+                self.sock.send(self.tunnel.outgoing())
+
     def fileno(self) -> int:
         return self.sock.fileno()
 
@@ -188,6 +250,8 @@ class Line:
         """Close the connection, if there is one, and give it back to its pool for a later dial."""
         with self._lock:
             connection, self._connection = self._connection, None
+            self.tunnel = None
+            self.outgoing = b""
         if connection is not None and self._pool is not None:
             connection.close()
             self._pool._put_conn(connection)

@@ -12,6 +12,7 @@ import logging
 import os
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.pool import Line, Pool, parse_answer
 from pipeline.protocol import format_id, probe_head
+from pipeline.tls import Credentials
+from pipeline.tunnel import tls_reason
 
 __all__ = ["ProbeStats", "Prober"]
 
@@ -63,6 +66,7 @@ class _Target:
         self.is_busy = False
         self.is_sent = False
         self.is_reused = False
+        self.is_retired = False  # the line is to be closed before the next probe
         self.due = due  # when idle: of the next probe; otherwise: of giving up
         self.next_due = due
         self.sent_at = 0.0
@@ -82,6 +86,8 @@ class Prober:
         Goes into the thread's name, ``pipeline-probe-<name>``.
     interval_s : float
         Between two probes of a peer, and before the first.
+    credentials : Credentials, optional
+        For ``https`` URLs.
 
     Notes
     -----
@@ -89,8 +95,11 @@ class Prober:
     resolving a host name blocks it. A connection is kept from probe to probe.
     """
 
-    def __init__(self, name: str, *, interval_s: float) -> None:
+    def __init__(
+        self, name: str, *, interval_s: float, credentials: Credentials | None = None
+    ) -> None:
         self._interval_s = interval_s
+        self._credentials = credentials
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: the thread and stats read it without a lock.
         self._targets: dict[int, _Target] = {}
@@ -134,6 +143,11 @@ class Prober:
         with self._lock:
             self._targets = {k: v for k, v in self._targets.items() if k != peer_id}
             self._wake_up()
+
+    def retire_connections(self) -> None:
+        """Have every connection made anew for the next probe."""
+        for target in self._targets.values():
+            target.is_retired = True
 
     def stats(self) -> dict[int, ProbeStats]:
         """What is known of each peer."""
@@ -189,7 +203,7 @@ class Prober:
         for key, _ in self._selector.select(timeout):
             if key.data is None:
                 os.eventfd_read(self._wake)
-            elif key.data.is_sent:
+            elif key.data.is_sent or key.data.line.tunnel is not None:
                 self._read(key.data)
             else:
                 self._connected(key.data)
@@ -197,6 +211,9 @@ class Prober:
     def _begin(self, target: _Target) -> None:
         target.is_busy = True
         target.next_due = time.monotonic() + self._interval_s
+        if target.is_retired:
+            target.is_retired = False
+            self._close(target)
         target.is_reused = target.is_open
         if target.is_open:
             self._send(target)
@@ -211,7 +228,11 @@ class Prober:
             pool = target.pools.get(url)
             if pool is None:
                 pool = target.pools[url] = Pool(
-                    url, probe_head(url), size=1, dead_link_timeout_s=STEP_TIMEOUT_S
+                    url,
+                    probe_head(url),
+                    size=1,
+                    dead_link_timeout_s=STEP_TIMEOUT_S,
+                    credentials=self._credentials,
                 )
             target.line.dial(pool, STEP_TIMEOUT_S)
         except HTTPError as error:
@@ -225,7 +246,12 @@ class Prober:
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not error:
             self._selector.modify(sock, selectors.EVENT_READ, target)
-            self._send(target)
+            if target.line.is_sealed:
+                target.due = time.monotonic() + STEP_TIMEOUT_S
+                target.line.begin_tls()
+                self._shake(target, b"")
+            else:
+                self._send(target)
             return
         self._selector.unregister(sock)
         try:
@@ -236,21 +262,45 @@ class Prober:
             return
         self._selector.register(target.line.fileno(), selectors.EVENT_WRITE, target)
 
+    def _shake(self, target: _Target, data: bytes) -> None:
+        tunnel = target.line.tunnel
+        assert tunnel is not None
+        try:
+            is_done = tunnel.shake(data)
+        except ssl.SSLError as error:
+            target.line.say_why()
+            self._fail(target, f"TLS handshake: {tls_reason(error)}")
+            return
+        if is_done:
+            self._send(target)
+            return
+        try:
+            target.line.sock.send(target.line.take_outgoing())  # a few KB: they fit
+        except OSError as error:
+            self._broken(target, str(error))
+
     def _send(self, target: _Target) -> None:
         target.is_sent = True
         target.sent_at = time.monotonic()
         target.due = target.sent_at + STEP_TIMEOUT_S
+        data = target.line.head
+        if target.line.tunnel is not None:
+            target.line.tunnel.seal(data)
+            data = target.line.take_outgoing()
         try:
-            # Some 100 bytes, and nothing else was ever left unsent: they fit.
-            target.line.sock.send(target.line.head)
+            # Some 100 bytes, or with the end of a handshake a few KB; and nothing else was ever
+            # left unsent: they fit.
+            target.line.sock.send(data)
         except OSError as error:
             self._broken(target, str(error))
 
     def _read(self, target: _Target) -> None:
         try:
-            data = target.line.sock.recv(65536)
-        except OSError as error:
+            data = self._receive(target)
+        except (OSError, ValueError) as error:  # also what ssl raises
             self._broken(target, str(error))
+            return
+        if data is None:
             return
         if not target.is_busy:
             self._close(target)  # between probes there is nothing to be said
@@ -275,6 +325,18 @@ class Prober:
             if not answer.keep:
                 self._close(target)
             self._succeed(target, time.monotonic() - target.sent_at)
+
+    def _receive(self, target: _Target) -> bytes | None:
+        """Return what came, b"" at the end of the stream; None if that was no part of an answer."""
+        data = target.line.sock.recv(65536)
+        tunnel = target.line.tunnel
+        if tunnel is None or not data:
+            return data
+        if not tunnel.is_established:
+            self._shake(target, data)
+            return None
+        data = tunnel.open(data)
+        return data if data or tunnel.is_ended else None  # or it was session tickets
 
     def _broken(self, target: _Target, reason: str) -> None:
         """Fail, unless the connection was an old one, which may have ended meanwhile."""

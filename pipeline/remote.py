@@ -237,6 +237,11 @@ class Remotes:
         except BaseException as error:  # the application's policy; or https, not to be dialled
             self._warn("did not learn remote %s from %s: %r", format_id(sender), caller, error)
 
+    def retire_connections(self) -> None:
+        """Have every remote dial anew before its next message."""
+        for remote in self._remotes.values():
+            remote.pipeline.retire_connections()
+
     def forget_after_fork(self) -> None:
         """In a forked child: locks another thread may have held are made anew."""
         self._lock = threading.Lock()

@@ -122,6 +122,7 @@ class Transport:
             "server_version": self.config.server_version,
             "min_cluster_version": self.config.min_cluster_version,
             "on_critical_error": on_critical_error,
+            "credentials": self.credentials,
         }
         self._remotes = Remotes(
             member_id,
@@ -144,7 +145,11 @@ class Transport:
         )
         self._prober: Prober | None = None
         if self.config.probe_interval_s:
-            self._prober = Prober(format_id(member_id), interval_s=self.config.probe_interval_s)
+            self._prober = Prober(
+                format_id(member_id),
+                interval_s=self.config.probe_interval_s,
+                credentials=self.credentials,
+            )
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: send reads it without a lock.
         self._peers: dict[int, Peer] = {}
@@ -152,6 +157,8 @@ class Transport:
         self._is_started = False
         self._is_stopped = False
         self._stop_done = threading.Event()
+        if self.credentials is not None:
+            self.credentials.subscribe(self._retire_connections)
         _all.add(self)
 
     # -- life
@@ -516,6 +523,14 @@ class Transport:
     def _probe(self, peer: Peer) -> None:
         if self._prober is not None:
             self._prober.set(peer.peer_id, peer.picker.urls)
+
+    def _retire_connections(self) -> None:
+        """Follow a rotation: what was made with the old set is replaced."""
+        for peer in self._peers.values():
+            peer.pipeline.retire_connections()
+        self._remotes.retire_connections()
+        if self._prober is not None:
+            self._prober.retire_connections()
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()

@@ -1,0 +1,99 @@
+"""Tunnel: one TLS connection without a socket, bytes in and bytes out.
+
+Who owns the socket does the I/O and keeps the deadlines: the I/O loop for messages, the prober
+for its own.
+"""
+
+from __future__ import annotations
+
+import ssl
+
+from pipeline.tls import Credentials
+
+__all__ = ["Tunnel", "tls_reason"]
+
+_READ_BYTES = 64 * 1024
+
+
+class Tunnel:
+    """The client's end of a TLS connection.
+
+    Parameters
+    ----------
+    credentials : Credentials
+        The set in force now is used for as long as the tunnel lives.
+    host : str
+        The name or address the server must prove.
+
+    Notes
+    -----
+    Not thread-safe. Nothing here waits. Its errors are ``ssl.SSLError``.
+    """
+
+    def __init__(self, credentials: Credentials, host: str) -> None:
+        self.is_established = False
+        #: The peer has ended the stream in order.
+        self.is_ended = False
+        self._credentials = credentials
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = credentials.client_context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=host
+        )
+
+    def shake(self, data: bytes) -> bool:
+        """Go on with the handshake, given what came; True when it is done.
+
+        Raises
+        ------
+        ssl.SSLError
+            If it fails, or the rules refuse the server's certificate.
+        """
+        self._incoming.write(data)
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        refusal = self._credentials.refusal(self._tls.getpeercert() or {})
+        if refusal:
+            raise ssl.SSLError(refusal)
+        self.is_established = True
+        return True
+
+    def open(self, data: bytes) -> bytes:
+        """Return the plaintext that ``data`` completes; none, for session tickets and the like."""
+        self._incoming.write(data)
+        opened = b""
+        try:
+            while piece := self._tls.read(_READ_BYTES):
+                opened += piece
+        except ssl.SSLWantReadError:
+            return opened
+        self.is_ended = True
+        return opened
+
+    def is_silent(self, data: bytes) -> bool:
+        """Tell whether ``data`` says nothing: the connection is fit for another request."""
+        try:
+            return not self.open(data) and not self.is_ended
+        except ssl.SSLError:
+            return False
+
+    def seal(self, data: bytes | memoryview) -> None:
+        """Encrypt; what it becomes is added to what :meth:`outgoing` returns next."""
+        written = self._tls.write(data)
+        while written < len(data):
+            written += self._tls.write(memoryview(data)[written:])
+
+    def outgoing(self) -> bytes:
+        """Take what is to be sent."""
+        return self._outgoing.read()
+
+
+def tls_reason(error: ssl.SSLError) -> str:
+    """Put an error of ``ssl`` into words."""
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_message:
+        return f"certificate verify failed: {error.verify_message}"
+    if error.reason:
+        return str(error.reason).lower().replace("_", " ")
+    return str(error.args[-1])
