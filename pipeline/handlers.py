@@ -299,7 +299,10 @@ class Handlers:
         return self._answer(503, "too many bytes in requests", close=True)
 
     def too_many_snapshots(self, request: Request) -> Answer:
-        """Answer a snapshot while as many as may be are being received."""
+        """Answer a snapshot while as many as may be are being received.
+
+        Differs from etcd: there is no limit there.
+        """
         self._warn("refused a snapshot from %s: others are being received", request.remote)
         self.snapshots.refused()
         return self._answer(503, "too many snapshots at once", close=True)
@@ -375,6 +378,7 @@ class Handlers:
         self._warn("rejected connection from %s: %s", remote, reason)
 
     def _check_snapshot(self, request: Request, *, can_detach: bool) -> Answer | None:
+        """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
         refusal = self._check_post(request)
         if refusal is None and not (can_detach and self.snapshots.store is not None):
             refusal = self.refusal(501, "Not Implemented")

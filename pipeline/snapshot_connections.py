@@ -1,8 +1,8 @@
 """Connections on which snapshots arrive, each with a thread of its own.
 
 A connection leaves the receiving loop (``Then.DETACH``) when the head of its request is accepted:
-its body is as long as a database, and the disk blocks. It never comes back: it ends with the
-answer.
+its body is as long as a database, and the disk blocks. It never comes back. Differs from etcd: it
+ends with the answer.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from pipeline._messages import Message
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError
-from pipeline.histogram import Histogram, HistogramCounts
 from pipeline.protocol import format_id
 from pipeline.snapshot_store import Saving, SnapshotStore
+from pipeline.stats import Histogram
 from pipeline.types import MessageType, Raft
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ UNKNOWN_SENDER = "UNKNOWN_SNAPSHOT_SENDER"
 
 # Read and written at once.
 _STEP_BYTES = MIB
+
+# etcd rafthttp/metrics.go.
+_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
 
 # Members told apart, as for bytes received; the rest is one series without a name.
 _MAX_SENDERS = 128
@@ -73,7 +76,7 @@ class SnapshotCounts(NamedTuple):
     #: Being stored or processed at this moment.
     in_flight: int
     #: Of those that succeeded, from the head to the answer.
-    duration: HistogramCounts
+    duration: Histogram
 
 
 @dataclass(slots=True)
@@ -81,7 +84,7 @@ class _Sender:
     success: int = 0
     failures: int = 0
     in_flight: int = 0
-    duration: Histogram = field(default_factory=lambda: Histogram(0.1, 10))
+    duration: Histogram = field(default_factory=lambda: Histogram(_BOUNDS_S))
 
 
 class SnapshotReceiver:
@@ -137,7 +140,7 @@ class SnapshotReceiver:
         """Return what is counted, by From."""
         with self._lock:
             return {
-                name: SnapshotCounts(s.success, s.failures, s.in_flight, s.duration.counts())
+                name: SnapshotCounts(s.success, s.failures, s.in_flight, s.duration.copy())
                 for name, s in self._senders.items()
             }
 

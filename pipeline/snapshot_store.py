@@ -16,13 +16,17 @@ import time
 from pathlib import Path
 
 from pipeline.config import ReceiverConfig
-from pipeline.histogram import Histogram, HistogramCounts
+from pipeline.stats import Histogram
 
 __all__ = ["Saving", "SnapshotStore"]
 
 # Ours alone: a node may keep other files in the directory.
 _TEMPORARY = re.compile(r"tmp-pipeline-[0-9a-f]{16}-[0-9a-f]{16}")
 _DATABASE = re.compile(r"[0-9a-f]{16}\.snap\.db")
+
+# etcd snap/metrics.go.
+_SAVE_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
+_FSYNC_BOUNDS_S = tuple(0.001 * 2**i for i in range(14))
 
 
 class SnapshotStore:
@@ -44,8 +48,8 @@ class SnapshotStore:
         self.directory = Path(directory)
         self._config = config
         self._lock = threading.Lock()  # guards names becoming final, and the histograms
-        self._saves = Histogram(0.1, 10)
-        self._fsyncs = Histogram(0.001, 14)
+        self._saves = Histogram(_SAVE_BOUNDS_S)
+        self._fsyncs = Histogram(_FSYNC_BOUNDS_S)
 
     def prepare(self) -> None:
         """Make the directory, and remove what a process that crashed has left. ``OSError``."""
@@ -89,10 +93,10 @@ class SnapshotStore:
         if limit is not None and self._used() + more > limit:
             raise OSError(errno.EDQUOT, "no room within snapshot_dir_max_bytes")
 
-    def histograms(self) -> tuple[HistogramCounts, HistogramCounts]:
+    def histograms(self) -> tuple[Histogram, Histogram]:
         """Return how long whole saves took, and their fsync."""
         with self._lock:
-            return self._saves.counts(), self._fsyncs.counts()
+            return self._saves.copy(), self._fsyncs.copy()
 
     def _used(self) -> int:
         """Count the bytes of all databases, those that are arriving included."""

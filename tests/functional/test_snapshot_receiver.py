@@ -121,12 +121,12 @@ def test_a_snapshot_is_stored_and_its_message_processed(
     assert node.directory.stat().st_mode & 0o777 == 0o700
     assert node.results() == {"1": (1, 0)}
     duration = node.counts().duration
-    assert duration.buckets[-1] == ("+Inf", 1)
-    assert duration.sum_s > 0
+    assert sum(duration.counts) == 1
+    assert duration.sum > 0
     assert node.handlers.received_bytes == {1: len(snapshot().marshal()) + size}
     assert node.handlers.snapshots.store is not None
     saves, fsyncs = node.handlers.snapshots.store.histograms()
-    assert (saves.buckets[-1][1], fsyncs.buckets[-1][1]) == (1, 1)
+    assert (sum(saves.counts), sum(fsyncs.counts)) == (1, 1)
 
 
 def test_the_file_is_in_place_when_process_is_called(node: Node) -> None:
