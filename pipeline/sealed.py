@@ -337,7 +337,11 @@ class Sealed:
             self._news = self._news._replace(general_requests=self._news.general_requests + 1)
             return Then.NEXT
         head_len, size = found
-        self._body = self._server.make_body(size)
+        try:
+            self._body = self._server.make_body(size)
+        except MemoryError:  # no room in the address space
+            self._tls.write(render(self._handlers.overloaded(self._request)))
+            return self._say_goodbye()
         self._body.append(data[head_len : head_len + size])
         self._plain = data[head_len + size :]
         self._news = self._news._replace(fast_requests=self._news.fast_requests + 1)
