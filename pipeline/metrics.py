@@ -8,6 +8,7 @@ the listeners are read.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from pipeline.transport import Transport
 
 __all__ = ["MetricsCollector"]
+
+DAY_S = 86400.0
 
 _LISTENER = ("Local", "Listener")
 _PEER = ("Local", "To")
@@ -115,6 +118,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("Local",),
         "Calls of process that raised.",
+    ),
+    "raft_pipeline_certificate_expiry_days": (
+        "gauge",
+        ("Local",),
+        "Days until our TLS certificate expires; negative when it has.",
     ),
     "raft_pipeline_listener_connections": ("gauge", _LISTENER, "Connections open."),
     "raft_pipeline_listener_accepted_connections_total": (
@@ -266,6 +274,9 @@ def _samples(transport: Transport) -> Iterator[Sample]:
         yield from _peer_samples(local, peer)
     yield from _received_samples(local, transport.handlers)
     yield from _snapshot_samples(transport.handlers.snapshots)
+    if (expires_at := transport.certificate_expires_at) is not None:
+        days = (expires_at - time.time()) / DAY_S
+        yield "raft_pipeline_certificate_expiry_days", (local,), days
     for listener in transport._listeners:
         if not listener.is_closed:
             yield from _listener_samples(local, listener)

@@ -430,7 +430,8 @@ class Pipeline(Sender):
 
     def _succeed(self, index: int) -> None:
         kind, to, _ = self.job(index)
-        self.status.activate()
+        if not self.status.is_active:
+            self.status.activate()
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
         self.finish(index, True)

@@ -94,6 +94,6 @@ def tls_reason(error: ssl.SSLError) -> str:
     """Put an error of ``ssl`` into words."""
     if isinstance(error, ssl.SSLCertVerificationError) and error.verify_message:
         return f"certificate verify failed: {error.verify_message}"
-    if error.reason:
-        return str(error.reason).lower().replace("_", " ")
+    if getattr(error, "reason", None):  # OpenSSL's; an error of ours has none
+        return error.reason.lower().replace("_", " ")
     return str(error.args[-1])

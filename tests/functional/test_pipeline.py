@@ -411,7 +411,8 @@ def test_every_address_of_a_name_is_tried(host: str, monkeypatch: pytest.MonkeyP
     ]
     monkeypatch.setattr("pipeline.pool.socket.getaddrinfo", lambda *a, **k: found)
     raft = FakeRaft()
-    with server, pipeline_to(f"http://localhost:{server.port}", raft) as pipeline:
+    url = server.url.replace("127.0.0.1", "localhost")
+    with server, pipeline_to(url, raft) as pipeline:
         for _ in range(8):
             pipeline.send(message())
         assert settle(pipeline).sent == 8

@@ -30,11 +30,11 @@ from pipeline.listener import Listener
 from pipeline.tls import Credentials
 from tests.functional.test_listener import GOOD, listener_threads
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
-from tests.support.certificates import URI, Authority, Files
 from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually
+from tests.support.tls import Authority
 
 MIB = 1 << 20
 ANY = "https://127.0.0.1:0"
@@ -47,13 +47,13 @@ class Node:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.authority = Authority(directory)
-        self.files = self.authority.issue()
+        self.files = self.authority.issue("node")
         self.raft = FakeRaft()
         self._stack = contextlib.ExitStack()
 
     def listen(self, config: ReceiverConfig | None = None, **settings: Any) -> Listener:
         """Listen until the test ends; settings are TLSInfo's."""
-        info = self.authority.info(self.files, **settings)
+        info = self.authority.info(**settings)
         self.config = config or ReceiverConfig()
         self.credentials = Credentials(info)
         self.handlers = Handlers(
@@ -72,10 +72,9 @@ class Node:
         """Connect without TLS."""
         return self._stack.enter_context(dial(self.listener.url))
 
-    def call(self, files: Files | None = None, *, version: str = "1.3") -> ssl.SSLSocket:
+    def call(self, *files: Path, version: str = "1.3") -> ssl.SSLSocket:
         """Connect as a member, with a certificate of one's own or the node's."""
-        context = self.authority.client(files or self.files, version=version)
-        return self.shake(context)
+        return self.shake(self.authority.client(*(files or self.files), version=version))
 
     def shake(self, context: ssl.SSLContext) -> ssl.SSLSocket:
         # Truncation is an error here, so that a close_notify is seen.
@@ -206,7 +205,7 @@ def test_records_cut_anywhere_are_put_together(node: Node) -> None:
     node.listen()
     sock = node.dial()
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    tls = node.authority.client(node.files).wrap_bio(
+    tls = node.authority.client(*node.files).wrap_bio(
         incoming, outgoing, server_hostname="127.0.0.1"
     )
 
@@ -273,7 +272,7 @@ def test_http_and_https_are_served_side_by_side(node: Node) -> None:
             plain.sendall(GOOD)
             assert read_status(plain) == 204
         for url in listener.urls[0], listener.urls[2]:
-            context = node.authority.client(node.files)
+            context = node.authority.client(*node.files)
             with context.wrap_socket(dial(url), server_hostname="127.0.0.1") as sock:
                 sock.sendall(GOOD)
                 assert read_status(sock) == 204
@@ -285,7 +284,7 @@ def test_https_needs_credentials(node: Node) -> None:
 
 
 def test_a_transport_listens_with_its_tls(node: Node) -> None:
-    info = node.authority.info(node.files)
+    info = node.authority.info()
     with Transport(2, CLUSTER_ID, node.raft, tls=info) as transport:
         node.listener = transport.listen(ANY)
         assert node.listener.url.startswith("https://127.0.0.1:")
@@ -324,7 +323,7 @@ def test_a_caller_without_a_certificate_is_refused(
     node: Node, version: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     node.listen()
-    end = refused(node, node.authority.client(None, version=version))
+    end = refused(node, node.authority.client(version=version))
     assert end in ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "SSLV3_ALERT_HANDSHAKE_FAILURE")
     assert "rejected connection from 127.0.0.1:" in caplog.text
 
@@ -333,16 +332,16 @@ def test_a_certificate_of_another_authority_is_refused(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
     node.listen()
-    context = node.authority.client(None)
-    context.load_cert_chain(*Authority(node.directory, "other").issue())
+    context = node.authority.client()
+    context.load_cert_chain(*Authority(node.directory / "other").issue("other"))
     assert refused(node, context) == "TLSV1_ALERT_UNKNOWN_CA"
     assert "unable to get local issuer certificate" in caplog.text
 
 
 def test_a_revoked_certificate_is_refused(node: Node, caplog: pytest.LogCaptureFixture) -> None:
-    revoked = node.authority.issue()
-    node.listen(crl_file=node.authority.revoke(revoked))
-    assert refused(node, node.authority.client(revoked)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    revoked = node.authority.issue("revoked")
+    node.listen(crl_file=node.authority.revoke(revoked[0]))
+    assert refused(node, node.authority.client(*revoked)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
     assert "certificate revoked" in caplog.text
     sock = node.call()
     sock.sendall(GOOD)
@@ -351,7 +350,7 @@ def test_a_revoked_certificate_is_refused(node: Node, caplog: pytest.LogCaptureF
 
 def test_without_client_cert_auth_no_certificate_is_asked_for(node: Node) -> None:
     node.listen(client_cert_auth=False)
-    sock = node.shake(node.authority.client(None))
+    sock = node.shake(node.authority.client())
     sock.sendall(GOOD)
     assert read_status(sock) == 204
 
@@ -372,11 +371,12 @@ def test_the_rules_for_names_choose_among_valid_certificates(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     node.listen(**{rule: allowed})
-    named = node.authority.issue("b.example", f"{URI}spiffe://cluster/1", common_name="etcd-1")
-    other = node.authority.issue("c.example", f"{URI}spiffe://cluster/2", common_name="etcd-2")
-    assert refused(node, node.authority.client(other)) == "close_notify"
+    issue = node.authority.issue
+    named = issue("a", "b.example", common_name="etcd-1", uri="spiffe://cluster/1")
+    other = issue("b", "c.example", common_name="etcd-2", uri="spiffe://cluster/2")
+    assert refused(node, node.authority.client(*other)) == "close_notify"
     assert reason in caplog.text
-    sock = node.call(named)
+    sock = node.call(*named)
     sock.sendall(GOOD)
     assert read_status(sock) == 204
 
@@ -392,7 +392,7 @@ def test_a_member_is_bound_to_its_certificate_by_a_callback(
         return bool(name == f"member-{member_id}")
 
     node.listen(allow_member=allow)
-    sock = node.call(node.authority.issue(common_name="member-1"))
+    sock = node.call(*node.authority.issue("member", common_name="member-1"))
     # The second is recognised by the core; the callback is asked all the same.
     for _ in range(2):
         sock.sendall(GOOD)
@@ -440,7 +440,7 @@ def test_a_callback_that_raises_lets_nobody_in(node: Node) -> None:
 def test_no_session_outlives_its_connection(node: Node) -> None:
     """A resumed session would not show its certificate again."""
     node.listen()
-    context = node.authority.client(node.files, version="1.2")
+    context = node.authority.client(*node.files, version="1.2")
     first = node.shake(context)
     assert first.session is not None
     assert not first.session.has_ticket
@@ -454,7 +454,7 @@ def test_no_session_outlives_its_connection(node: Node) -> None:
 
 
 def test_who_has_shown_a_certificate_is_learned_as_a_remote(node: Node) -> None:
-    info = node.authority.info(node.files)
+    info = node.authority.info()
     headers = peer_headers(x_server_from="7", x_peerurls="http://10.0.0.7:2380")
     request = raw_head(f"content-length: {len(HEARTBEAT.marshal())}", headers=headers)
     request += HEARTBEAT.marshal()
@@ -472,7 +472,7 @@ def test_who_has_shown_a_certificate_is_learned_as_a_remote(node: Node) -> None:
 
 
 def test_a_policy_is_asked_about_those_who_have_shown_a_certificate_as_well(node: Node) -> None:
-    info = node.authority.info(node.files)
+    info = node.authority.info()
     headers = peer_headers(x_server_from="7", x_peerurls="http://10.0.0.7:2380")
     request = raw_head("content-length: 0", headers=headers)
     with Transport(2, CLUSTER_ID, node.raft, tls=info, remote_policy=lambda *_: False) as transport:
@@ -549,7 +549,7 @@ def test_a_hello_to_an_http_port_ends_the_connection(node: Node) -> None:
         dial(listener.url) as sock,
         pytest.raises((ssl.SSLError, ConnectionError)),
     ):
-        node.authority.client(node.files).wrap_socket(sock, server_hostname="127.0.0.1")
+        node.authority.client(*node.files).wrap_socket(sock, server_hostname="127.0.0.1")
 
 
 # How connections end
@@ -649,9 +649,7 @@ def test_at_a_rotation_old_connections_end_and_new_ones_have_the_new_certificate
     busy.sendall(GOOD)
     node.raft.wait_processed(1)
     old = idle.getpeercert(binary_form=True)
-    new = node.authority.issue()
-    node.files.cert.write_bytes(new.cert.read_bytes())
-    node.files.key.write_bytes(new.key.read_bytes())
+    node.files = node.authority.issue("node")
     assert node.credentials.reload()
 
     assert end_of(idle) == "close_notify"
@@ -775,9 +773,7 @@ def test_a_snapshot_is_received_on_a_connection_that_has_left_the_loop(
     ).marshal()
     database = bytes(range(256)) * (12 * 1024)
     body = len(message).to_bytes(8, "big") + message + database
-    with Transport(
-        2, CLUSTER_ID, node.raft, tls=node.authority.info(node.files), config=config
-    ) as transport:
+    with Transport(2, CLUSTER_ID, node.raft, tls=node.authority.info(), config=config) as transport:
         node.listener = transport.listen(ANY)
         sock = node.call()
         sock.sendall(PROBE)

@@ -6,11 +6,9 @@ import contextlib
 import json
 import logging
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import urllib3
@@ -19,8 +17,8 @@ from pipeline import Message, MessageType, PipelineConfig, ReceiverConfig, Trans
 from pipeline.examples.etcd import EtcdError, find_etcd, put_of
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
-from tests.support.certificates import Authority
 from tests.support.etcd import Cluster, RecordingFollower, assert_balanced, wait_until
+from tests.support.tls import Authority
 
 pytestmark = pytest.mark.etcd
 
@@ -224,7 +222,7 @@ def test_etcd_hears_at_once_that_its_snapshot_is_refused(tmp_path: Path) -> None
 def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_tls: bool) -> None:
     stored = tmp_path / "ours"
     config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=stored))
-    authority = Authority(tmp_path) if has_tls else None
+    authority = Authority(tmp_path / "certs") if has_tls else None
     with left_behind(tmp_path, config, takes_snapshots=True, authority=authority) as cluster:
         follower, etcd = cluster.follower, cluster.etcd
         assert follower.wait_for(lambda s: s.commit > 0, LONG_TIMEOUT)
@@ -349,88 +347,3 @@ def test_etcd_answers_our_probes_on_one_connection(tmp_path: Path) -> None:
         assert 0 < after.smoothed_rtt_s < LONG_TIMEOUT
     finally:
         cluster.stop()
-
-
-# TLS, with certificates required by both
-
-
-@pytest.fixture
-def tls_cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path, authority=Authority(tmp_path))
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
-
-
-def test_both_accept_the_posts_of_the_other_over_mutual_tls(tls_cluster: Cluster) -> None:
-    cluster = tls_cluster
-    written = {b"key %d" % i: b"value %d" % i for i in range(50)}
-    written[b"large"] = bytes(range(256)) * 4096
-    for key, value in written.items():
-        cluster.etcd.put(key, value)
-    move_leadership_to_us(cluster)
-    written[b"under us"] = bytes(range(256)) * 4096
-    cluster.etcd.put(b"under us", written[b"under us"])
-    assert cluster.etcd.get(b"under us") == written[b"under us"]
-
-    assert puts_in_our_log(cluster) == written
-    stats = cluster.stats()
-    assert stats.sent >= len(written)
-    assert (stats.failed, stats.dropped, stats.refused) == (0, 0, 0)
-    to_us = f'To="{cluster.follower.member_id:x}"'
-    assert cluster.etcd.metric(f"etcd_network_peer_sent_failures_total{{{to_us}}}") == 0
-    received = cluster.listener.stats()
-    assert received.handshake_failures == 0
-    # One head for all of etcd's messages: of each connection the first goes through h11.
-    assert received.fast_requests > received.handshakes
-
-
-def test_an_etcd_whose_certificate_we_do_not_allow_is_kept_out_and_lives(tmp_path: Path) -> None:
-    asked: list[int] = []
-
-    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
-        asked.append(member_id)
-        return False
-
-    # A peer that never was active is told of at this level only.
-    cluster = Cluster(tmp_path, authority=Authority(tmp_path), flags=("--log-level", "debug"))
-    assert cluster.tls is not None
-    cluster.tls = replace(cluster.tls, allow_member=allow)
-    try:
-        cluster.start_ours()
-        cluster.etcd.start()
-        theirs = "certificate not allowed for this member"
-        wait_until(lambda: theirs in cluster.etcd.log_tail(1000), "etcd logs our answer")
-        assert set(asked) == {cluster.etcd.id}
-        assert cluster.follower.messages == []
-        assert cluster.etcd.is_running()
-    finally:
-        cluster.stop()
-
-
-def test_an_etcd_of_another_authority_is_kept_out(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path, authority=Authority(tmp_path))
-    other = Authority(tmp_path, "other")
-    cluster.tls = other.info(other.issue())
-    try:
-        cluster.start_ours()
-        cluster.etcd.start()
-        wait_until(lambda: cluster.listener.stats().handshake_failures > 0, "etcd is refused")
-        assert cluster.listener.stats().handshakes == 0
-        assert cluster.follower.messages == []
-    finally:
-        cluster.stop()
-
-
-def test_new_certificates_are_taken_by_both_without_a_restart(tls_cluster: Cluster) -> None:
-    cluster = tls_cluster
-    cluster.etcd.put(b"before", b"1")
-    assert cluster.transport is not None
-    before = cluster.listener.stats().handshakes
-    assert cluster.transport.reload_tls()
-    # Old connections end; nothing that was posted on them is lost for good.
-    cluster.etcd.put(b"after", b"2")
-    wait_until(lambda: cluster.listener.stats().handshakes > before, "etcd connects anew")
-    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}

@@ -10,7 +10,7 @@ from pipeline import Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from pipeline.examples.follower import Follower
 from tests.support import LONG_TIMEOUT
-from tests.support.certificates import Authority
+from tests.support.tls import Authority
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -71,8 +71,7 @@ class Cluster:
         self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
         self.tls = theirs = None
         if authority is not None:
-            self.tls = authority.info(authority.issue(common_name="ours"))
-            theirs = authority.info(authority.issue(common_name="etcd"))
+            self.tls, theirs = authority.info("ours"), authority.info("etcd")
         self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags, tls=theirs)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)

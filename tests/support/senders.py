@@ -15,6 +15,7 @@ from pipeline import (
     Raft,
     Snapshot,
 )
+from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.server import ScriptedServer
@@ -34,6 +35,7 @@ def pipeline_to(
     raft: Raft | None = None,
     *,
     on_critical_error: Callable[[Exception], None] | None = None,
+    credentials: Credentials | None = None,
     **config: object,
 ) -> Pipeline:
     """A pipeline, not started, to a server or URLs; keyword arguments are PipelineConfig's."""
@@ -47,6 +49,7 @@ def pipeline_to(
         cluster_id=CLUSTER,
         config=PipelineConfig(**config),  # type: ignore[arg-type]
         on_critical_error=on_critical_error,
+        credentials=credentials,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -100,6 +101,30 @@ class Connection:
         return bytes(body[:got])
 
 
+class TLSConnection(Connection):
+    """The same, over TLS. Made by the connection's own thread: it waits for the handshake."""
+
+    sock: ssl.SSLSocket
+
+    def __init__(
+        self, server: ScriptedServer, sock: socket.socket, number: int, context: ssl.SSLContext
+    ) -> None:
+        super().__init__(server, sock, number)
+        self._context = context
+
+    def shake(self) -> None:
+        self.sock = self._context.wrap_socket(self.sock, server_side=True)
+
+    def read_head(self) -> bytes:
+        head = bytearray()
+        while not head.endswith(b"\r\n\r\n"):  # TLS cannot be peeked into
+            byte = self.sock.recv(1)
+            if not byte:
+                return b""
+            head += byte
+        return bytes(head)
+
+
 #: What to do with a whole request: bytes are written, None says the script has seen to it.
 Script = Callable[[Connection, Request], bytes | None]
 
@@ -152,6 +177,8 @@ class ScriptedServer:
         Called with the connection and a head before its body is read; False ends the serving of
         this connection (the script has seen to it).
     host : str
+    tls : ssl.SSLContext, optional
+        Of a server that speaks TLS. Its handshake comes before ``on_connect``.
 
     Notes
     -----
@@ -168,7 +195,9 @@ class ScriptedServer:
         on_head: Callable[[Connection, bytes], bool] | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
+        self.tls = tls
         self.script: Script = script or always(OK)
         self.on_connect = on_connect
         self.on_head = on_head
@@ -188,7 +217,7 @@ class ScriptedServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     def hold(self, connection: Connection, request: Request) -> bytes | None:
         """A script: answer 204 once ``release`` is set."""
@@ -250,7 +279,12 @@ class ScriptedServer:
                 return
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._changed:
-                connection = Connection(self, sock, len(self.connections))
+                number = len(self.connections)
+                connection = (
+                    TLSConnection(self, sock, number, self.tls)
+                    if self.tls
+                    else Connection(self, sock, number)
+                )
                 self.connections.append(connection)
                 if self._is_stopped:
                     connection.close()
@@ -264,6 +298,8 @@ class ScriptedServer:
     def _serve(self, connection: Connection) -> None:
         # The client going away, and the script closing the connection, end it.
         with contextlib.suppress(OSError):
+            if isinstance(connection, TLSConnection):
+                connection.shake()
             if self.on_connect is not None:
                 self.on_connect(connection)
             while self._serve_one(connection):
