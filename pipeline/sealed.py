@@ -265,6 +265,11 @@ class Sealed:
         self._certificate = self._tls.getpeercert() or None
         if self._certificate is not None:
             reason = self._server.credentials.refusal(self._certificate)
+            # Of a resumed session the certificate was verified when the session was made. OpenSSL
+            # resumes by session ID in TLS 1.2, which Python cannot forbid.
+            not_after = ssl.cert_time_to_seconds(str(self._certificate["notAfter"]))
+            if self._tls.session_reused and not_after < time.time():
+                reason = "certificate has expired"
             if reason:
                 self._refuse(reason)
                 return False

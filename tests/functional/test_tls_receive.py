@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,11 +77,16 @@ class Node:
         """Connect as a member, with a certificate of one's own or the node's."""
         return self.shake(self.authority.client(*(files or self.files), version=version))
 
-    def shake(self, context: ssl.SSLContext) -> ssl.SSLSocket:
+    def shake(
+        self, context: ssl.SSLContext, session: ssl.SSLSession | None = None
+    ) -> ssl.SSLSocket:
         # Truncation is an error here, so that a close_notify is seen.
         return self._stack.enter_context(
             context.wrap_socket(
-                self.dial(), server_hostname="127.0.0.1", suppress_ragged_eofs=False
+                self.dial(),
+                server_hostname="127.0.0.1",
+                suppress_ragged_eofs=False,
+                session=session,
             )
         )
 
@@ -437,20 +443,43 @@ def test_a_callback_that_raises_lets_nobody_in(node: Node) -> None:
     assert read_status(sock) == 412
 
 
-def test_no_session_outlives_its_connection(node: Node) -> None:
-    """A resumed session would not show its certificate again."""
-    node.listen()
+def test_a_resumed_session_is_known_by_the_certificate_it_was_made_with(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        asked.append(certificate["serialNumber"])
+        return True
+
+    node.listen(allow_member=allow)
     context = node.authority.client(*node.files, version="1.2")
     first = node.shake(context)
-    assert first.session is not None
-    assert not first.session.has_ticket
-    with dial(node.listener.url) as raw:
-        second = context.wrap_socket(raw, server_hostname="127.0.0.1", session=first.session)
-        second.sendall(GOOD)
-        assert read_status(second) == 204
-        certificate = node.listener.stats().handshakes
-        second.close()
-    assert certificate == 2
+    first.sendall(GOOD)
+    assert read_status(first) == 204
+    session = first.session
+    assert session is not None
+    assert not session.has_ticket
+    second = node.shake(context, session)
+    assert second.session_reused
+    second.sendall(GOOD)
+    assert read_status(second) == 204
+    assert len(set(asked)) == 1
+
+    in_fifty_years = SimpleNamespace(time=lambda: time.time() + 50 * 365 * 86400)
+    monkeypatch.setattr("pipeline.sealed.time", in_fifty_years)
+    third = node.shake(context, session)
+    assert third.session_reused
+    assert end_of(third) == "close_notify"
+    assert "certificate has expired" in caplog.text
+
+
+def test_in_tls_1_3_no_session_is_resumed(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    assert sock.session is None or not sock.session.has_ticket
 
 
 def test_who_has_shown_a_certificate_is_learned_as_a_remote(node: Node) -> None:
