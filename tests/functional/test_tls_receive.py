@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import ssl
 import threading
@@ -28,6 +29,7 @@ from pipeline import (
 from pipeline.errors import RequestRejected
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
+from pipeline.sealed import Sealed
 from pipeline.tls import Credentials
 from tests.functional.test_listener import GOOD, listener_threads
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
@@ -35,7 +37,7 @@ from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_he
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually
-from tests.support.tls import Authority
+from tests.support.tls import DAY, Authority, now
 
 MIB = 1 << 20
 ANY = "https://127.0.0.1:0"
@@ -453,7 +455,8 @@ def test_a_resumed_session_is_known_by_the_certificate_it_was_made_with(
         return True
 
     node.listen(allow_member=allow)
-    context = node.authority.client(*node.files, version="1.2")
+    files = node.authority.issue("for a day", not_after=now() + DAY)
+    context = node.authority.client(*files, version="1.2")
     first = node.shake(context)
     first.sendall(GOOD)
     assert read_status(first) == 204
@@ -466,8 +469,8 @@ def test_a_resumed_session_is_known_by_the_certificate_it_was_made_with(
     assert read_status(second) == 204
     assert len(set(asked)) == 1
 
-    in_fifty_years = SimpleNamespace(time=lambda: time.time() + 50 * 365 * 86400)
-    monkeypatch.setattr("pipeline.sealed.time", in_fifty_years)
+    the_day_after = SimpleNamespace(time=lambda: time.time() + 2 * 86400)
+    monkeypatch.setattr("pipeline.sealed.time", the_day_after)
     third = node.shake(context, session)
     assert third.session_reused
     assert end_of(third) == "close_notify"
@@ -528,6 +531,50 @@ def test_handshakes_that_do_not_end_are_ended_and_disturb_nobody(node: Node) -> 
     for sock in (*silent, *begun):
         assert sock.recv(1) == b""
     assert listener.stats().connections == 1
+
+
+def test_handshakes_take_turns_with_those_who_are_through(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    is_held, held, gate = (threading.Event() for _ in range(3))
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        order.append("request")
+        if is_held.is_set():
+            held.set()
+            gate.wait(LONG_TIMEOUT)
+        return True
+
+    def shake(credentials: Credentials) -> ssl.SSLContext:
+        order.append("handshake")
+        return credentials._set.server_context
+
+    node.listen(allow_member=allow)
+    urls = [ANY, "http://127.0.0.1:0"]
+    with contextlib.ExitStack() as stack:
+        listener = Listener(node.handlers, urls, node.config, node.credentials)
+        node.listener = stack.enter_context(listener)
+        plain = stack.enter_context(dial(listener.urls[1]))
+        first, second = node.call(), node.call()
+        for sock in plain, first, second:
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        order.clear()
+        monkeypatch.setattr(Credentials, "server_context", property(shake))
+        is_held.set()
+        first.sendall(GOOD)
+        assert held.wait(LONG_TIMEOUT)
+        for _ in range(20):
+            node.dial().sendall(b"\x16\x03\x01\x02\x00\x01")
+        second.sendall(GOOD)
+        for _ in range(2):  # the loop has seen what was sent before
+            plain.sendall(GOOD)
+            assert read_status(plain) == 204
+        gate.set()
+        eventually(lambda: len(order) == 22)
+        assert "request" in order[1:4]
+        assert read_status(second) == 204
 
 
 @pytest.mark.parametrize(
@@ -761,6 +808,21 @@ def test_bodies_over_the_budget_are_refused_and_small_ones_are_not(node: Node) -
     assert read_status(large) == read_status(small) == 204
     large.sendall(post(append_of(3 * MIB).marshal()))  # the budget is given back
     assert read_status(large) == 204
+
+
+def test_nothing_is_kept_of_a_connection_that_has_ended(node: Node) -> None:
+    listener = node.listen(
+        ReceiverConfig(handshake_timeout_s=1.0, idle_timeout_s=0.1, stall_timeout_s=0.1)
+    )
+    for _ in range(3):
+        node.dial().sendall(b"\x16\x03\x01")
+        node.dial().sendall(GOOD)
+        node.call().sendall(GOOD)
+        node.call().sendall(GOOD[:-1])
+        raw_of(node.call()).close()
+        node.call().unwrap()
+    eventually(lambda: listener.stats().connections == 0)
+    eventually(lambda: not any(isinstance(kept, Sealed) for kept in gc.get_objects()))
 
 
 def test_an_announced_length_is_no_memory(node: Node) -> None:
