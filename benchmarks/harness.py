@@ -18,6 +18,7 @@ from typing import Any
 
 import pipeline
 from pipeline import MessageType, SendResult
+from pipeline.tls import Credentials
 
 HERE = Path(__file__).resolve().parent
 BIN = HERE / "bin"
@@ -146,11 +147,14 @@ def builder(name: str, size: int) -> Callable[[int], Any]:
 
 
 @contextmanager
-def running(name: str, port: int, size: int = 128) -> Iterator[Subject]:
+def running(
+    name: str, port: int, size: int = 128, *, credentials: Credentials | None = None
+) -> Iterator[Subject]:
     """Start the subject ``name`` against the sink at ``port``; entries carry ``size`` bytes.
 
     ``core`` and ``baseline`` make a new message for every send; ``core-prebuilt`` offers one
-    message again and again, which leaves the cost of sending alone.
+    message again and again, which leaves the cost of sending alone. With ``credentials``, which
+    the baseline does not take, they send over TLS.
     """
     if name == "baseline":
         from baseline import BaselinePipeline
@@ -160,10 +164,11 @@ def running(name: str, port: int, size: int = 128) -> Iterator[Subject]:
         kind = pipeline.Pipeline
     pipe = kind(
         PEER_ID,
-        [f"http://127.0.0.1:{port}"],
+        [f"{'https' if credentials else 'http'}://127.0.0.1:{port}"],
         QuietRaft(),
         member_id=MEMBER_ID,
         cluster_id=CLUSTER_ID,
+        **({"credentials": credentials} if credentials else {}),
     )
     pipe.start()
     try:

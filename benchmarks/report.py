@@ -353,6 +353,27 @@ def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def rows_of_tls(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
+    rows = []
+    for text, size, unit in (("128 B MsgApp", 128, "us"), ("64 MiB MsgApp", 64 << 20, "ms")):
+        plain, tls = (
+            benchmarks[f"test_cpu_of_the_sender[MsgApp-{size}B-{scheme}]"]["extra_info"][
+                "cpu_us_per_message"
+            ]
+            / (1000 if unit == "ms" else 1)
+            for scheme in ("plain", "tls")
+        )
+        rows.append(
+            Row(
+                f"CPU per {text} over mutual TLS",
+                f"{tls:.1f} {unit}",
+                f"plain {plain:.1f} {unit}, to the same Python server",
+                f"{tls / plain:.1f}",
+            )
+        )
+    return rows
+
+
 def put_into(readme: Path, text: str) -> None:
     """Replace what stands between the two bench marks of ``readme``."""
     before, begin, rest = readme.read_text().partition("<!-- bench:begin -->\n")
@@ -375,6 +396,7 @@ def main() -> None:
     runs = measure(args.rounds, args.seconds, args.repeats, body_bytes)
     benchmarks = bench_files()
     rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
+    rows += rows_of_tls(benchmarks)
     where = machine()
     result = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -30,7 +30,7 @@ from pipeline._loop cimport (
     SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init,
     loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop, pipe_count,
     pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_give_back,
-    worker_may_retry, worker_t,
+    worker_may_retry, worker_t, worker_take_sealed,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
@@ -839,6 +839,15 @@ cdef class Sender:
         cdef worker_t* worker = self.worker(index)
         worker.seal = SEAL_WRITING
         worker.sealed_deadline_ns = 0
+
+    def take(self, int index):
+        """Take the next message for the worker, which has none; False if that is for the loop."""
+        cdef worker_t* worker = self.worker(index)
+        cdef bint is_taken
+        with nogil:
+            # The loop may hold the pipe's lock for a moment. Only C state is touched.
+            is_taken = worker_take_sealed(worker)
+        return is_taken
 
     def post(self, int index, bytes sealed):
         """Give the worker ciphertext to write. Borrowed until the next, or until it fails."""

@@ -658,8 +658,8 @@ cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
     worker_to_python(worker, EVENT_SEAL, 0)
 
 
-cdef inline void worker_begin(worker_t* worker) noexcept nogil:
-    """Start writing the worker's job on its connection."""
+cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil:
+    """Make head and position those of the worker's job, of which nothing is written."""
     cdef size_t size = worker.job.size_bytes
     if worker.head_for != size:
         worker.head_len = worker.head_fixed + http_end_head(worker.head + worker.head_fixed, size)
@@ -670,7 +670,12 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     worker.answer_len = 0
     worker.is_odd = False
     worker.deadline_ns = 0
-    worker.link_check_ns = worker.pipe.loop.now_ns + worker.pipe.limits.dead_link_timeout_ns
+    worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns
+
+
+cdef inline void worker_begin(worker_t* worker) noexcept nogil:
+    """Start writing the worker's job on its connection."""
+    worker_prepare(worker, worker.pipe.loop.now_ns)
     if worker.seal != SEAL_NONE:
         worker_begin_sealed(worker)
     else:
@@ -695,6 +700,33 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     worker_begin(worker)
+
+
+cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
+    """Take the next job, if the connection is fit for it; for the thread that holds the worker.
+
+    It saves a way through the loop and back: the thread is about to encrypt. What it has called
+    meanwhile may have taken long, so the connection is looked at as if it had been idle.
+    """
+    cdef pipe_t* pipe = worker.pipe
+    cdef int64_t now_ns = clock_ns()
+    cdef uint8_t byte
+    if worker.fd < 0 or worker.is_ended \
+            or worker.generation != load_int(&pipe.generation) \
+            or now_ns - worker.last_used_ns > pipe.limits.idle_timeout_ns:
+        return False
+    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 or errno != EAGAIN:
+        return False
+    pthread_mutex_lock(&pipe.lock)
+    worker.job = pipe_take(pipe, worker.index > 0)      # none, when the pipe is stopping
+    pthread_mutex_unlock(&pipe.lock)
+    if worker.job is NULL:
+        return False
+    worker.job.taken_ns = now_ns
+    worker_prepare(worker, now_ns)
+    worker.seal = SEAL_WRITING
+    worker.sealed_deadline_ns = 0
+    return True
 
 
 cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcept nogil:

@@ -94,6 +94,8 @@ class ReceiverConfig:
     head_timeout_s: float = 5.0
     #: Reading a body without a byte arriving.
     stall_timeout_s: float = 30.0
+    #: From the connection to the end of its TLS handshake, on an https listener.
+    handshake_timeout_s: float = 10.0
     #: Where the databases of received snapshots are stored; None takes no snapshots.
     snapshot_dir: str | os.PathLike[str] | None = None
     #: Snapshots received at once, each on a thread of its own; 503 above it.
@@ -115,7 +117,7 @@ class ReceiverConfig:
                 _require_int(name, getattr(self, name), 1, 1 << 62)
         if not isinstance(self.snapshot_dir, (str, os.PathLike, type(None))):
             raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
-        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
+        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s", "handshake_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 
 

@@ -435,7 +435,12 @@ class Pipeline(Sender):
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
         self.finish(index, True)
-        self._give_back(index)
+        tunnel = self._lines[index].tunnel
+        if tunnel is not None and self.take(index):
+            self.seal(index, tunnel.seal)
+            self._post(index)
+        else:
+            self._give_back(index)
 
     def _fail(self, index: int, error: PostError, *, keep: bool = False) -> None:
         """Tell everyone who has to know, in etcd's order, and count."""

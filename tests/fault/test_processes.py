@@ -103,8 +103,9 @@ def test_fork(how: str) -> None:
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
-def test_fork_of_a_transport_that_probes() -> None:
-    result = run("fork_transport.py")
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_fork_of_a_transport_that_probes(scheme: str, tmp_path: Path) -> None:
+    result = run("fork_transport.py", *([str(tmp_path)] if scheme == "https" else []))
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 

@@ -39,7 +39,7 @@ from tests.support.senders import (
     pipeline_to,
     settle,
 )
-from tests.support.server import OK, Connection, Request, ScriptedServer, in_turn, then_close
+from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, in_turn, then_close
 from tests.support.tls import DAY, Authority, now
 
 HEARTBEAT, PROP, SNAP = MessageType.HEARTBEAT, MessageType.PROP, MessageType.SNAP
@@ -582,6 +582,26 @@ def test_when_the_certificate_expires_is_told(authority: Authority) -> None:
     with Transport(1, 1, FakeRaft()) as plain:
         assert plain.certificate_expires_at is None
         assert plain.reload_tls() is False
+
+
+def test_reload_from_a_callback_works(authority: Authority) -> None:
+    class Reloading(FakeRaft):
+        def report_unreachable(self, member_id: int) -> None:
+            assert transport.reload_tls()
+            super().report_unreachable(member_id)
+
+    raft = Reloading()
+    config = TransportConfig(dispatchers=1, probe_interval_s=0)
+    with (
+        ScriptedServer(in_turn(ERROR, OK), tls=authority.server()) as server,
+        Transport(MEMBER, CLUSTER, raft, tls=authority.info(), config=config) as transport,
+    ):
+        transport.add_peer(PEER, [server.url])
+        transport.send([message()])
+        assert raft.wait_unreachable(1) == [PEER]
+        transport.send([message()])
+        server.wait_requests(2)
+        eventually(lambda: transport.stats()[PEER].sent == 1)
 
 
 def test_aio_has_tls(authority: Authority) -> None:

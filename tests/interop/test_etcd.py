@@ -32,6 +32,7 @@ from tests.support.etcd import (
     left_behind,
     wait_until,
 )
+from tests.support.tls import Authority
 
 pytestmark = pytest.mark.etcd
 
@@ -202,10 +203,12 @@ def test_etcd_hears_at_once_that_its_snapshot_is_refused(tmp_path: Path) -> None
         )
 
 
-def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_tls: bool) -> None:
     stored = tmp_path / "ours"
     config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=stored))
-    with left_behind(tmp_path, config, takes_snapshots=True) as cluster:
+    authority = Authority(tmp_path / "certs") if has_tls else None
+    with left_behind(tmp_path, config, takes_snapshots=True, authority=authority) as cluster:
         follower, etcd = cluster.follower, cluster.etcd
         assert follower.wait_for(lambda s: s.commit > 0, LONG_TIMEOUT)
         (message,) = (m for m in follower.messages if m.type == MessageType.SNAP)

@@ -1,6 +1,6 @@
 """fork() of a Transport that probes: the child stops cleanly, the parent goes on probing.
 
-Prints "ok" or what went wrong.
+Over TLS when a directory for certificates is given. Prints "ok" or what went wrong.
 """
 
 from __future__ import annotations
@@ -9,16 +9,25 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 
 from pipeline import Transport, TransportConfig
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer
+from tests.support.tls import Authority
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
-server = ScriptedServer()
-transport = Transport(1, 1, FakeRaft(), config=TransportConfig(probe_interval_s=0.01))
+authority = Authority(Path(sys.argv[1])) if len(sys.argv) > 1 else None
+server = ScriptedServer(tls=authority and authority.server())
+transport = Transport(
+    1,
+    1,
+    FakeRaft(),
+    tls=authority and authority.info(),
+    config=TransportConfig(probe_interval_s=0.01),
+)
 transport.start()
 transport.add_peer(2, [server.url])
 transport.add_remote(3, [server.url])
@@ -27,6 +36,7 @@ eventually(lambda: transport.probe_stats()[2].total >= 3)
 
 # As if another thread were inside at the moment of the fork.
 locks = (
+    *((transport.credentials._lock,) if transport.credentials is not None else ()),
     transport._lock,
     transport._remotes._lock,
     transport._prober._lock,
@@ -39,6 +49,7 @@ if child == 0:
     begin = time.monotonic()
     assert transport.probe_stats() == {}
     transport.send([message(), message(to=3)])
+    assert transport.reload_tls() is (authority is not None)
     transport.stop()
     assert time.monotonic() - begin < 2.0
     sys.exit(0)  # with atexit handlers and all

@@ -12,6 +12,7 @@ from pipeline import Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from pipeline.examples.follower import Follower
 from tests.support import LONG_TIMEOUT
+from tests.support.tls import Authority
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -54,6 +55,8 @@ class Cluster:
         False gives our Transport another cluster's.
     flags : sequence of str
         More flags for etcd.
+    authority : Authority, optional
+        Each member gets a certificate of it, and mTLS is spoken both ways.
     """
 
     def __init__(
@@ -63,11 +66,15 @@ class Cluster:
         config: TransportConfig | None = None,
         has_right_cluster_id: bool = True,
         flags: Sequence[str] = (),
+        authority: Authority | None = None,
     ) -> None:
         binary = find_etcd()
         assert binary is not None, "no etcd binary: the `test` extra brings one"
-        self.our_url = f"http://127.0.0.1:{free_port()}"
-        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags)
+        self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
+        self.tls = theirs = None
+        if authority is not None:
+            self.tls, theirs = authority.info("ours"), authority.info("etcd")
+        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags, tls=theirs)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config
@@ -86,12 +93,13 @@ class Cluster:
             self.our_cluster_id,
             self.follower,
             peer_urls=[self.our_url],
+            tls=self.tls,
             config=self.config,
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
         if listening:
-            self.transport.listen(self.our_url)
+            self.listener = self.transport.listen(self.our_url)
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
@@ -118,11 +126,16 @@ class Cluster:
 
 @contextlib.contextmanager
 def left_behind(
-    directory: Path, config: TransportConfig, *, takes_snapshots: bool
+    directory: Path,
+    config: TransportConfig,
+    *,
+    takes_snapshots: bool,
+    authority: Authority | None = None,
 ) -> Iterator[Cluster]:
     """A cluster whose etcd has to send its snapshot: our member has lost its log."""
     # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
-    cluster = Cluster(directory, config=config, flags=("--snapshot-count", "100"))
+    flags = ("--snapshot-count", "100")
+    cluster = Cluster(directory, config=config, flags=flags, authority=authority)
     try:
         cluster.start()
         with ThreadPoolExecutor(8) as pool:
