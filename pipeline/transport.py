@@ -299,7 +299,8 @@ class Transport:
             that turns out shorter or longer fails, and the peer publishes nothing.
         on_progress : callable, optional
             Called with a ``SnapshotProgress`` at each phase and while bytes move, at most ten
-            times a second, by a thread of the library. What it raises is logged and counted.
+            times a second, by the transfer's thread, which it must not have wait for the transfer.
+            What it raises is logged and counted.
 
         Returns
         -------

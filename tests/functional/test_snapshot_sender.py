@@ -1041,14 +1041,20 @@ def test_a_server_that_is_not_to_be_trusted_gets_nothing(
             assert server.requests == []
 
 
-def test_our_own_receiver_stores_what_was_sent(tmp_path: Path, raft: FakeRaft, make: Make) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_our_own_receiver_stores_what_was_sent(
+    tmp_path: Path, info: TLSInfo, make: Make, scheme: str
+) -> None:
     database = tmp_path / "db"
     database.write_bytes(DATA)
     stored = tmp_path / "stored"
     config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=stored))
     node = FakeRaft()
-    with Transport(PEER, CLUSTER, node, config=config) as receiver, make(raft) as transport:
-        transport.add_peer(PEER, [receiver.listen("http://127.0.0.1:0").url])
+    with (
+        Transport(PEER, CLUSTER, node, tls=info, config=config) as receiver,
+        make(FakeRaft()) as transport,
+    ):
+        transport.add_peer(PEER, [receiver.listen(f"{scheme}://127.0.0.1:0").url])
         for sent, source in enumerate((database, iter([DATA[:100], DATA[100:]])), 1):
             message = snapshot_message(index=sent)
             transfer = transport.send_snapshot(message, source, size=len(DATA))

@@ -241,14 +241,23 @@ def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_t
         subprocess.run([*restore, "--data-dir", tmp_path / "restored"], check=True)
 
 
-def test_etcd_stores_a_snapshot_we_send_with_its_length(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_etcd_stores_a_snapshot_we_send_with_its_length(tmp_path: Path, has_tls: bool) -> None:
     """etcd itself sends chunks; what it makes of our Content-Length is shown here."""
+    cluster = Cluster(tmp_path, authority=Authority(tmp_path / "certs") if has_tls else None)
+    try:
+        cluster.start()
+        send_a_snapshot(cluster, tmp_path / "database")
+    finally:
+        cluster.stop()
+
+
+def send_a_snapshot(cluster: Cluster, database: Path) -> None:
     transport, etcd, us = cluster.transport, cluster.etcd, cluster.follower.member_id
     assert transport is not None
     for i in range(200):
         etcd.put(b"key %d" % i, bytes(10_000))
     snap = etcd.directory / "data" / "member" / "snap"
-    database = tmp_path / "database"
     shutil.copy(snap / "db", database)
     # Of a term that is over: etcd stores it and 204s, and its raft takes no notice.
     metadata = SnapshotMetadata(index=0xABCDEF, term=1, conf_state=ConfState(voters=(etcd.id, us)))
