@@ -51,14 +51,16 @@ class Listener:
     UsageError
         If a URL is not valid, or not ``http``.
     OSError
-        If an address cannot be bound, or there are no descriptors left.
+        If an address cannot be bound, there are no descriptors left, or ``config.snapshot_dir``
+        cannot be made.
 
     Notes
     -----
     When the constructor returns, connections are accepted. One native I/O thread reads, decodes
     and writes for all connections; ``config.handlers`` Python threads
     (``pipeline-handler-<port>-<n>``, daemons) call Raft, and one (``pipeline-general-<port>``) sees
-    to everything that is not a message. Of several handler threads one is never given a MsgProp:
+    to everything that is not a message. Each snapshot being received has a thread of its own, too
+    (``pipeline-snapshot-<port>-<n>``). Of several handler threads one is never given a MsgProp:
     proposals may wait for a leader, and a leader is elected by messages. Thread-safe.
     """
 

@@ -345,6 +345,7 @@ def test_a_raising_process_is_answered_500(node: Node, error: BaseException, tex
         f"failed to process raft message ({text})\n",
     )
     assert node.results() == {"1": (0, 1)}
+    assert node.handlers.process_failures == 1
     node.raft.process_error = None
     assert ask(node.url, post(BODY)).status == 204
 
