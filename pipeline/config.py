@@ -107,7 +107,8 @@ class ReceiverConfig:
         for name in ("snapshot_max_bytes", "snapshot_dir_max_bytes"):
             if getattr(self, name) is not None:
                 _require_int(name, getattr(self, name), 1, 1 << 62)
-        if not isinstance(self.snapshot_dir, (str, os.PathLike, type(None))):
+        is_path = isinstance(self.snapshot_dir, (str, os.PathLike)) and self.snapshot_dir != ""
+        if self.snapshot_dir is not None and not is_path:
             raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
         for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)

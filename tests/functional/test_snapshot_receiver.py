@@ -227,6 +227,22 @@ def test_the_transport_says_where_the_database_is(tmp_path: Path) -> None:
             transport.snapshot_path(-1)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"snapshot_dir": ""},
+        {"snapshot_dir": b"snap"},
+        {"snapshot_receives": 0},
+        {"snapshot_max_bytes": 0},
+        {"snapshot_dir_max_bytes": 1.5},
+    ],
+    ids=str,
+)
+def test_a_setting_that_makes_no_sense_is_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(setting))}: "):
+        ReceiverConfig(**setting)  # type: ignore[arg-type]
+
+
 def test_there_is_no_path_without_a_directory() -> None:
     with pytest.raises(UsageError, match="snapshot_dir is not set"):
         Transport(2, CLUSTER_ID, FakeRaft()).snapshot_path(1)
