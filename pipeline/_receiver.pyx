@@ -374,13 +374,13 @@ cdef class Receiver:
         try:
             if fd >= 0:
                 connection = socket.socket(fileno=fd)
-        except BaseException:
-            logger.exception("internal error, please report: a connection is closed")
-            close(fd)
-        try:
+                fd = -1
             self.take(connection, general)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
+            if fd >= 0:
+                close(fd)
+                self.take(None, general)
         return 0
 
     def learn(self, bytes head not None):

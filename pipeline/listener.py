@@ -59,8 +59,7 @@ class Listener:
     When the constructor returns, connections are accepted. One native I/O thread reads, decodes
     and writes for all connections; ``config.handlers`` Python threads
     (``pipeline-handler-<port>-<n>``, daemons) call Raft, and one (``pipeline-general-<port>``) sees
-    to everything that is not a message. Each snapshot being received has a thread of its own, too
-    (``pipeline-snapshot-<port>-<n>``). Of several handler threads one is never given a MsgProp:
+    to everything that is not a message. Of several handler threads one is never given a MsgProp:
     proposals may wait for a leader, and a leader is elected by messages. Thread-safe.
     """
 
