@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Final
 
 from pipeline.errors import UsageError
 from pipeline.protocol import format_id
+from pipeline.stats import HistogramStats
 
 try:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ImportError(
@@ -56,6 +62,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("From",),
         "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
+    ),
+    "etcd_network_peer_round_trip_time_seconds": (
+        "histogram",
+        ("To",),
+        "Round trips of probes, in seconds, without connecting.",
     ),
     "raft_pipeline_offered_messages_total": ("counter", _PEER, "Messages given to send."),
     "raft_pipeline_accepted_messages_total": ("counter", _PEER, "Messages taken."),
@@ -125,7 +136,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     ),
 }
 
-Sample = tuple[str, tuple[str, ...], float]
+Sample = tuple[str, tuple[str, ...], float | HistogramStats]
 
 
 class MetricsCollector(Collector):
@@ -171,23 +182,38 @@ class MetricsCollector(Collector):
     def describe(self) -> Iterable[Metric]:
         """Yield the families without samples, so that ``register`` can refuse duplicates."""
         for name, (kind, labels, text) in _FAMILIES.items():
-            if kind == "gauge":
+            if kind == "histogram":
+                yield HistogramMetricFamily(name, text, labels=labels)
+            elif kind == "gauge":
                 yield GaugeMetricFamily(name, text, labels=labels)
             else:
                 yield CounterMetricFamily(name, text, labels=labels)
 
     def collect(self) -> Iterable[Metric]:
         """Yield all families with what is counted at this moment."""
-        sums: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _FAMILIES}
+        sums: dict[str, dict[tuple[str, ...], float | HistogramStats]]
+        sums = {name: {} for name in _FAMILIES}
         for transport in self._transports:
             for name, labels, value in _samples(transport):
                 family = sums[name]
-                family[labels] = family.get(labels, 0) + value
+                family[labels] = _add(family[labels], value) if labels in family else value
         for metric, samples in zip(self.describe(), sums.values(), strict=True):
-            assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
             for labels, value in samples.items():
-                metric.add_metric(labels, value)
+                if isinstance(value, HistogramStats):
+                    assert isinstance(metric, HistogramMetricFamily)
+                    metric.add_metric(labels, value.cumulative(), value.sum)
+                else:
+                    assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
+                    metric.add_metric(labels, value)
             yield metric
+
+
+def _add(one: float | HistogramStats, other: float | HistogramStats) -> float | HistogramStats:
+    if isinstance(one, HistogramStats):
+        assert isinstance(other, HistogramStats)
+        return one + other
+    assert not isinstance(other, HistogramStats)
+    return one + other
 
 
 def _samples(transport: Transport) -> Iterator[Sample]:
@@ -195,6 +221,9 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     local = format_id(transport.member_id)
     for peer in transport._peers.values():
         yield from _peer_samples(local, peer)
+    if transport._prober is not None:
+        for peer_id, round_trips in transport._prober.round_trips().items():
+            yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
     yield from _received_samples(local, transport.handlers)
     for listener in transport._listeners:
         if not listener.is_closed:
