@@ -103,6 +103,10 @@ class ReceiverConfig:
     head_timeout_s: float = 5.0
     #: Reading a body without a byte arriving.
     stall_timeout_s: float = 30.0
+    #: Bytes per second; 0 for none. A body that falls behind this by what takes
+    #: ``stall_timeout_s`` is ended. Half of what each of four connections has of 64 kbit/s; who
+    #: wants to hold all connections by dripping has to send 1 MiB/s.
+    min_body_rate: int = 1024
 
     def __post_init__(self) -> None:
         _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
@@ -110,6 +114,7 @@ class ReceiverConfig:
         _require_int("handlers", self.handlers, 1, 256)
         _require_int("max_connections", self.max_connections, 1, 1 << 20)
         _require_int("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
+        _require_int("min_body_rate", self.min_body_rate, 0, 1_000_000_000)
         for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 
