@@ -117,7 +117,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_listener_body_timeouts_total": (
         "counter",
         _LISTENER,
-        "Connections closed because a body stalled.",
+        "Connections closed because a body stalled or dripped.",
     ),
     "raft_pipeline_listener_idle_timeouts_total": (
         "counter",
