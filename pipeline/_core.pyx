@@ -26,7 +26,8 @@ from pipeline._loop cimport (
     EVENT_FAILED, EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED,
     OUTCOME_FAILED, OUTCOME_SENT, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free,
     loop_init, loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop,
-    pipe_count, pipe_free, pipe_init, pipe_offer, pipe_t, worker_give_back, worker_t,
+    pipe_count, pipe_count_taken, pipe_free, pipe_init, pipe_offer, pipe_t, worker_give_back,
+    worker_t,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
@@ -751,7 +752,7 @@ cdef class Sender:
     def take_expired(self):
         """Take the messages that waited too long: a list of (type, to), oldest first.
 
-        They stay in flight until ``finish_expired``. Thread-safe.
+        They are in flight until ``finish_expired``. Thread-safe.
         """
         cdef job_t* first
         cdef job_t* job
@@ -764,6 +765,7 @@ cdef class Sender:
             first = job = self.pipe.expired
             self.pipe.expired = NULL
             while job is not NULL:
+                pipe_count_taken(&self.pipe, job)
                 if job.type == TYPE_APP:
                     self.pipe.follower.fail += 1
                 job = job.next

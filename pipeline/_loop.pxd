@@ -171,7 +171,7 @@ cdef struct pipe_t:
     int64_t large_bytes     # in the latter
     books_t books
     follower_t follower
-    job_t* expired          # in flight: for Python to fail, newest first
+    job_t* expired          # out of msgc, queued in the books: for Python to fail, newest first
     worker_t* idle          # stack: the warmest connection is used first
     int live                # workers not retired
     bint is_stopping        # offers are refused
@@ -334,7 +334,8 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
         held -= pipe.large_bytes
         held_by_all -= load_i64(&loop.large_bytes)
     if (held_by_all > loop.queue_bytes or held + size > pipe.limits.queue_bytes) \
-            and ring_len(ring) > 0 or books.queued >= pipe.msgc.cap:
+            and (ring_len(ring) > 0 or pipe.expired is not NULL) \
+            or books.queued >= pipe.msgc.cap:
         add_i64(&loop.queued_bytes, -size)
         books.refused += 1
         return OFFER_FULL
@@ -357,22 +358,31 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     return OFFER_ACCEPTED
 
 
-cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
-    """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
+cdef inline job_t* pipe_pop(pipe_t* pipe, bint with_large) noexcept nogil:
+    """Take the oldest job out of msgc, or NULL; the books are the caller's, who holds the lock."""
     cdef job_t* job = <job_t*>ring_peek(&pipe.msgc)
     cdef job_t* large = <job_t*>ring_peek(&pipe.large) if with_large else NULL
     if large is not NULL and (job is NULL or large.number < job.number):
-        job = <job_t*>ring_try_pop(&pipe.large)
-    else:
-        job = <job_t*>ring_try_pop(&pipe.msgc)
+        return <job_t*>ring_try_pop(&pipe.large)
+    return <job_t*>ring_try_pop(&pipe.msgc)
+
+
+cdef inline void pipe_count_taken(pipe_t* pipe, const job_t* job) noexcept nogil:
+    """Write into the books that a queued job is in flight. The caller holds the lock."""
+    pipe.books.queued -= 1
+    pipe.books.queued_bytes -= job.size_bytes
+    add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
+    if pipe_is_large(pipe, job):
+        pipe.large_bytes -= <int64_t>job.size_bytes
+        add_i64(&pipe.loop.large_bytes, -<int64_t>job.size_bytes)
+    pipe.books.in_flight += 1
+
+
+cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
+    """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
+    cdef job_t* job = pipe_pop(pipe, with_large)
     if job is not NULL:
-        pipe.books.queued -= 1
-        pipe.books.queued_bytes -= job.size_bytes
-        add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
-        if job is large:
-            pipe.large_bytes -= <int64_t>job.size_bytes
-            add_i64(&pipe.loop.large_bytes, -<int64_t>job.size_bytes)
-        pipe.books.in_flight += 1
+        pipe_count_taken(pipe, job)
     return job
 
 
@@ -381,6 +391,7 @@ cdef inline void pipe_expire(pipe_t* pipe, int64_t now_ns) noexcept nogil:
 
     Differs from etcd: if asked for; etcd sends a message however old.
     They need no worker: a backlog goes even while all workers are busy with a peer that is dead.
+    Until Python has them they count as queued, so that what is held keeps its bounds.
     """
     cdef int64_t oldest_ns = now_ns - pipe.limits.max_queue_age_ns
     cdef job_t* small
@@ -394,7 +405,7 @@ cdef inline void pipe_expire(pipe_t* pipe, int64_t now_ns) noexcept nogil:
         if (small is NULL or small.offered_ns > oldest_ns) \
                 and (large is NULL or large.offered_ns > oldest_ns):
             return
-        job = pipe_take(pipe, True)     # the older one of the two
+        job = pipe_pop(pipe, True)      # the older one of the two
         job.next = pipe.expired
         pipe.expired = job
         store_int(&pipe.loop.has_expired, 1)
@@ -457,6 +468,7 @@ cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
         while pipe.expired is not NULL:     # Raft will not hear of these any more
             job = pipe.expired
             pipe.expired = job.next
+            pipe_count_taken(pipe, job)
             pipe.books.in_flight -= 1
             pipe.books.dropped += 1
             job.next = first

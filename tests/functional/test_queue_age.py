@@ -115,15 +115,16 @@ def test_a_dead_peer_s_backlog_does_not_outlive_the_limit() -> None:
         assert pipeline.stats().in_flight == 4  # they wait for their connections
 
 
-def test_what_expired_and_was_not_told_at_a_stop_is_dropped(
+def test_what_expired_and_was_not_told_keeps_its_place_and_is_dropped_at_a_stop(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    raft = FakeRaft(gate=threading.Event())
+    gate = threading.Event()
+    raft = FakeRaft(gate=gate)
     config = TransportConfig(
         dispatchers=1,
         probe_interval_s=0,
         stop_timeout_s=0.05,
-        pipeline=PipelineConfig(connections=1, max_queue_age=AGE_S),
+        pipeline=PipelineConfig(connections=1, queue_length=2, max_queue_age=AGE_S),
     )
     with ScriptedServer() as server, Transport(1, 1, raft, config=config) as transport:
         transport.add_peer(PEER, [server.url])
@@ -132,11 +133,13 @@ def test_what_expired_and_was_not_told_at_a_stop_is_dropped(
         transport.send([message()])
         raft.wait_unreachable(1)  # and the only thread stays in there
         transport.send([message(), message()])
-        eventually(lambda: pipeline.stats().queued == 0)
-        assert pipeline.stats().in_flight == 4
+        # Watch what must not happen: that room is made by what nobody has taken yet.
+        assert not gate.wait(4 * AGE_S)
+        assert pipeline.send(message()) is SendResult.QUEUE_FULL
+        books = pipeline.stats()
+        assert (books.in_flight, books.queued) == (2, 2)  # the worker's, and the one being told
         assert transport.stop() == 2
-        assert raft.gate is not None
-        raft.gate.set()
+        gate.set()
         eventually(lambda: pipeline.stats().in_flight == 0)
         books = pipeline.stats()
         assert (books.failed, books.dropped) == (2, 2)  # the busy worker's is one of the former
