@@ -106,8 +106,8 @@ class EtcdMember:
         directory: Path,
         other_url: str,
         token: str = "raft-pipeline",
-        flags: Sequence[str] = (),
         *,
+        flags: Sequence[str] = (),
         more_urls: Sequence[str] = (),
     ) -> None:
         self.binary = binary

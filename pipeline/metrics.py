@@ -7,12 +7,12 @@ the listeners are read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.errors import UsageError
 from pipeline.protocol import format_id
-from pipeline.stats import HistogramStats
 
 try:
     from prometheus_client.core import (
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipeline.handlers import Handlers
     from pipeline.listener import Listener
     from pipeline.peer import Peer
+    from pipeline.stats import Histogram
     from pipeline.transport import Transport
 
 __all__ = ["MetricsCollector"]
@@ -58,15 +59,15 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         ("To",),
         "Messages to a peer that were not delivered, or refused because its queue was full.",
     ),
-    "etcd_network_peer_received_failures_total": (
-        "counter",
-        ("From",),
-        "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
-    ),
     "etcd_network_peer_round_trip_time_seconds": (
         "histogram",
         ("To",),
         "Round trips of probes, in seconds, without connecting.",
+    ),
+    "etcd_network_peer_received_failures_total": (
+        "counter",
+        ("From",),
+        "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
     ),
     "raft_pipeline_offered_messages_total": ("counter", _PEER, "Messages given to send."),
     "raft_pipeline_accepted_messages_total": ("counter", _PEER, "Messages taken."),
@@ -136,7 +137,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     ),
 }
 
-Sample = tuple[str, tuple[str, ...], float | HistogramStats]
+Sample = tuple[str, tuple[str, ...], "float | Histogram"]
 
 
 class MetricsCollector(Collector):
@@ -182,38 +183,34 @@ class MetricsCollector(Collector):
     def describe(self) -> Iterable[Metric]:
         """Yield the families without samples, so that ``register`` can refuse duplicates."""
         for name, (kind, labels, text) in _FAMILIES.items():
-            if kind == "histogram":
-                yield HistogramMetricFamily(name, text, labels=labels)
-            elif kind == "gauge":
+            if kind == "gauge":
                 yield GaugeMetricFamily(name, text, labels=labels)
-            else:
+            elif kind == "counter":
                 yield CounterMetricFamily(name, text, labels=labels)
+            else:
+                yield HistogramMetricFamily(name, text, labels=labels)
 
     def collect(self) -> Iterable[Metric]:
         """Yield all families with what is counted at this moment."""
-        sums: dict[str, dict[tuple[str, ...], float | HistogramStats]]
-        sums = {name: {} for name in _FAMILIES}
+        sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _FAMILIES}
         for transport in self._transports:
             for name, labels, value in _samples(transport):
                 family = sums[name]
-                family[labels] = _add(family[labels], value) if labels in family else value
+                family[labels] = family[labels] + value if labels in family else value
         for metric, samples in zip(self.describe(), sums.values(), strict=True):
             for labels, value in samples.items():
-                if isinstance(value, HistogramStats):
-                    assert isinstance(metric, HistogramMetricFamily)
-                    metric.add_metric(labels, value.cumulative(), value.sum)
+                if isinstance(metric, HistogramMetricFamily):
+                    metric.add_metric(labels, _buckets(value), value.sum)
                 else:
                     assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
                     metric.add_metric(labels, value)
             yield metric
 
 
-def _add(one: float | HistogramStats, other: float | HistogramStats) -> float | HistogramStats:
-    if isinstance(one, HistogramStats):
-        assert isinstance(other, HistogramStats)
-        return one + other
-    assert not isinstance(other, HistogramStats)
-    return one + other
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Return what prometheus_client wants: each bound, and what is up to it."""
+    names = [*map(str, histogram.bounds), "+Inf"]
+    return list(zip(names, itertools.accumulate(histogram.counts), strict=True))
 
 
 def _samples(transport: Transport) -> Iterator[Sample]:

@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.pool import Line, Pool, parse_answer
 from pipeline.protocol import format_id, probe_head
-from pipeline.stats import Histogram, HistogramStats
+from pipeline.stats import Histogram
 
 __all__ = ["ProbeStats", "Prober"]
 
@@ -104,7 +104,7 @@ class Prober:
 
     def __init__(self, name: str, *, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._lock = threading.Lock()  # guards changes of what follows
+        self._lock = threading.Lock()  # guards changes of what follows, and the histograms
         # Replaced, never changed: the thread and stats read it without a lock.
         self._targets: dict[int, _Target] = {}
         self._is_stopped = False
@@ -155,13 +155,13 @@ class Prober:
         """What is known of each peer."""
         return {peer_id: target.stats for peer_id, target in self._targets.items()}
 
-    def round_trips(self) -> dict[int, HistogramStats]:
+    def round_trips(self) -> dict[int, Histogram]:
         """Round trips of each peer since it was added, in seconds.
 
         Differs from etcd: each is counted once. etcd counts the smoothed one at intervals.
         """
-        targets = self._targets
-        return {peer_id: target.round_trips.read() for peer_id, target in targets.items()}
+        with self._lock:
+            return {k: target.round_trips.copy() for k, target in self._targets.items()}
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: close its copies of the descriptors."""
@@ -324,7 +324,8 @@ class Prober:
             smoothed_rtt_s=(1 - RTT_WEIGHT) * old.smoothed_rtt_s + RTT_WEIGHT * rtt_s,
             last_error="",
         )
-        target.round_trips.observe(rtt_s)
+        with self._lock:
+            target.round_trips.observe(rtt_s)
         self._done(target)
         if not old.is_healthy:
             logger.info("peer %s answers probes at %s", format_id(target.peer_id), target.url)

@@ -1,25 +1,16 @@
-"""What is counted: books, followers, histograms; and etcd's v2 statistics."""
+"""What a pipeline counts: its books, and the follower it feeds; and etcd's v2 statistics."""
 
 from __future__ import annotations
 
-import itertools
+import bisect
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-__all__ = [
-    "FollowerStats",
-    "Histogram",
-    "HistogramStats",
-    "PipelineStats",
-    "ServerStats",
-    "leader_stats",
-]
+__all__ = ["FollowerStats", "Histogram", "PipelineStats", "ServerStats", "leader_stats"]
 
 #: MsgApp that a rate is taken over; etcd ``queueCapacity``.
 RATE_SAMPLES = 200
@@ -56,6 +47,37 @@ class PipelineStats(NamedTuple):
     queued_bytes: int
 
 
+class Histogram:
+    """Durations by size, as Prometheus counts them. Not thread-safe.
+
+    Parameters
+    ----------
+    bounds : tuple of float
+        Upper bounds, ascending; what is above the last one is counted all the same.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def copy(self) -> Histogram:
+        """Return what is counted now."""
+        return self + Histogram(self.bounds)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """Return both together; their bounds are the same."""
+        both = Histogram(self.bounds)
+        both.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        both.sum = self.sum + other.sum
+        return both
+
+
 class FollowerStats(NamedTuple):
     """MsgApp deliveries to one follower (etcd ``v2stats.FollowerStats``); times in milliseconds.
 
@@ -69,55 +91,6 @@ class FollowerStats(NamedTuple):
     latency_stddev_ms: float
     latency_minimum_ms: float
     latency_maximum_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class HistogramStats:
-    """What a histogram holds at one instant."""
-
-    #: Upper bounds of the buckets, inclusive and ascending.
-    bounds: tuple[float, ...]
-    #: Observations in each bucket; one more for those above the last bound.
-    counts: tuple[int, ...]
-    #: Of all observations.
-    sum: float
-
-    def __add__(self, other: HistogramStats) -> HistogramStats:
-        """Put two together; their bounds are the same."""
-        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
-        return HistogramStats(self.bounds, counts, self.sum + other.sum)
-
-    def cumulative(self) -> list[tuple[str, int]]:
-        """Return the buckets as Prometheus writes them: (bound, observations up to it)."""
-        bounds = [*map(repr, self.bounds), "+Inf"]
-        return list(zip(bounds, itertools.accumulate(self.counts), strict=True))
-
-
-class Histogram:
-    """Counts observations in buckets. Thread-safe.
-
-    Parameters
-    ----------
-    bounds : sequence of float
-        Upper bounds of the buckets, inclusive and ascending.
-    """
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._lock = threading.Lock()  # guards what follows
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one observation."""
-        with self._lock:
-            self._counts[bisect_left(self._bounds, value)] += 1
-            self._sum += value
-
-    def read(self) -> HistogramStats:
-        """Return what there is at this instant."""
-        with self._lock:
-            return HistogramStats(self._bounds, tuple(self._counts), self._sum)
 
 
 def leader_stats(leader: str, followers: Mapping[str, FollowerStats]) -> dict[str, object]:
