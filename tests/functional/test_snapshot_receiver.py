@@ -461,6 +461,26 @@ def test_a_body_that_stalls_is_given_up(make_node: MakeNode, sent: int, status: 
     assert node.files() == {}
 
 
+def test_a_body_that_drips_is_given_up(make_node: MakeNode) -> None:
+    node = make_node(stall_timeout_s=SHORT_TIMEOUT, min_body_rate=1_000_000)
+    with dial(node.url) as sock:
+        sock.sendall(raw_head(f"content-length: {len(BODY)}", line=LINE) + BODY[:50])
+        give_up = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not give_up.wait(SHORT_TIMEOUT / 10):
+                    sock.sendall(b"x")
+
+        dripper = threading.Thread(target=drip)
+        dripper.start()
+        reply = read_reply(sock)
+        give_up.set()
+        dripper.join(LONG_TIMEOUT)
+    assert (reply.status, reply.body) == (500, b"failed to save KV snapshot (i/o timeout)\n")
+    assert node.files() == {}
+
+
 def test_a_large_body_is_answered_although_it_is_not_read(node: Node) -> None:
     """A refused sender that goes on writing reads the answer before the end."""
     with dial(node.url) as sock:
