@@ -55,7 +55,8 @@ class Listener:
     UsageError
         If a URL is not valid, neither ``http`` nor ``https``, or ``https`` without credentials.
     OSError
-        If an address cannot be bound, or there are no descriptors left.
+        If an address cannot be bound, there are no descriptors left, or ``config.snapshot_dir``
+        cannot be made.
 
     Notes
     -----
