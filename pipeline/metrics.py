@@ -7,15 +7,21 @@ the listeners are read.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.errors import UsageError
 from pipeline.protocol import format_id
 
 try:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+    )
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ImportError(
@@ -26,6 +32,7 @@ if TYPE_CHECKING:
     from pipeline.handlers import Handlers
     from pipeline.listener import Listener
     from pipeline.peer import Peer
+    from pipeline.stats import Histogram
     from pipeline.transport import Transport
 
 __all__ = ["MetricsCollector"]
@@ -54,6 +61,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("To",),
         "Messages to a peer that were not delivered, or refused because its queue was full.",
+    ),
+    "etcd_network_peer_round_trip_time_seconds": (
+        "histogram",
+        ("To",),
+        "Round trips of probes, in seconds, without connecting.",
     ),
     "etcd_network_peer_received_failures_total": (
         "counter",
@@ -114,7 +126,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_listener_body_timeouts_total": (
         "counter",
         _LISTENER,
-        "Connections closed because a body stalled.",
+        "Connections closed because a body stalled or dripped.",
     ),
     "raft_pipeline_listener_idle_timeouts_total": (
         "counter",
@@ -133,7 +145,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     ),
 }
 
-Sample = tuple[str, tuple[str, ...], float]
+Sample = tuple[str, tuple[str, ...], "float | Histogram"]
 
 
 class MetricsCollector(Collector):
@@ -181,21 +193,32 @@ class MetricsCollector(Collector):
         for name, (kind, labels, text) in _FAMILIES.items():
             if kind == "gauge":
                 yield GaugeMetricFamily(name, text, labels=labels)
-            else:
+            elif kind == "counter":
                 yield CounterMetricFamily(name, text, labels=labels)
+            else:
+                yield HistogramMetricFamily(name, text, labels=labels)
 
     def collect(self) -> Iterable[Metric]:
         """Yield all families with what is counted at this moment."""
-        sums: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _FAMILIES}
+        sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _FAMILIES}
         for transport in self._transports:
             for name, labels, value in _samples(transport):
                 family = sums[name]
-                family[labels] = family.get(labels, 0) + value
+                family[labels] = family[labels] + value if labels in family else value
         for metric, samples in zip(self.describe(), sums.values(), strict=True):
-            assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
             for labels, value in samples.items():
-                metric.add_metric(labels, value)
+                if isinstance(metric, HistogramMetricFamily):
+                    metric.add_metric(labels, _buckets(value), value.sum)
+                else:
+                    assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
+                    metric.add_metric(labels, value)
             yield metric
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Return what prometheus_client wants: each bound, and what is up to it."""
+    names = [*map(str, histogram.bounds), "+Inf"]
+    return list(zip(names, itertools.accumulate(histogram.counts), strict=True))
 
 
 def _samples(transport: Transport) -> Iterator[Sample]:
@@ -203,6 +226,9 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     local = format_id(transport.member_id)
     for peer in transport._peers.values():
         yield from _peer_samples(local, peer)
+    if transport._prober is not None:
+        for peer_id, round_trips in transport._prober.round_trips().items():
+            yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
     yield from _received_samples(local, transport.handlers)
     if (expires_at := transport.certificate_expires_at) is not None:
         days = (expires_at - time.time()) / DAY_S

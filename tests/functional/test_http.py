@@ -801,6 +801,27 @@ def test_asgi_answers_a_stalled_body_400(raft: FakeRaft, handlers: Handlers) -> 
     assert raft.processed == []
 
 
+def test_asgi_answers_a_body_that_drips_400(raft: FakeRaft, handlers: Handlers) -> None:
+    app = asgi_app(handlers, ReceiverConfig(stall_timeout_s=0.3, min_body_rate=100_000))
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(0.02)  # never for as long as a stall may last
+        return part(b"x", more=True)
+
+    async def send(event: dict[str, Any]) -> None:
+        sent.append(event)
+
+    async def serve() -> None:
+        async with asyncio.timeout(LONG_TIMEOUT):
+            await app(http_scope(), receive, send)
+
+    asyncio.run(serve())
+    assert sent[0]["status"] == 400
+    assert handlers.received_failures == 1
+    assert raft.processed == []
+
+
 def test_asgi_logs_ipv6_callers_with_brackets(
     raft: FakeRaft, app: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
