@@ -792,6 +792,7 @@ cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
     if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 or errno != EAGAIN:
         return False
     pthread_mutex_lock(&pipe.lock)
+    pipe_expire(pipe, now_ns)
     worker.job = pipe_take(pipe, worker.index > 0)      # none, when the pipe is stopping
     pthread_mutex_unlock(&pipe.lock)
     if worker.job is NULL:

@@ -81,6 +81,7 @@ class _Target:
         self.due = due  # when idle: of the next probe; otherwise: of giving up
         self.next_due = due
         self.dialled_at = 0.0
+        self.connected_at = 0.0
         self.sent_at = 0.0
         self.round_trips = round_trips
         self.stats = ProbeStats()
@@ -274,7 +275,8 @@ class Prober:
             dial_s = time.monotonic() - target.dialled_at
             target.stats = target.stats._replace(last_dial_s=dial_s)
             if target.line.is_sealed:
-                target.due = time.monotonic() + STEP_TIMEOUT_S
+                target.connected_at = time.monotonic()
+                target.due = target.connected_at + STEP_TIMEOUT_S
                 target.line.begin_tls()
                 self._shake(target, b"")
             else:
@@ -299,6 +301,8 @@ class Prober:
             self._fail(target, f"TLS handshake: {tls_reason(error)}")
             return
         if is_done:
+            tls_s = time.monotonic() - target.connected_at
+            target.stats = target.stats._replace(last_tls_s=tls_s)
             self._send(target)
             return
         try:
