@@ -150,7 +150,8 @@ class Listener:
         ----------
         deadline_s : float
             A request not answered within this many seconds has its connection closed. A call of
-            ``raft.process`` that blocks even longer keeps its thread until it returns.
+            ``raft.process`` that blocks even longer keeps its thread until it returns. A snapshot
+            that is still arriving is not waited for: it is ended at once, and its file removed.
 
         Notes
         -----

@@ -335,6 +335,27 @@ def test_a_bad_request_is_refused_as_etcd_does_and_leaves_nothing(
     assert node.raft.processed == []
 
 
+def test_who_sends_is_shown_to_who_wants_to_know(tmp_path: Path) -> None:
+    """etcd's addRemoteFromRequest, before the body is read."""
+    seen: list[tuple[int, tuple[str, ...]]] = []
+
+    class Seen:
+        def note(self, sender: int, urls: tuple[str, ...], _caller: object) -> None:
+            seen.append((sender, urls))
+
+        def is_watched(self, _sender: int) -> bool:
+            return False
+
+    config = ReceiverConfig(snapshot_dir=tmp_path)
+    handlers = Handlers(
+        FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config, senders=Seen()
+    )
+    with Listener(handlers, "http://127.0.0.1:0", config) as listener:
+        assert ask(listener.url, post(b"")).status == 400
+        assert ask(listener.url, head(x_server_version=None)).status == 412
+    assert seen == [(1, ("http://10.0.0.1:2380",))]
+
+
 def test_a_rejection_by_the_node_is_its_own_answer_and_no_failure(node: Node) -> None:
     node.raft.process_error = RequestRejected(403, b"gone", "application/json")
     reply = ask(node.url, post(BODY))
