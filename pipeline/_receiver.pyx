@@ -66,7 +66,7 @@ class ReceiverStats(NamedTuple):
     closed_for_room: int
     #: Connections closed because a head, or the first byte, did not come in ``head_timeout_s``.
     head_timeouts: int
-    #: Connections closed because a body stalled for ``stall_timeout_s``.
+    #: Connections closed because a body stalled for ``stall_timeout_s`` or dripped.
     body_timeouts: int
     #: Connections closed after ``idle_timeout_s``.
     idle_timeouts: int
@@ -223,6 +223,7 @@ cdef class Receiver:
         limits.handlers = config.handlers
         limits.head_timeout_ns = <int64_t>(config.head_timeout_s * 1e9)
         limits.stall_timeout_ns = <int64_t>(config.stall_timeout_s * 1e9)
+        limits.byte_ns = 1000000000 // config.min_body_rate if config.min_body_rate else 0
         limits.idle_timeout_ns = <int64_t>(config.idle_timeout_s * 1e9)
         limits.handshake_timeout_ns = <int64_t>(config.handshake_timeout_s * 1e9)
         if len(fixed) + 64 > ANSWER_204_MAX:
@@ -494,6 +495,7 @@ cdef class Receiver:
             logger.exception("internal error, please report: a connection is closed")
             if fd >= 0:
                 close(fd)
+                self.take(None, general)
         return 0
 
     def learn(self, bytes head not None):

@@ -137,6 +137,7 @@ cdef struct conn_t:
     int64_t deadline_ns     # 0 is none
     # Of the head being read, whoever reads it, or of the handshake; 0 is none.
     int64_t head_deadline_ns
+    int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
     sealed_news_t news
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
@@ -163,6 +164,7 @@ cdef struct server_limits_t:
     int handlers
     int64_t head_timeout_ns
     int64_t stall_timeout_ns
+    int64_t byte_ns         # what a byte of a body may take at the least rate; 0 is no least rate
     int64_t idle_timeout_ns
     int64_t handshake_timeout_ns
 
@@ -786,6 +788,19 @@ cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     return first is not conn
 
 
+cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
+    """Put off the deadline of a body: by what ``n`` bytes may take, to a stall from now at most.
+
+    So a body may stop for a while and may be slow, but one that drips is ended.
+    """
+    cdef server_t* server = conn.server
+    cdef int64_t stalled_ns = server.now_ns + server.limits.stall_timeout_ns
+    cdef int64_t slow_ns = conn.deadline_ns + n * server.limits.byte_ns
+    if conn.deadline_ns == 0 or server.limits.byte_ns == 0 or slow_ns > stalled_ns:
+        slow_ns = stalled_ns
+    conn_set_deadline(conn, slow_ns)
+
+
 cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
     """Read a body into its memory: what there is, or one step."""
     cdef server_t* server = conn.server
@@ -815,7 +830,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         body.len += <size_t>n
         server.buffered_bytes += n
         budget -= <size_t>n
-        conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+        conn_body_arrived(conn, n)
         if body.is_mapped and not body.is_huge and body.len >= BODY_HUGE_MIN:
             body.is_huge = True
             madvise(body.data, body.size, MADV_HUGEPAGE)
@@ -855,6 +870,10 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
     if conn.state == CONN_GENERAL:
+        if conn.then == THEN_READ_BODY:
+            conn_body_arrived(conn, n)
+            # The time Python takes is not the sender's.
+            conn.body_left_ns = max(conn.deadline_ns - server.now_ns, 1)
         conn_hand_over(conn, server.scratch, kept + <size_t>n)
     else:
         conn_parse(conn, server.scratch, kept + <size_t>n)
@@ -873,6 +892,7 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.state = CONN_HEAD
     conn.is_new = False
     conn.head_deadline_ns = 0
+    conn.body_left_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:
         server.accept_at_ns = server.now_ns     # an idle connection can make room
@@ -892,6 +912,7 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
     conn.state = CONN_GENERAL
     conn.is_new = False
     conn.head_deadline_ns = 0
+    conn.body_left_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
     if server.accept_at_ns < 0:
         server.accept_at_ns = server.now_ns     # an idle connection can make room
@@ -938,13 +959,16 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
         conn_end(conn)
     elif conn.then == THEN_AGAIN:
         conn.head_deadline_ns = 0
+        conn.body_left_ns = 0
         conn_to_handler(conn, REQUEST_GENERAL)
     elif conn.then == THEN_IDLE:
         conn_idle(conn)
     else:
         conn.state = CONN_GENERAL
         if conn.then == THEN_READ_BODY:
-            conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
+            if conn.body_left_ns == 0:
+                conn.body_left_ns = conn.server.limits.stall_timeout_ns
+            conn_set_deadline(conn, conn.server.now_ns + conn.body_left_ns)
         else:
             if conn.head_deadline_ns == 0:
                 conn.head_deadline_ns = conn.server.now_ns + conn.server.limits.head_timeout_ns

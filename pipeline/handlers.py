@@ -263,8 +263,7 @@ class Handlers:
         except RequestRejected as rejected:
             return self.rejected(rejected)
         except BaseException as error:  # whatever a node raises, its listener goes on
-            with self._lock:
-                self.process_failures += 1
+            self.count_process_failure()
             self._warn(
                 "failed to process Raft message of %s from %s",
                 format_id(sender),
@@ -307,8 +306,18 @@ class Handlers:
         self.snapshots.refused()
         return self._answer(503, "too many snapshots at once", close=True)
 
-    def refusal(self, status: int, text: str) -> Answer:
-        """Answer with a line of text, as etcd does."""
+    def snapshot_failed(
+        self,
+        request: Request,
+        sender: str,
+        status: int,
+        text: str,
+        error: BaseException | None = None,
+    ) -> Answer:
+        """Answer a snapshot that was not taken; ``error`` is shown in the log."""
+        self._warn(
+            "refused a snapshot of %s from %s: %s", sender, request.remote, text, exc_info=error
+        )
         return self._answer(status, text)
 
     def shutting_down(self) -> Answer:
@@ -381,7 +390,7 @@ class Handlers:
         """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
         refusal = self._check_post(request)
         if refusal is None and not (can_detach and self.snapshots.store is not None):
-            refusal = self.refusal(501, "Not Implemented")
+            refusal = self._answer(501, "Not Implemented")
         if refusal is None:
             refusal = self._note_sender(request)
         if refusal is not None:
@@ -466,6 +475,11 @@ class Handlers:
                 address = str(remote)
                 if address in counts or len(counts) < _MAX_SENDERS:
                     counts[address] = counts.get(address, 0) + 1
+
+    def count_process_failure(self) -> None:
+        """Count a call of ``process`` that raised."""
+        with self._lock:
+            self.process_failures += 1
 
     def count_received(self, sender: int, size_bytes: int) -> None:
         """Count bytes of a member."""

@@ -55,7 +55,8 @@ class Listener:
     UsageError
         If a URL is not valid, neither ``http`` nor ``https``, or ``https`` without credentials.
     OSError
-        If an address cannot be bound, or there are no descriptors left.
+        If an address cannot be bound, there are no descriptors left, or ``config.snapshot_dir``
+        cannot be made.
 
     Notes
     -----
@@ -149,7 +150,8 @@ class Listener:
         ----------
         deadline_s : float
             A request not answered within this many seconds has its connection closed. A call of
-            ``raft.process`` that blocks even longer keeps its thread until it returns.
+            ``raft.process`` that blocks even longer keeps its thread until it returns. A snapshot
+            that is still arriving is not waited for: it is ended at once, and its file removed.
 
         Notes
         -----

@@ -64,6 +64,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         ("To",),
         "Messages to a peer that were not delivered, or refused because its queue was full.",
     ),
+    "etcd_network_peer_round_trip_time_seconds": (
+        "histogram",
+        ("To",),
+        "Round trips of probes, in seconds, without connecting.",
+    ),
     "etcd_network_peer_received_failures_total": (
         "counter",
         ("From",),
@@ -165,7 +170,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_listener_body_timeouts_total": (
         "counter",
         _LISTENER,
-        "Connections closed because a body stalled.",
+        "Connections closed because a body stalled or dripped.",
     ),
     "raft_pipeline_listener_idle_timeouts_total": (
         "counter",
@@ -284,6 +289,9 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     local = format_id(transport.member_id)
     for peer in transport._peers.values():
         yield from _peer_samples(local, peer)
+    if transport._prober is not None:
+        for peer_id, round_trips in transport._prober.round_trips().items():
+            yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
     yield from _received_samples(local, transport.handlers)
     yield from _snapshot_samples(transport.handlers.snapshots)
     if (expires_at := transport.certificate_expires_at) is not None:

@@ -57,7 +57,8 @@ class SnapshotConnections:
     ----------
     handlers : Handlers
     config : ReceiverConfig
-        ``stall_timeout_s`` is how long a body may stall; there is no limit to the whole.
+        ``stall_timeout_s`` and ``min_body_rate`` bound how slowly a body may come; there is no
+        limit to the whole.
 
     Attributes
     ----------
@@ -118,7 +119,7 @@ class SnapshotConnections:
 
     def _start(self, connection: Connection, general: General) -> bool:
         try:
-            receiving = _Receiving(connection, general, self._config.stall_timeout_s)
+            receiving = _Receiving(connection, general, self._config)
             name = f"{self.name}-{next(self._numbers)}"
             thread = threading.Thread(target=self._serve, args=(receiving,), name=name, daemon=True)
             # Started under the lock: what is in the dictionary can be joined.
@@ -153,7 +154,7 @@ class _Receiving:
         Bytes of the body that have not been read; None when it is chunked.
     """
 
-    def __init__(self, connection: Connection, general: General, timeout_s: float) -> None:
+    def __init__(self, connection: Connection, general: General, config: ReceiverConfig) -> None:
         self.request: Request = general.request
         length = self.request.headers.get("content-length")
         is_chunked = "transfer-encoding" in self.request.headers
@@ -168,7 +169,10 @@ class _Receiving:
         self._is_direct = False  # what comes is body; h11 has nothing left
         self._data = memoryview(b"")  # of the body, read and not asked for yet
         self._buffer = memoryview(bytearray(_PARSE_BYTES if is_chunked else 0))
-        connection.settimeout(timeout_s)
+        self._config = config
+        self._received = 0  # bytes, and the seconds that we waited for them
+        self._waited_s = 0.0
+        connection.settimeout(config.stall_timeout_s)
 
     def readinto(self, view: memoryview) -> int:
         """Read some bytes of the body, at most ``len(view)``; 0 at the end."""
@@ -249,11 +253,18 @@ class _Receiving:
         if self._http.they_are_waiting_for_100_continue:
             go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             self._connection.sendall(self._http.send(go_on) or b"")
+        begin = time.monotonic()
         n = self._connection.recv_into(view)
+        # What the disk takes is not the sender's fault.
+        self._waited_s += time.monotonic() - begin
+        self._received += n
         if self._is_stopped:
             raise ClosingError("shutting down")
         if n == 0:
             raise BodyError("unexpected EOF")
+        rate = self._config.min_body_rate
+        if rate and self._waited_s > self._config.stall_timeout_s + self._received / rate:
+            raise TimeoutError
         return n
 
     def _linger(self) -> None:

@@ -184,6 +184,7 @@ class SnapshotReceiver:
             except RequestRejected as rejected:
                 return handlers.rejected(rejected)
             except BaseException as error:  # whatever a node raises, its listener goes on
+                handlers.count_process_failure()
                 return self._failed(sender, request, 500, "failed to process raft message", error)
         with self._lock:
             counts = self._sender(sender)
@@ -216,16 +217,10 @@ class SnapshotReceiver:
             self._sender(sender).failures += 1
         if error is not None:
             text = f"{text} ({_text_of(error)})"
-        logger.warning(
-            "refused a snapshot of %s from %s: %s",
-            sender,
-            request.remote,
-            text,
-            exc_info=None if isinstance(error, (BodyError, OSError)) else error,
-        )
         if isinstance(error, ClosingError):
             return self._handlers.shutting_down()
-        return self._handlers.refusal(status, text)
+        trace = None if isinstance(error, (BodyError, OSError)) else error
+        return self._handlers.snapshot_failed(request, sender, status, text, trace)
 
     @contextlib.contextmanager
     def _in_flight(self, sender: str) -> Iterator[None]:

@@ -33,13 +33,13 @@ class PipelineStats(NamedTuple):
     refused: int
     #: Answered 204.
     sent: int
-    #: Not answered 204; Raft was told.
+    #: Not answered 204, or too old to be sent (``max_queue_age``); Raft was told.
     failed: int
     #: Still queued when the pipeline was stopped.
     dropped: int
     #: Waiting in msgc.
     queued: int
-    #: With a worker.
+    #: With a worker, or being failed for its age.
     in_flight: int
     #: Protobuf bytes of what was sent (etcd ``peer_sent_bytes_total``).
     sent_bytes: int

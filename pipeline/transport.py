@@ -579,7 +579,7 @@ class Transport:
         UsageError
             If there is no URL, or the transport is not running.
         OSError
-            If the address cannot be bound.
+            If the address cannot be bound, or ``snapshot_dir`` cannot be made.
         """
         if url is None:
             if not self.peer_urls:

@@ -227,6 +227,22 @@ def test_the_transport_says_where_the_database_is(tmp_path: Path) -> None:
             transport.snapshot_path(-1)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"snapshot_dir": ""},
+        {"snapshot_dir": b"snap"},
+        {"snapshot_receives": 0},
+        {"snapshot_max_bytes": 0},
+        {"snapshot_dir_max_bytes": 1.5},
+    ],
+    ids=str,
+)
+def test_a_setting_that_makes_no_sense_is_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(setting))}: "):
+        ReceiverConfig(**setting)  # type: ignore[arg-type]
+
+
 def test_there_is_no_path_without_a_directory() -> None:
     with pytest.raises(UsageError, match="snapshot_dir is not set"):
         Transport(2, CLUSTER_ID, FakeRaft()).snapshot_path(1)
@@ -319,6 +335,30 @@ def test_a_bad_request_is_refused_as_etcd_does_and_leaves_nothing(
     assert node.raft.processed == []
 
 
+def test_who_sends_is_shown_to_who_wants_to_know(tmp_path: Path) -> None:
+    """etcd's addRemoteFromRequest, before the body is read."""
+    seen: list[tuple[int, tuple[str, ...]]] = []
+
+    class Seen:
+        def note(
+            self, sender: int, urls: tuple[str, ...], _caller: object, *, is_authenticated: bool
+        ) -> None:
+            assert not is_authenticated
+            seen.append((sender, urls))
+
+        def is_watched(self, _sender: int, *, is_authenticated: bool) -> bool:
+            return False
+
+    config = ReceiverConfig(snapshot_dir=tmp_path)
+    handlers = Handlers(
+        FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config, senders=Seen()
+    )
+    with Listener(handlers, "http://127.0.0.1:0", config) as listener:
+        assert ask(listener.url, post(b"")).status == 400
+        assert ask(listener.url, head(x_server_version=None)).status == 412
+    assert seen == [(1, ("http://10.0.0.1:2380",))]
+
+
 def test_a_rejection_by_the_node_is_its_own_answer_and_no_failure(node: Node) -> None:
     node.raft.process_error = RequestRejected(403, b"gone", "application/json")
     reply = ask(node.url, post(BODY))
@@ -345,6 +385,7 @@ def test_a_raising_process_is_answered_500(node: Node, error: BaseException, tex
         f"failed to process raft message ({text})\n",
     )
     assert node.results() == {"1": (0, 1)}
+    assert node.handlers.process_failures == 1
     node.raft.process_error = None
     assert ask(node.url, post(BODY)).status == 204
 
@@ -441,6 +482,26 @@ def test_a_body_that_stalls_is_given_up(make_node: MakeNode, sent: int, status: 
         reply = read_reply(sock)
     assert reply.status == status
     assert reply.body.endswith(b"(i/o timeout)\n")
+    assert node.files() == {}
+
+
+def test_a_body_that_drips_is_given_up(make_node: MakeNode) -> None:
+    node = make_node(stall_timeout_s=SHORT_TIMEOUT, min_body_rate=1_000_000)
+    with dial(node.url) as sock:
+        sock.sendall(raw_head(f"content-length: {len(BODY)}", line=LINE) + BODY[:50])
+        give_up = threading.Event()
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                while not give_up.wait(SHORT_TIMEOUT / 10):
+                    sock.sendall(b"x")
+
+        dripper = threading.Thread(target=drip)
+        dripper.start()
+        reply = read_reply(sock)
+        give_up.set()
+        dripper.join(LONG_TIMEOUT)
+    assert (reply.status, reply.body) == (500, b"failed to save KV snapshot (i/o timeout)\n")
     assert node.files() == {}
 
 

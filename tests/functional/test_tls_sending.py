@@ -632,6 +632,8 @@ def test_probes_go_over_one_tls_connection(authority: Authority) -> None:
         eventually(lambda: transport.probe_stats()[PEER].total >= 5)
         stats = transport.probe_stats()[PEER]
         assert (stats.is_healthy, stats.lost) == (True, 0)
+        assert stats.last_tls_s is not None
+        assert stats.last_tls_s > 0
         assert {probe.connection for probe in server.probes} == {0}
         assert transport.reload_tls()
         server.wait_for(lambda: server.probes[-1].connection == 1)

@@ -77,6 +77,9 @@ def test_our_series_are_called_and_labelled_as_etcd_s(tmp_path: Path) -> None:
         gone = f'etcd_network_disconnected_peers_total{{Local="{them}",Remote="{us}"}}'
         failed = f'etcd_network_peer_sent_failures_total{{To="{us}"}}'
         wait_until(lambda: etcd.metric(gone) > 0 and etcd.metric(failed) > 0, "etcd has seen us go")
+        # etcd looks at its probes 5 s after it began them.
+        trips = "etcd_network_peer_round_trip_time_seconds"
+        wait_until(lambda: trips in shapes(of_etcd()), "etcd has counted round trips")
         theirs = of_etcd()
 
     mine, etcds = shapes(ours), shapes(theirs)
@@ -85,6 +88,7 @@ def test_our_series_are_called_and_labelled_as_etcd_s(tmp_path: Path) -> None:
         "etcd_network_disconnected_peers_total",
         "etcd_network_peer_received_bytes_total",
         "etcd_network_peer_received_failures_total",
+        trips,
         "etcd_network_peer_sent_bytes_total",
         "etcd_network_peer_sent_failures_total",
         "etcd_network_snapshot_receive_failures",

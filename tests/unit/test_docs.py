@@ -116,6 +116,31 @@ def test_files_and_tests_a_document_names_exist(document: Path) -> None:
     assert missing == []
 
 
+def upstream_tests() -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "upstream-tests.md").read_text()
+    return re.findall(r"^\| `((?:Test|Benchmark)\w+)` \| (.*) \|$", text, re.MULTILINE)
+
+
+def test_every_upstream_test_has_a_row() -> None:
+    names = [name for name, _ in upstream_tests()]
+    assert len(set(names)) == len(names) == 43
+
+
+TO_COME = ("streams", "the snapshot channel, to come")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [row for row in upstream_tests() if not row[1].startswith(TO_COME)]
+)
+def test_an_upstream_test_is_found_under_its_name(name: str, ours: str) -> None:
+    """That what is named exists is checked for every document."""
+    named = re.findall(r"\w+\.py::(\w+)", ours)
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)
+    under_its_name = "_".join(words).lower()
+    assert named[0] == under_its_name or name.startswith("Benchmark")
+    assert all(test.startswith(under_its_name) for test in named[1:])
+
+
 def functions_of(path: Path) -> set[str]:
     return {
         node.name

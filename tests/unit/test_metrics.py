@@ -250,6 +250,36 @@ def test_transports_of_one_registry_share_a_collector_that_adds_up() -> None:
     assert shown.text.count("# TYPE etcd_network_active_peers ") == 1
 
 
+def test_round_trips_are_a_histogram_that_adds_up() -> None:
+    name = "etcd_network_peer_round_trip_time_seconds"
+    one, two = Transport(1, CLUSTER_ID, FakeRaft()), Transport(2, CLUSTER_ID, FakeRaft())
+    with one, two:
+        for transport, rtt_s in ((one, 0.0001), (two, 100.0)):
+            transport.add_peer(0xB2, ["http://127.0.0.1:1"])
+            assert transport._prober is not None
+            transport._prober._targets[0xB2].round_trips.observe(rtt_s)
+        shown = Exposition(MetricsCollector([one, two]))
+        for transport in (one, two):
+            transport.remove_peer(0xB2)
+        assert Exposition(MetricsCollector([one, two])).labels(f"{name}_count") == []
+    assert f"# TYPE {name} histogram" in shown.text
+    assert shown.value(f"{name}_count", To="b2") == 2
+    assert shown.value(f"{name}_sum", To="b2") == 100.0001
+    bounds = [labels["le"] for labels in shown.labels(f"{name}_bucket")]
+    assert bounds == [f"{0.0001 * 2**i:.4f}" for i in range(16)] + ["+Inf"]
+    assert shown.value(f"{name}_bucket", To="b2", le="0.0001") == 1  # bounds are inclusive
+    assert shown.value(f"{name}_bucket", To="b2", le="3.2768") == 1
+    assert shown.value(f"{name}_bucket", To="b2", le="+Inf") == 2
+
+
+def test_without_probing_there_are_no_round_trips() -> None:
+    config = TransportConfig(probe_interval_s=0)
+    with Transport(1, CLUSTER_ID, FakeRaft(), config=config) as transport:
+        transport.add_peer(2, ["http://127.0.0.1:1"])
+        shown = Exposition(transport.metrics_collector())
+    assert shown.labels("etcd_network_peer_round_trip_time_seconds_count") == []
+
+
 def test_a_second_collector_is_refused_by_the_registry() -> None:
     one, two = Transport(1, CLUSTER_ID, FakeRaft()), Transport(2, CLUSTER_ID, FakeRaft())
     with pytest.raises(ValueError, match="Duplicated timeseries"):
