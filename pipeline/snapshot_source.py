@@ -20,8 +20,13 @@ __all__ = ["ChunkSource", "FileSource", "SnapshotSource", "close_quietly", "open
 
 #: What ``Transport.send_snapshot`` takes: a path, a binary file, bytes, or an iterable of them.
 SnapshotSource: TypeAlias = (
-    "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
-    " | Iterable[bytes | bytearray | memoryview]"
+    str
+    | os.PathLike[str]
+    | BinaryIO
+    | bytes
+    | bytearray
+    | memoryview
+    | Iterable[bytes | bytearray | memoryview]
 )
 
 #: What is read at once of a file that cannot go out by ``sendfile``.
