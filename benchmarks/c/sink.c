@@ -28,6 +28,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "peak.h"
+
 enum {
     HEAD_CAP = 16 * 1024,      /* etcd's heads are about 350 bytes */
     SCRATCH_CAP = 1024 * 1024, /* a body is read in steps of this size */
@@ -219,10 +221,10 @@ static void print_counters(void)
     double cpu_s = (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) +
                    (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6;
     printf("{\"requests\": %llu, \"body_bytes\": %llu, \"connections\": %llu, \"gets\": %llu, "
-           "\"bad\": %llu, \"cpu_s\": %.6f, \"stamps_ns\": [",
+           "\"bad\": %llu, \"cpu_s\": %.6f, \"peak_kib\": %ld, \"stamps_ns\": [",
            (unsigned long long)counters.requests, (unsigned long long)counters.body_bytes,
            (unsigned long long)counters.connections, (unsigned long long)counters.gets,
-           (unsigned long long)counters.bad, cpu_s);
+           (unsigned long long)counters.bad, cpu_s, peak_kib());
     for (uint64_t i = 0; stamping && i < counters.requests && i < STAMPS_CAP; i++)
         printf("%s%lld", i ? ", " : "", (long long)stamps_ns[i]);
     printf("]}\n");

@@ -2,6 +2,7 @@
 //
 //	etcd send --url URL --body BYTES [--seconds S] [--warmup S] [--window 64] [--lone N]
 //	etcd receive
+//	etcd version
 //
 // send posts MsgSnap messages, which always take the pipeline (rafthttp/peer.go, pick), and learns from
 // ReportSnapshot that one is through. A window of outstanding messages keeps the pipeline's buffer of 64 full but
@@ -10,7 +11,7 @@
 //
 // receive serves Transport.Handler() to a Raft that does nothing, until stdin ends.
 //
-// Both print one JSON object. CPU is user and system time of this process (getrusage); no CPU is spent before the
+// Each prints one JSON object. CPU is user and system time of this process (getrusage); no CPU is spent before the
 // first message that is not taken off. Memory is the peak above what there was before the first message, when the
 // payload was already there.
 package main
@@ -215,7 +216,6 @@ func send(args []string) any {
 		"p50_us":               quantile(times, 0.50),
 		"p99_us":               quantile(times, 0.99),
 		"rss_above_payload_mb": (peak - rss) * 1024 / 1e6,
-		"go":                   runtime.Version(),
 	}
 }
 
@@ -237,7 +237,6 @@ func receive() any {
 		"total":          total,
 		"cpu_us_per_msg": (cpuSeconds() - startCPU) * 1e6 / float64(max(total, 1)),
 		"peak_mb":        (statusKiB("VmHWM") - rss) * 1024 / 1e6,
-		"go":             runtime.Version(),
 	}
 }
 
@@ -248,8 +247,10 @@ func main() {
 		result = send(os.Args[2:])
 	case len(os.Args) == 2 && os.Args[1] == "receive":
 		result = receive()
+	case len(os.Args) == 2 && os.Args[1] == "version":
+		result = map[string]any{"go": runtime.Version()}
 	default:
-		fmt.Fprintln(os.Stderr, "usage: etcd send --url URL ... | etcd receive")
+		fmt.Fprintln(os.Stderr, "usage: etcd send --url URL ... | etcd receive | etcd version")
 		os.Exit(2)
 	}
 	check(json.NewEncoder(os.Stdout).Encode(result))
