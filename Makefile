@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
 ASAN_SITE := build/asan/site
 
-.PHONY: build test lint typecheck demo bench bench-peers asan clean raftpb help
+.PHONY: build test lint typecheck demo bench bench-peers bench-growth bench-check bench-reference asan \
+	clean raftpb help
 
 help:
-	@echo "make demo test lint typecheck bench bench-peers asan build raftpb clean"
+	@echo "make demo test lint typecheck bench bench-peers bench-growth bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -63,6 +64,14 @@ bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender
 	$(MAKE) --no-print-directory benchmarks/bin/etcd || echo 'no etcd to compare with' >&2
 	$(BIN)/python benchmarks/compare.py --rounds $(or $(BENCH_ROUNDS),5) \
 		--subjects '$(BENCH_SUBJECTS)' --sizes '$(BENCH_SIZES)' $(BENCH_ARGS)
+
+# 1 to 128 peers, 1 to 64 workers, 64 B to 64 MiB.
+bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
+
+# Instructions per message against benchmarks/reference.json; the second makes this tree the reference.
+bench-check bench-reference: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(BIN)/python benchmarks/check.py $(if $(filter bench-reference,$@),--write)
 
 # The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow
 # (protobuf >= 6.31 in pyproject.toml), which is not so with a newer one.

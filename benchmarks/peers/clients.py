@@ -2,8 +2,8 @@
 
 Each gets what is best for it: the same encoded body again and again (no queue, no encoding), four
 threads or tasks with a connection each, headers made once. So what is measured is the client.
-``grpcio`` speaks HTTP/2 and needs a server of its own, ``grpcio-sink``, which is Python as well: its
-rate is that of the two together, its CPU that of the client.
+``grpcio`` speaks HTTP/2 and needs a server of its own, ``grpcio-sink``, which is Python as well. So
+its rate is that of the two together, its CPU that of the client.
 """
 
 from __future__ import annotations
