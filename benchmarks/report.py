@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import svg
 from driver import LONE_MESSAGES
 from harness import (
     BIN,
@@ -50,7 +51,7 @@ def run_one(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[st
     """One subject against a fresh sink; what the sink counted must be what was sent."""
     with Sink(stamp=mode == "lone") as sink:
         common = ("--port", sink.port, "--size")
-        if subject == "bare-c":
+        if subject == "bare-c" and mode != "work":
             load = ("--messages", LONE_MESSAGES) if mode == "lone" else ("--seconds", seconds)
             flags = {"spin": ("--spin",), "lone": ("--lone",)}.get(mode, ())
             result = run_json(BIN / "bare_sender", *common, wire_bytes, *load, *flags)
@@ -84,6 +85,7 @@ def measure(rounds: int, seconds: float, repeats: int, wire_bytes: int) -> Runs:
     plan.remove(("core-prebuilt", "spin"))
     plan += [("core", "busy"), ("baseline", "busy")]
     plan += [("bare-c", "lone"), ("core", "lone"), ("baseline", "lone")]
+    plan += [("bare-c", "work"), ("core", "work"), ("baseline", "work")]
     plan += [(subject, "receive") for subject in ("bare-c", "core", "uvicorn")]
     plan += [(subject, "receive-large") for subject in ("recv", "core", "uvicorn")]
     runs: Runs = {}
@@ -178,6 +180,9 @@ def rows_of_runs(runs: Runs) -> list[Row]:
     def us(run: str, *path: str) -> str:
         return f"{median(run, *path) / 1000:.2f} us"
 
+    def slower(subject: str) -> str:
+        return f"{median(f'{subject} work', 'slow_down'):.2f} x"
+
     def kept(subject: str) -> str:
         return f"{ratio(f'{subject} spin', f'{subject} rate', rate):.0%}"
 
@@ -259,6 +264,14 @@ def rows_of_runs(runs: Runs) -> list[Row]:
             "<= 500 us",
             p99_ns <= 500_000,
         ),
+        Row(
+            "Python work in the main thread, beside the pipeline at full rate, takes",
+            f"{slower('core')} at {median('core work', rate):,.0f}/s",
+            f"beside bare C in its own process {slower('bare-c')} at "
+            f"{median('bare-c work', rate):,.0f}/s, "
+            f"baseline {slower('baseline')} at {median('baseline work', rate):,.0f}/s",
+            f"{ratio('core work', 'bare-c work', 'slow_down'):.2f}",
+        ),
     ]
 
 
@@ -335,6 +348,25 @@ def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def chart(runs: Runs) -> str:
+    """P5: how many calls of ``send`` took how long, of all rounds together."""
+
+    def panel(mode: str) -> dict[str, float]:
+        results = runs[f"core {mode}"]
+        bounds = [f"{ns / 1000:g} us" for ns in results[0]["buckets_ns"]]
+        names = [*(f"up to {bound}" for bound in bounds), f"over {bounds[-1]}"]
+        counts = [sum(column) for column in zip(*(r["histogram"] for r in results), strict=True)]
+        return {name: n for name, n in zip(names, counts, strict=True) if n}
+
+    return svg.bars(
+        {
+            "send() while the loop is awake: calls": panel("busy"),
+            "send() that must wake the loop: calls": panel("lone"),
+        },
+        highlight="",
+    )
+
+
 def put_into(readme: Path, text: str, mark: str = "bench") -> None:
     """Replace what stands between ``mark:begin`` and ``mark:end`` in ``readme``."""
     before, begin, rest = readme.read_text().partition(f"<!-- {mark}:begin -->\n")
@@ -371,6 +403,7 @@ def main() -> None:
     }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_name("send-time.svg").write_text(chart(runs))
     lines = [table(rows)]
     foreign = [run["foreign_cores"] for each in runs.values() for run in each]
     disturbed = sum(cores > FOREIGN_CORES_MAX for cores in foreign)

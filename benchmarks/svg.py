@@ -78,7 +78,7 @@ def lines(
     """
     width, height, left, gap, parts = 250, 190, 46, 70, []
     for n, (title, (label, curves)) in enumerate(panels.items()):
-        x0, y0 = left + n * (width + gap), 40
+        x0, y0 = left + n * (width + gap), 46
         xs = [x for points in curves.values() for x, _ in points]
         ys = [y for points in curves.values() for _, y in points]
         x_low, x_high = math.log10(min(xs)), math.log10(max(xs))
@@ -99,7 +99,8 @@ def lines(
                 _text(place(x, ys[0])[0], y0 + height + 16, _short(x), "text-anchor='middle'")
             )
         parts.append(_text(x0 + width / 2, y0 + height + 16, label, "text-anchor='middle'"))
-        for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+        for order, (name, points) in enumerate(curves.items()):
+            colour = COLOURS[order]
             spots = [place(x, y) for x, y in points]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
             parts.append(
@@ -108,9 +109,8 @@ def lines(
             parts += [
                 f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{colour}'/>" for x, y in spots
             ]
-            at_x, at_y = spots[-1]
             parts.append(
-                f"<text x='{at_x:.0f}' y='{at_y - 8:.0f}' fill='{colour}' {FONT} text-anchor='end'>"
+                f"<text x='{x0 + 8 + 70 * order}' y='36' fill='{colour}' {FONT}>"
                 f"{escape(name)}</text>"
             )
-    return _document(left + len(panels) * (width + gap), 260, parts)
+    return _document(left + len(panels) * (width + gap), 266, parts)
