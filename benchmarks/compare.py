@@ -389,7 +389,7 @@ def publish(results: Sequence[Row], run: Row, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.6, help="of each measured run")
+    parser.add_argument("--seconds", type=float, default=0.8, help="of each measured run")
     parser.add_argument("--repeats", type=int, default=20, help="of disturbed runs, in all")
     parser.add_argument("--subjects", default="", help="only these, by commas")
     parser.add_argument("--sizes", default="", help="only these, in bytes, by commas")

@@ -53,7 +53,22 @@ WORK_TURNS = 5
 #: An I/O thread that is not asleep after this long would burn CPU for an idle peer.
 LONE_PAUSE_S = 0.002
 #: Upper bounds of the histogram of ``send``, in ns.
-BUCKETS_NS = (100, 200, 300, 400, 500, 750, 1000, 1500, 2000, 5000, 10_000, 50_000, 1_000_000)
+BUCKETS_NS = (
+    100,
+    200,
+    300,
+    400,
+    500,
+    750,
+    1000,
+    1500,
+    2000,
+    5000,
+    10_000,
+    20_000,
+    50_000,
+    1_000_000,
+)
 
 
 def spin(accepted: int, iterations: int = SPIN_ITERATIONS) -> None:
