@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -209,25 +209,51 @@ def why_skipped(subject: str) -> str | None:
     return None
 
 
-def measure(plan: Sequence[tuple[str, str, int]], args: argparse.Namespace) -> list[Row]:
-    """Every (side, subject, size) of ``plan``, ``args.rounds`` times; one object for each."""
-    rounds: dict[tuple[str, str, int], list[Row]] = {case: [] for case in plan}
+Case = tuple[str, str, int]  # side, subject, size
+
+
+def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., None]) -> None:
+    """Every case of ``plan``, ``args.rounds`` times; ``keep`` gets all there is after each round.
+
+    A case that fails twice in a round is given up, with all its rounds, and named: the others are
+    still worth having.
+    """
+    rounds: dict[Case, list[Row]] = {case: [] for case in plan}
+    failed: dict[str, str] = {}
     repeats, begun = args.repeats, time.monotonic()
     for n in range(args.rounds):
         for i, (side, subject, size) in enumerate(plan):
+            if (side, subject, size) not in rounds:
+                continue
             minutes = (time.monotonic() - begun) / 60
             at = f"{minutes:4.1f} min, round {n + 1}/{args.rounds}, {i + 1}/{len(plan)}"
-            say(f"{at}: {side} {label(size)} {subject}")
+            name = f"{side} {label(size)} {subject}"
+            say(f"{at}: {name}")
             run = partial(RUN[side], subject, size, args.seconds)
-            result = watched(run)
-            # Judged by what others did, never by the figure.
-            while result["foreign_cores"] > FOREIGN_CORES_MAX and repeats:
-                repeats -= 1
-                time.sleep(REPEAT_PAUSE_S)
-                result = watched(run)
-            rounds[side, subject, size].append(result)
+            try:
+                try:
+                    result = watched(run)
+                except SystemExit as error:
+                    say(f"{at}: {name}: once more, for {error}\n")
+                    result = watched(run)
+                # Judged by what others did, never by the figure.
+                while result["foreign_cores"] > FOREIGN_CORES_MAX and repeats:
+                    repeats -= 1
+                    time.sleep(REPEAT_PAUSE_S)
+                    result = watched(run)
+            except SystemExit as error:
+                say(f"{at}: {name}: given up, for {error}\n")
+                failed[name] = str(error)
+                del rounds[side, subject, size]
+            else:
+                rounds[side, subject, size].append(result)
+        keep(summary(rounds), failed, n + 1)
     say("")
-    return [
+
+
+def summary(rounds: Mapping[Case, Sequence[Row]]) -> list[Row]:
+    """One object for each case: the medians of its rounds, the rounds, and its ratios to etcd's."""
+    results: list[Row] = [
         {
             "case": f"{side}-{label(size).replace(' ', '')}",
             "side": side,
@@ -238,6 +264,8 @@ def measure(plan: Sequence[tuple[str, str, int]], args: argparse.Namespace) -> l
         }
         for (side, subject, size), done in rounds.items()
     ]
+    add_ratios(results)
+    return results
 
 
 def add_ratios(results: list[Row]) -> None:
@@ -417,8 +445,6 @@ def main() -> None:
             for subject in SIDES[side]
             if subject in chosen and subject not in skipped
         ]
-        results = measure(plan, args)
-        add_ratios(results)
         go = "no Go" if why_skipped(ETCD) else run_json(BIN / "etcd", "version")["go"]
         run = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -426,12 +452,15 @@ def main() -> None:
             "machine": machine(),
             "versions": versions(),
             "go": go,
-            "rounds": args.rounds,
             "seconds": args.seconds,
-            "skipped": skipped,
         }
-        out.write_text(json.dumps(results, indent=1) + "\n")
-        out_run.write_text(json.dumps(run, indent=1) + "\n")
+
+        def keep(results: Sequence[Row], failed: Mapping[str, str], rounds: int) -> None:
+            out.write_text(json.dumps(results, indent=1) + "\n")
+            more = {"rounds": rounds, "skipped": {**skipped, **failed}}
+            out_run.write_text(json.dumps({**run, **more}, indent=1) + "\n")
+
+        measure(plan, args, keep)
     publish(json.loads(out.read_text()), json.loads(out_run.read_text()), args)
 
 

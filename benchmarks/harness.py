@@ -30,6 +30,8 @@ CLUSTER_ID = 0xCDF818194E3A8C32
 TERM = 7
 
 SUBJECTS = ("core", "core-prebuilt", "baseline")
+#: No run takes a tenth of this; one that hangs must not hold up the rest.
+RUN_TIMEOUT_S = 120.0
 #: From this size on a message is a MsgSnap; appends are smaller (etcd's maxSizePerMsg).
 SNAPSHOT_BYTES = 1 << 20
 
@@ -95,7 +97,12 @@ class Sink(Listening):
 def run_json(*command: object) -> dict[str, Any]:
     """Run a program that prints one JSON object; it must succeed."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
+    try:
+        done = subprocess.run(
+            words, check=False, stdout=subprocess.PIPE, text=True, timeout=RUN_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"not done after {RUN_TIMEOUT_S} s: {' '.join(words)}") from None
     if done.returncode:
         raise SystemExit(f"failed with {done.returncode}: {' '.join(words)}")
     result: dict[str, Any] = json.loads(done.stdout)
