@@ -86,6 +86,11 @@ def connections(size: int) -> int:
     return 4 if size <= SNAPSHOT_BYTES else 1
 
 
+def seconds_of(size: int, seconds: float) -> float:
+    """The measured time: more for the largest, of which the slowest send a few a second."""
+    return seconds if size <= SNAPSHOT_BYTES else seconds * 2.5
+
+
 def row(result: Row, lone_ns: Sequence[float], above_mb: float) -> Row:
     """The figures of one round, by the names of ``FIGURES``."""
     lone = quantiles(lone_ns)
@@ -229,7 +234,7 @@ def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., 
             at = f"{minutes:4.1f} min, round {n + 1}/{args.rounds}, {i + 1}/{len(plan)}"
             name = f"{side} {label(size)} {subject}"
             say(f"{at}: {name}")
-            run = partial(RUN[side], subject, size, args.seconds)
+            run = partial(RUN[side], subject, size, seconds_of(size, args.seconds))
             try:
                 try:
                     result = watched(run)
