@@ -357,7 +357,7 @@ def chart(results: Sequence[Row]) -> str:
         }
         if values:
             ranked = dict(sorted(values.items(), key=lambda item: item[1]))
-            panels[f"{side}, {label(size)}: CPU us per message, less is better"] = ranked
+            panels[f"{side}, {label(size)}: CPU us per message (log scale, less is good)"] = ranked
     return svg.bars(panels, OURS)
 
 
