@@ -50,8 +50,10 @@ RESULTS = HERE / "results"
 SIZES = (128, 1 << 10, 16 << 10, 1 << 20, 64 << 20)
 CLIENTS_PY = HERE / "peers" / "clients.py"
 OURS, ETCD, BARE, BARE_THREADS = "ours", "etcd", "bare-c", "bare-c-threads"
-#: What is ours and what is Go's, in one program each; the rest is compared with them.
-SENDERS = (ETCD, OURS, BARE, BARE_THREADS, "urllib3", *CLIENTS)
+#: As ``ours``, but with a new ``Message`` for each ``send``. The Go program offers one message
+#: again and again, as everyone else here does, so ``ours`` is what is compared with it.
+OURS_ANEW = "ours-anew"
+SENDERS = (ETCD, OURS, OURS_ANEW, BARE, BARE_THREADS, "urllib3", *CLIENTS)
 RECEIVERS = (ETCD, OURS, "uvicorn", BARE)
 PAIRS = (ETCD, OURS)
 SIDES = {"send": SENDERS, "receive": RECEIVERS, "both": PAIRS}
@@ -134,7 +136,7 @@ def send_to(subject: str, port: int, size: int, seconds: float) -> tuple[Row, in
     if subject in CLIENTS:
         command = [CLIENTS_PY, subject, "--size", wire_bytes]
     else:
-        name = {OURS: "core", "urllib3": "baseline"}[subject]
+        name = {OURS: "core-prebuilt", OURS_ANEW: "core", "urllib3": "baseline"}[subject]
         command = [HERE / "driver.py", name, "peer", "--size", size]
     result = run_json(sys.executable, *command, "--port", port, *timing)
     return row(result, result["lone_ns"], result["rss_above_payload_mb"]), result["total"]
