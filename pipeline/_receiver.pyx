@@ -4,7 +4,8 @@
 ``_server.pxd`` holds what runs without the GIL. Handler threads run ``Receiver.serve``: they take
 requests, make messages of them, have ``handlers.py`` answer, and give the connection back. A thread
 goes on from request to request without letting go of the GIL, as long as there are any; each
-request is taken singly, so that one that blocks holds up nothing but its own connection.
+request is taken singly, so that one that blocks holds up nothing but its own connection. When there
+are none, one of them runs the loop.
 """
 
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -106,7 +107,7 @@ cdef class Remote:
 
 
 cdef class Receiver:
-    """One native I/O thread that serves a node's peer ports.
+    """Serves a node's peer ports.
 
     Parameters
     ----------
@@ -119,7 +120,8 @@ cdef class Receiver:
     Notes
     -----
     Thread-safe. ``start``, ``serve`` in as many threads as ``config.handlers``, ``begin_close``,
-    ``wait_closed``, in this order.
+    ``wait_closed``, in this order. ``start`` makes a native thread, which runs the loop while no
+    handler thread does.
     """
 
     cdef server_t server
@@ -255,7 +257,7 @@ cdef class Receiver:
                 pthread_mutex_unlock(&self.server.lock)
             if conn is NULL:
                 with nogil:
-                    # Wait for a request. Only C state is touched.
+                    # Wait for a request, or run the loop until there is one. Only C state.
                     conn = server_wait(&self.server, handler)
                 if conn is NULL:
                     return 0

@@ -1,8 +1,16 @@
-"""The receiving loop: one native thread that accepts, reads, recognises, decodes and answers.
+"""The receiving loop: accepts, reads, recognises, decodes and answers, without the GIL.
 
 Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``:
 a connection belongs to the loop, or, with a request, to a handler thread; it goes over through the
-request queue and comes back through ``returned``. The loop never takes the GIL.
+request queue and comes back through ``returned``.
+
+The loop is run by one thread at a time, the *leader*. To wake another for each request would cost
+more than the request. So a handler thread with nothing to do leads, until it has read a request;
+then it gives up the lead, has the request processed, answers it, and leads again. Meanwhile others
+may be waited for in vain: ``process`` may block, and so may the GIL. Then the native thread, the
+*stand-in*, leads. A timer tells it that nobody has for STAND_IN_NS; nobody leads without that
+timer running. It gives the lead to the next handler thread it has to wake for a request anyway. It
+also leads first, and alone once the loop is to stop.
 
 What it knows is one kind of request (``http_recognise_post``) whose head, but for its length,
 Python has accepted before. Everything else is *general*: the loop reads bytes and hands them over,
@@ -774,7 +782,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
             conn_add_runnable(conn)
             return
     # What comes behind the body may have arrived with it, and epoll will not say so again.
-    conn.has_event = True
+    store_int(&conn.has_event, True)
     server.buffered_bytes -= <int64_t>body.len
     server.counts.fast_requests += 1
     conn_deliver(conn)
@@ -974,7 +982,7 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         return
     if not flags & ~EPOLLOUT:
         return
-    conn.has_event = conn.has_ended
+    store_int(&conn.has_event, conn.has_ended)  # a thread that has given it back may still look
     if conn.state == CONN_BODY:
         conn_read_body(conn)
     elif conn.state == CONN_LINGERING:

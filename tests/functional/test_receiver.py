@@ -22,7 +22,15 @@ from pipeline.errors import RequestRejected
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
-from tests.functional.test_listener import ANY, GOOD, ipv6, is_closed, listen, listener_threads
+from tests.functional.test_listener import (
+    A_SECOND,
+    ANY,
+    GOOD,
+    ipv6,
+    is_closed,
+    listen,
+    listener_threads,
+)
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.http import (
     HEARTBEAT,
@@ -374,6 +382,57 @@ def test_bodies_are_not_read_while_all_handlers_are_busy(gate: threading.Event) 
             large.sendall(memoryview(body)[sent:])
             assert read_status(large) == 204
     assert len(raft.processed[1].entries[0].data or b"") == 64 * MIB
+
+
+# Who leads
+
+
+def test_the_loop_goes_on_while_the_thread_that_ran_it_is_blocked(gate: threading.Event) -> None:
+    raft = FakeRaft()
+    config = ReceiverConfig(handlers=1, head_timeout_s=A_SECOND)
+    with listen(raft, config=config) as listener:
+        post_heartbeat(listener.url)  # from now on the handler thread leads
+        raft.gate = gate
+        with dial(listener.url) as blocked, dial(listener.url) as late:
+            blocked.sendall(GOOD)
+            raft.wait_processed(2)
+            late.sendall(GOOD[:9])
+            settle(listener)
+            stranger = peer_headers(x_etcd_cluster_id="1")
+            assert reply_of_socket(listener.url, "POST", "/raft", stranger, b"").status == 412
+            assert is_closed(late)
+            assert listener.stats().head_timeouts == 1
+            gate.set()
+            assert read_status(blocked) == 204
+        assert post_heartbeat(listener.url).status == 204
+
+
+@pytest.mark.parametrize("handlers", [1, 2, 4])
+def test_nothing_is_lost_when_the_lead_changes_hands(handlers: int) -> None:
+    class Uneven(FakeRaft):
+        def process(self, message: Message) -> None:
+            super().process(message)
+            time.sleep((0.0, 0.0002, 0.0006, 0.002)[len(self.processed) % 4])
+
+    def call() -> None:
+        with dial(listener.url) as sock:
+            for n in range(40):
+                sock.sendall(GOOD)
+                assert read_status(sock) == 204
+                if n % 8 == 0:
+                    settle(listener)
+        done.release()
+
+    raft = Uneven()
+    done = threading.Semaphore(0)
+    with listen(raft, config=ReceiverConfig(handlers=handlers)) as listener:
+        threads = [threading.Thread(target=call) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG_TIMEOUT)
+            assert done.acquire(blocking=False), "an answer did not come"
+        assert len(raft.processed) == 6 * 40
 
 
 # Bodies
