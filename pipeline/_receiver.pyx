@@ -8,6 +8,7 @@ request is taken singly, so that one that blocks holds up nothing but its own co
 are none, one of them runs the loop.
 """
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -22,12 +23,13 @@ from pipeline._server cimport (
     REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_FREE, THEN_NEXT, answer_204_t, body_free,
     body_init, body_t, conn_answer_here, conn_give_back, conn_give_back_locked, conn_save, conn_t,
     handler_t, request_free, request_t, server_add_handler, server_close_descriptors, server_free,
-    server_init, server_learn, server_limits_t, server_remove_handler, server_start, server_stop,
-    server_t, server_take, server_wait,
+    server_init, server_learn, server_limits_t, server_recycle, server_remove_handler, server_start,
+    server_stop, server_t, server_take, server_wait,
 )
 from pipeline._sync cimport (
     add_int, clock_ns, close, deadline_timespec, pthread_cond_timedwait, pthread_join,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, store_int,
+    timespec,
 )
 
 import logging
@@ -79,13 +81,15 @@ def recognise_post(const uint8_t[::1] data not None):
     return post.head_len, post.content_length
 
 
+@cython.no_gc_clear             # __dealloc__ needs the receiver
 cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     cdef body_t c               # owned
+    cdef Receiver receiver      # may use the memory again
 
     def __dealloc__(self):
-        body_free(&self.c)
+        server_recycle(&self.receiver.server, &self.c)
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
@@ -217,6 +221,7 @@ cdef class Receiver:
             close(self.server.listening[i])
         self.server.n_listening = 0
         server_close_descriptors(&self.server)
+        store_int(&self.server.is_stopping, 1)  # nothing is kept to be used again
         # is_running stays: what the parent's thread was at work on when it was copied is not
         # touched, nor freed.
 
@@ -329,6 +334,7 @@ cdef class Receiver:
             return self.handlers.deliver(Request("POST", "/raft", {}, remote), data)
         if request.body.size >= BODY_MAPPED_MIN:
             body = Body.__new__(Body)
+            body.receiver = self
             body.c = request.body
             memset(&request.body, 0, sizeof(body_t))
         message = message_from_decoded(&request.decoded, body)

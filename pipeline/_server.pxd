@@ -18,6 +18,7 @@ Python makes sense of them (``general.py``) and says what to write and how to go
 
 Memory grows with the bytes that arrived. A large body is read into address space reserved for it
 (an untouched page is no memory), which then becomes the message's own; nothing is copied again.
+The last one that was freed is kept for a moment and used again.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -38,7 +39,8 @@ from pipeline._sync cimport (
     sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr, thread_start, time, time_t, write,
 )
 from pipeline._sync cimport (
-    CLOCK_MONOTONIC, TFD_CLOEXEC, itimerspec, read, timerfd_create, timerfd_settime,
+    CLOCK_MONOTONIC, TFD_CLOEXEC, itimerspec, pthread_mutex_trylock, read, timerfd_create,
+    timerfd_settime,
 )
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
 
@@ -53,6 +55,10 @@ cdef enum:
     # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
     # 32 faults instead of 16,384. A body costs at most one such piece more than has arrived.
     BODY_HUGE_MIN = 2 << 20
+    # The memory of the last large body is kept this long, to be used again: the kernel clears each
+    # fresh page, which costs as much as to read what goes into it. 64 MiB and their framing.
+    SPARE_MAX = 65 << 20
+    SPARE_NS = 2000000000
     HEADS_MAX = 64
     ACCEPT_STEP = 64
     ACCEPT_RETRY_NS = 100000000
@@ -91,6 +97,11 @@ cdef enum:
     QUEUES
     TYPE_PROP = 2
 
+cdef enum:
+    SPARE_NONE = 0
+    SPARE_NEW               # the leader does not know of it yet
+    SPARE_KNOWN             # the leader will look at it in time
+
 # How Python wants a connection to go on.
 cdef enum:
     THEN_NEXT = 0           # the request is answered: read the next one
@@ -106,7 +117,7 @@ cdef struct body_t:
     uint8_t* data           # owned; NULL when handed on
     size_t len              # arrived
     size_t size             # announced
-    bint is_mapped
+    size_t mapped           # bytes of address space; 0: allocated
     bint is_huge
 
 # What a handler thread is given: the one request of its connection.
@@ -207,6 +218,8 @@ cdef struct server_t:
     server_counts_t counts
 
     pthread_mutex_t lock    # guards what follows
+    body_t spare            # owned: what is kept, if has_spare
+    int64_t spare_until_ns
     int is_led              # somebody leads; written under the lock, and atomic
     bint is_armed           # the stand-in will look whether somebody leads; always when nobody does
     int64_t left_ns         # when the lead was last given up
@@ -224,6 +237,7 @@ cdef struct server_t:
     int n_heads
     int next_head
 
+    int has_spare           # SPARE_, atomic
     int wants_returned      # atomic: the loop is to be woken for every connection given back
     conn_t* oldest          # the leader's own from here on; the lock hands it over
     conn_t* newest
@@ -252,8 +266,8 @@ cdef struct server_t:
 
 cdef inline void body_free(body_t* body) noexcept nogil:
     if body.data is not NULL:
-        if body.is_mapped:
-            munmap(body.data, body.size)
+        if body.mapped > 0:
+            munmap(body.data, body.mapped)
         else:
             free(body.data)
     memset(body, 0, sizeof(body_t))
@@ -264,7 +278,7 @@ cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
     memset(body, 0, sizeof(body_t))
     body.size = size
     if size >= BODY_MAPPED_MIN:
-        body.is_mapped = True
+        body.mapped = size
         body.data = <uint8_t*>mmap(NULL, size, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if body.data is <uint8_t*>MAP_FAILED:
@@ -355,6 +369,56 @@ cdef inline void server_wake(server_t* server) noexcept nogil:
     cdef uint64_t one = 1
     if load_int(&server.is_sleeping) and swap_int(&server.is_sleeping, 0):
         write(server.wakefd, &one, sizeof(one))
+
+
+cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
+    """Free a body, but keep its memory for a while if it is large. Never waits."""
+    cdef body_t older
+    if body.mapped > 0 and body.mapped <= SPARE_MAX and body.len == body.size \
+            and pthread_mutex_trylock(&server.lock) == 0:
+        if not load_int(&server.is_stopping):       # then nobody would free it
+            older = server.spare
+            server.spare = body[0]
+            body[0] = older
+            server.spare_until_ns = clock_ns() + SPARE_NS
+            if load_int(&server.has_spare) == SPARE_NONE:
+                store_int(&server.has_spare, SPARE_NEW)
+                server_wake(server)
+        pthread_mutex_unlock(&server.lock)
+    body_free(body)
+
+
+cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) noexcept nogil:
+    """Make room in what was kept, if that is neither too small nor more than twice as large."""
+    cdef bint is_fit
+    if size < BODY_MAPPED_MIN or load_int(&server.has_spare) == SPARE_NONE:
+        return False
+    pthread_mutex_lock(&server.lock)
+    is_fit = size <= server.spare.mapped <= 2 * size
+    if is_fit:
+        body[0] = server.spare
+        body.size = size
+        body.len = 0
+        memset(&server.spare, 0, sizeof(body_t))
+        store_int(&server.has_spare, SPARE_NONE)
+    pthread_mutex_unlock(&server.lock)
+    return is_fit
+
+
+cdef inline void server_check_spare(server_t* server) noexcept nogil:
+    """Free what was kept and not used in time, or see to it that it will be."""
+    cdef body_t body
+    memset(&body, 0, sizeof(body))
+    pthread_mutex_lock(&server.lock)
+    if server.now_ns < server.spare_until_ns:
+        store_int(&server.has_spare, SPARE_KNOWN)
+        server_look_at(server, server.spare_until_ns)
+    else:
+        body = server.spare
+        memset(&server.spare, 0, sizeof(body_t))
+        store_int(&server.has_spare, SPARE_NONE)
+    pthread_mutex_unlock(&server.lock)
+    body_free(&body)
 
 
 cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
@@ -699,7 +763,8 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
         return
     size = <size_t>post.content_length
     have = n - post.head_len
-    if not body_init(&conn.request.body, size):
+    if not server_reuse_body(server, &conn.request.body, size) \
+            and not body_init(&conn.request.body, size):
         conn_close(conn)
         return
     if have >= size:
@@ -775,7 +840,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         server.buffered_bytes += n
         budget -= <size_t>n
         conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
-        if body.is_mapped and not body.is_huge and body.len >= BODY_HUGE_MIN:
+        if body.mapped > 0 and not body.is_huge and body.len >= BODY_HUGE_MIN:
             body.is_huge = True
             madvise(body.data, body.size, MADV_HUGEPAGE)
         if budget == 0 and body.len < body.size:
@@ -1116,6 +1181,8 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             server_signal_handlers(server, True)
         else:
             server.next_deadline_ns = server.queue_check_ns
+    if load_int(&server.has_spare) != SPARE_NONE:
+        server_check_spare(server)
     if server.accept_at_ns > 0:
         if server.now_ns >= server.accept_at_ns:
             server_resume_accept(server)
@@ -1187,6 +1254,8 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     if server.runnable is not NULL:
         server_run_runnable(server)
     server_free_buried(server)
+    if load_int(&server.has_spare) == SPARE_NEW:
+        server_check_spare(server)
     if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
             and not server.has_begun_stop:
         server_resume_accept(server)
@@ -1207,6 +1276,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
         store_int(&server.is_sleeping, 1)
         if load_ptr(<void**>&server.returned) is not NULL \
+                or load_int(&server.has_spare) == SPARE_NEW \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
                 or load_int(&server.is_stopping) == 2:
             timeout_ms = 0
@@ -1348,6 +1418,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         following = conn.next_returned
         conn_free(conn)
         conn = following
+    body_free(&server.spare)
     server.counts.connections = 0
     server.is_closed = True
     pthread_cond_broadcast(&server.handlers_queued)

@@ -486,6 +486,44 @@ def test_a_64_mib_snapshot_is_one_copy_whose_memory_is_given_back() -> None:
             wait_for_memory(bound)  # the handler may not be through with it
 
 
+def test_memory_used_again_holds_the_new_body_and_only_that() -> None:
+    raft = FakeRaft()
+    sizes = [3 * MIB, 2 * MIB, MIB, 3 * MIB + 1, 5 * MIB, 2 * MIB, 2 * MIB]
+    with listen(raft) as listener, dial(listener.url) as sock:
+        kept: list[tuple[Message, bytes]] = []
+        for n, size in enumerate(sizes * 2):
+            data = os.urandom(MIB) * (size // MIB) + bytes([n]) * (size % MIB)
+            body = Message(type=MessageType.APP, from_=1, entries=[Entry(data=data)]).marshal()
+            sock.sendall(head_of(body))
+            sock.sendall(body)
+            assert read_status(sock) == 204
+            message = raft.processed.pop()
+            assert message.entries[0].data == data
+            if n % 3 == 0:  # what the node keeps is not touched; the rest may be used again
+                kept.append((message, data))
+            del message
+        for message, data in kept:
+            assert message.entries[0].data == data
+
+
+@pytest.mark.parametrize("freed", ["before", "after"])
+def test_no_memory_is_kept_once_the_listener_is_closed(freed: str) -> None:
+    raft = FakeRaft()
+    body = message_of(MessageType.APP, 64 * MIB)
+    listener = listen(raft)
+    before = rss()
+    with dial(listener.url) as sock:
+        sock.sendall(head_of(body))
+        sock.sendall(body)
+        assert read_status(sock) == 204
+    if freed == "before":
+        raft.processed.clear()
+    listener.close()
+    raft.processed.clear()
+    # At once: a listener that runs would keep it for two seconds.
+    assert rss() - before < 8 * MIB
+
+
 def test_a_malformed_64_mib_body_is_answered_400() -> None:
     raft = FakeRaft()
     with listen(raft) as listener, dial(listener.url) as sock:
