@@ -88,12 +88,15 @@ class EtcdMember:
         Peer URL of the cluster's other member, which it knows as ``python``.
     token : str
         Cluster token: clusters with the same URLs and another token have other ids.
+    more_urls : sequence of str
+        Peer URLs of further members, one each.
 
     Attributes
     ----------
     peer_url, client_url : str
         Where it listens.
     id, other_id, cluster_id : int
+    more_ids : tuple of int
         What etcd computes for this cluster.
     """
 
@@ -103,7 +106,9 @@ class EtcdMember:
         directory: Path,
         other_url: str,
         token: str = "raft-pipeline",
+        *,
         flags: Sequence[str] = (),
+        more_urls: Sequence[str] = (),
     ) -> None:
         self.binary = binary
         self.directory = directory
@@ -114,7 +119,9 @@ class EtcdMember:
         self.client_url = f"http://127.0.0.1:{free_port()}"
         self.id = member_id([self.peer_url], token)
         self.other_id = member_id([other_url], token)
-        self.cluster_id = cluster_id([self.id, self.other_id])
+        self.more_urls = tuple(more_urls)
+        self.more_ids = tuple(member_id([url], token) for url in more_urls)
+        self.cluster_id = cluster_id([self.id, self.other_id, *self.more_ids])
         self.log_path = directory / "etcd.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._http = urllib3.PoolManager(
@@ -123,6 +130,9 @@ class EtcdMember:
 
     def start(self) -> None:
         """Start the process, on the data of its last run if there was one. Does not wait."""
+        others = {"python": self.other_url}
+        others |= {f"python{n}": url for n, url in enumerate(self.more_urls, 2)}
+        members = ",".join(f"{name}={url}" for name, url in others.items())
         command = [
             *(os.fspath(self.binary), "--name", "etcd"),
             *("--data-dir", os.fspath(self.directory / "data")),
@@ -130,7 +140,7 @@ class EtcdMember:
             *("--advertise-client-urls", self.client_url),
             *("--listen-peer-urls", self.peer_url),
             *("--initial-advertise-peer-urls", self.peer_url),
-            *("--initial-cluster", f"etcd={self.peer_url},python={self.other_url}"),
+            *("--initial-cluster", f"etcd={self.peer_url},{members}"),
             *("--initial-cluster-state", "new"),
             *("--initial-cluster-token", self.token),
             *("--logger", "zap"),
@@ -153,7 +163,7 @@ class EtcdMember:
     def wait_ready(
         self, timeout_s: float = READY_TIMEOUT_S, poll: Callable[[], object] = lambda: None
     ) -> None:
-        """Block until the member answers a linearizable read, which takes both members.
+        """Block until the member answers a linearizable read, which takes a majority.
 
         ``poll`` is called about every 50 ms; what it raises ends the wait.
         """

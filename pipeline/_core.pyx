@@ -18,7 +18,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.uio cimport iovec
 
-from pipeline._counters cimport books_t, follower_stddev_ms, follower_t
+from pipeline._counters cimport books_check, books_t, follower_stddev_ms, follower_t
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
@@ -26,7 +26,8 @@ from pipeline._loop cimport (
     EVENT_FAILED, EVENT_SUCCEEDED, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, OFFER_ACCEPTED,
     OUTCOME_FAILED, OUTCOME_SENT, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free,
     loop_init, loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop,
-    pipe_count, pipe_free, pipe_init, pipe_offer, pipe_t, worker_give_back, worker_t,
+    pipe_count, pipe_count_taken, pipe_free, pipe_init, pipe_offer, pipe_t, worker_give_back,
+    worker_t,
 )
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
@@ -39,7 +40,7 @@ from pipeline._sync cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, load_int, load_ptr,
     pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
-    swap_ptr, timespec,
+    swap_int, swap_ptr, timespec,
 )
 
 import enum
@@ -165,6 +166,15 @@ cdef void job_free(job_t* job) noexcept:
     for i in range(job.n_owners):
         Py_DECREF(<object><PyObject*>job.owners[i])
     free(job)
+
+
+cdef void jobs_free(job_t* first) noexcept:
+    """Free a list of jobs."""
+    cdef job_t* job
+    while first is not NULL:
+        job = first
+        first = job.next
+        job_free(job)
 
 
 cdef job_t* job_copy(const void* data, size_t size) except NULL:
@@ -497,6 +507,10 @@ cdef class IOLoop:
         return (<Sender>taken.worker.pipe.owner, taken.worker.index, EVENTS[taken.kind],
                 taken.error)
 
+    def take_expired(self):
+        """Return the senders that may have messages to be failed for their age; often none."""
+        return list(self.senders) if swap_int(&self.loop.has_expired, 0) else []
+
     def queue_chores(self):
         """Have ``next_event`` return for chores in some dispatcher thread, soon."""
         with nogil:
@@ -562,11 +576,13 @@ cdef class Sender:
             if self.pipe.workers[i].job is not NULL:
                 job_free(self.pipe.workers[i].job)
                 self.pipe.workers[i].job = NULL
+        jobs_free(self.pipe.expired)            # the same
         pipe_free(&self.pipe)
 
     def open(self, IOLoop loop not None, ActiveFlag active not None, *, profile, int connections,
              uint32_t queue_length, int64_t queue_bytes, double response_timeout_s,
-             double stall_timeout_s, double idle_timeout_s, double dead_link_timeout_s):
+             double stall_timeout_s, double idle_timeout_s, double dead_link_timeout_s,
+             double max_queue_age_s):
         """Let the loop run this sender's workers. Once."""
         cdef limits_t limits
         if self.is_open:
@@ -576,6 +592,7 @@ cdef class Sender:
         limits.stall_timeout_ns = <int64_t>(stall_timeout_s * 1e9)
         limits.idle_timeout_ns = <int64_t>(idle_timeout_s * 1e9)
         limits.dead_link_timeout_ns = <int64_t>(dead_link_timeout_s * 1e9)
+        limits.max_queue_age_ns = <int64_t>(max_queue_age_s * 1e9)
         self.profile = profile_index(profile)
         self.loop = loop
         self.active = active
@@ -724,9 +741,51 @@ cdef class Sender:
         """Handle an event of worker ``index``; the subclass does."""
         raise NotImplementedError
 
+    def on_expired(self):
+        """Handle what ``take_expired`` returns; the subclass does, in a dispatcher thread."""
+        raise NotImplementedError
+
     def forget_after_fork(self):
         """Let go, in a forked child, of what the workers use; the subclass does."""
         raise NotImplementedError
+
+    def take_expired(self):
+        """Take the messages that waited too long: a list of (type, to), oldest first.
+
+        They are in flight until ``finish_expired``. Thread-safe.
+        """
+        cdef job_t* first
+        cdef job_t* job
+        cdef list expired = []
+        if not self.is_open:
+            return expired
+        with nogil:
+            # The loop may hold the pipe's lock for a moment. Only C state is touched.
+            pthread_mutex_lock(&self.pipe.lock)
+            first = job = self.pipe.expired
+            self.pipe.expired = NULL
+            while job is not NULL:
+                pipe_count_taken(&self.pipe, job)
+                if job.type == TYPE_APP:
+                    self.pipe.follower.fail += 1
+                job = job.next
+            pthread_mutex_unlock(&self.pipe.lock)
+        job = first
+        while job is not NULL:
+            expired.append((job.type, job.to))
+            job = job.next
+        jobs_free(first)
+        expired.reverse()
+        return expired
+
+    def finish_expired(self, uint64_t count):
+        """Write the outcome of ``count`` messages taken by ``take_expired`` into the books."""
+        with nogil:
+            pthread_mutex_lock(&self.pipe.lock)
+            self.pipe.books.in_flight -= count
+            self.pipe.books.failed += count
+            books_check(&self.pipe.books)
+            pthread_mutex_unlock(&self.pipe.lock)
 
     # -- for the dispatcher thread that holds a worker
 

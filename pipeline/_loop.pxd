@@ -109,6 +109,7 @@ cdef struct job_t:
     uint64_t to
     size_t size_bytes       # of the protobuf message: Content-Length
     uint64_t number         # order of offers, over both rings of a pipe
+    int64_t offered_ns      # only with limits.max_queue_age_ns
     int64_t taken_ns        # when a worker took it; latency counts from here
     int32_t type
     bint retried            # already moved once to a fresh connection
@@ -160,6 +161,7 @@ cdef struct limits_t:
     int64_t stall_timeout_ns
     int64_t idle_timeout_ns
     int64_t dead_link_timeout_ns
+    int64_t max_queue_age_ns        # 0 is none
 
 cdef struct pipe_t:
     pthread_mutex_t lock    # guards what follows, down to the blank line
@@ -169,6 +171,7 @@ cdef struct pipe_t:
     int64_t large_bytes     # in the latter
     books_t books
     follower_t follower
+    job_t* expired          # out of msgc, queued in the books: for Python to fail, newest first
     worker_t* idle          # stack: the warmest connection is used first
     int live                # workers not retired
     bint is_stopping        # offers are refused
@@ -202,6 +205,7 @@ cdef struct loop_t:
     int64_t finished_jobs   # atomic
     int64_t finished_bytes  # atomic
     int chores_queued       # atomic: the event is in the queue
+    int has_expired         # atomic: some pipe has expired jobs
     int64_t queued_bytes    # atomic: of all pipes
     int64_t large_bytes     # atomic: of large messages among them
     int64_t queue_bytes     # budget for queued_bytes
@@ -330,7 +334,8 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
         held -= pipe.large_bytes
         held_by_all -= load_i64(&loop.large_bytes)
     if (held_by_all > loop.queue_bytes or held + size > pipe.limits.queue_bytes) \
-            and ring_len(ring) > 0 or books.queued >= pipe.msgc.cap:
+            and (ring_len(ring) > 0 or pipe.expired is not NULL) \
+            or books.queued >= pipe.msgc.cap:
         add_i64(&loop.queued_bytes, -size)
         books.refused += 1
         return OFFER_FULL
@@ -339,6 +344,8 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
         pipe.large_bytes += size
         add_i64(&loop.large_bytes, size)
     job.number = books.accepted
+    if pipe.limits.max_queue_age_ns:
+        job.offered_ns = clock_ns()
     books.accepted += 1
     books.queued += 1
     books.queued_bytes += job.size_bytes
@@ -351,23 +358,80 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     return OFFER_ACCEPTED
 
 
-cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
-    """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
+cdef inline job_t* pipe_pop(pipe_t* pipe, bint with_large) noexcept nogil:
+    """Take the oldest job out of msgc, or NULL; the books are the caller's, who holds the lock."""
     cdef job_t* job = <job_t*>ring_peek(&pipe.msgc)
     cdef job_t* large = <job_t*>ring_peek(&pipe.large) if with_large else NULL
     if large is not NULL and (job is NULL or large.number < job.number):
-        job = <job_t*>ring_try_pop(&pipe.large)
-    else:
-        job = <job_t*>ring_try_pop(&pipe.msgc)
+        return <job_t*>ring_try_pop(&pipe.large)
+    return <job_t*>ring_try_pop(&pipe.msgc)
+
+
+cdef inline void pipe_count_taken(pipe_t* pipe, const job_t* job) noexcept nogil:
+    """Write into the books that a queued job is in flight. The caller holds the lock."""
+    pipe.books.queued -= 1
+    pipe.books.queued_bytes -= job.size_bytes
+    add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
+    if pipe_is_large(pipe, job):
+        pipe.large_bytes -= <int64_t>job.size_bytes
+        add_i64(&pipe.loop.large_bytes, -<int64_t>job.size_bytes)
+    pipe.books.in_flight += 1
+
+
+cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
+    """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
+    cdef job_t* job = pipe_pop(pipe, with_large)
     if job is not NULL:
-        pipe.books.queued -= 1
-        pipe.books.queued_bytes -= job.size_bytes
-        add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
-        if job is large:
-            pipe.large_bytes -= <int64_t>job.size_bytes
-            add_i64(&pipe.loop.large_bytes, -<int64_t>job.size_bytes)
-        pipe.books.in_flight += 1
+        pipe_count_taken(pipe, job)
     return job
+
+
+cdef inline void pipe_expire(pipe_t* pipe, int64_t now_ns) noexcept nogil:
+    """Leave jobs that waited too long to Python, which fails them. The caller holds the lock.
+
+    Differs from etcd: if asked for; etcd sends a message however old.
+    They need no worker: a backlog goes even while all workers are busy with a peer that is dead.
+    Until Python has them they count as queued, so that what is held keeps its bounds.
+    """
+    cdef int64_t oldest_ns = now_ns - pipe.limits.max_queue_age_ns
+    cdef job_t* small
+    cdef job_t* large
+    cdef job_t* job
+    if pipe.limits.max_queue_age_ns == 0:
+        return
+    while True:
+        small = <job_t*>ring_peek(&pipe.msgc)
+        large = <job_t*>ring_peek(&pipe.large)
+        if (small is NULL or small.offered_ns > oldest_ns) \
+                and (large is NULL or large.offered_ns > oldest_ns):
+            return
+        job = pipe_pop(pipe, True)      # the older one of the two
+        job.next = pipe.expired
+        pipe.expired = job
+        store_int(&pipe.loop.has_expired, 1)
+        loop_queue_chores(pipe.loop)
+
+
+cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
+    """Expire what waits for busy workers, and note when to look again."""
+    cdef int64_t age_ns = pipe.limits.max_queue_age_ns
+    cdef job_t* job
+    cdef int i
+    if age_ns == 0:
+        return
+    pthread_mutex_lock(&pipe.lock)
+    pipe_expire(pipe, now_ns)
+    job = <job_t*>ring_peek(&pipe.msgc)
+    if job is not NULL:
+        loop_look_at(pipe.loop, job.offered_ns + age_ns)
+    job = <job_t*>ring_peek(&pipe.large)
+    if job is not NULL:
+        loop_look_at(pipe.loop, job.offered_ns + age_ns)
+    pthread_mutex_unlock(&pipe.lock)
+    for i in range(pipe.n_workers):     # what is offered from now on may have to wait for it
+        if pipe.workers[i].state != WORKER_IDLE:
+            loop_look_at(pipe.loop, now_ns + age_ns)
+            return
 
 
 cdef inline void pipe_count(pipe_t* pipe, const job_t* job, int outcome,
@@ -401,6 +465,14 @@ cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
             job.next = first
             first = job
             job = pipe_take(pipe, True)
+        while pipe.expired is not NULL:     # Raft will not hear of these any more
+            job = pipe.expired
+            pipe.expired = job.next
+            pipe_count_taken(pipe, job)
+            pipe.books.in_flight -= 1
+            pipe.books.dropped += 1
+            job.next = first
+            first = job
         books_check(&pipe.books)
         push_detached(pipe.loop, pipe)
     pthread_mutex_unlock(&pipe.lock)
@@ -577,6 +649,8 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
     cdef uint8_t byte
     job.taken_ns = loop.now_ns
     worker.job = job
+    if worker.pipe.limits.max_queue_age_ns:
+        loop_look_at(loop, loop.now_ns + worker.pipe.limits.max_queue_age_ns)
     if worker.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&worker.pipe.generation) \
             or loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
@@ -601,6 +675,7 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     pthread_mutex_lock(&pipe.lock)
     if done is not NULL:
         pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
+    pipe_expire(pipe, pipe.loop.now_ns)
     job = pipe_take(pipe, worker.index > 0)
     worker.job = job
     if job is NULL and not is_closed:
@@ -829,6 +904,7 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
             loop.attached = pipe
         pthread_mutex_lock(&pipe.lock)
         pipe.is_scheduled = False
+        pipe_expire(pipe, loop.now_ns)
         link = &pipe.idle
         while link[0] is not NULL:
             worker = link[0]
@@ -910,6 +986,7 @@ cdef inline void loop_check_deadlines(loop_t* loop) noexcept nogil:
     while pipe is not NULL:
         for i in range(pipe.n_workers):
             worker_check_deadline(&pipe.workers[i], loop.now_ns)
+        pipe_check_age(pipe, loop.now_ns)
         pipe = pipe.next_attached
 
 

@@ -109,6 +109,7 @@ cdef enum:
     THEN_READ_HEAD          # general: read on, within the time of a head
     THEN_READ_BODY          # general: read on, as long as bytes come
     THEN_DELIVER            # general: a whole body to be decoded and processed
+    THEN_DETACH             # general: Python has the socket now (server_detach)
     THEN_FREE               # forgotten
 
 
@@ -145,6 +146,7 @@ cdef struct conn_t:
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
     int64_t head_deadline_ns        # of the head being read, whoever reads it; 0 is none
+    int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
     uint8_t* known          # owned: the last accepted head
@@ -170,6 +172,7 @@ cdef struct server_limits_t:
     int handlers
     int64_t head_timeout_ns
     int64_t stall_timeout_ns
+    int64_t byte_ns         # what a byte of a body may take at the least rate; 0 is no least rate
     int64_t idle_timeout_ns
 
 # Counted by the loop alone; read without a lock, so each is right and the set may be a moment old.
@@ -608,6 +611,23 @@ cdef inline void conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil
     pthread_mutex_unlock(&server.lock)
 
 
+cdef inline int server_detach(conn_t* conn) noexcept nogil:
+    """Take the socket of a connection that the calling thread holds; the caller owns it then.
+
+    -1 when the loop has ended and closed it. The connection is still to be given back, with
+    THEN_DETACH. An event for it may be under way to the loop, which only notes it.
+    """
+    cdef server_t* server = conn.server
+    cdef int fd
+    pthread_mutex_lock(&server.lock)    # server_end closes the sockets of handled connections
+    fd = conn.fd
+    if fd >= 0:
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, fd, NULL)
+        conn.fd = -1
+    pthread_mutex_unlock(&server.lock)
+    return fd
+
+
 # -- accepted heads
 
 cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* data, size_t n,
@@ -653,6 +673,14 @@ cdef inline void server_learn(server_t* server, const uint8_t* data,
 
 # -- a connection: read, recognise, write
 
+cdef inline void conn_count_closed(conn_t* conn) noexcept nogil:
+    """There is a connection less: another one can be accepted."""
+    cdef server_t* server = conn.server
+    server.counts.connections -= 1
+    if server.accept_at_ns < 0:
+        server.accept_at_ns = server.now_ns
+
+
 cdef inline void conn_close(conn_t* conn) noexcept nogil:
     """End a connection that the loop has. A general one goes to Python once more."""
     cdef server_t* server = conn.server
@@ -661,11 +689,9 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
         close(conn.fd)
         conn.fd = -1
-        server.counts.connections -= 1
         if conn.state == CONN_BODY:
             server.buffered_bytes -= <int64_t>conn.request.body.len
-        if server.accept_at_ns < 0:
-            server.accept_at_ns = server.now_ns
+        conn_count_closed(conn)
     if conn.is_general:
         conn_to_handler(conn, REQUEST_GONE)
         return
@@ -810,6 +836,19 @@ cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     return first is not conn
 
 
+cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
+    """Put off the deadline of a body: by what ``n`` bytes may take, to a stall from now at most.
+
+    So a body may stop for a while and may be slow, but one that drips is ended.
+    """
+    cdef server_t* server = conn.server
+    cdef int64_t stalled_ns = server.now_ns + server.limits.stall_timeout_ns
+    cdef int64_t slow_ns = conn.deadline_ns + n * server.limits.byte_ns
+    if conn.deadline_ns == 0 or server.limits.byte_ns == 0 or slow_ns > stalled_ns:
+        slow_ns = stalled_ns
+    conn_set_deadline(conn, slow_ns)
+
+
 cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
     """Read a body into its memory: what there is, or one step."""
     cdef server_t* server = conn.server
@@ -839,7 +878,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         body.len += <size_t>n
         server.buffered_bytes += n
         budget -= <size_t>n
-        conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+        conn_body_arrived(conn, n)
         if body.mapped > 0 and not body.is_huge and body.len >= BODY_HUGE_MIN:
             body.is_huge = True
             madvise(body.data, body.size, MADV_HUGEPAGE)
@@ -875,6 +914,10 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
     if conn.state == CONN_GENERAL:
+        if conn.then == THEN_READ_BODY:
+            conn_body_arrived(conn, n)
+            # The time Python takes is not the sender's.
+            conn.body_left_ns = max(conn.deadline_ns - server.now_ns, 1)
         conn_hand_over(conn, server.scratch, kept + <size_t>n)
     else:
         conn_parse(conn, server.scratch, kept + <size_t>n)
@@ -893,6 +936,7 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.state = CONN_HEAD
     conn.is_new = False
     conn.head_deadline_ns = 0
+    conn.body_left_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:
         server.accept_at_ns = server.now_ns     # an idle connection can make room
@@ -942,7 +986,9 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     else:
         conn.state = CONN_GENERAL
         if conn.then == THEN_READ_BODY:
-            conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
+            if conn.body_left_ns == 0:
+                conn.body_left_ns = conn.server.limits.stall_timeout_ns
+            conn_set_deadline(conn, conn.server.now_ns + conn.body_left_ns)
         else:
             conn_set_deadline(conn, conn.head_deadline_ns)
         if conn.has_event:
@@ -1021,6 +1067,11 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     if conn.is_answered:
         conn.is_answered = False
     elif conn.then == THEN_FREE:
+        conn.is_general = False
+        conn_close(conn)
+        return
+    elif conn.then == THEN_DETACH:
+        conn_count_closed(conn)
         conn.is_general = False
         conn_close(conn)
         return

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
@@ -33,7 +34,8 @@ def asgi_app(handlers: Handlers, config: ReceiverConfig) -> ASGIApp:
         What is served. It must be reached at the root: paths are matched exactly.
     config : ReceiverConfig
         ``handlers`` calls of ``raft.process`` run at once, each on a thread of its own, never on
-        the loop. Bodies are limited by ``max_body_bytes`` and ``stall_timeout_s``.
+        the loop. Bodies are limited by ``max_body_bytes``, ``stall_timeout_s`` and
+        ``min_body_rate``.
 
     Notes
     -----
@@ -127,12 +129,18 @@ class _DisconnectedError(Exception):
 async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
     """Read until the end; what is held grows with what arrived, never with what was announced."""
     body = bytearray()
+    left_s = config.stall_timeout_s
     while True:
-        async with asyncio.timeout(config.stall_timeout_s):
+        begin = time.monotonic()
+        async with asyncio.timeout(left_s):
             event = await receive()
         if event["type"] == "http.disconnect":
             raise _DisconnectedError
-        body += event.get("body", b"")
+        part = event.get("body", b"")
+        body += part
+        if config.min_body_rate:  # as conn_body_arrived in _server.pxd
+            left_s += len(part) / config.min_body_rate - (time.monotonic() - begin)
+            left_s = min(left_s, config.stall_timeout_s)
         if len(body) > config.max_body_bytes:
             raise _BodyTooLargeError
         if not event.get("more_body", False):

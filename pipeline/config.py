@@ -6,7 +6,9 @@ field, value and rule. Times are seconds, sizes bytes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipeline.errors import UsageError
 
@@ -19,6 +21,7 @@ MIB = 1 << 20
 COPY_LIMIT = 16 * 1024
 
 PROFILES = ("3.5", "3.6", "3.7")
+UNREACHABLE_REPORTS = ("every", "change")
 
 
 def _require(name: str, value: object, low: float, high: float) -> None:
@@ -54,6 +57,13 @@ class PipelineConfig:
     idle_timeout_s: float = 4.0
     #: A peer that acknowledges nothing for this long is given up (TCP_INFO, keepalive).
     dead_link_timeout_s: float = 10.0
+    #: Seconds. A message that waited longer for a worker is not sent: it fails, and Raft is told.
+    #: None, or 0, lets it wait for ever, as etcd does.
+    max_queue_age: float | None = None
+    #: "every": Raft hears ``report_unreachable`` for every message that fails, as in etcd.
+    #: "change": for the first one after a success or the start; of a message refused or expired
+    #: only while it has not heard so since. ``report_snapshot`` is never left out.
+    unreachable_reports: Literal["every", "change"] = "every"
 
     def __post_init__(self) -> None:
         _require_int("connections", self.connections, 1, 64)
@@ -64,6 +74,13 @@ class PipelineConfig:
         for name in ("dial_timeout_s", "response_timeout_s", "stall_timeout_s", "idle_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
         _require("dead_link_timeout_s", self.dead_link_timeout_s, 1.0, 86400.0)
+        if self.max_queue_age is not None and self.max_queue_age != 0:
+            _require("max_queue_age", self.max_queue_age, 0.001, 86400.0)
+        if self.unreachable_reports not in UNREACHABLE_REPORTS:
+            allowed = ", ".join(UNREACHABLE_REPORTS)
+            raise UsageError(
+                f"unreachable_reports: {self.unreachable_reports!r} is not one of {allowed}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +104,18 @@ class ReceiverConfig:
     head_timeout_s: float = 5.0
     #: Reading a body without a byte arriving.
     stall_timeout_s: float = 30.0
+    #: Bytes per second; 0 for none. A body that falls behind this by what takes
+    #: ``stall_timeout_s`` is ended. Half of what each of four connections has of 64 kbit/s; who
+    #: wants to hold all connections by dripping has to send 1 MiB/s.
+    min_body_rate: int = 1024
+    #: Where the databases of received snapshots are stored; None takes no snapshots.
+    snapshot_dir: str | os.PathLike[str] | None = None
+    #: Snapshots received at once, each on a thread of its own; 503 above it.
+    snapshot_receives: int = 4
+    #: Bytes of one database; None is no limit.
+    snapshot_max_bytes: int | None = None
+    #: Bytes of all databases in ``snapshot_dir``, the one arriving included; None is no limit.
+    snapshot_dir_max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
@@ -94,6 +123,14 @@ class ReceiverConfig:
         _require_int("handlers", self.handlers, 1, 256)
         _require_int("max_connections", self.max_connections, 1, 1 << 20)
         _require_int("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
+        _require_int("min_body_rate", self.min_body_rate, 0, 1_000_000_000)
+        _require_int("snapshot_receives", self.snapshot_receives, 1, 64)
+        for name in ("snapshot_max_bytes", "snapshot_dir_max_bytes"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 1, 1 << 62)
+        is_path = isinstance(self.snapshot_dir, (str, os.PathLike)) and self.snapshot_dir != ""
+        if self.snapshot_dir is not None and not is_path:
+            raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
         for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 

@@ -146,6 +146,8 @@ class Dispatcher:
         self._run_chores()
 
     def _run_chores(self) -> None:
+        for sender in self.loop.take_expired():
+            sender.on_expired()
         while True:
             try:
                 chore = self._chores.popleft()

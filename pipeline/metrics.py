@@ -7,14 +7,21 @@ the listeners are read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.errors import UsageError
 from pipeline.protocol import format_id
 
 try:
-    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+        Metric,
+        UnknownMetricFamily,
+    )
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ImportError(
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
     from pipeline.handlers import Handlers
     from pipeline.listener import Listener
     from pipeline.peer import Peer
+    from pipeline.snapshot_receiver import SnapshotReceiver
+    from pipeline.stats import Histogram
     from pipeline.transport import Transport
 
 __all__ = ["MetricsCollector"]
@@ -32,8 +41,8 @@ __all__ = ["MetricsCollector"]
 _LISTENER = ("Local", "Listener")
 _PEER = ("Local", "To")
 
-# Name: type, labels, help. A counter's name has to end in _total, for prometheus_client would add
-# it; etcd's own counters that do not (snapshot_send_success) will need a Metric of their own.
+# Name: type, labels, help. To a counter's name prometheus_client adds _total where it is missing;
+# etcd's counters that do not end so are "unknown", which is exposed as untyped.
 _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "etcd_network_active_peers": ("gauge", ("Local", "Remote"), "Whether a peer is active."),
     "etcd_network_disconnected_peers_total": (
@@ -52,10 +61,45 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         ("To",),
         "Messages to a peer that were not delivered, or refused because its queue was full.",
     ),
+    "etcd_network_peer_round_trip_time_seconds": (
+        "histogram",
+        ("To",),
+        "Round trips of probes, in seconds, without connecting.",
+    ),
     "etcd_network_peer_received_failures_total": (
         "counter",
         ("From",),
         "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
+    ),
+    "etcd_network_snapshot_receive_success": (
+        "unknown",
+        ("From",),
+        "Snapshots stored and processed; From is empty for senders past the first 128.",
+    ),
+    "etcd_network_snapshot_receive_failures": (
+        "unknown",
+        ("From",),
+        "Snapshots refused, broken off, not stored or not processed.",
+    ),
+    "etcd_network_snapshot_receive_inflights_total": (
+        "gauge",
+        ("From",),
+        "Snapshots being stored or processed.",
+    ),
+    "etcd_network_snapshot_receive_total_duration_seconds": (
+        "histogram",
+        ("From",),
+        "How long snapshots that were taken took, from the first byte to the answer.",
+    ),
+    "etcd_snap_db_fsync_duration_seconds": (
+        "histogram",
+        (),
+        "How long the fsync of a received database took.",
+    ),
+    "etcd_snap_db_save_total_duration_seconds": (
+        "histogram",
+        (),
+        "How long a received database took to store, the network included.",
     ),
     "raft_pipeline_offered_messages_total": ("counter", _PEER, "Messages given to send."),
     "raft_pipeline_accepted_messages_total": ("counter", _PEER, "Messages taken."),
@@ -106,7 +150,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_listener_body_timeouts_total": (
         "counter",
         _LISTENER,
-        "Connections closed because a body stalled.",
+        "Connections closed because a body stalled or dripped.",
     ),
     "raft_pipeline_listener_idle_timeouts_total": (
         "counter",
@@ -125,7 +169,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     ),
 }
 
-Sample = tuple[str, tuple[str, ...], float]
+Sample = tuple[str, tuple[str, ...], "float | Histogram"]
 
 
 class MetricsCollector(Collector):
@@ -173,21 +217,36 @@ class MetricsCollector(Collector):
         for name, (kind, labels, text) in _FAMILIES.items():
             if kind == "gauge":
                 yield GaugeMetricFamily(name, text, labels=labels)
-            else:
+            elif kind == "counter":
                 yield CounterMetricFamily(name, text, labels=labels)
+            elif kind == "histogram":
+                yield HistogramMetricFamily(name, text, labels=labels)
+            else:
+                yield UnknownMetricFamily(name, text, labels=labels)
 
     def collect(self) -> Iterable[Metric]:
         """Yield all families with what is counted at this moment."""
-        sums: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in _FAMILIES}
+        sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _FAMILIES}
         for transport in self._transports:
             for name, labels, value in _samples(transport):
                 family = sums[name]
-                family[labels] = family.get(labels, 0) + value
+                family[labels] = family[labels] + value if labels in family else value
         for metric, samples in zip(self.describe(), sums.values(), strict=True):
-            assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
             for labels, value in samples.items():
-                metric.add_metric(labels, value)
+                if isinstance(metric, HistogramMetricFamily):
+                    metric.add_metric(labels, _buckets(value), value.sum)
+                else:
+                    assert isinstance(
+                        metric, (GaugeMetricFamily, CounterMetricFamily, UnknownMetricFamily)
+                    )
+                    metric.add_metric(labels, value)
             yield metric
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Return what prometheus_client wants: each bound, and what is up to it."""
+    names = [*map(str, histogram.bounds), "+Inf"]
+    return list(zip(names, itertools.accumulate(histogram.counts), strict=True))
 
 
 def _samples(transport: Transport) -> Iterator[Sample]:
@@ -195,7 +254,11 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     local = format_id(transport.member_id)
     for peer in transport._peers.values():
         yield from _peer_samples(local, peer)
+    if transport._prober is not None:
+        for peer_id, round_trips in transport._prober.round_trips().items():
+            yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
     yield from _received_samples(local, transport.handlers)
+    yield from _snapshot_samples(transport.handlers.snapshots)
     for listener in transport._listeners:
         if not listener.is_closed:
             yield from _listener_samples(local, listener)
@@ -226,6 +289,19 @@ def _received_samples(local: str, handlers: Handlers) -> Iterator[Sample]:
         yield "etcd_network_peer_received_failures_total", (address,), failures
     yield "raft_pipeline_ignored_messages_total", (local,), counts.ignored
     yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
+
+
+def _snapshot_samples(snapshots: SnapshotReceiver) -> Iterator[Sample]:
+    prefix = "etcd_network_snapshot_receive"
+    for sender, counts in snapshots.counts().items():
+        yield f"{prefix}_success", (sender,), counts.success
+        yield f"{prefix}_failures", (sender,), counts.failures
+        yield f"{prefix}_inflights_total", (sender,), counts.in_flight
+        yield f"{prefix}_total_duration_seconds", (sender,), counts.duration
+    if snapshots.store is not None:
+        saves, fsyncs = snapshots.store.histograms()
+        yield "etcd_snap_db_fsync_duration_seconds", (), fsyncs
+        yield "etcd_snap_db_save_total_duration_seconds", (), saves
 
 
 def _listener_samples(local: str, listener: Listener) -> Iterator[Sample]:

@@ -204,6 +204,6 @@ class Peer:
         with self._lock:
             self._refused = 0
             snapshots, self._refused_snapshots = self._refused_snapshots, 0
-        self.pipeline.call(self._raft.report_unreachable, self.peer_id)
+        self.pipeline.report_not_sent(self.peer_id)
         for _ in range(snapshots):
             self.pipeline.call(self._raft.report_snapshot, self.peer_id, SnapshotStatus.FAILURE)

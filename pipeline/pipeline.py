@@ -36,6 +36,9 @@ P = ParamSpec("P")
 #: ``Pipeline.stop`` returns within this; etcd's tests ask the same of its pipeline.
 STOP_TIMEOUT_S = 1.0
 
+#: Expired messages are told of in the log at most this often per peer.
+EXPIRED_LOG_INTERVAL_S = 1.0
+
 _handling = threading.local()  # .pipeline: whose event this thread is handling
 
 
@@ -117,6 +120,7 @@ class Pipeline(Sender):
         self._lines = [Line() for _ in range(self._config.connections)]
         self._lock = threading.Lock()  # guards what follows
         self._is_started = False  # or stopped before it was
+        self._expired_logged_at = float("-inf")
         for url in self.picker.urls:
             self._pool(url)  # a URL that cannot be sent to is refused here
         self.picker.subscribe(self.renew)
@@ -148,6 +152,7 @@ class Pipeline(Sender):
             stall_timeout_s=config.stall_timeout_s,
             idle_timeout_s=config.idle_timeout_s,
             dead_link_timeout_s=config.dead_link_timeout_s,
+            max_queue_age_s=config.max_queue_age or 0.0,
         )
         logger.info("started HTTP pipelining with remote peer %s", self._peer)
 
@@ -338,9 +343,10 @@ class Pipeline(Sender):
         self.picker.unreachable(self._lines[index].url)
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
             self.call(self._on_critical_error, error)
-        self.status.deactivate("pipeline", "write", error.reason)
+        is_news = self.status.deactivate("pipeline", "write", error.reason)
         self.count_failed_append(index)
-        self.call(self._raft.report_unreachable, to)
+        if is_news or self._config.unreachable_reports == "every":
+            self.call(self._raft.report_unreachable, to)
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
         self.finish(index, False)
@@ -365,6 +371,39 @@ class Pipeline(Sender):
             self._lines[index].close()
         elif given is Given.NOT:
             self._fail(index, self._unreachable(index, "stopped"))
+
+    def on_expired(self) -> None:
+        """Fail what waited longer than ``max_queue_age``. It says nothing of the peer."""
+        expired = self.take_expired()
+        if not expired:
+            return
+        now = time.monotonic()
+        with self._lock:
+            is_logged = now - self._expired_logged_at >= EXPIRED_LOG_INTERVAL_S
+            if is_logged:
+                self._expired_logged_at = now
+        if is_logged:
+            logger.warning(
+                "dropped %d messages to peer %s that waited longer than %g s",
+                len(expired),
+                self._peer,
+                self._config.max_queue_age,
+            )
+        for kind, to in expired:
+            self.report_not_sent(to)
+            if kind == MessageType.SNAP:
+                self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
+        self.finish_expired(len(expired))
+
+    def report_not_sent(self, to: int) -> None:
+        """Tell Raft that the network was not even tried: the queue was full, or too slow.
+
+        A success in between need not reach Python, so this is no change by itself: with
+        ``unreachable_reports="change"`` it is told unless Raft has heard already that the peer
+        cannot be reached.
+        """
+        if self._config.unreachable_reports == "every" or not self.status.is_unreachable:
+            self.call(self._raft.report_unreachable, to)
 
     def call(self, callback: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call the application; what it raises is logged and counted, and ends nothing."""

@@ -21,6 +21,7 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.pool import Line, Pool, parse_answer
 from pipeline.protocol import format_id, probe_head
+from pipeline.stats import Histogram
 
 __all__ = ["ProbeStats", "Prober"]
 
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 STEP_TIMEOUT_S = 1.0
 #: Weight of a new round trip in the smoothed one; as TCP (RFC 6298) and xiang90/probing.
 RTT_WEIGHT = 0.125
+#: Seconds, 0.1 ms to 3.3 s; those of etcd's peer_round_trip_time_seconds.
+RTT_BOUNDS = tuple(0.0001 * 2**i for i in range(16))
 
 
 class ProbeStats(NamedTuple):
@@ -48,12 +51,20 @@ class ProbeStats(NamedTuple):
     smoothed_rtt_s: float = 0.0
     #: Why the last probe failed; empty if it did not.
     last_error: str = ""
+    #: Seconds to resolve the name and connect, for the connection made last; None before.
+    last_dial_s: float | None = None
+    #: Seconds of that connection's TLS handshake; None without TLS.
+    last_tls_s: float | None = None
+    #: Seconds from the request to the first byte of the answer; None before the first.
+    last_first_byte_s: float | None = None
 
 
 class _Target:
     """One peer, in the hands of the prober's thread but for ``stats``, which is replaced."""
 
-    def __init__(self, peer_id: int, urls: tuple[str, ...], due: float) -> None:
+    def __init__(
+        self, peer_id: int, urls: tuple[str, ...], due: float, round_trips: Histogram
+    ) -> None:
         self.peer_id = peer_id
         self.urls = urls
         self.picked = 0
@@ -65,7 +76,9 @@ class _Target:
         self.is_reused = False
         self.due = due  # when idle: of the next probe; otherwise: of giving up
         self.next_due = due
+        self.dialled_at = 0.0
         self.sent_at = 0.0
+        self.round_trips = round_trips
         self.stats = ProbeStats()
 
     @property
@@ -91,7 +104,7 @@ class Prober:
 
     def __init__(self, name: str, *, interval_s: float) -> None:
         self._interval_s = interval_s
-        self._lock = threading.Lock()  # guards changes of what follows
+        self._lock = threading.Lock()  # guards changes of what follows, and the histograms
         # Replaced, never changed: the thread and stats read it without a lock.
         self._targets: dict[int, _Target] = {}
         self._is_stopped = False
@@ -122,10 +135,13 @@ class Prober:
             self._thread.join(max(0.0, deadline - time.monotonic()))
 
     def set(self, peer_id: int, urls: Iterable[str]) -> None:
-        """Probe a peer at these URLs from now on; what was known of it is forgotten."""
-        target = _Target(peer_id, tuple(urls), time.monotonic() + self._interval_s)
+        """Probe a peer at these URLs from now on; of what was known only its histogram stays."""
         with self._lock:
             if not self._is_stopped:
+                old = self._targets.get(peer_id)
+                round_trips = Histogram(RTT_BOUNDS) if old is None else old.round_trips
+                due = time.monotonic() + self._interval_s
+                target = _Target(peer_id, tuple(urls), due, round_trips)
                 self._targets = {**self._targets, peer_id: target}
                 self._wake_up()
 
@@ -138,6 +154,14 @@ class Prober:
     def stats(self) -> dict[int, ProbeStats]:
         """What is known of each peer."""
         return {peer_id: target.stats for peer_id, target in self._targets.items()}
+
+    def round_trips(self) -> dict[int, Histogram]:
+        """Round trips of each peer since it was added, in seconds.
+
+        Differs from etcd: each is counted once. etcd counts the smoothed one at intervals.
+        """
+        with self._lock:
+            return {k: target.round_trips.copy() for k, target in self._targets.items()}
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: close its copies of the descriptors."""
@@ -205,7 +229,8 @@ class Prober:
 
     def _dial(self, target: _Target) -> None:
         target.is_sent = False
-        target.due = time.monotonic() + STEP_TIMEOUT_S
+        target.dialled_at = time.monotonic()
+        target.due = target.dialled_at + STEP_TIMEOUT_S
         url = target.url
         try:
             pool = target.pools.get(url)
@@ -225,6 +250,8 @@ class Prober:
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if not error:
             self._selector.modify(sock, selectors.EVENT_READ, target)
+            dial_s = time.monotonic() - target.dialled_at
+            target.stats = target.stats._replace(last_dial_s=dial_s)
             self._send(target)
             return
         self._selector.unregister(sock)
@@ -258,6 +285,9 @@ class Prober:
         if not data and not target.line.received:
             self._broken(target, "the connection ended before an answer")
             return
+        if not target.line.received:
+            first_byte_s = time.monotonic() - target.sent_at
+            target.stats = target.stats._replace(last_first_byte_s=first_byte_s)
         target.line.received += data
         try:
             answer = parse_answer(target.line.received, is_ended=not data, is_written=True)
@@ -287,13 +317,15 @@ class Prober:
 
     def _succeed(self, target: _Target, rtt_s: float) -> None:
         old = target.stats
-        target.stats = ProbeStats(
+        target.stats = old._replace(
             is_healthy=True,
             total=old.total + 1,
-            lost=old.lost,
             last_rtt_s=rtt_s,
             smoothed_rtt_s=(1 - RTT_WEIGHT) * old.smoothed_rtt_s + RTT_WEIGHT * rtt_s,
+            last_error="",
         )
+        with self._lock:
+            target.round_trips.observe(rtt_s)
         self._done(target)
         if not old.is_healthy:
             logger.info("peer %s answers probes at %s", format_id(target.peer_id), target.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections import deque
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-__all__ = ["FollowerStats", "PipelineStats", "ServerStats", "leader_stats"]
+__all__ = ["FollowerStats", "Histogram", "PipelineStats", "ServerStats", "leader_stats"]
 
 #: MsgApp that a rate is taken over; etcd ``queueCapacity``.
 RATE_SAMPLES = 200
@@ -32,18 +33,49 @@ class PipelineStats(NamedTuple):
     refused: int
     #: Answered 204.
     sent: int
-    #: Not answered 204; Raft was told.
+    #: Not answered 204, or too old to be sent (``max_queue_age``); Raft was told.
     failed: int
     #: Still queued when the pipeline was stopped.
     dropped: int
     #: Waiting in msgc.
     queued: int
-    #: With a worker.
+    #: With a worker, or being failed for its age.
     in_flight: int
     #: Protobuf bytes of what was sent (etcd ``peer_sent_bytes_total``).
     sent_bytes: int
     #: Protobuf bytes waiting in msgc.
     queued_bytes: int
+
+
+class Histogram:
+    """Durations by size, as Prometheus counts them. Not thread-safe.
+
+    Parameters
+    ----------
+    bounds : tuple of float
+        Upper bounds, ascending; what is above the last one is counted all the same.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def copy(self) -> Histogram:
+        """Return what is counted now."""
+        return self + Histogram(self.bounds)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        """Return both together; their bounds are the same."""
+        both = Histogram(self.bounds)
+        both.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        both.sum = self.sum + other.sum
+        return both
 
 
 class FollowerStats(NamedTuple):

@@ -46,6 +46,7 @@ class PeerStatus:
         self.active_since: float | None = None
         self.disconnects = 0
         self.flag = flag
+        self._is_unreachable = False
         # Guards every change. Reentrant and held while logging: lines come in the order of the
         # changes, and a log handler may ask us or even send to the peer.
         self._lock = threading.RLock()
@@ -55,6 +56,11 @@ class PeerStatus:
         """Whether the last thing heard was a success."""
         return self.flag.get()
 
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether the last thing heard was a failure; unlike activity, not so at the start."""
+        return self._is_unreachable
+
     def activate(self) -> None:
         """Note a success. Cheap while the peer is active: one read of the flag, no lock."""
         if self.flag.get():
@@ -63,10 +69,11 @@ class PeerStatus:
             if self.flag.get():
                 return
             self.active_since = time.time()
+            self._is_unreachable = False
             self.flag.set(True)
             logger.info("peer became active: %s", format_id(self.peer_id))
 
-    def deactivate(self, source: str, action: str, reason: str) -> None:
+    def deactivate(self, source: str, action: str, reason: str) -> bool:
         """Note a failure.
 
         Parameters
@@ -75,13 +82,21 @@ class PeerStatus:
             Which channel failed at what: ``pipeline`` and ``write`` (spec section 3.3).
         reason : str
             The text of the error.
+
+        Returns
+        -------
+        bool
+            Whether this is the first failure after a success, or since the start. Of failures at
+            the same time one is the first.
         """
         failure = f"failed to {action} {format_id(self.peer_id)} on {source} ({reason})"
         with self._lock:
+            is_first, self._is_unreachable = not self._is_unreachable, True
             if not self.flag.get():
                 logger.debug("peer deactivated again: %s", failure)
-                return
+                return is_first
             self.flag.set(False)
             self.active_since = None
             self.disconnects += 1
             logger.warning("peer became inactive (message send to peer failed): %s", failure)
+            return is_first

@@ -78,10 +78,18 @@ class Raft(Protocol):
         """
 
     def is_id_removed(self, member_id: int) -> bool:
-        """Tell whether the member was removed from the cluster for good."""
+        """Tell whether the member was removed from the cluster for good.
+
+        Nothing calls it yet. etcd asks when a member dials a stream, and this node refuses
+        streams to all alike; a POST is not checked. What a removed member sends is for
+        ``process`` to reject.
+        """
 
     def report_unreachable(self, member_id: int) -> None:
-        """Learn that a message to the member was not delivered."""
+        """Learn that a message to the member was not delivered.
+
+        Called for every such message, or less often (``PipelineConfig.unreachable_reports``).
+        """
 
     def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
         """Learn how a MsgSnap to the member ended."""

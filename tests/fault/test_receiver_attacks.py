@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,7 @@ from tests.support.http import (
 )
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
+from tests.support.snapshots import FILE as SNAPSHOT_FILE
 
 MIB = 1 << 20
 MESSAGE = HEARTBEAT.marshal()
@@ -359,6 +361,59 @@ def test_chunked_bodies_together_stay_within_the_budget() -> None:
             assert read_status(sock) == 204
 
 
+def drip(sock: socket.socket, parts: list[bytes], every_s: float) -> None:
+    """Send ``parts`` one by one until there is an answer."""
+    for part in parts:
+        sock.sendall(part)
+        if select.select([sock], [], [], every_s)[0]:
+            return
+
+
+DRIPS = {
+    "length": (raw_head(f"content-length: {MIB}"), b"x"),
+    "chunked": (raw_head(CHUNKED), b"1\r\nx\r\n"),
+}
+
+
+@pytest.mark.parametrize("framing", DRIPS)
+def test_a_body_that_drips_is_ended(framing: str) -> None:
+    # Some 20 ms between two bytes, far from a stall; but a byte is worth 10 us.
+    config = ReceiverConfig(stall_timeout_s=0.3, min_body_rate=100_000)
+    raft = FakeRaft()
+    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    head, part = DRIPS[framing]
+    with (
+        Listener(handlers, "http://127.0.0.1:0", config) as listener,
+        dial(listener.url) as sock,
+    ):
+        sock.sendall(head)
+        drip(sock, [part] * int(LONG_TIMEOUT / 0.02), every_s=0.02)
+        assert read_status(sock) == 400
+        assert listener.stats().body_timeouts == 1
+    assert (raft.processed, handlers.received_failures) == ([], 1)
+
+
+@pytest.mark.parametrize("rate", [0, 1], ids=["no least rate", "above it"])
+@pytest.mark.parametrize("framing", DRIPS)
+def test_a_body_that_is_slow_arrives(framing: str, rate: int) -> None:
+    config = ReceiverConfig(stall_timeout_s=1.0, min_body_rate=rate)
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    body = Message(type=MessageType.HEARTBEAT, context=bytes(20)).marshal()
+    parts = [b"%c" % byte for byte in body]
+    if framing == "chunked":
+        head = raw_head(CHUNKED)
+        parts = [b"1\r\n%b\r\n" % part for part in parts] + [b"0\r\n\r\n"]
+    else:
+        head = raw_head(f"content-length: {len(body)}")
+    with (
+        Listener(handlers, "http://127.0.0.1:0", config) as listener,
+        dial(listener.url) as sock,
+    ):
+        sock.sendall(head)
+        drip(sock, parts, every_s=1.5 / len(parts))  # longer than a stall may last
+        assert read_status(sock) == 204
+
+
 @pytest.mark.parametrize(
     "case", ["no descriptors", "announced", "forks", "blocked memory", "idle", "held GIL"]
 )
@@ -372,3 +427,22 @@ def test_the_interpreter_exits_with_a_listener_open(state: str) -> None:
     result = run("receiver.py", "exits", state)
     errors = re.sub(r"(?m)^listener at .* closed with requests unanswered\n", "", result.stderr)
     assert (result.stdout, errors, result.returncode) == ("ok\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "left"),
+    [
+        ("memory", []),
+        ("file limit", [SNAPSHOT_FILE]),
+        ("forks", [SNAPSHOT_FILE]),
+        ("exits", []),
+        ("exits in process", [SNAPSHOT_FILE]),
+    ],
+)
+def test_a_snapshot_survives_what_befalls_the_process(
+    case: str, left: list[str], tmp_path: Path
+) -> None:
+    result = run("snapshots.py", case, str(tmp_path))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == left

@@ -198,9 +198,9 @@ class Recorder:
                 calls.append(("activate",))
                 super().activate()
 
-            def deactivate(self, source: str, action: str, reason: str) -> None:
+            def deactivate(self, source: str, action: str, reason: str) -> bool:
                 calls.append(("deactivate", source, action, reason))
-                super().deactivate(source, action, reason)
+                return super().deactivate(source, action, reason)
 
         self.picker = Picker([url])
         self.status = Status(MEMBER, PEER, ActiveFlag())

@@ -17,6 +17,8 @@ from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import (
     PROBED,
+    Connection,
+    Request,
     Script,
     ScriptedServer,
     always,
@@ -80,6 +82,44 @@ def test_the_round_trip_is_smoothed_from_zero_as_tcp_does() -> None:
                 assert stats.smoothed_rtt_s == pytest.approx(expected)
                 told.append(stats.smoothed_rtt_s)
             seen = stats
+
+
+def test_connecting_and_the_first_byte_are_timed_apart_from_the_round_trip() -> None:
+    def in_two_pieces(connection: Connection, request: Request) -> None:
+        connection.send(PROBED[:10])
+        eventually(lambda: transport.probe_stats()[2].last_first_byte_s is not None)
+        connection.send(PROBED[10:])
+
+    with ScriptedServer() as server, prober() as transport:
+        server.on_probe = in_two_pieces
+        transport.add_peer(2, [server.url])
+        eventually(lambda: transport.probe_stats()[2].total >= 1)
+        stats = transport.probe_stats()[2]
+        assert stats.last_dial_s is not None
+        assert 0 < stats.last_dial_s < LONG_TIMEOUT
+        assert stats.last_tls_s is None
+        assert stats.last_first_byte_s is not None
+        assert stats.last_rtt_s is not None
+        assert 0 < stats.last_first_byte_s < stats.last_rtt_s
+        server.on_probe = always(PROBED)
+        eventually(lambda: transport.probe_stats()[2].total >= 5)
+        assert transport.probe_stats()[2].last_dial_s == stats.last_dial_s  # one connection
+
+
+def test_every_round_trip_is_in_the_histogram_and_a_loss_is_not() -> None:
+    bad = answer("500 Oops")
+    with ScriptedServer() as server, prober() as transport:
+        assert transport._prober is not None
+        server.on_probe = in_turn(PROBED, bad, PROBED, bad)
+        transport.add_peer(2, [server.url])
+        eventually(lambda: transport.probe_stats()[2].total >= 4)
+        trips = transport._prober.round_trips()[2]
+        assert sum(trips.counts) == 2
+        assert 0 < trips.sum < LONG_TIMEOUT
+        transport.update_peer(2, [server.url])  # a new URL is no new peer
+        assert transport._prober.round_trips()[2].counts == trips.counts
+        transport.remove_peer(2)
+        assert transport._prober.round_trips() == {}
 
 
 @pytest.mark.parametrize(

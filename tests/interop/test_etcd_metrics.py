@@ -24,9 +24,19 @@ def shapes(text: str) -> Shapes:
     found: Shapes = {}
     for name, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", text, re.MULTILINE):
         names = tuple(re.findall(r'(\w+)="', labels))
-        if name.startswith("etcd_network_") and name in types:
+        if not name.startswith("etcd_network_"):
+            continue
+        of_histogram = re.sub("_(bucket|count|sum)$", "", name)
+        if types.get(of_histogram) == "histogram":
+            found[name] = "histogram", names
+        elif name in types:
             found[name] = types[name], names
     return found
+
+
+def bounds(text: str) -> list[str]:
+    """Read the buckets' bounds of the round trips, as they are spelled."""
+    return re.findall(r'^etcd_network_peer_round_trip_\w+{.*le="(.*?)".*}', text, re.MULTILINE)
 
 
 def test_our_series_are_called_and_labelled_as_etcd_s(tmp_path: Path) -> None:
@@ -52,6 +62,8 @@ def test_our_series_are_called_and_labelled_as_etcd_s(tmp_path: Path) -> None:
         gone = f'etcd_network_disconnected_peers_total{{Local="{them}",Remote="{us}"}}'
         failed = f'etcd_network_peer_sent_failures_total{{To="{us}"}}'
         wait_until(lambda: etcd.metric(gone) > 0 and etcd.metric(failed) > 0, "etcd has seen us go")
+        # etcd looks at its probes 5 s after it began them.
+        wait_until(lambda: bounds(of_etcd()) != [], "etcd has counted round trips")
         theirs = of_etcd()
     finally:
         cluster.stop()
@@ -62,10 +74,14 @@ def test_our_series_are_called_and_labelled_as_etcd_s(tmp_path: Path) -> None:
         "etcd_network_disconnected_peers_total",
         "etcd_network_peer_received_bytes_total",
         "etcd_network_peer_received_failures_total",
+        "etcd_network_peer_round_trip_time_seconds_bucket",
+        "etcd_network_peer_round_trip_time_seconds_count",
+        "etcd_network_peer_round_trip_time_seconds_sum",
         "etcd_network_peer_sent_bytes_total",
         "etcd_network_peer_sent_failures_total",
     ]
     assert {name: etcds.get(name) for name in mine} == mine
+    assert set(bounds(ours)) == set(bounds(theirs))
     # IDs are spelled alike: what etcd calls itself and us, we do.
     assert f'etcd_network_active_peers{{Local="{us}",Remote="{them}"}} 1.0' in ours
     assert f'etcd_network_active_peers{{Local="{them}",Remote="{us}"}} ' in theirs

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 EXAMPLES = [ROOT / "examples" / name for name in ("two_transports.py", "asyncio_nodes.py")]
 SECURITY = ROOT / "docs" / "security.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 # Long enough for a busy machine; reached only when the program hangs.
 RUN_TIMEOUT_S = 60.0
@@ -65,6 +65,8 @@ def test_the_readme_names_every_public_name(name: str) -> None:
 
 def shown(name: str, value: object) -> str:
     """Write a setting's value as the README does."""
+    if value is None:
+        return "None"
     if name.endswith("_bytes"):
         assert isinstance(value, int)
         return f"{value // MIB} MiB" if value >= MIB else f"{value // KIB} KiB"
@@ -82,10 +84,12 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
     assert rows == defaults
 
 
-def test_the_readme_has_one_place_for_the_figures() -> None:
-    assert re.findall(r"<!-- bench:\w+ -->", README.read_text()) == [
-        "<!-- bench:begin -->",
-        "<!-- bench:end -->",
+def test_the_readme_has_one_place_for_each_table_of_figures() -> None:
+    assert re.findall(r"<!-- ([\w-]+:\w+) -->", README.read_text()) == [
+        "bench:begin",
+        "bench:end",
+        "bench-peers:begin",
+        "bench-peers:end",
     ]
 
 
@@ -112,6 +116,31 @@ def test_files_and_tests_a_document_names_exist(document: Path) -> None:
         if not (ROOT / path).exists() or (test and test not in functions_of(ROOT / path))
     ]
     assert missing == []
+
+
+def upstream_tests() -> list[tuple[str, str]]:
+    text = (ROOT / "docs" / "upstream-tests.md").read_text()
+    return re.findall(r"^\| `((?:Test|Benchmark)\w+)` \| (.*) \|$", text, re.MULTILINE)
+
+
+def test_every_upstream_test_has_a_row() -> None:
+    names = [name for name, _ in upstream_tests()]
+    assert len(set(names)) == len(names) == 43
+
+
+TO_COME = ("streams", "the snapshot channel, to come")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [row for row in upstream_tests() if not row[1].startswith(TO_COME)]
+)
+def test_an_upstream_test_is_found_under_its_name(name: str, ours: str) -> None:
+    """That what is named exists is checked for every document."""
+    named = re.findall(r"\w+\.py::(\w+)", ours)
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)
+    under_its_name = "_".join(words).lower()
+    assert named[0] == under_its_name or name.startswith("Benchmark")
+    assert all(test.startswith(under_its_name) for test in named[1:])
 
 
 def functions_of(path: Path) -> set[str]:

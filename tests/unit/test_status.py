@@ -176,3 +176,12 @@ def test_many_threads_make_one_transition_each_way(
     assert status.disconnects == 1
     assert flag.writes == 2
     assert [level for level, _ in lines(caplog)].count("WARNING") == 1
+
+
+def test_the_first_failure_after_a_success_or_the_start_is_told_apart(status: PeerStatus) -> None:
+    told = [status.deactivate("pipeline", "write", "x") for _ in range(2)]
+    status.activate()
+    assert not status.is_unreachable
+    told += [status.deactivate("pipeline", "write", "x") for _ in range(2)]
+    assert status.is_unreachable
+    assert told == [True, False, True, False]

@@ -347,3 +347,20 @@ def test_ids_are_bounded_in_each_list(form: str) -> None:
     error = refusal(in_conf_state(ids(MAX_IDS + 1)))
     assert error.field == "Message.snapshot.metadata.conf_state.voters"
     assert error.reason == "more than 65536 ids"
+
+
+@pytest.mark.parametrize("profile", ["3.5", "3.6", "3.7"])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry(),
+        Entry(term=1, index=1),
+        Entry(term=1, index=1, data=b"some data"),
+        Entry(term=1, index=1, type=EntryType.CONF_CHANGE_V2, data=b""),
+    ],
+    ids=["empty", "no data", "data", "empty data"],
+)
+def test_entry(entry: Entry, profile: str) -> None:
+    """Upstream writes an entry on its own for a stream; here it only comes in a message."""
+    message = Message(type=MessageType.APP, entries=[entry])
+    assert Message.unmarshal(message.marshal(profile)).entries == (entry,)
