@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.errors import UsageError
 
-__all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig"]
+__all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig", "require_rate"]
 
 MIB = 1 << 20
 
@@ -32,6 +32,12 @@ def _require(name: str, value: object, low: float, high: float) -> None:
 def _require_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{name}: {value!r} is not a whole number in {low}..{high}")
+
+
+def require_rate(name: str, value: object) -> None:
+    """Raise ``UsageError`` unless ``value`` is None or a rate in bytes a second."""
+    if value is not None:
+        _require(name, value, 1.0, 1e15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +114,8 @@ class ReceiverConfig:
     #: ``stall_timeout_s`` is ended. Half of what each of four connections has of 64 kbit/s; who
     #: wants to hold all connections by dripping has to send 1 MiB/s.
     min_body_rate: int = 1024
+    #: From the connection to the end of its TLS handshake, on an https listener.
+    handshake_timeout_s: float = 10.0
     #: Where the databases of received snapshots are stored; None takes no snapshots.
     snapshot_dir: str | os.PathLike[str] | None = None
     #: Snapshots received at once, each on a thread of its own; 503 above it.
@@ -131,7 +139,7 @@ class ReceiverConfig:
         is_path = isinstance(self.snapshot_dir, (str, os.PathLike)) and self.snapshot_dir != ""
         if self.snapshot_dir is not None and not is_path:
             raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
-        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
+        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s", "handshake_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 
 
@@ -151,6 +159,10 @@ class TransportConfig:
     dispatchers: int = 8
     #: Between two probes of a peer; 0 for none. etcd's is its read timeout of 5 s less 1 s.
     probe_interval_s: float = 4.0
+    #: Bytes a second of all snapshots together; None for no limit.
+    snapshot_rate_limit: float | None = None
+    #: From a snapshot's last byte to the answer: the receiver writes gigabytes to its disk first.
+    snapshot_answer_timeout_s: float = 600.0
     #: ``stop()`` returns within this, whatever its workers and callbacks do.
     stop_timeout_s: float = 1.0
 
@@ -163,4 +175,6 @@ class TransportConfig:
         _require_int("dispatchers", self.dispatchers, 1, 256)
         if self.probe_interval_s != 0:
             _require("probe_interval_s", self.probe_interval_s, 0.001, 86400.0)
+        require_rate("snapshot_rate_limit", self.snapshot_rate_limit)
+        _require("snapshot_answer_timeout_s", self.snapshot_answer_timeout_s, 0.001, 86400.0)
         _require("stop_timeout_s", self.stop_timeout_s, 0.01, 3600.0)

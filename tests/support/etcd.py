@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from pipeline.examples.follower import Follower
 from tests.support import LONG_TIMEOUT
+from tests.support.tls import Authority
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -52,6 +55,8 @@ class Cluster:
         False gives our Transport another cluster's.
     flags : sequence of str
         More flags for etcd.
+    authority : Authority, optional
+        Each member gets a certificate of it, and mTLS is spoken both ways.
     """
 
     def __init__(
@@ -61,11 +66,15 @@ class Cluster:
         config: TransportConfig | None = None,
         has_right_cluster_id: bool = True,
         flags: Sequence[str] = (),
+        authority: Authority | None = None,
     ) -> None:
         binary = find_etcd()
         assert binary is not None, "no etcd binary: the `test` extra brings one"
-        self.our_url = f"http://127.0.0.1:{free_port()}"
-        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags)
+        self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
+        self.tls = theirs = None
+        if authority is not None:
+            self.tls, theirs = authority.info("ours"), authority.info("etcd")
+        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags, tls=theirs)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config
@@ -84,12 +93,13 @@ class Cluster:
             self.our_cluster_id,
             self.follower,
             peer_urls=[self.our_url],
+            tls=self.tls,
             config=self.config,
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
         if listening:
-            self.transport.listen(self.our_url)
+            self.listener = self.transport.listen(self.our_url)
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
@@ -112,3 +122,32 @@ class Cluster:
         """Return the books of the pipeline to etcd."""
         assert self.transport is not None
         return self.transport.stats()[self.etcd.id]
+
+
+@contextlib.contextmanager
+def left_behind(
+    directory: Path,
+    config: TransportConfig,
+    *,
+    takes_snapshots: bool,
+    authority: Authority | None = None,
+) -> Iterator[Cluster]:
+    """A cluster whose etcd has to send its snapshot: our member has lost its log."""
+    # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
+    flags = ("--snapshot-count", "100")
+    cluster = Cluster(directory, config=config, flags=flags, authority=authority)
+    try:
+        cluster.start()
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(5300)):
+                pass
+        cluster.stop_ours()
+        cluster.follower = RecordingFollower(
+            cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots
+        )
+        cluster.etcd.stop()  # a leader does not forget how far a follower was
+        cluster.start_ours()
+        cluster.etcd.start()
+        yield cluster
+    finally:
+        cluster.stop()
