@@ -1,9 +1,9 @@
 """The other member of a two-member cluster: what the demo and the interop tests run beside etcd.
 
-Example code that shows how a node uses a Transport; **not a Raft implementation**. It keeps
-everything in memory, knows exactly one peer, never campaigns of its own accord, and can neither
-take a snapshot nor change the membership. What it does follow etcd's ``raft.go`` in: votes,
-the log consistency check, commit, and, when the leader hands its leadership over, leading.
+Example code that shows how a node uses a Transport; **not a Raft implementation**. It keeps its
+log in memory, knows exactly one peer, never campaigns of its own accord, sends no snapshot and
+cannot change the membership. What it does follow etcd's ``raft.go`` in: votes, the log consistency
+check, commit, taking a snapshot and, when the leader hands its leadership over, leading.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Follower:
     ----------
     member_id, peer_id : int
         This member and the only other one.
+    takes_snapshots : bool
+        Whether its Transport stores their databases (``ReceiverConfig.snapshot_dir``).
 
     Attributes
     ----------
@@ -77,9 +79,10 @@ class Follower:
     Transport calls back into can wait for it.
     """
 
-    def __init__(self, member_id: int, peer_id: int) -> None:
+    def __init__(self, member_id: int, peer_id: int, *, takes_snapshots: bool = False) -> None:
         self.member_id = member_id
         self.peer_id = peer_id
+        self.takes_snapshots = takes_snapshots
         self.received: Counter[int] = Counter()
         self.sent: Counter[int] = Counter()
         self.unreachable = 0
@@ -94,7 +97,10 @@ class Follower:
         self._term = 0
         self._vote = 0
         self._leader = 0
-        self._log: list[Entry] = []  # the entry of index i is _log[i - 1]
+        # Index and term of the last entry that a snapshot stands for; the entries behind it.
+        self._base = 0
+        self._base_term = 0
+        self._log: list[Entry] = []  # the entry of index i is _log[i - 1 - _base]
         self._commit = 0
 
         # As leader, about the peer: the last index it is known to hold, the next one to send,
@@ -106,6 +112,7 @@ class Follower:
         self._handlers: dict[int, Callable[[Message], None]] = {
             MessageType.APP: self._on_append,
             MessageType.HEARTBEAT: self._on_heartbeat,
+            MessageType.SNAP: self._on_snapshot,
             MessageType.PRE_VOTE: self._on_vote,
             MessageType.VOTE: self._on_vote,
             MessageType.TIMEOUT_NOW: self._on_timeout_now,
@@ -147,9 +154,9 @@ class Follower:
             return self._state()
 
     def committed(self) -> list[Entry]:
-        """Return the entries that are committed, from index 1."""
+        """Return the entries that are committed, from index 1 or from behind the snapshot."""
         with self._changed:
-            return self._log[: self._commit]
+            return self._log[: self._commit - self._base]
 
     def wait_for(self, condition: Callable[[State], bool], timeout_s: float) -> bool:
         """Block until ``condition`` holds; False if it does not within ``timeout_s``."""
@@ -159,7 +166,7 @@ class Follower:
     def transfer_leadership(self) -> bool:
         """Ask the peer to campaign at once; False unless we lead and it holds our whole log."""
         with self._changed:
-            if self._role is not Role.LEADER or self._match != len(self._log):
+            if self._role is not Role.LEADER or self._match != self._last:
                 return False
             self._emit(MessageType.TIMEOUT_NOW)
             send, messages = self._take_outbox()
@@ -182,9 +189,9 @@ class Follower:
     # pipeline.Raft
 
     def process(self, message: Message) -> None:
-        """Take one message of the peer. Raises RequestRejected for a snapshot."""
-        if message.type == MessageType.SNAP:
-            logger.warning("refused a snapshot: the example keeps its whole log in memory")
+        """Take one message of the peer. Raises RequestRejected for a snapshot it does not take."""
+        if message.type == MessageType.SNAP and not self.takes_snapshots:
+            logger.warning("refused a snapshot: there is no directory for its database")
             raise RequestRejected(501, b"this example member takes no snapshots\n")
         with self._changed:
             self.received[message.type] += 1
@@ -210,10 +217,14 @@ class Follower:
     # From here on the lock is held.
 
     def _state(self) -> State:
-        return State(self._role, self._term, self._vote, self._leader, self._commit, len(self._log))
+        return State(self._role, self._term, self._vote, self._leader, self._commit, self._last)
+
+    @property
+    def _last(self) -> int:
+        return self._base + len(self._log)
 
     def _term_at(self, index: int) -> int:
-        return self._log[index - 1].term if index else 0
+        return self._log[index - 1 - self._base].term if index > self._base else self._base_term
 
     def _emit(self, kind: MessageType, *, term: int | None = None, **fields: Any) -> None:
         message = Message(
@@ -266,7 +277,7 @@ class Follower:
 
     def _on_append(self, message: Message) -> None:
         self._become_follower(message.term, message.from_)
-        last = len(self._log)
+        last = self._last
         if message.index < self._commit:  # late: what it carries is known to be here
             self._emit(MessageType.APP_RESP, index=self._commit)
             return
@@ -283,10 +294,10 @@ class Follower:
             )
             return
         for index, entry in enumerate(message.entries, message.index + 1):
-            if index <= len(self._log):
+            if index <= self._last:
                 if self._term_at(index) == entry.term:
                     continue
-                del self._log[index - 1 :]
+                del self._log[index - 1 - self._base :]
             self._log.append(entry)
         last_new = message.index + len(message.entries)
         self._commit = max(self._commit, min(message.commit, last_new))
@@ -294,9 +305,21 @@ class Follower:
 
     def _on_heartbeat(self, message: Message) -> None:
         self._become_follower(message.term, message.from_)
-        self._commit = max(self._commit, min(message.commit, len(self._log)))
+        self._commit = max(self._commit, min(message.commit, self._last))
         # etcd's linearizable reads wait for this context to come back.
         self._emit(MessageType.HEARTBEAT_RESP, context=message.context)
+
+    def _on_snapshot(self, message: Message) -> None:
+        """Go on from behind a snapshot; raft.go ``restore``. A node would now open the database
+        (``Transport.snapshot_path``), which is in place."""
+        self._become_follower(message.term, message.from_)
+        assert message.snapshot is not None
+        metadata = message.snapshot.metadata
+        if metadata.index > self._commit:
+            self._base, self._base_term = metadata.index, metadata.term
+            self._log.clear()
+            self._commit = metadata.index
+        self._emit(MessageType.APP_RESP, index=self._commit)
 
     def _on_vote(self, message: Message) -> None:
         is_poll = message.type == MessageType.PRE_VOTE
@@ -305,7 +328,7 @@ class Follower:
             or (not self._vote and not self._leader)
             or (is_poll and message.term > self._term)
         )
-        last = len(self._log)
+        last = self._last
         is_up_to_date = (message.log_term, message.index) >= (self._term_at(last), last)
         granted = may_vote and is_up_to_date
         if granted and not is_poll:
@@ -325,7 +348,7 @@ class Follower:
         self._term += 1
         self._vote = self.member_id
         self._leader = 0
-        last = len(self._log)
+        last = self._last
         self._emit(
             MessageType.VOTE,
             index=last,
@@ -341,7 +364,7 @@ class Follower:
         self._role = Role.LEADER
         self._leader = self.member_id
         self._match = 0
-        self._next = len(self._log) + 1
+        self._next = self._last + 1
         self._in_flight = False
         # Only an entry of its own term lets a leader commit those before it (Raft 5.4.2).
         self._append([Entry()])
@@ -349,7 +372,7 @@ class Follower:
     def _append(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._log.append(
-                Entry(term=self._term, index=len(self._log) + 1, type=entry.type, data=entry.data)
+                Entry(term=self._term, index=self._last + 1, type=entry.type, data=entry.data)
             )
         if not self._in_flight:
             self._send_append()
@@ -357,7 +380,7 @@ class Follower:
     def _send_append(self) -> None:
         size = 0
         entries: list[Entry] = []
-        for entry in self._log[self._next - 1 :]:
+        for entry in self._log[self._next - 1 - self._base :]:
             size += memoryview(entry.data or b"").nbytes
             if entries and size > MAX_APPEND_BYTES:
                 break
@@ -385,11 +408,11 @@ class Follower:
         may_commit = self._match > self._commit and self._term_at(self._match) == self._term
         if may_commit:
             self._commit = self._match
-        if may_commit or self._match < len(self._log):
+        if may_commit or self._match < self._last:
             self._send_append()
 
     def _on_heartbeat_resp(self, message: Message) -> None:
-        if self._role is Role.LEADER and self._match < len(self._log):
+        if self._role is Role.LEADER and self._match < self._last:
             self._send_append()
 
     def _on_propose(self, message: Message) -> None:

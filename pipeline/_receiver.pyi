@@ -1,11 +1,14 @@
 """The typed face of ``_receiver.pyx``; checked by stubtest."""
 
+from collections.abc import Callable
+from socket import socket
 from typing import NamedTuple
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
 
 from pipeline.config import ReceiverConfig
+from pipeline.general import General
 from pipeline.handlers import Handlers
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
@@ -27,7 +30,11 @@ def recognise_post(data: ReadableBuffer) -> tuple[int, int] | None: ...
 @disjoint_base
 class Receiver:
     def __new__(
-        cls, handlers: Handlers, config: ReceiverConfig, cluster_header: bytes
+        cls,
+        handlers: Handlers,
+        config: ReceiverConfig,
+        cluster_header: bytes,
+        take: Callable[[socket | None, General], None],
     ) -> Receiver: ...
     def start(self, descriptors: list[int]) -> None: ...
     def begin_close(self) -> None: ...

@@ -18,11 +18,12 @@ from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post
 from pipeline._messages cimport message_from_decoded
 from pipeline._server cimport (
     ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_GENERAL, REQUEST_GONE,
-    REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_FREE, THEN_NEXT, answer_204_t, body_free,
-    body_init, body_t, conn_answer_here, conn_give_back, conn_give_back_locked, conn_save, conn_t,
-    handler_t, request_free, request_t, server_add_handler, server_close_descriptors, server_free,
-    server_init, server_learn, server_limits_t, server_remove_handler, server_start, server_stop,
-    server_t, server_take, server_wait,
+    REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
+    body_free, body_init, body_t, conn_answer_here, conn_give_back, conn_give_back_locked,
+    conn_save, conn_t, handler_t, request_free, request_t, server_add_handler,
+    server_close_descriptors, server_detach, server_free, server_init, server_learn,
+    server_limits_t, server_remove_handler, server_start, server_stop, server_t, server_take,
+    server_wait,
 )
 from pipeline._sync cimport (
     add_int, clock_ns, close, deadline_timespec, pthread_cond_timedwait, pthread_join,
@@ -115,6 +116,10 @@ cdef class Receiver:
     config : ReceiverConfig
     cluster_header : bytes
         The header lines every 204 carries, each with its CRLF.
+    take : callable
+        Called with a non-blocking socket, which it owns from then on, and the ``General`` that has
+        read the head, when a connection leaves the loop; with None for the socket when the loop
+        has closed it meanwhile. It must not block.
 
     Notes
     -----
@@ -129,8 +134,9 @@ cdef class Receiver:
     cdef object config
     cdef dict generals          # id of the connection -> General
     cdef object budget
+    cdef object take
 
-    def __cinit__(self, handlers, config, bytes cluster_header not None):
+    def __cinit__(self, handlers, config, bytes cluster_header not None, take):
         cdef server_limits_t limits
         cdef bytes fixed = b"HTTP/1.1 204 No Content\r\n" + cluster_header + b"Date: "
         cdef int error
@@ -161,6 +167,7 @@ cdef class Receiver:
         self.config = config
         self.generals = {}
         self.budget = BodyBudget(config.max_buffered_bytes)
+        self.take = take
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
@@ -353,9 +360,28 @@ cdef class Receiver:
             rest = general.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
                 raise MemoryError
-        if then == THEN_NEXT or then == THEN_CLOSE:
+        if then == THEN_DETACH:
+            self.detach(conn, general)
+        if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
             general.close()
             del self.generals[conn.id]
+        return 0
+
+    cdef int detach(self, conn_t* conn, object general) except -1:
+        """Move a connection's socket out of the loop. The loop forgets it, whatever happens here.
+        """
+        cdef int fd = server_detach(conn)
+        connection = None
+        try:
+            if fd >= 0:
+                connection = socket.socket(fileno=fd)
+                fd = -1
+            self.take(connection, general)
+        except BaseException:
+            logger.exception("internal error, please report: a connection is closed")
+            if fd >= 0:
+                close(fd)
+                self.take(None, general)
         return 0
 
     def learn(self, bytes head not None):

@@ -84,6 +84,7 @@ cdef enum:
     THEN_READ_HEAD          # general: read on, within the time of a head
     THEN_READ_BODY          # general: read on, as long as bytes come
     THEN_DELIVER            # general: a whole body to be decoded and processed
+    THEN_DETACH             # general: Python has the socket now (server_detach)
     THEN_FREE               # forgotten
 
 
@@ -522,6 +523,23 @@ cdef inline void conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil
     pthread_mutex_unlock(&server.lock)
 
 
+cdef inline int server_detach(conn_t* conn) noexcept nogil:
+    """Take the socket of a connection that the calling thread holds; the caller owns it then.
+
+    -1 when the loop has ended and closed it. The connection is still to be given back, with
+    THEN_DETACH. An event for it may be under way to the loop, which only notes it.
+    """
+    cdef server_t* server = conn.server
+    cdef int fd
+    pthread_mutex_lock(&server.lock)    # server_end closes the sockets of handled connections
+    fd = conn.fd
+    if fd >= 0:
+        epoll_ctl(server.epfd, EPOLL_CTL_DEL, fd, NULL)
+        conn.fd = -1
+    pthread_mutex_unlock(&server.lock)
+    return fd
+
+
 # -- accepted heads
 
 cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* data, size_t n,
@@ -567,6 +585,14 @@ cdef inline void server_learn(server_t* server, const uint8_t* data,
 
 # -- a connection: read, recognise, write
 
+cdef inline void conn_count_closed(conn_t* conn) noexcept nogil:
+    """There is a connection less: another one can be accepted."""
+    cdef server_t* server = conn.server
+    server.counts.connections -= 1
+    if server.accept_at_ns < 0:
+        server.accept_at_ns = server.now_ns
+
+
 cdef inline void conn_close(conn_t* conn) noexcept nogil:
     """End a connection that the loop has. A general one goes to Python once more."""
     cdef server_t* server = conn.server
@@ -575,11 +601,9 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
         close(conn.fd)
         conn.fd = -1
-        server.counts.connections -= 1
         if conn.state == CONN_BODY:
             server.buffered_bytes -= <int64_t>conn.request.body.len
-        if server.accept_at_ns < 0:
-            server.accept_at_ns = server.now_ns
+        conn_count_closed(conn)
     if conn.is_general:
         conn_to_handler(conn, REQUEST_GONE)
         return
@@ -952,6 +976,11 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     if conn.is_answered:
         conn.is_answered = False
     elif conn.then == THEN_FREE:
+        conn.is_general = False
+        conn_close(conn)
+        return
+    elif conn.then == THEN_DETACH:
+        conn_count_closed(conn)
         conn.is_general = False
         conn_close(conn)
         return

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, Protocol, Self, TypeVar
 from wsgiref.types import WSGIApplication
@@ -497,6 +498,10 @@ class Transport:
     def probe_stats(self) -> dict[int, ProbeStats]:
         """As ``pipeline.Transport.probe_stats``."""
         return self._transport.probe_stats()
+
+    def snapshot_path(self, index: int) -> Path | None:
+        """As ``pipeline.Transport.snapshot_path``."""
+        return self._transport.snapshot_path(index)
 
     def leader_stats(self) -> dict[str, object]:
         """As ``pipeline.Transport.leader_stats``."""

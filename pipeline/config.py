@@ -6,6 +6,7 @@ field, value and rule. Times are seconds, sizes bytes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -107,6 +108,14 @@ class ReceiverConfig:
     #: ``stall_timeout_s`` is ended. Half of what each of four connections has of 64 kbit/s; who
     #: wants to hold all connections by dripping has to send 1 MiB/s.
     min_body_rate: int = 1024
+    #: Where the databases of received snapshots are stored; None takes no snapshots.
+    snapshot_dir: str | os.PathLike[str] | None = None
+    #: Snapshots received at once, each on a thread of its own; 503 above it.
+    snapshot_receives: int = 4
+    #: Bytes of one database; None is no limit.
+    snapshot_max_bytes: int | None = None
+    #: Bytes of all databases in ``snapshot_dir``, the one arriving included; None is no limit.
+    snapshot_dir_max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
@@ -115,6 +124,13 @@ class ReceiverConfig:
         _require_int("max_connections", self.max_connections, 1, 1 << 20)
         _require_int("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
         _require_int("min_body_rate", self.min_body_rate, 0, 1_000_000_000)
+        _require_int("snapshot_receives", self.snapshot_receives, 1, 64)
+        for name in ("snapshot_max_bytes", "snapshot_dir_max_bytes"):
+            if getattr(self, name) is not None:
+                _require_int(name, getattr(self, name), 1, 1 << 62)
+        is_path = isinstance(self.snapshot_dir, (str, os.PathLike)) and self.snapshot_dir != ""
+        if self.snapshot_dir is not None and not is_path:
+            raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
         for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 

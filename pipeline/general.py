@@ -18,6 +18,7 @@ import h11
 
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Answer, Handlers, Request
+from pipeline.protocol import SNAPSHOT_PATH
 
 __all__ = ["BodyBudget", "General", "Then", "render"]
 
@@ -45,6 +46,8 @@ class Then(enum.IntEnum):
     READ_BODY = 3
     #: A whole body: have it decoded and processed, then call ``General.answer``.
     DELIVER = 4
+    #: The connection leaves the loop, with ``General.request`` and ``General.http``.
+    DETACH = 5
 
 
 class BodyBudget:
@@ -89,6 +92,10 @@ class General:
         What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
         What has been read and not used when the connection goes on with ``Then.NEXT``.
+    request : Request
+        The head, once it is whole.
+    http : h11.Connection
+        Has read the head, and holds what came with it. Of ``Then.DETACH`` the caller's.
 
     Notes
     -----
@@ -110,15 +117,14 @@ class General:
         self._remote = remote
         self._budget = budget
         self._learn = learn
-        self._http = h11.Connection(
+        self.http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=max(config.max_head_bytes, 8192)
         )
         self._head = b""
         self._first = b""  # the head and what came with it
         self._is_head_whole = False
-        self._request = Request("", "", {}, remote)
+        self.request = Request("", "", {}, remote)
         self._is_message = False  # a message for Raft; otherwise answered before its body
-        self._late: Answer | None = None  # to be given when the body has been read
         self._seen = 0  # bytes of the body
         self._taken = 0  # of the budget
         self._out: list[bytes] = []
@@ -129,7 +135,7 @@ class General:
             then = self._feed(data)
         except h11.RemoteProtocolError:
             if self._is_message:
-                then = self._send_answer(self._handlers.read_failed(self._request), close=True)
+                then = self._send_answer(self._handlers.read_failed(self.request), close=True)
             else:
                 then = self._send_answer(_bad_request(), close=True)
         return self._take_out(), then
@@ -137,7 +143,7 @@ class General:
     def broken(self) -> tuple[bytes, Then]:
         """Hear that the rest of the request will not come; returns as ``feed``."""
         if self._is_message:
-            self._send_answer(self._handlers.read_failed(self._request), close=True)
+            self._send_answer(self._handlers.read_failed(self.request), close=True)
         return self._take_out(), Then.CLOSE
 
     def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
@@ -170,11 +176,11 @@ class General:
                 return Then.READ_HEAD
             data = self._first = bytes(self._head)
             self._head = head
-        self._http.receive_data(data)
+        self.http.receive_data(data)
         while True:
-            event = self._http.next_event()
+            event = self.http.next_event()
             if event is h11.NEED_DATA:
-                if self._http.they_are_waiting_for_100_continue:
+                if self.http.they_are_waiting_for_100_continue:
                     self._send(
                         h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
                     )
@@ -198,7 +204,7 @@ class General:
             return _bad_request()
         # 18 digits: no longer number is worth converting.
         if lengths and len(lengths[0].strip()) > 18:
-            return self._handlers.body_too_large(self._request)
+            return self._handlers.body_too_large(self.request)
         return None
 
     def _on_event(self, event: object) -> Then | None:
@@ -207,8 +213,6 @@ class General:
         if isinstance(event, h11.Data):
             return self._on_data(bytes(event.data))
         assert isinstance(event, h11.EndOfMessage)
-        if self._late is not None:
-            return self._send_answer(self._late, close=False)
         return Then.DELIVER if self._is_message else self._go_on()
 
     def _on_request(self, event: h11.Request) -> Then | None:
@@ -216,37 +220,39 @@ class General:
         for name, value in event.headers:
             headers.setdefault(name.decode("ascii"), value.decode("latin-1"))
         path, _, _ = event.target.decode("ascii").partition("?")
-        self._request = Request(event.method.decode("ascii"), path, headers, self._remote)
-        answer = self._handlers.check(self._request)
+        self.request = Request(event.method.decode("ascii"), path, headers, self._remote)
+        answer = self._handlers.check(self.request, can_detach=True)
+        if answer is None and path == SNAPSHOT_PATH:
+            if self._handlers.snapshots.begin():
+                return Then.DETACH
+            answer = self._handlers.too_many_snapshots(self.request)
         if answer is None:
-            if self._handlers.is_learnable(self._request) and self._learn(self._head):
+            if self._handlers.is_learnable(self.request) and self._learn(self._head):
                 self.rest = self._first
                 return Then.NEXT
             self._is_message = True
             return None
-        if answer.drain and not self._http.they_are_waiting_for_100_continue:
-            self._late = answer
-            return None
-        # What a refused request still sends is read, if it is little, to keep the connection.
+        # What a refused request still sends is read, if it is little, to keep the connection; the
+        # loop reads on for a moment, so that a sender hears the answer and not of a broken pipe.
         is_long = int(headers.get("content-length", "0")) > DRAIN_MAX
-        close = answer.close or is_long or self._http.they_are_waiting_for_100_continue
+        close = answer.close or is_long or self.http.they_are_waiting_for_100_continue
         then = self._send_answer(answer, close=close)
         return then if then is Then.CLOSE else None
 
     def _on_data(self, data: bytes) -> Then | None:
         self._seen += len(data)
-        if self._seen > self._config.max_body_bytes and (self._is_message or self._late):
-            return self._send_answer(self._handlers.body_too_large(self._request), close=True)
+        if self._is_message and self._seen > self._config.max_body_bytes:
+            return self._send_answer(self._handlers.body_too_large(self.request), close=True)
         if not self._is_message:
-            return Then.CLOSE if self._seen > DRAIN_MAX and self._late is None else None
+            return Then.CLOSE if self._seen > DRAIN_MAX else None
         if not self._budget.take(len(data)):
-            return self._send_answer(self._handlers.overloaded(self._request), close=True)
+            return self._send_answer(self._handlers.overloaded(self.request), close=True)
         self._taken += len(data)
         self.body += data
         return None
 
     def _send_answer(self, answer: Answer, *, close: bool) -> Then:
-        if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             return Then.CLOSE  # answered already
         response = h11.Response(
             status_code=answer.status,
@@ -254,22 +260,22 @@ class General:
             reason=_phrase(answer.status).encode("ascii"),
         )
         self._send(response)
-        if answer.body and answer.status not in (204, 304) and self._request.method != "HEAD":
+        if answer.body and answer.status not in (204, 304) and self.request.method != "HEAD":
             self._send(h11.Data(data=answer.body))
         self._send(h11.EndOfMessage())
         return Then.CLOSE if close else self._go_on()
 
     def _go_on(self) -> Then:
         """Tell how, now that we have answered."""
-        if self._http.our_state is not h11.DONE:
+        if self.http.our_state is not h11.DONE:
             return Then.CLOSE
-        if self._http.their_state is not h11.DONE:
+        if self.http.their_state is not h11.DONE:
             return Then.READ_BODY
-        self.rest = self._http.trailing_data[0]
+        self.rest = self.http.trailing_data[0]
         return Then.NEXT
 
     def _send(self, event: h11.Event) -> None:
-        self._out.append(self._http.send(event) or b"")
+        self._out.append(self.http.send(event) or b"")
 
     def _take_out(self) -> bytes:
         out = b"".join(self._out)

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
@@ -36,6 +36,7 @@ from pipeline.protocol import (
     parse_id,
     server_version,
 )
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType, Raft
 
 __all__ = ["Answer", "Handlers", "Received", "Request"]
@@ -89,8 +90,6 @@ class Answer:
     body: bytes = b""
     #: Close the connection, without reading what may be left of the request.
     close: bool = False
-    #: Answer after the body, which is read, within ``max_body_bytes``, and thrown away.
-    drain: bool = False
 
 
 class Received(NamedTuple):
@@ -144,6 +143,8 @@ class Handlers:
         Messages of process-local types, answered 204 and not delivered.
     process_failures : int
         Calls of ``process`` that raised anything but ``RequestRejected``.
+    snapshots : SnapshotReceiver
+        Does ``POST /raft/snapshot`` from the body on.
 
     Notes
     -----
@@ -182,15 +183,17 @@ class Handlers:
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
         self._failures_by_address: dict[str, int] | None = None
+        self.snapshots = SnapshotReceiver(raft, self, self.config)
         self._lock = threading.Lock()  # guards the counters and the one below
         self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
 
-    def check(self, request: Request) -> Answer | None:
+    def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
         """Answer a request that needs no body; None if it is a message to be delivered.
 
         Differs from etcd: paths are matched exactly and undecoded; Go's mux cleans them.
 
         Nothing of the body needs to have arrived. Paths are matched exactly, as they are written.
+        With ``can_detach`` None may also mean a snapshot, which the caller has received elsewhere.
         """
         path = request.path
         if path == RAFT_PATH:
@@ -198,10 +201,7 @@ class Handlers:
         if path == PROBING_PATH:
             return _probing()
         if path == SNAPSHOT_PATH:
-            # To be stored one day. Read first: a Go sender that is answered in the middle of its
-            # body breaks it off and may tell of a broken pipe instead of our answer.
-            refusal = self._answer(501, "Not Implemented")
-            return self._check_post(request) or replace(refusal, drain=True)
+            return self._check_snapshot(request, can_detach=can_detach)
         if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
             return self._get(path) if request.method == "GET" else _not_allowed("GET")
         return _error(404, "404 page not found")
@@ -225,7 +225,7 @@ class Handlers:
             message = Message.unmarshal(body)
         except UnmarshalError as error:
             self._warn("failed to unmarshal Raft message from %s: %s", request.remote, error)
-            self._count_failure(request.remote)
+            self.count_failure(request.remote)
             return self._answer(400, "error unmarshalling raft message")
         return self.process(message, len(body), request.remote) or self.no_content()
 
@@ -237,9 +237,9 @@ class Handlers:
         kind, sender = message.type, message.from_
         if kind not in _KNOWN_TYPES:
             self._warn("refused Raft message from %s: type %d is not known", remote, kind)
-            self._count_failure(remote)
+            self.count_failure(remote)
             return self._answer(400, "error unmarshalling raft message")
-        self._count_received(sender, size_bytes)
+        self.count_received(sender, size_bytes)
         if kind in _PROCESS_LOCAL:
             with self._lock:
                 self.ignored += 1
@@ -249,10 +249,9 @@ class Handlers:
         try:
             self._raft.process(message)
         except RequestRejected as rejected:
-            return self._rejected(rejected)
+            return self.rejected(rejected)
         except BaseException as error:  # whatever a node raises, its listener goes on
-            with self._lock:
-                self.process_failures += 1
+            self.count_process_failure()
             self._warn(
                 "failed to process Raft message of %s from %s",
                 format_id(sender),
@@ -267,13 +266,13 @@ class Handlers:
     def read_failed(self, request: Request) -> Answer:
         """Answer a request whose body broke off or stalled."""
         self._warn("failed to read Raft message from %s: the body is incomplete", request.remote)
-        self._count_failure(request.remote)
+        self.count_failure(request.remote)
         return self._answer(400, "error reading raft message", close=True)
 
     def body_too_large(self, request: Request) -> Answer:
         """Answer a request whose body is larger than ``max_body_bytes``."""
         self._warn("refused Raft message from %s: the body is too large", request.remote)
-        self._count_failure(request.remote)
+        self.count_failure(request.remote)
         return self._answer(413, "request body too large", close=True)
 
     def head_too_large(self) -> Answer:
@@ -283,8 +282,31 @@ class Handlers:
     def overloaded(self, request: Request) -> Answer:
         """Answer a request whose body there is no memory for just now."""
         self._warn("no memory for a Raft message from %s", request.remote)
-        self._count_failure(request.remote)
+        self.count_failure(request.remote)
         return self._answer(503, "too many bytes in requests", close=True)
+
+    def too_many_snapshots(self, request: Request) -> Answer:
+        """Answer a snapshot while as many as may be are being received.
+
+        Differs from etcd: there is no limit there.
+        """
+        self._warn("refused a snapshot from %s: others are being received", request.remote)
+        self.snapshots.refused()
+        return self._answer(503, "too many snapshots at once", close=True)
+
+    def snapshot_failed(
+        self,
+        request: Request,
+        sender: str,
+        status: int,
+        text: str,
+        error: BaseException | None = None,
+    ) -> Answer:
+        """Answer a snapshot that was not taken; ``error`` is shown in the log."""
+        self._warn(
+            "refused a snapshot of %s from %s: %s", sender, request.remote, text, exc_info=error
+        )
+        return self._answer(status, text)
 
     def shutting_down(self) -> Answer:
         """Answer a request that will not be waited for; its message may have been processed."""
@@ -330,6 +352,17 @@ class Handlers:
             return self._answer(412, CLUSTER_ID_MISMATCH)
         return None
 
+    def _check_snapshot(self, request: Request, *, can_detach: bool) -> Answer | None:
+        """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
+        refusal = self._check_post(request)
+        if refusal is None and not (can_detach and self.snapshots.store is not None):
+            refusal = self._answer(501, "Not Implemented")
+        if refusal is None:
+            refusal = self._note_sender(request)
+        if refusal is not None:
+            self.snapshots.refused()
+        return refusal
+
     def _note_sender(self, request: Request) -> Answer | None:
         """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
         urls = request.headers.get(PEER_URLS.lower(), "")
@@ -347,15 +380,19 @@ class Handlers:
             self._warn(
                 "refused Raft message from %s: content encoding %r", request.remote, encoding[:64]
             )
-            self._count_failure(request.remote)
+            self.count_failure(request.remote)
             return self._answer(415, "unsupported content encoding", close=True)
         # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
         length = request.headers.get("content-length", "")
-        if length.isdecimal() and (len(length) > 19 or int(length) > self.config.max_body_bytes):
+        is_long = length.isdecimal() and (
+            len(length) > 19 or int(length) > self.config.max_body_bytes
+        )
+        if is_long and request.path == RAFT_PATH:
             return self.body_too_large(request)
         return None
 
-    def _rejected(self, rejected: RequestRejected) -> Answer:
+    def rejected(self, rejected: RequestRejected) -> Answer:
+        """Answer as ``process`` has chosen."""
         if rejected.status in (204, 205, 304):
             return Answer(rejected.status, self._cluster_header)
         headers = (*self._cluster_header, ("Content-Type", rejected.content_type))
@@ -388,8 +425,10 @@ class Handlers:
         """Drop what was counted for a member that is one no more."""
         with self._lock:
             self.received_bytes.pop(sender, None)
+        self.snapshots.forget(sender)
 
-    def _count_failure(self, remote: object) -> None:
+    def count_failure(self, remote: object) -> None:
+        """Count a body that could not be read, was refused or could not be decoded."""
         with self._lock:
             self.received_failures += 1
             counts = self._failures_by_address
@@ -398,7 +437,13 @@ class Handlers:
                 if address in counts or len(counts) < _MAX_SENDERS:
                     counts[address] = counts.get(address, 0) + 1
 
-    def _count_received(self, sender: int, size_bytes: int) -> None:
+    def count_process_failure(self) -> None:
+        """Count a call of ``process`` that raised."""
+        with self._lock:
+            self.process_failures += 1
+
+    def count_received(self, sender: int, size_bytes: int) -> None:
+        """Count bytes of a member."""
         with self._lock:
             counts = self.received_bytes
             if sender in counts or len(counts) < _MAX_SENDERS:

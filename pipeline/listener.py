@@ -18,6 +18,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.handlers import Handlers
 from pipeline.picker import parse_urls
+from pipeline.snapshot_connections import SnapshotConnections
 
 __all__ = ["Listener"]
 
@@ -50,7 +51,8 @@ class Listener:
     UsageError
         If a URL is not valid, or not ``http``.
     OSError
-        If an address cannot be bound, or there are no descriptors left.
+        If an address cannot be bound, there are no descriptors left, or ``config.snapshot_dir``
+        cannot be made.
 
     Notes
     -----
@@ -70,9 +72,13 @@ class Listener:
         for url in given:
             if not url.startswith("http://"):
                 raise UsageError(f"url: {url!r}: only http can be listened on")
-        self._receiver = Receiver(handlers, config, handlers.cluster_header)
+        if handlers.snapshots.store is not None:
+            handlers.snapshots.store.prepare()
+        self._snapshots = SnapshotConnections(handlers, config)
+        self._receiver = Receiver(handlers, config, handlers.cluster_header, self._snapshots.take)
         sockets = _bind(given, config.max_connections)
         ports = [sock.getsockname()[1] for sock in sockets]
+        self._snapshots.name = f"pipeline-snapshot-{ports[0]}"
         self.urls = tuple(
             f"{url.rpartition(':')[0]}:{port}" for url, port in zip(given, ports, strict=True)
         )
@@ -120,7 +126,8 @@ class Listener:
         ----------
         deadline_s : float
             A request not answered within this many seconds has its connection closed. A call of
-            ``raft.process`` that blocks even longer keeps its thread until it returns.
+            ``raft.process`` that blocks even longer keeps its thread until it returns. A snapshot
+            that is still arriving is not waited for: it is ended at once, and its file removed.
 
         Notes
         -----
@@ -133,10 +140,12 @@ class Listener:
             self._is_closed = True
             deadline = time.monotonic() + deadline_s
             self._receiver.begin_close()
+            self._snapshots.begin_close()
             # A handler thread that closes its own listener is not waited for: it cannot end first.
             is_own = threading.current_thread() in self._threads
             # The last tenth is for idle threads to end in.
-            if not self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s):
+            is_whole = self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s)
+            if not self._snapshots.wait_closed(deadline - 0.1 * deadline_s) or not is_whole:
                 logger.warning("listener at %s closed with requests unanswered", self.url)
             for thread in self._threads:
                 if thread is not threading.current_thread():
@@ -147,6 +156,7 @@ class Listener:
         self._lock = threading.Lock()
         self._is_closed = True
         self._receiver.forget_after_fork()
+        self._snapshots.forget_after_fork()
 
     def __enter__(self) -> Listener:
         return self

@@ -21,6 +21,7 @@ try:
         GaugeMetricFamily,
         HistogramMetricFamily,
         Metric,
+        UnknownMetricFamily,
     )
     from prometheus_client.registry import Collector
 except ImportError as error:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.handlers import Handlers
     from pipeline.listener import Listener
     from pipeline.peer import Peer
+    from pipeline.snapshot_receiver import SnapshotReceiver
     from pipeline.stats import Histogram
     from pipeline.transport import Transport
 
@@ -42,8 +44,8 @@ DAY_S = 86400.0
 _LISTENER = ("Local", "Listener")
 _PEER = ("Local", "To")
 
-# Name: type, labels, help. A counter's name has to end in _total, for prometheus_client would add
-# it; etcd's own counters that do not (snapshot_send_success) will need a Metric of their own.
+# Name: type, labels, help. To a counter's name prometheus_client adds _total where it is missing;
+# etcd's counters that do not end so are "unknown", which is exposed as untyped.
 _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "etcd_network_active_peers": ("gauge", ("Local", "Remote"), "Whether a peer is active."),
     "etcd_network_disconnected_peers_total": (
@@ -71,6 +73,36 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("From",),
         "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
+    ),
+    "etcd_network_snapshot_receive_success": (
+        "unknown",
+        ("From",),
+        "Snapshots stored and processed; From is empty for senders past the first 128.",
+    ),
+    "etcd_network_snapshot_receive_failures": (
+        "unknown",
+        ("From",),
+        "Snapshots refused, broken off, not stored or not processed.",
+    ),
+    "etcd_network_snapshot_receive_inflights_total": (
+        "gauge",
+        ("From",),
+        "Snapshots being stored or processed.",
+    ),
+    "etcd_network_snapshot_receive_total_duration_seconds": (
+        "histogram",
+        ("From",),
+        "How long snapshots that were taken took, from the first byte to the answer.",
+    ),
+    "etcd_snap_db_fsync_duration_seconds": (
+        "histogram",
+        (),
+        "How long the fsync of a received database took.",
+    ),
+    "etcd_snap_db_save_total_duration_seconds": (
+        "histogram",
+        (),
+        "How long a received database took to store, the network included.",
     ),
     "raft_pipeline_offered_messages_total": ("counter", _PEER, "Messages given to send."),
     "raft_pipeline_accepted_messages_total": ("counter", _PEER, "Messages taken."),
@@ -195,8 +227,10 @@ class MetricsCollector(Collector):
                 yield GaugeMetricFamily(name, text, labels=labels)
             elif kind == "counter":
                 yield CounterMetricFamily(name, text, labels=labels)
-            else:
+            elif kind == "histogram":
                 yield HistogramMetricFamily(name, text, labels=labels)
+            else:
+                yield UnknownMetricFamily(name, text, labels=labels)
 
     def collect(self) -> Iterable[Metric]:
         """Yield all families with what is counted at this moment."""
@@ -210,7 +244,9 @@ class MetricsCollector(Collector):
                 if isinstance(metric, HistogramMetricFamily):
                     metric.add_metric(labels, _buckets(value), value.sum)
                 else:
-                    assert isinstance(metric, (GaugeMetricFamily, CounterMetricFamily))
+                    assert isinstance(
+                        metric, (GaugeMetricFamily, CounterMetricFamily, UnknownMetricFamily)
+                    )
                     metric.add_metric(labels, value)
             yield metric
 
@@ -230,6 +266,7 @@ def _samples(transport: Transport) -> Iterator[Sample]:
         for peer_id, round_trips in transport._prober.round_trips().items():
             yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
     yield from _received_samples(local, transport.handlers)
+    yield from _snapshot_samples(transport.handlers.snapshots)
     if (expires_at := transport.certificate_expires_at) is not None:
         days = (expires_at - time.time()) / DAY_S
         yield "raft_pipeline_certificate_expiry_days", (local,), days
@@ -263,6 +300,19 @@ def _received_samples(local: str, handlers: Handlers) -> Iterator[Sample]:
         yield "etcd_network_peer_received_failures_total", (address,), failures
     yield "raft_pipeline_ignored_messages_total", (local,), counts.ignored
     yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
+
+
+def _snapshot_samples(snapshots: SnapshotReceiver) -> Iterator[Sample]:
+    prefix = "etcd_network_snapshot_receive"
+    for sender, counts in snapshots.counts().items():
+        yield f"{prefix}_success", (sender,), counts.success
+        yield f"{prefix}_failures", (sender,), counts.failures
+        yield f"{prefix}_inflights_total", (sender,), counts.in_flight
+        yield f"{prefix}_total_duration_seconds", (sender,), counts.duration
+    if snapshots.store is not None:
+        saves, fsyncs = snapshots.store.histograms()
+        yield "etcd_snap_db_fsync_duration_seconds", (), fsyncs
+        yield "etcd_snap_db_save_total_duration_seconds", (), saves
 
 
 def _listener_samples(local: str, listener: Listener) -> Iterator[Sample]:

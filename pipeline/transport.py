@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from wsgiref.types import WSGIApplication
@@ -489,7 +490,7 @@ class Transport:
         UsageError
             If there is no URL, or the transport is not running.
         OSError
-            If the address cannot be bound.
+            If the address cannot be bound, or ``snapshot_dir`` cannot be made.
         """
         if url is None:
             if not self.peer_urls:
@@ -506,14 +507,39 @@ class Transport:
         listener.close()
         raise UsageError("listen: transport stopped")
 
+    def snapshot_path(self, index: int) -> Path | None:
+        """Where the database of a received snapshot is; None if there is none.
+
+        It is there when ``Raft.process`` is called with the MsgSnap of this index
+        (``message.snapshot.metadata.index``), and stays: moving it away when it is applied, and
+        removing what is not needed any more, is for the node. Source: etcd ``DBFilePath``.
+
+        Raises
+        ------
+        UsageError
+            If ``config.receiver.snapshot_dir`` is not set, or the index is not one.
+        """
+        format_id(index)  # 64 bits, too
+        store = self.handlers.snapshots.store
+        if store is None:
+            raise UsageError("snapshot_path: config.receiver.snapshot_dir is not set")
+        path = store.path(index)
+        return path if path.exists() else None
+
     @property
     def asgi_app(self) -> ASGIApp:
-        """An ASGI application that does what :meth:`listen` does, for a server of your own."""
+        """An ASGI application that does what :meth:`listen` does, for a server of your own.
+
+        But for snapshots, which it answers 501.
+        """
         return asgi_app(self.handlers, self.config.receiver)
 
     @property
     def wsgi_app(self) -> WSGIApplication:
-        """A WSGI application that does what :meth:`listen` does, for a server of your own."""
+        """A WSGI application that does what :meth:`listen` does, for a server of your own.
+
+        But for snapshots, which it answers 501.
+        """
         return wsgi_app(self.handlers, self.config.receiver)
 
     def _probe(self, peer: Peer) -> None:

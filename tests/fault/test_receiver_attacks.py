@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,7 @@ from tests.support.http import (
 )
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
+from tests.support.snapshots import FILE as SNAPSHOT_FILE
 
 MIB = 1 << 20
 MESSAGE = HEARTBEAT.marshal()
@@ -423,3 +425,22 @@ def test_the_interpreter_exits_with_a_listener_open(state: str) -> None:
     result = run("receiver.py", "exits", state)
     errors = re.sub(r"(?m)^listener at .* closed with requests unanswered\n", "", result.stderr)
     assert (result.stdout, errors, result.returncode) == ("ok\n", "", 0)
+
+
+@pytest.mark.parametrize(
+    ("case", "left"),
+    [
+        ("memory", []),
+        ("file limit", [SNAPSHOT_FILE]),
+        ("forks", [SNAPSHOT_FILE]),
+        ("exits", []),
+        ("exits in process", [SNAPSHOT_FILE]),
+    ],
+)
+def test_a_snapshot_survives_what_befalls_the_process(
+    case: str, left: list[str], tmp_path: Path
+) -> None:
+    result = run("snapshots.py", case, str(tmp_path))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == left

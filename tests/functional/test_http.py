@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 from wsgiref.validate import validator
@@ -432,10 +433,20 @@ def test_a_stream_is_asked_for_with_get(ask: Ask) -> None:
         ("POST", {}, 501),
     ],
 )
-def test_a_snapshot_is_not_taken_yet(
+def test_a_snapshot_is_not_taken_without_a_directory(
     ask: Ask, method: str, changes: dict[str, str | None], status: int
 ) -> None:
     assert ask(method, "/raft/snapshot", peer_headers(**changes), b"").status == status
+
+
+def test_a_front_that_cannot_detach_takes_no_snapshot(raft: FakeRaft, tmp_path: Path) -> None:
+    config = ReceiverConfig(snapshot_dir=tmp_path)
+    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    request = Request("POST", "/raft/snapshot", peer_headers(), "127.0.0.1:54321")
+    answer = handlers.check(request)
+    assert answer is not None
+    assert answer.status == 501
+    assert handlers.check(request, can_detach=True) is None
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,7 @@ METHODS: dict[str, Step] = {
     "cut_peer": lambda t: t.cut_peer(2),
     "mend_peer": lambda t: t.mend_peer(2),
     "listen": lambda t: t.listen("http://127.0.0.1:0"),
+    "snapshot_path": lambda t: t.snapshot_path(1),
     "metrics_collector": lambda t: t.metrics_collector(),
     "reload_tls": lambda t: t.reload_tls(),
     "certificate_expires_at": lambda t: t.certificate_expires_at,
@@ -200,7 +201,7 @@ METHODS: dict[str, Step] = {
     "wsgi_app": lambda t: t.wsgi_app,
 }
 CALLBACKS = ("process", "report_unreachable", "report_snapshot", "on_critical_error")
-REFUSED = {"start"}  # with a UsageError: it has been started
+REFUSED = {"start", "snapshot_path"}  # with a UsageError: it was started; no snapshot_dir
 
 
 class Calling(FakeRaft):

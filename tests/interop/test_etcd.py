@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +13,8 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from pipeline import Message, MessageType, PipelineConfig, TransportConfig
-from pipeline.examples.etcd import EtcdError, put_of
+from pipeline import Message, MessageType, PipelineConfig, ReceiverConfig, TransportConfig
+from pipeline.examples.etcd import EtcdError, find_etcd, put_of
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
 from tests.support.etcd import Cluster, RecordingFollower, assert_balanced, wait_until
@@ -177,26 +180,72 @@ def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, le
     assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
 
 
-def test_the_chunked_snapshot_of_etcd_is_read_whole_before_it_is_refused(tmp_path: Path) -> None:
-    """A member that has lost its log is sent the database, which is not stored yet."""
+@contextlib.contextmanager
+def left_behind(
+    directory: Path, config: TransportConfig, *, takes_snapshots: bool
+) -> Iterator[Cluster]:
+    """A cluster whose etcd has to send its snapshot: our member has lost its log."""
     # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
-    cluster = Cluster(tmp_path, flags=("--snapshot-count", "100"))
+    cluster = Cluster(directory, config=config, flags=("--snapshot-count", "100"))
     try:
         cluster.start()
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(5300)):
                 pass
         cluster.stop_ours()
-        cluster.follower = RecordingFollower(cluster.etcd.other_id, cluster.etcd.id)
+        cluster.follower = RecordingFollower(
+            cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots
+        )
         cluster.etcd.stop()  # a leader does not forget how far a follower was
         cluster.start_ours()
         cluster.etcd.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def test_etcd_hears_at_once_that_its_snapshot_is_refused(tmp_path: Path) -> None:
+    with left_behind(tmp_path, TransportConfig(), takes_snapshots=False) as cluster:
         wait_until(
             lambda: "unexpected http status Not Implemented" in cluster.etcd.log_tail(500),
             "etcd hears that its snapshot was refused",
         )
-    finally:
-        cluster.stop()
+
+
+def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path) -> None:
+    stored = tmp_path / "ours"
+    config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=stored))
+    with left_behind(tmp_path, config, takes_snapshots=True) as cluster:
+        follower, etcd = cluster.follower, cluster.etcd
+        assert follower.wait_for(lambda s: s.commit > 0, LONG_TIMEOUT)
+        (message,) = (m for m in follower.messages if m.type == MessageType.SNAP)
+        assert message.snapshot is not None
+        index = message.snapshot.metadata.index
+        assert index > 5000
+        assert cluster.transport is not None
+        path = cluster.transport.snapshot_path(index)
+        assert path == stored / f"{index:016x}.snap.db"
+        assert [p.name for p in stored.iterdir()] == [path.name]
+
+        etcd.wait_ready()
+        etcd.put(b"after", b"1")  # does not commit without us
+        assert follower.wait_for(lambda s: s.commit == s.last_index > index, LONG_TIMEOUT)
+        assert (b"after", b"1") in map(put_of, follower.committed())
+        to_us = f'{{To="{follower.member_id:x}"}}'
+        assert etcd.metric(f"etcd_network_snapshot_send_success{to_us}") == 1
+        counts = cluster.transport.handlers.snapshots.counts()[f"{etcd.id:x}"]
+        assert (counts.success, counts.failures, counts.in_flight) == (1, 0, 0)
+        saved = path.stat().st_size
+        assert cluster.transport.handlers.received_bytes[etcd.id] > saved
+
+        # etcd's own tool reads what we have stored: all that was put before.
+        etcdutl = find_etcd().with_name("etcdutl")  # type: ignore[union-attr]
+        command = [etcdutl, "snapshot", "status", path, "--write-out", "json"]
+        status = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        assert status["totalKey"] >= 5300
+        assert status["totalSize"] == saved
+        restore = [etcdutl, "snapshot", "restore", path, "--skip-hash-check"]
+        subprocess.run([*restore, "--data-dir", tmp_path / "restored"], check=True)
 
 
 def connections_to(url: str) -> int:

@@ -30,8 +30,8 @@ def assert_balanced(stats: PipelineStats) -> None:
 class RecordingFollower(Follower):
     """The example member; keeps what it is given."""
 
-    def __init__(self, member_id: int, peer_id: int) -> None:
-        super().__init__(member_id, peer_id)
+    def __init__(self, member_id: int, peer_id: int, *, takes_snapshots: bool = False) -> None:
+        super().__init__(member_id, peer_id, takes_snapshots=takes_snapshots)
         self.messages: list[Message] = []
 
     def process(self, message: Message) -> None:

@@ -1,5 +1,6 @@
 """Receiving: a listener, its settings and counts, and the ASGI application."""
 
+from pathlib import Path
 from typing import assert_type
 
 from pipeline import Listener, Raft, ReceiverConfig, Transport, TransportConfig
@@ -7,7 +8,8 @@ from pipeline.asgi import ASGIApp
 
 
 def serve(raft: Raft) -> ASGIApp:
-    config = TransportConfig(receiver=ReceiverConfig(handlers=8, max_body_bytes=8 << 20))
+    receiver = ReceiverConfig(handlers=8, max_body_bytes=8 << 20, snapshot_dir=Path("snap"))
+    config = TransportConfig(receiver=receiver)
     transport = Transport(1, 0x77, raft, config=config)
     transport.start()
     with transport.listen(["http://127.0.0.1:0", "http://[::1]:0"]) as listener:
@@ -16,6 +18,7 @@ def serve(raft: Raft) -> ASGIApp:
         assert_type(listener.urls, tuple[str, ...])
         assert_type(listener.stats().fast_requests, int)
         listener.close(deadline_s=0.5)
+    assert_type(transport.snapshot_path(1), Path | None)
     transport.listen(2380)  # type: ignore[arg-type]
     return transport.asgi_app
 

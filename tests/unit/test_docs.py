@@ -65,6 +65,8 @@ def test_the_readme_names_every_public_name(name: str) -> None:
 
 def shown(name: str, value: object) -> str:
     """Write a setting's value as the README does."""
+    if value is None:
+        return "None"
     if name.endswith("_bytes"):
         assert isinstance(value, int)
         return f"{value // MIB} MiB" if value >= MIB else f"{value // KIB} KiB"

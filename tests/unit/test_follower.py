@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import Entry, Message, MessageType, RequestRejected
+from pipeline import (
+    Entry,
+    Message,
+    MessageType,
+    RequestRejected,
+    Snapshot,
+    SnapshotMetadata,
+)
 from pipeline.examples.follower import Follower, Role
 
 US, PEER = 1, 2
@@ -136,6 +143,23 @@ def test_a_snapshot_is_refused_so_that_the_sender_does_not_count_on_it(bench: Be
     with pytest.raises(RequestRejected) as refusal:
         bench.follower.process(Message(type=MessageType.SNAP, to=US, from_=PEER, term=1))
     assert refusal.value.status == 501
+
+
+def test_a_snapshot_replaces_a_log_that_is_behind_it(bench: Bench) -> None:
+    bench.follower.takes_snapshots = True
+    bench.append(1, 1, 1, commit=1, term=5)
+    snapshot = Snapshot(metadata=SnapshotMetadata(index=10, term=4))
+    answer = bench.answer(MessageType.SNAP, term=5, snapshot=snapshot)
+    assert (answer.type, answer.index, answer.reject) == (MessageType.APP_RESP, 10, False)
+    state = bench.follower.state()
+    assert (state.commit, state.last_index, state.leader) == (10, 10, PEER)
+    assert bench.follower.committed() == []
+    assert bench.append(5, 5, at=10, commit=12, term=5).index == 12
+    assert [entry.term for entry in bench.follower.committed()] == [5, 5]
+    # One that comes late changes nothing.
+    snapshot = Snapshot(metadata=SnapshotMetadata(index=11, term=5))
+    assert bench.answer(MessageType.SNAP, term=5, snapshot=snapshot).index == 12
+    assert bench.follower.state().last_index == 12
 
 
 def test_a_stranger_is_not_listened_to(bench: Bench) -> None:

@@ -13,13 +13,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import PipelineConfig, Transport, TransportConfig, UsageError
+from pipeline import PipelineConfig, ReceiverConfig, Transport, TransportConfig, UsageError
 from pipeline.handlers import Request
 from pipeline.metrics import _FAMILIES, MetricsCollector
 from tests.support.http import HEARTBEAT, post_heartbeat
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer, always, answer
+from tests.support.snapshots import ask, framed, post, snapshot
 
 CLUSTER_ID = 0xCDF818194E3A8C32
 
@@ -152,7 +153,7 @@ def test_received_failures_are_one_series_unless_addresses_are_asked_for() -> No
 def test_senders_past_the_first_128_are_one_series() -> None:
     transport = Transport(1, CLUSTER_ID, FakeRaft())
     for sender in range(1, 131):
-        transport.handlers._count_received(sender, 10)
+        transport.handlers.count_received(sender, 10)
     name = "etcd_network_peer_received_bytes_total"
     shown = Exposition(transport.metrics_collector())
     assert len(shown.labels(name)) == 129
@@ -160,12 +161,47 @@ def test_senders_past_the_first_128_are_one_series() -> None:
     assert shown.value(name, From="") == 20
 
 
+def test_snapshots_received_are_shown_under_etcd_s_names(tmp_path: Path) -> None:
+    config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=tmp_path))
+    with Transport(1, CLUSTER_ID, FakeRaft(), config=config) as transport:
+        url = transport.listen("http://127.0.0.1:0").url
+        assert ask(url, post(framed(snapshot(from_=0xB2), b"x"))).status == 204
+        assert ask(url, post(framed(HEARTBEAT))).status == 400
+        assert ask(url, post(b"").replace(b"POST", b"GET")).status == 405
+        shown = Exposition(transport.metrics_collector())
+        twice = Exposition(MetricsCollector([transport, transport]))
+    name = "etcd_network_snapshot_receive"
+    for sender, success, failures in (
+        ("b2", 1, 0),
+        ("1", 0, 1),
+        ("UNKNOWN_SNAPSHOT_SENDER", 0, 1),
+    ):
+        assert shown.value(f"{name}_success", From=sender) == success
+        assert shown.value(f"{name}_failures", From=sender) == failures
+        assert shown.value(f"{name}_inflights_total", From=sender) == 0
+        assert shown.value(f"{name}_total_duration_seconds_count", From=sender) == success
+    fsyncs = shown.labels("etcd_snap_db_fsync_duration_seconds_bucket")
+    assert [labels["le"] for labels in fsyncs] == [
+        "0.001", "0.002", "0.004", "0.008", "0.016", "0.032", "0.064", "0.128", "0.256", "0.512",
+        "1.024", "2.048", "4.096", "8.192", "+Inf",
+    ]  # fmt: skip
+    seconds = ["0.1", "0.2", "0.4", "0.8", "1.6", "3.2", "6.4", "12.8", "25.6", "51.2", "+Inf"]
+    for family, labels in (
+        (f"{name}_total_duration_seconds", {"From": "b2"}),
+        ("etcd_snap_db_save_total_duration_seconds", {}),
+    ):
+        buckets = shown.labels(f"{family}_bucket")
+        assert [b["le"] for b in buckets if b.items() >= labels.items()] == seconds
+        assert shown.value(f"{family}_bucket", **labels, le="+Inf") == 1
+        assert twice.value(f"{family}_count", **labels) == 2
+
+
 def test_transports_of_one_registry_share_a_collector_that_adds_up() -> None:
     one, two = Transport(1, CLUSTER_ID, FakeRaft()), Transport(2, CLUSTER_ID, FakeRaft())
     with one, two:
         for transport in (one, two):
             transport.add_peer(3, ["http://127.0.0.1:1"])
-            transport.handlers._count_received(3, 10)
+            transport.handlers.count_received(3, 10)
         shown = Exposition(MetricsCollector([one, two]))
     assert shown.value("etcd_network_peer_received_bytes_total", From="3") == 20
     assert shown.labels("etcd_network_peer_sent_bytes_total") == [{"To": "3"}]
@@ -246,6 +282,7 @@ except ImportError as error:
 def test_the_page_of_metrics_has_every_family() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([\w, ]+) \|", page, re.MULTILINE)
-    assert [(name, kind, tuple(labels.split(", "))) for name, kind, labels in rows] == [
-        (name, kind, labels) for name, (kind, labels, _) in _FAMILIES.items()
-    ]
+    assert [
+        (name, kind, () if labels == "none" else tuple(labels.split(", ")))
+        for name, kind, labels in rows
+    ] == [(name, kind, labels) for name, (kind, labels, _) in _FAMILIES.items()]

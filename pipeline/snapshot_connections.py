@@ -1,0 +1,278 @@
+"""Connections on which snapshots arrive, each with a thread of its own.
+
+A connection leaves the receiving loop (``Then.DETACH``) when the head of its request is accepted:
+its body is as long as a database, and the disk blocks. It never comes back. Differs from etcd: it
+ends with the answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import threading
+import time
+from dataclasses import replace
+from typing import Protocol
+
+import h11
+
+from pipeline.config import MIB, ReceiverConfig
+from pipeline.general import General, render
+from pipeline.handlers import Answer, Handlers, Request
+from pipeline.snapshot_receiver import BodyError, ClosingError
+from pipeline.snapshot_store import Saving
+
+__all__ = ["Connection", "SnapshotConnections"]
+
+logger = logging.getLogger("pipeline.listener")
+
+# A chunked body is parsed from so much at once; etcd's chunks are of 32 KiB.
+_PARSE_BYTES = MIB
+
+# How long what a refused sender still sends is read and thrown away, so that it reads the answer
+# before it hears of the end (RFC 9112 9.6); LINGER_NS of the loop.
+_LINGER_S = 1.0
+
+
+class Connection(Protocol):
+    """What is asked of a connection that left the loop: a socket, or what deciphers one.
+
+    ``recv_into`` returns 0 at the end. ``shutdown`` may be called while another thread is in
+    ``recv_into``, which it ends.
+    """
+
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+    def sendall(self, data: bytes, /) -> None: ...
+    def settimeout(self, value: float, /) -> None: ...
+    def shutdown(self, how: int, /) -> None: ...
+    def close(self) -> None: ...
+
+
+class SnapshotConnections:
+    """The connections of one listener on which snapshots arrive.
+
+    Parameters
+    ----------
+    handlers : Handlers
+    config : ReceiverConfig
+        ``stall_timeout_s`` and ``min_body_rate`` bound how slowly a body may come; there is no
+        limit to the whole.
+
+    Attributes
+    ----------
+    name : str
+        Of the threads, which are daemons, before ``-<n>``; set before the first connection.
+
+    Notes
+    -----
+    Thread-safe.
+    """
+
+    def __init__(self, handlers: Handlers, config: ReceiverConfig) -> None:
+        self._handlers = handlers
+        self._config = config
+        self.name = "pipeline-snapshot"
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()  # guards the two below
+        self._is_closing = False
+        self._threads: dict[threading.Thread, _Receiving] = {}
+
+    def take(self, connection: Connection | None, general: General) -> None:
+        """Receive on a connection that has left the loop, which is ours now. Does not block.
+
+        None for a connection that ended meanwhile: only its place is given back.
+        """
+        if connection is not None:
+            if self._start(connection, general):
+                return
+            connection.close()
+        self._handlers.snapshots.end()
+
+    def begin_close(self) -> None:
+        """End what is still being read; what is being stored or processed may go on."""
+        with self._lock:
+            self._is_closing = True
+            for receiving in self._threads.values():
+                receiving.stop_reading()
+
+    def wait_closed(self, deadline: float) -> bool:
+        """Wait for the threads until ``deadline`` (monotonic seconds).
+
+        Returns whether all have ended; of the others the connections are ended and the files
+        removed, if they are not stored yet. Does not wait for the calling thread.
+        """
+        with self._lock:
+            threads = dict(self._threads)
+        own = threads.pop(threading.current_thread(), None)
+        for thread, receiving in threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                receiving.abandon()
+        return own is None and not any(thread.is_alive() for thread in threads)
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, which has none of the threads: end nothing."""
+        self._lock = threading.Lock()
+        self._is_closing = True
+
+    def _start(self, connection: Connection, general: General) -> bool:
+        try:
+            receiving = _Receiving(connection, general, self._config)
+            name = f"{self.name}-{next(self._numbers)}"
+            thread = threading.Thread(target=self._serve, args=(receiving,), name=name, daemon=True)
+            # Started under the lock: what is in the dictionary can be joined.
+            with self._lock:
+                if self._is_closing:
+                    return False
+                thread.start()
+                self._threads[thread] = receiving
+        except (RuntimeError, MemoryError, OSError) as error:
+            logger.warning("no thread for a snapshot from %s: %s", general.request.remote, error)
+            return False
+        return True
+
+    def _serve(self, receiving: _Receiving) -> None:
+        try:
+            receiving.answer(self._handlers.snapshots.receive(receiving.request, receiving))
+        except Exception:
+            logger.exception("internal error, please report: a connection is closed")
+        finally:
+            receiving.close()
+            self._handlers.snapshots.end()
+            with self._lock:
+                del self._threads[threading.current_thread()]
+
+
+class _Receiving:
+    """A request whose body is read from its connection: the ``Body`` of a snapshot.
+
+    Attributes
+    ----------
+    left : int or None
+        Bytes of the body that have not been read; None when it is chunked.
+    """
+
+    def __init__(self, connection: Connection, general: General, config: ReceiverConfig) -> None:
+        self.request: Request = general.request
+        length = self.request.headers.get("content-length")
+        is_chunked = "transfer-encoding" in self.request.headers
+        self.left = None if is_chunked else int(length or 0)
+        self.saving: Saving | None = None
+        self._connection = connection
+        self._http = general.http
+        self._lock = threading.Lock()  # guards the end of the connection
+        self._is_closed = False
+        self._is_stopped = False
+        self._is_whole = False  # all of the body has been read
+        self._is_direct = False  # what comes is body; h11 has nothing left
+        self._data = memoryview(b"")  # of the body, read and not asked for yet
+        self._buffer = memoryview(bytearray(_PARSE_BYTES if is_chunked else 0))
+        self._config = config
+        self._received = 0  # bytes, and the seconds that we waited for them
+        self._waited_s = 0.0
+        connection.settimeout(config.stall_timeout_s)
+
+    def readinto(self, view: memoryview) -> int:
+        """Read some bytes of the body, at most ``len(view)``; 0 at the end."""
+        if self._is_stopped:
+            raise ClosingError("shutting down")
+        try:
+            n = self._read_rest(view) if self._is_direct else self._parse(view)
+        except h11.RemoteProtocolError as error:
+            raise BodyError(str(error)) from error
+        except TimeoutError:
+            raise BodyError("i/o timeout") from None
+        except OSError as error:
+            raise BodyError(error.strerror or str(error)) from error
+        if self.left is not None:
+            self.left -= n
+            self._is_whole = self.left == 0
+        return n
+
+    def answer(self, answer: Answer) -> None:
+        """Write the answer. If the sender is gone or does not read, so be it."""
+        with contextlib.suppress(OSError):
+            self._connection.sendall(render(replace(answer, close=True)))
+            if not self._is_whole and not self._is_stopped:
+                self._linger()
+
+    def stop_reading(self) -> None:
+        """Have ``readinto`` raise ``ClosingError``, now and for ever. From another thread."""
+        self._is_stopped = True
+        self._shutdown(socket.SHUT_RD)
+
+    def abandon(self) -> None:
+        """Drop connection and file whatever their thread is doing. From another thread."""
+        self._shutdown(socket.SHUT_RDWR)
+        saving = self.saving
+        if saving is not None:
+            saving.discard()
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._is_closed = True
+            self._connection.close()
+
+    def _shutdown(self, how: int) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if not self._is_closed:  # else its descriptor may be another's by now
+                self._connection.shutdown(how)
+
+    def _parse(self, view: memoryview) -> int:
+        """Read through h11: all of a chunked body, of another what came with the head."""
+        filled = 0
+        while filled < len(view) and not self._is_whole:
+            if len(self._data) == 0:
+                event = self._http.next_event()
+                if isinstance(event, h11.Data):
+                    self._data = memoryview(event.data)
+                elif event is not h11.NEED_DATA:
+                    self._is_whole = True
+                elif filled > 0:
+                    break
+                elif self.left is not None:
+                    self._is_direct = True
+                    return self._read_rest(view)
+                else:
+                    n = self._recv_into(self._buffer)
+                    self._http.receive_data(self._buffer[:n])  # type: ignore[arg-type]
+            n = min(len(view) - filled, len(self._data))
+            view[filled : filled + n] = self._data[:n]
+            self._data = self._data[n:]
+            filled += n
+        return filled
+
+    def _read_rest(self, view: memoryview) -> int:
+        assert self.left is not None
+        return self._recv_into(view[: self.left]) if self.left else 0
+
+    def _recv_into(self, view: memoryview) -> int:
+        if self._http.they_are_waiting_for_100_continue:
+            go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self._connection.sendall(self._http.send(go_on) or b"")
+        begin = time.monotonic()
+        n = self._connection.recv_into(view)
+        # What the disk takes is not the sender's fault.
+        self._waited_s += time.monotonic() - begin
+        self._received += n
+        if self._is_stopped:
+            raise ClosingError("shutting down")
+        if n == 0:
+            raise BodyError("unexpected EOF")
+        rate = self._config.min_body_rate
+        if rate and self._waited_s > self._config.stall_timeout_s + self._received / rate:
+            raise TimeoutError
+        return n
+
+    def _linger(self) -> None:
+        """End our side, and wait a moment for the other to do so."""
+        buffer = memoryview(bytearray(64 * 1024))
+        deadline = time.monotonic() + _LINGER_S
+        self._connection.shutdown(socket.SHUT_WR)
+        while (left_s := deadline - time.monotonic()) > 0 and not self._is_stopped:
+            self._connection.settimeout(left_s)
+            if self._connection.recv_into(buffer) == 0:
+                break

@@ -1,0 +1,198 @@
+"""The databases of received snapshots, each stored whole or not at all.
+
+Source: etcd ``snap/db.go`` (``SaveDBFrom``, ``DBFilePath``), spec section 7.5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import threading
+import time
+from pathlib import Path
+
+from pipeline.config import ReceiverConfig
+from pipeline.stats import Histogram
+
+__all__ = ["Saving", "SnapshotStore"]
+
+# Ours alone: a node may keep other files in the directory.
+_TEMPORARY = re.compile(r"tmp-pipeline-[0-9a-f]{16}-[0-9a-f]{16}")
+_DATABASE = re.compile(r"[0-9a-f]{16}\.snap\.db")
+
+# etcd snap/metrics.go.
+_SAVE_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
+_FSYNC_BOUNDS_S = tuple(0.001 * 2**i for i in range(14))
+
+
+class SnapshotStore:
+    """A directory of databases, ``%016x.snap.db`` by the index of their snapshot.
+
+    Parameters
+    ----------
+    directory : path
+    config : ReceiverConfig
+        For ``snapshot_max_bytes`` and ``snapshot_dir_max_bytes``.
+
+    Notes
+    -----
+    Thread-safe. Files are made for their owner only. A file that is there is never overwritten or
+    removed: moving it away when it is applied, or removing it, is for the node to do.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], config: ReceiverConfig) -> None:
+        self.directory = Path(directory)
+        self._config = config
+        self._lock = threading.Lock()  # guards names becoming final, and the histograms
+        self._saves = Histogram(_SAVE_BOUNDS_S)
+        self._fsyncs = Histogram(_FSYNC_BOUNDS_S)
+
+    def prepare(self) -> None:
+        """Make the directory, and remove what a process that crashed has left. ``OSError``."""
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for entry in os.scandir(self.directory):
+            if _TEMPORARY.fullmatch(entry.name):
+                _remove_unlocked(entry.path)
+
+    def path(self, index: int) -> Path:
+        """Return where the database of a snapshot is, or would be."""
+        return self.directory / f"{index:016x}.snap.db"
+
+    def begin(self, index: int, announced: int | None) -> Saving:
+        """Begin to store a database.
+
+        Parameters
+        ----------
+        index : int
+            Of the snapshot.
+        announced : int or None
+            Its size in bytes, where it is known; nothing is reserved for it.
+
+        Raises
+        ------
+        OSError
+            When it cannot fit, or the file cannot be made.
+        """
+        if announced is not None:
+            self.check_room(announced, announced)
+            free = os.statvfs(self.directory)
+            if announced > free.f_bavail * free.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return Saving(self, index)
+
+    def check_room(self, size: int, more: int) -> None:
+        """Raise ``OSError`` (EDQUOT) if a file of ``size`` bytes, ``more`` of them new, is not
+        to be stored."""
+        file_limit, limit = self._config.snapshot_max_bytes, self._config.snapshot_dir_max_bytes
+        if file_limit is not None and size > file_limit:
+            raise OSError(errno.EDQUOT, "larger than snapshot_max_bytes")
+        if limit is not None and self._used() + more > limit:
+            raise OSError(errno.EDQUOT, "no room within snapshot_dir_max_bytes")
+
+    def histograms(self) -> tuple[Histogram, Histogram]:
+        """Return how long whole saves took, and their fsync."""
+        with self._lock:
+            return self._saves.copy(), self._fsyncs.copy()
+
+    def _used(self) -> int:
+        """Count the bytes of all databases, those that are arriving included."""
+        used = 0
+        for entry in os.scandir(self.directory):
+            if _DATABASE.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
+                with contextlib.suppress(FileNotFoundError):
+                    used += entry.stat(follow_symlinks=False).st_size
+        return used
+
+    def _observe(self, histogram: Histogram, begin: float) -> None:
+        with self._lock:
+            histogram.observe(time.monotonic() - begin)
+
+
+class Saving:
+    """A database on its way to the disk, under a temporary name until ``commit``.
+
+    Used by one thread, but for ``discard``. ``close`` is to be called on every way out.
+
+    Attributes
+    ----------
+    size : int
+        Bytes written.
+    """
+
+    def __init__(self, store: SnapshotStore, index: int) -> None:
+        self.size = 0
+        self._store = store
+        self._path = store.path(index)
+        name = f"tmp-pipeline-{index:016x}-{secrets.token_hex(8)}"
+        self._temporary = store.directory / name
+        self._begin = time.monotonic()
+        self._is_temporary = True  # has its temporary name; guarded by the store's lock
+        self._fd = os.open(  # owned; -1 when closed
+            self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+        )
+        # Tells prepare(), in whatever process, that the file is no leftover.
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def write(self, data: memoryview) -> None:
+        """Add bytes. ``OSError`` when the disk is full or a limit is reached."""
+        self._store.check_room(self.size + len(data), len(data))
+        while len(data) > 0:
+            written = os.write(self._fd, data)
+            self.size += written
+            data = data[written:]
+
+    def commit(self) -> None:
+        """Make the file durable and give it its name; ``OSError`` if that fails.
+
+        If there is one of that name it stays, and this is a success, as in etcd.
+        Differs from etcd: the directory is made durable as well.
+        """
+        store = self._store
+        begin = time.monotonic()
+        os.fsync(self._fd)
+        store._observe(store._fsyncs, begin)
+        with store._lock:
+            if not self._is_temporary:  # discarded meanwhile
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+            is_new = not self._path.exists()
+            if is_new:
+                os.rename(self._temporary, self._path)
+                self._is_temporary = False
+        directory = os.open(store.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        if is_new:
+            store._observe(store._saves, self._begin)
+
+    def discard(self) -> None:
+        """Remove the temporary file, if it is still one; from any thread, at any time."""
+        with self._store._lock:
+            if self._is_temporary:
+                self._is_temporary = False
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._temporary)
+
+    def close(self) -> None:
+        """Discard what was not committed, and let go of the file."""
+        self.discard()
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _remove_unlocked(path: str) -> None:
+    """Remove a temporary file unless somebody is writing it."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
