@@ -2,7 +2,8 @@
 
 Subjects: ``core`` (the compiled listener), ``uvicorn`` (``asgi_app`` under uvicorn with httptools
 and uvloop if they are installed), ``recv`` (a plain recv into one buffer: what 64 MiB cost at the
-least). The load is ``bin/bare_sender --body``.
+least). The load is ``bin/bare_sender --body``. ``core`` speaks TLS when it is given three files:
+certificate, key, authorities.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 
 from harness import CLUSTER_ID
 
-from pipeline import Listener, Message, ReceiverConfig
+from pipeline import Listener, Message, ReceiverConfig, TLSInfo
 from pipeline.handlers import Handlers
+from pipeline.tls import Credentials
 
 
 class CountingRaft:
@@ -45,8 +47,13 @@ class CountingRaft:
 
 
 @contextmanager
-def serve_core(handlers: Handlers) -> Iterator[int]:
-    with Listener(handlers, "http://127.0.0.1:0", ReceiverConfig()) as listener:
+def serve_core(handlers: Handlers, files: list[str]) -> Iterator[int]:
+    url, credentials = "http://127.0.0.1:0", None
+    if files:
+        cert, key, ca = files
+        url = "https://127.0.0.1:0"
+        credentials = Credentials(TLSInfo(cert_file=cert, key_file=key, trusted_ca_file=ca))
+    with Listener(handlers, url, ReceiverConfig(), credentials) as listener:
         yield int(listener.url.rpartition(":")[2])
 
 
@@ -98,11 +105,12 @@ def status_kib(name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=("core", "uvicorn", "recv"))
+    parser.add_argument("files", nargs="*")
     args = parser.parse_args()
     raft = CountingRaft()
     handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1")
     serve: Any = {
-        "core": lambda: serve_core(handlers),
+        "core": lambda: serve_core(handlers, args.files),
         "uvicorn": lambda: serve_uvicorn(handlers),
         "recv": lambda: serve_recv(raft),
     }[args.subject]

@@ -9,6 +9,7 @@ code says only whether the run itself was sound.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -355,9 +356,14 @@ def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
 
 def rows_of_tls(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     rows = []
-    for text, size, unit in (("128 B MsgApp", 128, "us"), ("64 MiB MsgApp", 64 << 20, "ms")):
+    messages = (("128 B MsgApp", 128, "us"), ("64 MiB MsgApp", 64 << 20, "ms"))
+    ends = (
+        ("sender", "sent", "to the same Python server"),
+        ("receiver", "received", "with the same sender"),
+    )
+    for (end, done, how), (text, size, unit) in itertools.product(ends, messages):
         plain, tls = (
-            benchmarks[f"test_cpu_of_the_sender[MsgApp-{size}B-{scheme}]"]["extra_info"][
+            benchmarks[f"test_cpu_of_the_{end}[MsgApp-{size}B-{scheme}]"]["extra_info"][
                 "cpu_us_per_message"
             ]
             / (1000 if unit == "ms" else 1)
@@ -365,9 +371,9 @@ def rows_of_tls(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
         )
         rows.append(
             Row(
-                f"CPU per {text} over mutual TLS",
+                f"CPU per {text} {done} over mutual TLS",
                 f"{tls:.1f} {unit}",
-                f"plain {plain:.1f} {unit}, to the same Python server",
+                f"plain {plain:.1f} {unit}, {how}",
                 f"{tls / plain:.1f}",
             )
         )
