@@ -1,8 +1,7 @@
 """The typed face of ``_receiver.pyx``; checked by stubtest."""
 
 from collections.abc import Callable
-from socket import socket
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
@@ -10,6 +9,8 @@ from typing_extensions import disjoint_base
 from pipeline.config import ReceiverConfig
 from pipeline.general import General
 from pipeline.handlers import Handlers
+from pipeline.snapshot_connections import Connection
+from pipeline.tls import Credentials
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 
@@ -24,8 +25,26 @@ class ReceiverStats(NamedTuple):
     idle_timeouts: int
     accept_pauses: int
     body_pauses: int
+    handshakes: int
+    handshake_failures: int
+    handshake_timeouts: int
 
 def recognise_post(data: ReadableBuffer) -> tuple[int, int] | None: ...
+
+@disjoint_base
+class KnownHead:
+    def __init__(self, head: bytes) -> None: ...
+    def match(self, data: bytes) -> tuple[int, int] | None: ...
+
+@disjoint_base
+class Body:
+    @staticmethod
+    def of_size(size: int) -> Body: ...
+    def __len__(self) -> int: ...
+    @property
+    def missing(self) -> int: ...
+    def append(self, data: bytes) -> None: ...
+    def read_from(self, read: Callable[[int, memoryview], Any]) -> int: ...
 
 @disjoint_base
 class Receiver:
@@ -34,9 +53,11 @@ class Receiver:
         handlers: Handlers,
         config: ReceiverConfig,
         cluster_header: bytes,
-        take: Callable[[socket | None, General], None],
+        take: Callable[[Connection | None, General], None],
+        credentials: Credentials | None = None,
     ) -> Receiver: ...
-    def start(self, descriptors: list[int]) -> None: ...
+    def start(self, plain: list[int], sealed: list[int]) -> None: ...
+    def retire(self) -> None: ...
     def begin_close(self) -> None: ...
     def wait_closed(self, timeout_s: float) -> bool: ...
     def forget_after_fork(self) -> None: ...

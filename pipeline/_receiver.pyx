@@ -8,26 +8,29 @@ request is taken singly, so that one that blocks holds up nothing but its own co
 """
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
-from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post
+from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport message_from_decoded
 from pipeline._server cimport (
-    ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_GENERAL, REQUEST_GONE,
-    REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
-    body_free, body_init, body_t, conn_answer_here, conn_give_back, conn_give_back_locked,
-    conn_save, conn_t, handler_t, request_free, request_t, server_add_handler,
-    server_close_descriptors, server_detach, server_free, server_init, server_learn,
-    server_limits_t, server_remove_handler, server_start, server_stop, server_t, server_take,
-    server_wait,
+    ANSWER_204_MAX, BODY_HUGE_MIN, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL,
+    REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
+    answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
+    conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t,
+    server_add_handler, server_close_descriptors, server_detach, server_free, server_init,
+    server_learn, server_limits_t, server_remove_handler, server_retire_soon, server_start,
+    server_stop, server_t, server_take, server_wait,
 )
 from pipeline._sync cimport (
-    add_int, clock_ns, close, deadline_timespec, pthread_cond_timedwait, pthread_join,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, sockaddr_storage, timespec,
+    MADV_HUGEPAGE, add_int, clock_ns, close, deadline_timespec, madvise, pthread_cond_timedwait,
+    pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
+    sockaddr_storage, timespec,
 )
 
 import logging
@@ -37,10 +40,15 @@ from typing import NamedTuple
 
 from pipeline.general import BodyBudget, General, render
 from pipeline.handlers import Request
+from pipeline.sealed import Sealed, SealedServer
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 
 logger = logging.getLogger("pipeline.listener")
+
+cdef enum:
+    # Asked for at once; ssl takes an int, and gives one record of at most 16 KiB.
+    BODY_STEP_BYTES = 1 << 20
 
 
 class ReceiverStats(NamedTuple):
@@ -66,6 +74,12 @@ class ReceiverStats(NamedTuple):
     accept_pauses: int
     #: Times a body had to wait for a handler or for memory.
     body_pauses: int
+    #: TLS handshakes that came to an end with a caller that may speak.
+    handshakes: int
+    #: TLS handshakes that failed: no TLS, no certificate, one that is not taken, a broken-off one.
+    handshake_failures: int
+    #: Connections closed because a TLS handshake did not end in ``handshake_timeout_s``.
+    handshake_timeouts: int
 
 
 def recognise_post(const uint8_t[::1] data not None):
@@ -79,13 +93,72 @@ def recognise_post(const uint8_t[::1] data not None):
     return post.head_len, post.content_length
 
 
+cdef class KnownHead:
+    """A head that Python has accepted; recognises those that differ from it in the length only."""
+
+    cdef bytes head
+    cdef http_post_t post
+
+    def __init__(self, bytes head not None):
+        if http_recognise_post(<const uint8_t*>PyBytes_AS_STRING(head), len(head),
+                               &self.post) != HTTP_POST:
+            raise ValueError("head: not one the core recognises")
+        self.head = head
+
+    def match(self, bytes data not None):
+        """Return (head length, content length) if ``data`` starts with such a head, else None."""
+        cdef http_post_t post
+        if not http_same_post(<const uint8_t*>PyBytes_AS_STRING(data), len(data),
+                              <const uint8_t*>PyBytes_AS_STRING(self.head), &self.post, &post):
+            return None
+        return post.head_len, post.content_length
+
+
 cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     cdef body_t c               # owned
 
+    @staticmethod
+    def of_size(size_t size):
+        """Make room for a body without making it memory; ``MemoryError`` without address space."""
+        cdef Body body = Body.__new__(Body)
+        if not body_init(&body.c, size):
+            raise MemoryError
+        return body
+
     def __dealloc__(self):
         body_free(&self.c)
+
+    def __len__(self):
+        return self.c.len
+
+    @property
+    def missing(self):
+        """How many bytes have not arrived."""
+        return self.c.size - self.c.len
+
+    def append(self, bytes data not None):
+        """Add what has arrived; no more than is missing."""
+        cdef size_t n = len(data)
+        if n > self.c.size - self.c.len:
+            raise ValueError("data: more than is missing")
+        memcpy(self.c.data + self.c.len, PyBytes_AS_STRING(data), n)
+        self.c.len += n
+
+    def read_from(self, read):
+        """Call ``read(n, buffer)``, as of an ``SSLObject``, for what is missing; how much it was.
+        """
+        cdef size_t room = self.c.size - self.c.len, n
+        if room > BODY_STEP_BYTES:
+            room = BODY_STEP_BYTES
+        # The view lives for this call, in which nobody else has the body.
+        n = read(room, PyMemoryView_FromMemory(<char*>self.c.data + self.c.len, room, PyBUF_WRITE))
+        self.c.len += n
+        if self.c.is_mapped and not self.c.is_huge and self.c.len >= BODY_HUGE_MIN:
+            self.c.is_huge = True
+            madvise(self.c.data, self.c.size, MADV_HUGEPAGE)
+        return n
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
@@ -120,6 +193,8 @@ cdef class Receiver:
         Called with a non-blocking socket, which it owns from then on, and the ``General`` that has
         read the head, when a connection leaves the loop; with None for the socket when the loop
         has closed it meanwhile. It must not block.
+    credentials : Credentials or None
+        What https listening sockets are served with.
 
     Notes
     -----
@@ -132,11 +207,12 @@ cdef class Receiver:
     cdef bint is_running
     cdef object handlers
     cdef object config
-    cdef dict generals          # id of the connection -> General
+    cdef dict generals          # id of the connection -> General or Sealed
     cdef object budget
     cdef object take
+    cdef object sealed          # SealedServer; None without TLS
 
-    def __cinit__(self, handlers, config, bytes cluster_header not None, take):
+    def __cinit__(self, handlers, config, bytes cluster_header not None, take, credentials=None):
         cdef server_limits_t limits
         cdef bytes fixed = b"HTTP/1.1 204 No Content\r\n" + cluster_header + b"Date: "
         cdef int error
@@ -149,6 +225,7 @@ cdef class Receiver:
         limits.stall_timeout_ns = <int64_t>(config.stall_timeout_s * 1e9)
         limits.byte_ns = 1000000000 // config.min_body_rate if config.min_body_rate else 0
         limits.idle_timeout_ns = <int64_t>(config.idle_timeout_s * 1e9)
+        limits.handshake_timeout_ns = <int64_t>(config.handshake_timeout_s * 1e9)
         if len(fixed) + 64 > ANSWER_204_MAX:
             raise ValueError("cluster_header: too long")
         error = server_init(&self.server, &limits)
@@ -168,25 +245,37 @@ cdef class Receiver:
         self.generals = {}
         self.budget = BodyBudget(config.max_buffered_bytes)
         self.take = take
+        if credentials is not None:
+            self.sealed = SealedServer(
+                handlers, config, self.budget, credentials, make_head=KnownHead,
+                make_body=Body.of_size)
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
         if self.is_made and not self.is_running and self.server.live == 0:
             server_free(&self.server)
 
-    def start(self, list descriptors not None):
-        """Serve on listening sockets, whose descriptors it takes over."""
+    def start(self, list plain not None, list sealed not None):
+        """Serve on listening sockets, http and https, whose descriptors it takes over."""
         cdef int i, error
+        descriptors = [*plain, *sealed]
         self.server.listening = <int*>calloc(len(descriptors), sizeof(int))
         if self.server.listening is NULL:
             raise MemoryError
         for i in range(len(descriptors)):
             self.server.listening[i] = descriptors[i]
         self.server.n_listening = len(descriptors)
+        self.server.n_plain = len(plain)
         error = server_start(&self.server)
         if error != 0:
             raise OSError(error, os.strerror(error))
         self.is_running = True
+
+    def retire(self):
+        """End the idle https connections. Those at a request see to it themselves."""
+        with nogil:
+            # The lock's owner may be at work. Only C state is touched.
+            server_retire_soon(&self.server)
 
     def begin_close(self):
         """Free the ports, close idle connections, let requests with handlers end."""
@@ -232,7 +321,8 @@ cdef class Receiver:
         return ReceiverStats(
             counts.accepted, counts.connections, counts.fast_requests, counts.general_requests,
             counts.closed_for_room, counts.head_timeouts, counts.body_timeouts,
-            counts.idle_timeouts, counts.accept_pauses, counts.body_pauses)
+            counts.idle_timeouts, counts.accept_pauses, counts.body_pauses, counts.handshakes,
+            counts.handshake_failures, counts.handshake_timeouts)
 
     def serve(self, bint is_general=False):
         """Handle requests until the receiver has ended. The body of a handler thread.
@@ -294,12 +384,25 @@ cdef class Receiver:
         cdef Remote remote = Remote.__new__(Remote)
         remote.address = conn.address
         if request.kind == REQUEST_GENERAL:
-            data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
             general = self.generals.get(conn.id)
-            if general is None:
-                general = General(self.handlers, self.config, remote, self.budget, self.learn)
-                self.generals[conn.id] = general
+            if conn.is_sealed:
+                if general is None:
+                    general = Sealed(self.sealed, remote)
+                    self.generals[conn.id] = general
+                data = b""
+                if request.body.len > 0:    # copied by feed before it returns
+                    data = PyMemoryView_FromMemory(<char*>request.body.data, request.body.len,
+                                                   PyBUF_READ)
+            else:
+                if general is None:
+                    general = General(self.handlers, self.config, remote, self.budget, self.learn)
+                    self.generals[conn.id] = general
+                data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
             out, then = general.feed(data)
+            return self.go_on(conn, general, out, then)
+        if request.kind == REQUEST_END:
+            general = self.generals[conn.id]
+            out, then = general.end()
             return self.go_on(conn, general, out, then)
         if request.kind == REQUEST_GONE:
             general = self.generals.pop(conn.id, None)
@@ -347,15 +450,24 @@ cdef class Receiver:
         """Do with a general connection what its General says."""
         cdef request_t* request = &conn.request
         cdef bytes rest
+        cdef Body whole
         conn_set_answer(conn, out)
         conn.then = then
+        if conn.is_sealed:
+            conn.news.fast_requests, conn.news.general_requests, conn.news.handshakes, \
+                conn.news.handshake_failures = general.take_news()
         if then == THEN_DELIVER:
             body_free(&request.body)
             body = general.take_body()
-            if not body_init(&request.body, len(body)):
-                raise MemoryError
-            memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
-            request.body.len = len(body)
+            if isinstance(body, Body):
+                whole = body
+                request.body = whole.c
+                memset(&whole.c, 0, sizeof(body_t))
+            else:
+                if not body_init(&request.body, len(body)):
+                    raise MemoryError
+                memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
+                request.body.len = len(body)
         elif then == THEN_NEXT:
             rest = general.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
@@ -376,6 +488,8 @@ cdef class Receiver:
             if fd >= 0:
                 connection = socket.socket(fileno=fd)
                 fd = -1
+                if conn.is_sealed:
+                    connection, general = general.detach(connection)
             self.take(connection, general)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")

@@ -6,7 +6,9 @@ request queue and comes back through ``returned``. The loop never takes the GIL.
 
 What it knows is one kind of request (``http_recognise_post``) whose head, but for its length,
 Python has accepted before. Everything else is *general*: the loop reads bytes and hands them over,
-Python makes sense of them (``general.py``) and says what to write and how to go on.
+Python makes sense of them (``general.py``) and says what to write and how to go on. A connection
+of an https listener is *sealed*: general from its first byte to its last, for the bytes that the
+loop reads and writes mean nothing to it (``sealed.py``).
 
 Memory grows with the bytes that arrived. A large body is read into address space reserved for it
 (an untouched page is no memory), which then becomes the message's own; nothing is copied again.
@@ -69,11 +71,13 @@ cdef enum:
     REQUEST_BROKEN          # the body of a request did not come
     REQUEST_GENERAL         # bytes for Python
     REQUEST_GONE            # a general connection has ended; Python forgets it
+    REQUEST_END             # a sealed connection is to be ended in good order
 
 cdef enum:
     QUEUE_MESSAGES = 0
     QUEUE_PROPOSALS
     QUEUE_GENERAL
+    QUEUE_HANDSHAKES        # general as well: a flood of strangers takes turns with the known
     QUEUES
     TYPE_PROP = 2
 
@@ -86,6 +90,9 @@ cdef enum:
     THEN_DELIVER            # general: a whole body to be decoded and processed
     THEN_DETACH             # general: Python has the socket now (server_detach)
     THEN_FREE               # forgotten
+    THEN_HANDSHAKE          # sealed: read on, within the time of a handshake
+    THEN_IDLE               # sealed: answered, nothing is left; read the next request
+    THEN_AGAIN              # sealed: write this, then call again for what is left
 
 
 # The memory of one body. Handed on to Python when a message keeps views of it.
@@ -95,6 +102,13 @@ cdef struct body_t:
     size_t size             # announced
     bint is_mapped
     bint is_huge
+
+# What Python has done on a sealed connection since the loop had it last.
+cdef struct sealed_news_t:
+    int fast_requests
+    int general_requests
+    int handshakes
+    int handshake_failures
 
 # What a handler thread is given: the one request of its connection.
 cdef struct request_t:
@@ -114,14 +128,17 @@ cdef struct conn_t:
     int fd                  # owned; -1 when closed
     int state
     bint is_general         # h11 reads it
+    bint is_sealed          # bytes are for Python only, of one request after the other
     bint is_new             # has not been answered yet
     bint is_runnable
     int has_event           # there may be something to read that epoll will not speak of again
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
-    int64_t head_deadline_ns        # of the head being read, whoever reads it; 0 is none
+    # Of the head being read, whoever reads it, or of the handshake; 0 is none.
+    int64_t head_deadline_ns
     int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
+    sealed_news_t news
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
     uint8_t* known          # owned: the last accepted head
@@ -149,6 +166,7 @@ cdef struct server_limits_t:
     int64_t stall_timeout_ns
     int64_t byte_ns         # what a byte of a body may take at the least rate; 0 is no least rate
     int64_t idle_timeout_ns
+    int64_t handshake_timeout_ns
 
 # Counted by the loop alone; read without a lock, so each is right and the set may be a moment old.
 cdef struct server_counts_t:
@@ -162,6 +180,9 @@ cdef struct server_counts_t:
     uint64_t idle_timeouts
     uint64_t accept_pauses
     uint64_t body_pauses
+    uint64_t handshakes
+    uint64_t handshake_failures
+    uint64_t handshake_timeouts
 
 # The answer most requests get. Each thread that writes it has its own.
 cdef struct answer_204_t:
@@ -186,9 +207,11 @@ cdef struct server_t:
     int wakefd
     int* listening          # owned array of owned descriptors
     int n_listening
+    int n_plain             # the first of them; the others' connections are sealed
     pthread_t thread
     int is_sleeping         # atomic
     int is_stopping         # atomic: stop accepting, close what has no handler
+    int is_retiring         # atomic: idle sealed connections are to end
     int busy                # atomic: handler threads at work
     conn_t* returned        # atomic list
     server_limits_t limits
@@ -202,6 +225,7 @@ cdef struct server_t:
     handler_t* handlers     # on their threads' stacks
     int proposing           # handler threads at work on a proposal
     bint is_turn_of_messages
+    bint is_turn_of_handshakes
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
     int live                # connections not freed
@@ -348,6 +372,8 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
         queue = &server.queues[QUEUE_PROPOSALS]
     elif kind == REQUEST_MESSAGE or kind == REQUEST_UNDECODED:
         queue = &server.queues[QUEUE_MESSAGES]
+    elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
+        queue = &server.queues[QUEUE_HANDSHAKES]
     conn.state = CONN_HANDLED
     conn.deadline_ns = 0
     server.handled += 1
@@ -359,7 +385,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     else:
         queue.tail.request.next = conn
     queue.tail = conn
-    if queue == &server.queues[QUEUE_GENERAL]:
+    if queue == &server.queues[QUEUE_GENERAL] or queue == &server.queues[QUEUE_HANDSHAKES]:
         pthread_cond_signal(&server.general_queued)
     else:
         server.has_queued = True    # server_signal_handlers, once for all of this turn
@@ -388,9 +414,15 @@ cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogi
     more than one, never takes a proposal (etcd has a queue of its own for them, spec section 4.3).
     """
     cdef conn_t* conn
-    if is_general:
-        return queue_take(&server.queues[QUEUE_GENERAL])
     # In turn: neither kind keeps the other waiting.
+    if is_general:
+        server.is_turn_of_handshakes = not server.is_turn_of_handshakes
+        if server.is_turn_of_handshakes:
+            conn = queue_take(&server.queues[QUEUE_HANDSHAKES])
+            if conn is not NULL:
+                return conn
+        conn = queue_take(&server.queues[QUEUE_GENERAL])
+        return conn if conn is not NULL else queue_take(&server.queues[QUEUE_HANDSHAKES])
     server.is_turn_of_messages = not server.is_turn_of_messages
     if server.is_turn_of_messages:
         conn = queue_take(&server.queues[QUEUE_MESSAGES])
@@ -613,6 +645,14 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
     server.buried = conn
 
 
+cdef inline void conn_end(conn_t* conn) noexcept nogil:
+    """End a connection that the loop has; one that Python has deciphered says so to its peer."""
+    if conn.is_sealed and conn.is_general and conn.then != THEN_HANDSHAKE:
+        conn_to_handler(conn, REQUEST_END)
+    else:
+        conn_close(conn)
+
+
 cdef inline void server_free_buried(server_t* server) noexcept nogil:
     """Free what was closed in this turn, but for what is still listed as runnable.
 
@@ -653,7 +693,8 @@ cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noe
     request.body.len = n
     if not conn.is_general:
         conn.is_general = True
-        conn.server.counts.general_requests += 1
+        if not conn.is_sealed:
+            conn.server.counts.general_requests += 1
     conn_save(conn, NULL, 0)
     conn_to_handler(conn, REQUEST_GENERAL)
 
@@ -820,8 +861,12 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
         if conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY:
             conn_broken(conn)
         else:
+            if conn.is_sealed and conn.is_general and conn.then == THEN_HANDSHAKE:
+                server.counts.handshake_failures += 1
             conn_close(conn)
         return
+    if conn.is_sealed and conn.head_deadline_ns == 0:
+        conn.head_deadline_ns = server.now_ns + server.limits.head_timeout_ns
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
     if conn.state == CONN_GENERAL:
@@ -856,6 +901,22 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
         conn.buffer_len = 0
         conn_parse(conn, server.scratch, kept)
     if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_BODY):
+        conn_add_runnable(conn)
+
+
+cdef inline void conn_idle(conn_t* conn) noexcept nogil:
+    """A sealed connection has answered and waits for the next request."""
+    cdef server_t* server = conn.server
+    conn_unlink(conn)
+    conn_append(conn)
+    conn.state = CONN_GENERAL
+    conn.is_new = False
+    conn.head_deadline_ns = 0
+    conn.body_left_ns = 0
+    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    if server.accept_at_ns < 0:
+        server.accept_at_ns = server.now_ns     # an idle connection can make room
+    if conn.has_event:
         conn_add_runnable(conn)
 
 
@@ -894,6 +955,14 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     elif conn.then == THEN_NEXT:
         conn.is_general = False
         conn_next(conn)
+    elif conn.is_sealed and load_int(&conn.server.is_stopping):
+        conn_end(conn)
+    elif conn.then == THEN_AGAIN:
+        conn.head_deadline_ns = 0
+        conn.body_left_ns = 0
+        conn_to_handler(conn, REQUEST_GENERAL)
+    elif conn.then == THEN_IDLE:
+        conn_idle(conn)
     else:
         conn.state = CONN_GENERAL
         if conn.then == THEN_READ_BODY:
@@ -901,6 +970,8 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
                 conn.body_left_ns = conn.server.limits.stall_timeout_ns
             conn_set_deadline(conn, conn.server.now_ns + conn.body_left_ns)
         else:
+            if conn.head_deadline_ns == 0:
+                conn.head_deadline_ns = conn.server.now_ns + conn.server.limits.head_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
         if conn.has_event:
             conn_add_runnable(conn)
@@ -964,12 +1035,25 @@ cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept n
         conn.then = THEN_CLOSE
 
 
+cdef inline void conn_hear_news(conn_t* conn) noexcept nogil:
+    """Count what Python has done on a sealed connection."""
+    cdef server_counts_t* counts = &conn.server.counts
+    counts.fast_requests += conn.news.fast_requests
+    counts.general_requests += conn.news.general_requests
+    counts.handshakes += conn.news.handshakes
+    counts.handshake_failures += conn.news.handshake_failures
+    memset(&conn.news, 0, sizeof(sealed_news_t))
+
+
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
     conn.server.handled -= 1
     conn.server.held_bytes -= conn.held_bytes
     conn.held_bytes = 0
+    if conn.is_sealed:
+        conn_hear_news(conn)
     if conn.then == THEN_DELIVER:
+        conn.head_deadline_ns = 0
         conn_deliver(conn)
         return
     request_free(&conn.request)
@@ -1020,11 +1104,18 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
 
 # -- the loop
 
+cdef inline bint conn_is_idle(const conn_t* conn) noexcept nogil:
+    """Tell whether nothing of a request has come. A TLS handshake that has begun is one."""
+    if conn.state == CONN_GENERAL:
+        return conn.is_sealed and (conn.then == THEN_IDLE or not conn.is_general)
+    return conn.state == CONN_HEAD and conn.buffer_len == 0 and conn.fd >= 0
+
+
 cdef inline bint server_make_room(server_t* server) noexcept nogil:
     """Close the connection that has been idle longest; False when none is idle."""
     cdef conn_t* conn = server.oldest
     while conn is not NULL:
-        if conn.state == CONN_HEAD and conn.buffer_len == 0 and conn.fd >= 0:
+        if conn_is_idle(conn):
             server.counts.closed_for_room += 1
             conn_close(conn)
             return True
@@ -1057,7 +1148,11 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
     cdef conn_t* conn
     cdef epoll_event event
     cdef socklen_t size
-    cdef int step, error
+    cdef int step, i, error
+    cdef bint is_sealed = True
+    for i in range(server.n_plain):
+        if listening == server.listening[i]:
+            is_sealed = False
     for step in range(ACCEPT_STEP):
         if server.counts.connections >= <uint64_t>server.limits.max_connections:
             if step > 0:
@@ -1092,8 +1187,15 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         server.live += 1
         pthread_mutex_unlock(&server.lock)
         conn_append(conn)
-        # A connection that says nothing at all has no more time than a head.
-        conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
+        if is_sealed:
+            conn.is_sealed = True
+            conn.state = CONN_GENERAL
+            conn.then = THEN_HANDSHAKE
+            conn.head_deadline_ns = server.now_ns + server.limits.handshake_timeout_ns
+            conn_set_deadline(conn, conn.head_deadline_ns)
+        else:
+            # A connection that says nothing at all has no more time than a head.
+            conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
         event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
         event.data.ptr = conn
         if epoll_ctl(server.epfd, EPOLL_CTL_ADD, conn.fd, &event) != 0:
@@ -1119,6 +1221,8 @@ cdef inline void server_run_returned(server_t* server) noexcept nogil:
         following = conn.next_returned
         conn_returned(conn)
         conn = following
+    if load_int(&server.is_retiring) and swap_int(&server.is_retiring, 0):
+        server_retire(server)
     if is_some and server.has_paused:
         # A handler is free, or memory is: let the bodies that wait try again.
         server.has_paused = False
@@ -1159,14 +1263,30 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
                 or (conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY):
             server.counts.body_timeouts += 1
             conn_broken(conn)
+        elif conn.state == CONN_GENERAL and conn.then == THEN_HANDSHAKE:
+            server.counts.handshake_timeouts += 1
+            conn_close(conn)
         else:
             # Also what does not read its answer counts as idle.
-            if conn.state != CONN_WRITING \
-                    and (conn.state == CONN_GENERAL or conn.buffer_len > 0 or conn.is_new):
-                server.counts.head_timeouts += 1
-            else:
+            if conn.state == CONN_WRITING or conn_is_idle(conn) and not conn.is_new:
                 server.counts.idle_timeouts += 1
-            conn_close(conn)
+            else:
+                server.counts.head_timeouts += 1
+            if conn.state == CONN_WRITING:
+                conn_close(conn)
+            else:
+                conn_end(conn)
+        conn = following
+
+
+cdef inline void server_retire(server_t* server) noexcept nogil:
+    """End the sealed connections that are idle; the others end with the request they are at."""
+    cdef conn_t* conn = server.oldest
+    cdef conn_t* following
+    while conn is not NULL:
+        following = conn.next
+        if conn.state == CONN_GENERAL and conn.then == THEN_IDLE:
+            conn_end(conn)
         conn = following
 
 
@@ -1182,7 +1302,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     while conn is not NULL:
         following = conn.next
         if conn.state != CONN_HANDLED and conn.state != CONN_WRITING:
-            conn_close(conn)
+            conn_end(conn)
         conn = following
 
 
@@ -1262,7 +1382,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     while conn is not NULL:
         following = conn.next
         if conn.fd >= 0:
-            if conn.state == CONN_HANDLED:
+            if conn.state == CONN_HANDLED and not conn.is_sealed:
                 send(conn.fd, server.answer_503, server.answer_503_len,
                      MSG_DONTWAIT | MSG_NOSIGNAL)
             close(conn.fd)
@@ -1359,3 +1479,13 @@ cdef inline void server_stop(server_t* server, int how) noexcept nogil:
     cdef uint64_t one = 1
     store_int(&server.is_stopping, how)
     write(server.wakefd, &one, sizeof(one))
+
+
+cdef inline void server_retire_soon(server_t* server) noexcept nogil:
+    """Have the loop, if it runs, end the sealed connections that are idle."""
+    cdef uint64_t one = 1
+    pthread_mutex_lock(&server.lock)
+    if not server.is_ended:         # or the descriptor may be another's
+        store_int(&server.is_retiring, 1)
+        write(server.wakefd, &one, sizeof(one))
+    pthread_mutex_unlock(&server.lock)

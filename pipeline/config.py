@@ -108,6 +108,8 @@ class ReceiverConfig:
     #: ``stall_timeout_s`` is ended. Half of what each of four connections has of 64 kbit/s; who
     #: wants to hold all connections by dripping has to send 1 MiB/s.
     min_body_rate: int = 1024
+    #: From the connection to the end of its TLS handshake, on an https listener.
+    handshake_timeout_s: float = 10.0
     #: Where the databases of received snapshots are stored; None takes no snapshots.
     snapshot_dir: str | os.PathLike[str] | None = None
     #: Snapshots received at once, each on a thread of its own; 503 above it.
@@ -131,7 +133,7 @@ class ReceiverConfig:
         is_path = isinstance(self.snapshot_dir, (str, os.PathLike)) and self.snapshot_dir != ""
         if self.snapshot_dir is not None and not is_path:
             raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
-        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s"):
+        for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s", "handshake_timeout_s"):
             _require(name, getattr(self, name), 0.001, 86400.0)
 
 

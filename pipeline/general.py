@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import Any
 
 import h11
 
@@ -48,6 +49,12 @@ class Then(enum.IntEnum):
     DELIVER = 4
     #: The connection leaves the loop, with ``General.request`` and ``General.http``.
     DETACH = 5
+    # From here on for sealed connections only.
+    HANDSHAKE = 7
+    #: Answered, and the next request has not begun.
+    IDLE = 8
+    #: Write what there is and call ``Sealed.feed`` once more.
+    AGAIN = 9
 
 
 class BodyBudget:
@@ -85,9 +92,13 @@ class General:
     learn : callable
         Called with the bytes of a head that may be followed by a message for Raft; tells whether
         the core will recognise it from now on. Then the core takes the request over.
+    certificate : mapping, optional
+        The caller's, of a connection with TLS.
 
     Attributes
     ----------
+    request : Request
+        Once its head has been read.
     body : bytearray
         What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
@@ -109,12 +120,15 @@ class General:
         remote: object,
         budget: BodyBudget,
         learn: Callable[[bytes], bool],
+        *,
+        certificate: Mapping[str, Any] | None = None,
     ) -> None:
         self.body = bytearray()
         self.rest = b""
         self._handlers = handlers
         self._config = config
         self._remote = remote
+        self._certificate = certificate
         self._budget = budget
         self._learn = learn
         self.http = h11.Connection(
@@ -123,7 +137,7 @@ class General:
         self._head = b""
         self._first = b""  # the head and what came with it
         self._is_head_whole = False
-        self.request = Request("", "", {}, remote)
+        self.request = Request("", "", {}, remote, certificate)
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
         self._taken = 0  # of the budget
@@ -220,7 +234,8 @@ class General:
         for name, value in event.headers:
             headers.setdefault(name.decode("ascii"), value.decode("latin-1"))
         path, _, _ = event.target.decode("ascii").partition("?")
-        self.request = Request(event.method.decode("ascii"), path, headers, self._remote)
+        method = event.method.decode("ascii")
+        self.request = Request(method, path, headers, self._remote, self._certificate)
         answer = self._handlers.check(self.request, can_detach=True)
         if answer is None and path == SNAPSHOT_PATH:
             if self._handlers.snapshots.begin():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipeline._messages import Message
 from pipeline.config import ReceiverConfig
@@ -79,6 +79,8 @@ class Request:
     headers: Mapping[str, str]
     #: Shows the caller's ``ip:port`` in logs.
     remote: object
+    #: As ``ssl.SSLSocket.getpeercert()`` gives it, verified; None without TLS or without one.
+    certificate: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,12 @@ class Received(NamedTuple):
 class Senders(Protocol):
     """Who wants to know who sends us messages (``remote.Remotes``)."""
 
-    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+    def note(
+        self, sender: int, urls: tuple[str, ...], caller: object, *, is_authenticated: bool
+    ) -> None:
         """See a sender's X-Server-From and X-PeerURLs, before its message is read."""
 
-    def is_watched(self, sender: int) -> bool:
+    def is_watched(self, sender: int, *, is_authenticated: bool) -> bool:
         """Tell whether every request of this sender is to be shown."""
 
 
@@ -130,6 +134,9 @@ class Handlers:
         Shown who posts; by default the two headers are not looked at.
     on_append : callable, optional
         Called with the sender and the bytes of each MsgApp, before Raft has it.
+    allow_member : callable, optional
+        ``TLSInfo.allow_member``: asked with the certificate and X-Server-From of each request
+        that comes with a certificate.
 
     Attributes
     ----------
@@ -162,9 +169,11 @@ class Handlers:
         config: ReceiverConfig | None = None,
         senders: Senders | None = None,
         on_append: Callable[[int, int], None] | None = None,
+        allow_member: Callable[[Mapping[str, Any], int], bool] | None = None,
     ) -> None:
         self._senders = senders
         self._on_append = on_append
+        self._allow_member = allow_member
         self.config = config or ReceiverConfig()
         self.received_bytes: dict[int, int] = {}
         self.received_bytes_others = 0
@@ -214,7 +223,10 @@ class Handlers:
         if self._senders is None:
             return True
         sender = _sender(request)
-        return sender is None or not self._senders.is_watched(sender)
+        is_authenticated = request.certificate is not None
+        return sender is None or not self._senders.is_watched(
+            sender, is_authenticated=is_authenticated
+        )
 
     def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
         """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
@@ -350,7 +362,29 @@ class Handlers:
                 self._cluster_id,
             )
             return self._answer(412, CLUSTER_ID_MISMATCH)
-        return None
+        return self.check_member(request)
+
+    def check_member(self, request: Request) -> Answer | None:
+        """Refuse a sender whose certificate is not that of the member it says it is.
+
+        Differs from etcd: it binds no member to a certificate. Of 412 an etcd logs the text, and
+        a sender is told as unreachable; 403 would shut it down.
+        """
+        if self._allow_member is None or request.certificate is None:
+            return None
+        sender = _sender(request)
+        try:
+            if sender is not None and self._allow_member(request.certificate, sender):
+                return None
+        except Exception as error:  # the application's
+            self._warn("allow_member raised for %s", request.remote, exc_info=error)
+        name = request.headers.get(SERVER_FROM.lower(), "")[:64]
+        self._warn("refused Raft message from %s: not the certificate of %r", request.remote, name)
+        return self._answer(412, "certificate not allowed for this member")
+
+    def handshake_failed(self, remote: object, reason: str) -> None:
+        """Hear of a caller that TLS does not let in."""
+        self._warn("rejected connection from %s: %s", remote, reason)
 
     def _check_snapshot(self, request: Request, *, can_detach: bool) -> Answer | None:
         """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
@@ -367,7 +401,12 @@ class Handlers:
         """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
         urls = request.headers.get(PEER_URLS.lower(), "")
         if self._senders is not None and urls and (sender := _sender(request)) is not None:
-            self._senders.note(sender, tuple(urls.split(",")), request.remote)
+            self._senders.note(
+                sender,
+                tuple(urls.split(",")),
+                request.remote,
+                is_authenticated=request.certificate is not None,
+            )
         return self._check_body(request)
 
     def _check_body(self, request: Request) -> Answer | None:

@@ -19,6 +19,7 @@ from pipeline.errors import UsageError
 from pipeline.handlers import Handlers
 from pipeline.picker import parse_urls
 from pipeline.snapshot_connections import SnapshotConnections
+from pipeline.tls import Credentials
 
 __all__ = ["Listener"]
 
@@ -35,9 +36,12 @@ class Listener:
     handlers : Handlers
         What is served.
     urls : str or iterable of str
-        ``http://host:port``; port 0 takes a free one. ``[::]`` takes IPv4 as well.
+        ``http://host:port`` or ``https://host:port``; port 0 takes a free one. ``[::]`` takes
+        IPv4 as well.
     config : ReceiverConfig
         Limits and timeouts.
+    credentials : Credentials, optional
+        What ``https`` is served with; connections end when they are replaced.
 
     Attributes
     ----------
@@ -49,7 +53,7 @@ class Listener:
     Raises
     ------
     UsageError
-        If a URL is not valid, or not ``http``.
+        If a URL is not valid, neither ``http`` nor ``https``, or ``https`` without credentials.
     OSError
         If an address cannot be bound, there are no descriptors left, or ``config.snapshot_dir``
         cannot be made.
@@ -59,23 +63,31 @@ class Listener:
     When the constructor returns, connections are accepted. One native I/O thread reads, decodes
     and writes for all connections; ``config.handlers`` Python threads
     (``pipeline-handler-<port>-<n>``, daemons) call Raft, and one (``pipeline-general-<port>``) sees
-    to everything that is not a message. Of several handler threads one is never given a MsgProp:
-    proposals may wait for a leader, and a leader is elected by messages. Thread-safe.
+    to everything that is not a message, and to TLS. Of several handler threads one is never given
+    a MsgProp: proposals may wait for a leader, and a leader is elected by messages. Thread-safe.
     """
 
     def __init__(
-        self, handlers: Handlers, urls: str | Iterable[str], config: ReceiverConfig
+        self,
+        handlers: Handlers,
+        urls: str | Iterable[str],
+        config: ReceiverConfig,
+        credentials: Credentials | None = None,
     ) -> None:
         given = [parse_urls((url,))[0] for url in ((urls,) if isinstance(urls, str) else urls)]
         if not given:
             raise UsageError("urls: none given")
         for url in given:
-            if not url.startswith("http://"):
-                raise UsageError(f"url: {url!r}: only http can be listened on")
+            if not url.startswith(("http://", "https://")):
+                raise UsageError(f"url: {url!r}: only http and https can be listened on")
+            if url.startswith("https://") and credentials is None:
+                raise UsageError(f"url: {url!r}: https needs a TLSInfo")
         if handlers.snapshots.store is not None:
             handlers.snapshots.store.prepare()
         self._snapshots = SnapshotConnections(handlers, config)
-        self._receiver = Receiver(handlers, config, handlers.cluster_header, self._snapshots.take)
+        self._receiver = Receiver(
+            handlers, config, handlers.cluster_header, self._snapshots.take, credentials
+        )
         sockets = _bind(given, config.max_connections)
         ports = [sock.getsockname()[1] for sock in sockets]
         self._snapshots.name = f"pipeline-snapshot-{ports[0]}"
@@ -99,7 +111,10 @@ class Listener:
                 daemon=True,
             )
         )
-        self._receiver.start([sock.detach() for sock in sockets])
+        listening: dict[bool, list[int]] = {False: [], True: []}
+        for url, sock in zip(given, sockets, strict=True):
+            listening[url.startswith("https://")].append(sock.detach())
+        self._receiver.start(listening[False], listening[True])
         try:
             for thread in self._threads:
                 thread.start()
@@ -107,6 +122,15 @@ class Listener:
             self._receiver.begin_close()
             self._receiver.wait_closed(0.0)
             raise
+        if credentials is not None:
+            # They outlive us.
+            this = weakref.ref(self)
+
+            def retire() -> None:
+                if (listener := this()) is not None:
+                    listener._receiver.retire()
+
+            credentials.subscribe(retire)
         _all.add(self)
         atexit.register(self.close)
 

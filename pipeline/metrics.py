@@ -175,6 +175,21 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         _LISTENER,
         "Times a body had to wait for a handler or for memory.",
     ),
+    "raft_pipeline_listener_handshakes_total": (
+        "counter",
+        _LISTENER,
+        "TLS handshakes with callers that were let in.",
+    ),
+    "raft_pipeline_listener_handshake_failures_total": (
+        "counter",
+        _LISTENER,
+        "TLS handshakes that failed, or were with callers that are not let in.",
+    ),
+    "raft_pipeline_listener_handshake_timeouts_total": (
+        "counter",
+        _LISTENER,
+        "Connections closed because a TLS handshake did not end in time.",
+    ),
 }
 
 Sample = tuple[str, tuple[str, ...], "float | Histogram"]
@@ -328,5 +343,8 @@ def _listener_samples(local: str, listener: Listener) -> Iterator[Sample]:
         "idle_timeouts",
         "accept_pauses",
         "body_pauses",
+        "handshakes",
+        "handshake_failures",
+        "handshake_timeouts",
     ):
         yield f"raft_pipeline_listener_{field}_total", labels, getattr(counts, field)

@@ -126,7 +126,8 @@ class Remotes:
     call_soon : callable
         Runs a function in another thread (``Dispatcher.call_soon``).
     policy : RemotePolicy or None
-        Asked about every sender that is not a peer, after the rules here; None allows nobody.
+        Asked about every sender that is not a peer, after the rules here. None allows those who
+        have shown a certificate that we trust, and nobody else.
     allow_loopback : bool
         Whether loopback URLs may be learned.
 
@@ -188,12 +189,16 @@ class Remotes:
         logger.info("added remote %s at %s", format_id(member_id), remote.pipeline.picker.urls)
         return True
 
-    def is_watched(self, sender: int) -> bool:
+    def is_watched(self, sender: int, *, is_authenticated: bool) -> bool:
         """Tell whether the next request of this sender is to be shown to ``note`` as well."""
+        if self._policy is None and not is_authenticated:
+            return False
         remote = self._remotes.get(sender)
         return not self._is_peer(sender) and (remote is None or remote.is_learned)
 
-    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+    def note(
+        self, sender: int, urls: tuple[str, ...], caller: object, *, is_authenticated: bool = False
+    ) -> None:
         """Look at who sent a request, and maybe remember where it is reached. Never raises.
 
         Parameters
@@ -204,8 +209,12 @@ class Remotes:
             Its X-PeerURLs, as they came.
         caller : object
             Shows its ``ip:port``.
+        is_authenticated : bool
+            Whether it has shown a certificate that we trust.
         """
         if sender in (0, self._member_id) or self._is_peer(sender):
+            return
+        if self._policy is None and not is_authenticated:
             return
         self._forget_unused()
         if sender in self._remotes:
@@ -222,7 +231,7 @@ class Remotes:
             self._warn("did not learn remote %s from %s: %s", format_id(sender), caller, reason)
             return
         try:
-            if self._policy is None or not self._policy(sender, checked, str(caller)):
+            if self._policy is not None and not self._policy(sender, checked, str(caller)):
                 return
             self.add(sender, checked, is_learned=True)
         except BaseException as error:  # the application's policy; or https, not to be dialled

@@ -68,9 +68,10 @@ class Transport:
         ``(member ID, URLs, caller's ip:port) -> bool``: whether a sender that is not a peer is
         remembered as a remote at the URLs its request names, so that it can be answered. Asked at
         every request of such a sender, from a receiving thread; it must not block. By default
-        nobody is: what a stranger writes into a request must not choose where we connect to.
-        It is not asked about link-local, multicast, unspecified and malformed addresses, which
-        are never learned; what a host *name* stands for is its business.
+        those are who have shown a certificate that ``tls`` trusts, and nobody else: what a
+        stranger writes into a request must not choose where we connect to. It is not asked about
+        link-local, multicast, unspecified and malformed addresses, which are never learned; what
+        a host *name* stands for is its business.
     allow_loopback_remotes : bool
         Whether the policy is asked about loopback addresses.
 
@@ -138,8 +139,10 @@ class Transport:
             server_version=self.config.server_version,
             min_cluster_version=self.config.min_cluster_version,
             config=self.config.receiver,
-            senders=None if remote_policy is None else self._remotes,
+            # Who has shown a certificate is learned without a policy.
+            senders=None if remote_policy is None and tls is None else self._remotes,
             on_append=self._server_stats.received_append,
+            allow_member=None if tls is None else tls.allow_member,
         )
         self._prober: Prober | None = None
         if self.config.probe_interval_s:
@@ -478,7 +481,8 @@ class Transport:
         Parameters
         ----------
         url : str or iterable of str, optional
-            ``http://host:port``; port 0 takes a free one. By default all of ``peer_urls``.
+            ``http://host:port``, or ``https://host:port``, which needs ``tls``; port 0 takes a
+            free one. By default all of ``peer_urls``.
 
         Returns
         -------
@@ -499,7 +503,7 @@ class Transport:
         with self._lock:
             self._require_running("listen")
         # Without the lock: a name may take long to resolve, and add_peer takes it.
-        listener = Listener(self.handlers, url, self.config.receiver)
+        listener = Listener(self.handlers, url, self.config.receiver, self.credentials)
         with self._lock:
             if not self._is_stopped:
                 self._listeners.append(listener)

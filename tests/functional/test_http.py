@@ -69,10 +69,13 @@ class SeenSenders:
     def __init__(self) -> None:
         self.seen: list[tuple[int, tuple[str, ...], str]] = []
 
-    def note(self, sender: int, urls: tuple[str, ...], caller: object) -> None:
+    def note(
+        self, sender: int, urls: tuple[str, ...], caller: object, *, is_authenticated: bool
+    ) -> None:
+        assert not is_authenticated
         self.seen.append((sender, urls, str(caller)))
 
-    def is_watched(self, sender: int) -> bool:
+    def is_watched(self, sender: int, *, is_authenticated: bool) -> bool:
         return False
 
 

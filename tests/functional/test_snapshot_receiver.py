@@ -340,10 +340,13 @@ def test_who_sends_is_shown_to_who_wants_to_know(tmp_path: Path) -> None:
     seen: list[tuple[int, tuple[str, ...]]] = []
 
     class Seen:
-        def note(self, sender: int, urls: tuple[str, ...], _caller: object) -> None:
+        def note(
+            self, sender: int, urls: tuple[str, ...], _caller: object, *, is_authenticated: bool
+        ) -> None:
+            assert not is_authenticated
             seen.append((sender, urls))
 
-        def is_watched(self, _sender: int) -> bool:
+        def is_watched(self, _sender: int, *, is_authenticated: bool) -> bool:
             return False
 
     config = ReceiverConfig(snapshot_dir=tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline._receiver import recognise_post
+from pipeline._receiver import KnownHead, recognise_post
 from pipeline.config import ReceiverConfig
 from pipeline.general import General, Then
 from pipeline.handlers import Handlers
@@ -181,3 +181,23 @@ def test_no_single_byte_makes_the_core_and_h11_differ(seed: bytes) -> None:
 def test_what_the_core_accepts_h11_reads_the_same_way(data: bytes) -> None:
     if data and check(data):
         assert is_let_through(data)
+
+
+@given(mutated() | st.sampled_from(SEEDS), st.sampled_from(SEEDS), st.integers(0, 400))
+@settings(max_examples=500, deadline=None)
+def test_what_is_like_a_known_head_the_core_reads_the_same_way(
+    data: bytes, seed: bytes, cut: int
+) -> None:
+    """A known head is compared byte by byte but for its length, and never beyond what has come."""
+    known = KnownHead(seed)
+    for candidate in (data, data[:cut], seed[: len(seed) - cut % 5] + data):
+        found = known.match(candidate)
+        if found is not None:
+            assert found == recognise_post(candidate)
+            head_len, length = found
+            digits = b"%d" % length
+            at = candidate.lower().index(b"content-length:")
+            assert candidate[:at] == seed[:at]
+            assert digits in candidate[at:head_len]
+    assert known.match(seed) == recognise_post(seed)
+    assert known.match(seed[:-1]) is None

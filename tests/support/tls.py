@@ -9,6 +9,7 @@ from pathlib import Path
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from pipeline import TLSInfo
@@ -22,10 +23,11 @@ class Authority:
     Parameters
     ----------
     directory : Path
-        Where they go.
+        Where they go; made if need be.
     """
 
     def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
         self.directory = directory
         self.ca = trustme.CA()
         self.ca_file = directory / "ca.pem"
@@ -37,6 +39,7 @@ class Authority:
         *identities: str,
         common_name: str | None = None,
         not_after: datetime.datetime | None = None,
+        uri: str | None = None,
     ) -> tuple[Path, Path]:
         """Write a certificate, for 127.0.0.1 by default, and its key; return both files."""
         issued = self.ca.issue_cert(
@@ -44,6 +47,8 @@ class Authority:
         )
         cert, key = self.directory / f"{name}.pem", self.directory / f"{name}.key"
         cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        if uri is not None:
+            cert.write_bytes(self._with_uri(cert.read_bytes(), uri))
         issued.private_key_pem.write_to_path(key)
         return cert, key
 
@@ -68,11 +73,18 @@ class Authority:
         context.maximum_version = maximum
         return context
 
+    def client(self, *files: Path, version: str = "1.3") -> ssl.SSLContext:
+        """Return what a client works with that speaks ``version``; ``files`` as ``issue`` gives."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        context.maximum_version = ssl.TLSVersion[f"TLSv{version.replace('.', '_')}"]
+        if files:
+            context.load_cert_chain(*files)
+        return context
+
     def revoke(self, *certs: Path, next_update: datetime.timedelta = DAY) -> Path:
         """Write the list of these certificates as revoked."""
         today = now()
         issuer = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
-        key = load_pem_private_key(self.ca.private_key_pem.bytes(), None)
         builder = x509.CertificateRevocationListBuilder(
             issuer.subject, last_update=today - 2 * DAY, next_update=today + next_update
         )
@@ -81,8 +93,32 @@ class Authority:
             revoked = x509.RevokedCertificateBuilder(serial, today - DAY)
             builder = builder.add_revoked_certificate(revoked.build())
         path = self.directory / "crl.pem"
-        path.write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))  # type: ignore[arg-type]
+        signed = builder.sign(self._key(), hashes.SHA256())
+        path.write_bytes(signed.public_bytes(Encoding.PEM))
         return path
+
+    def _with_uri(self, pem: bytes, uri: str) -> bytes:
+        """Sign a certificate once more, with a URI among its names: trustme knows none."""
+        given = x509.load_pem_x509_certificate(pem)
+        builder = x509.CertificateBuilder(
+            given.issuer,
+            given.subject,
+            given.public_key(),
+            given.serial_number,
+            given.not_valid_before_utc,
+            given.not_valid_after_utc,
+        )
+        for extension in given.extensions:
+            value = extension.value
+            if isinstance(value, x509.SubjectAlternativeName):
+                value = x509.SubjectAlternativeName([*value, x509.UniformResourceIdentifier(uri)])
+            builder = builder.add_extension(value, extension.critical)
+        return builder.sign(self._key(), hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def _key(self) -> ec.EllipticCurvePrivateKey:
+        key = load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
 
 
 def now() -> datetime.datetime:

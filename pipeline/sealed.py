@@ -1,0 +1,506 @@
+"""Connections of an https listener: TLS, and one request after the other.
+
+Sans-I/O, like ``general.py``: the receiving loop reads and writes sealed bytes and keeps the
+deadlines; here they are deciphered. Of the plain text, a head like the one accepted last on the
+connection is recognised by the core, and the body behind it deciphered into the memory that the
+message will keep. Everything else is for ``General``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+from pipeline.config import ReceiverConfig
+from pipeline.general import BodyBudget, General, Then, render
+from pipeline.handlers import Answer, Handlers, Request
+from pipeline.tls import Credentials
+
+__all__ = ["Sealed", "SealedServer", "SealedSocket"]
+
+#: The plain text of one record (RFC 8446 section 5.1), which is what one read gives at most.
+_RECORD_BYTES = 16 * 1024
+#: Read from a detached connection at once.
+_READ_BYTES = 256 * 1024
+#: Bodies up to this size do not count in the budget: they are heartbeats and votes, and as few as
+#: connections.
+_SMALL_BYTES = 64 * 1024
+#: What Go's server says to a caller that speaks plain HTTP.
+_NOT_TLS = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"
+
+
+class KnownHead(Protocol):
+    """A head that was accepted, in the core."""
+
+    def match(self, data: bytes, /) -> tuple[int, int] | None:
+        """Return the lengths of head and body if ``data`` starts with one like it, else None."""
+
+
+class Body(Protocol):
+    """Memory for a body, in the core; no memory is taken before bytes arrive."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def missing(self) -> int:
+        """How many bytes have not arrived."""
+
+    def append(self, data: bytes, /) -> None:
+        """Add what has arrived."""
+
+    def read_from(self, read: Callable[..., Any], /) -> int:
+        """Have ``read(n, buffer)`` fill some of what is missing; how much it was."""
+
+
+class SealedServer:
+    """What the https connections of a listener share. Thread-safe.
+
+    Parameters
+    ----------
+    handlers : Handlers
+    config : ReceiverConfig
+    budget : BodyBudget
+    credentials : Credentials
+        Each connection takes those in force, and ends when they are replaced.
+    make_head, make_body : callable
+        The core's, of a head's bytes and of a body's size. The first raises ``ValueError`` for
+        a head that the core does not recognise.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        config: ReceiverConfig,
+        budget: BodyBudget,
+        credentials: Credentials,
+        *,
+        make_head: Callable[[bytes], KnownHead],
+        make_body: Callable[[int], Body],
+    ) -> None:
+        self.handlers = handlers
+        self.config = config
+        self.budget = budget
+        self.credentials = credentials
+        self.make_head = make_head
+        self.make_body = make_body
+        self._no_content = (0, b"")  # of which second; replaced as a whole
+
+    def render(self, answer: Answer | None) -> bytes:
+        """Write an answer; None is 204, which is made once a second."""
+        if answer is not None:
+            return render(answer)
+        second, data = self._no_content
+        now = int(time.time())
+        if now != second:
+            data = render(self.handlers.no_content())
+            self._no_content = (now, data)
+        return data
+
+
+class SealedNews(NamedTuple):
+    """What happened on a connection; see ``ReceiverStats``."""
+
+    fast_requests: int = 0
+    general_requests: int = 0
+    handshakes: int = 0
+    handshake_failures: int = 0
+
+
+_NO_NEWS = SealedNews()
+
+
+class Sealed:
+    """One connection, from its handshake to its end.
+
+    Parameters
+    ----------
+    server : SealedServer
+    remote : object
+        Shows ``ip:port`` in logs.
+
+    Notes
+    -----
+    Used by one thread at a time. Nothing here waits; a handshake takes the CPU for about a
+    millisecond. A request ends where its framing says. When the connection ends before, with a
+    close_notify or without, its message is answered 400.
+    """
+
+    def __init__(self, server: SealedServer, remote: object) -> None:
+        credentials = server.credentials
+        self._generation = credentials.generation  # first: if they are replaced now, we are old
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = credentials.server_context.wrap_bio(
+            self._incoming, self._outgoing, server_side=True
+        )
+        self._server = server
+        self._handlers = server.handlers
+        self._remote = remote
+        self._certificate: Mapping[str, Any] | None = None
+        self._is_shaken = False
+        self._has_ended = False  # the caller's close_notify was read
+        self._plain = b""  # deciphered and not used
+        self._is_idle = False  # nothing has come since the handshake or the last request
+        self._due: Then | None = None  # how to go on once what comes before is written
+        self._general: General | None = None  # reads the request
+        self._then = Then.READ_HEAD  # what general said last
+        self._head: KnownHead | None = None  # the one accepted last
+        self._request = Request("", "", {}, remote)  # what it said
+        self._body: Body | None = None  # of a request that was recognised
+        self._taken = 0  # of the budget
+        self._news = _NO_NEWS
+
+    def feed(self, data: bytes | memoryview) -> tuple[bytes, Then]:
+        """Take bytes of the connection, or none after ``Then.AGAIN``.
+
+        Returns
+        -------
+        (bytes, Then)
+            What to write, and how to go on then. With ``Then.DELIVER`` and ``Then.DETACH`` there
+            is nothing to write.
+        """
+        if data:
+            self._incoming.write(data)
+        if self._due is not None:
+            due, self._due = self._due, None
+            return b"", due
+        try:
+            then = self._go_on()
+        except ssl.SSLError as error:
+            then = self._fail(error)
+        out = self._outgoing.read()
+        if out and then in (Then.DELIVER, Then.DETACH):
+            self._due, then = then, Then.AGAIN
+        return out, then
+
+    def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
+        """Answer the message that was delivered; returns as ``feed``. None is 204."""
+        if self._is_old():
+            answer = replace(answer or self._handlers.no_content(), close=True)
+        if self._general is None:
+            self._tls.write(self._server.render(answer))
+            then = Then.CLOSE if answer is not None and answer.close else Then.NEXT
+            self._end_request()
+        else:
+            out, then = self._general.answer(answer)
+            self._tls.write(out)
+            then = self._follow(self._general, then)
+        if then is Then.CLOSE:
+            return self.end()
+        is_more = self._plain or self._incoming.pending or self._tls.pending()
+        return self._outgoing.read(), Then.AGAIN if is_more else Then.IDLE
+
+    def broken(self) -> tuple[bytes, Then]:
+        """Hear that the rest of the request will not come; returns as ``feed``."""
+        then = self._break_off()
+        return self._outgoing.read(), then
+
+    def end(self) -> tuple[bytes, Then]:
+        """End the connection in good order; returns as ``feed``."""
+        then = self._say_goodbye()
+        return self._outgoing.read(), then
+
+    def take_body(self) -> Body | bytearray:
+        """Return the body, which is the caller's now; it counts in the budget until ``answer``."""
+        if self._general is not None:
+            return self._general.take_body()
+        body, self._body = self._body, None
+        assert body is not None
+        return body
+
+    def detach(self, sock: socket.socket) -> tuple[SealedSocket, General]:
+        """Go on without the loop, after ``Then.DETACH``: a connection, and who read the head."""
+        general = self._general
+        assert general is not None
+        return SealedSocket(sock, self._tls, self._incoming, self._outgoing), general
+
+    def take_news(self) -> SealedNews:
+        """Return what happened since the last call."""
+        news, self._news = self._news, _NO_NEWS
+        return news
+
+    def close(self) -> None:
+        """Let go of the request and of its place in the budget."""
+        if self._general is not None:
+            self._general.close()
+            self._general = None
+        self._body = None
+        if self._taken:
+            self._server.budget.give(self._taken)
+            self._taken = 0
+
+    # -- TLS
+
+    def _go_on(self) -> Then:
+        """Go on with what has come. Raises ``SSLError``."""
+        if not self._is_shaken:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                return Then.HANDSHAKE
+            if not self._let_in():
+                return self._say_goodbye()
+        while True:
+            if self._body is not None:
+                then = self._read_body(self._body)
+            elif self._general is not None:
+                then = self._read_general(self._general)
+            else:
+                then = self._read_head()
+            if then is not Then.NEXT:
+                return then
+
+    def _let_in(self) -> bool:
+        """Look at who has shaken hands; whether it may stay.
+
+        The rules are applied after the handshake, for ssl refuses no certificate that is valid:
+        the caller sees the end of the connection where etcd's sees an alert.
+        """
+        self._is_shaken = self._is_idle = True
+        self._certificate = self._tls.getpeercert() or None
+        if self._certificate is not None:
+            reason = self._server.credentials.refusal(self._certificate)
+            # Of a resumed session the certificate was verified when the session was made. OpenSSL
+            # resumes by session ID in TLS 1.2, which Python cannot forbid.
+            not_after = ssl.cert_time_to_seconds(str(self._certificate["notAfter"]))
+            if self._tls.session_reused and not_after < time.time():
+                reason = "certificate has expired"
+            if reason:
+                self._refuse(reason)
+                return False
+        self._news = self._news._replace(handshakes=self._news.handshakes + 1)
+        return True
+
+    def _fail(self, error: ssl.SSLError) -> Then:
+        """End a connection that TLS has given up. There may be an alert to be written."""
+        if self._is_shaken:
+            self._break_off()
+        elif isinstance(error, ssl.SSLCertVerificationError):
+            self._refuse(error.verify_message)
+        else:
+            self._refuse(error.reason or str(error))
+            if error.reason == "HTTP_REQUEST":
+                self._outgoing.read()  # an alert, which the caller does not understand
+                self._outgoing.write(_NOT_TLS)
+        return Then.CLOSE
+
+    def _refuse(self, reason: str) -> None:
+        self._news = self._news._replace(handshake_failures=self._news.handshake_failures + 1)
+        self._handlers.handshake_failed(self._remote, reason)
+
+    def _is_old(self) -> bool:
+        return self._generation != self._server.credentials.generation
+
+    def _read(self) -> bytes:
+        """Decipher what has come, up to one record; nothing when there is no more, or the end."""
+        if not (self._incoming.pending or self._tls.pending()):
+            return b""
+        try:
+            data: bytes = self._tls.read(_RECORD_BYTES)
+        except ssl.SSLWantReadError:  # a part of a record, or one that is TLS's own
+            self._is_idle = False
+            return b""
+        self._has_ended = not data
+        return data
+
+    def _say_goodbye(self) -> Then:
+        """Put a close_notify behind what is to be written."""
+        self.close()
+        if self._is_shaken:
+            # It is written in any case; the caller's own, or an error before, is all there is
+            # to hear of.
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+        return Then.CLOSE
+
+    # -- plain text
+
+    def _read_head(self) -> Then:
+        """Begin with a request, if there is one: then NEXT."""
+        data = self._plain or self._read()
+        if not data:
+            if self._has_ended or self._is_old():
+                return self._say_goodbye()
+            return Then.IDLE if self._is_idle else Then.READ_HEAD
+        found = None if self._head is None else self._head.match(data)
+        if found is None or not self._is_accepted(*found):
+            self._plain = data
+            self._then = Then.READ_HEAD
+            self._general = General(
+                self._handlers,
+                self._server.config,
+                self._remote,
+                self._server.budget,
+                self._learn,
+                certificate=self._certificate,
+            )
+            self._news = self._news._replace(general_requests=self._news.general_requests + 1)
+            return Then.NEXT
+        head_len, size = found
+        try:
+            self._body = self._server.make_body(size)
+        except MemoryError:  # no room in the address space
+            self._tls.write(render(self._handlers.overloaded(self._request)))
+            return self._say_goodbye()
+        self._body.append(data[head_len : head_len + size])
+        self._plain = data[head_len + size :]
+        self._news = self._news._replace(fast_requests=self._news.fast_requests + 1)
+        return Then.NEXT
+
+    def _is_accepted(self, head_len: int, size: int) -> bool:
+        """Tell whether a head like the known one needs no further look."""
+        return (
+            head_len <= self._server.config.max_head_bytes
+            and size <= self._server.config.max_body_bytes
+            and self._handlers.check_member(self._request) is None
+        )
+
+    def _learn(self, head: bytes) -> bool:
+        assert self._general is not None
+        try:
+            self._head = self._server.make_head(head)
+        except ValueError:
+            return False
+        self._request = self._general.request
+        return True
+
+    def _read_body(self, body: Body) -> Then:
+        """Decipher a body to where it will stay."""
+        while body.missing and (self._incoming.pending or self._tls.pending()):
+            try:
+                self._has_ended = body.read_from(self._tls.read) == 0
+            except ssl.SSLWantReadError:
+                break
+            if self._has_ended:
+                return self._break_off()
+        if len(body) + body.missing > _SMALL_BYTES:
+            if not self._server.budget.take(len(body) - self._taken):
+                self._tls.write(render(self._handlers.overloaded(self._request)))
+                return self._say_goodbye()
+            self._taken = len(body)
+        return Then.READ_BODY if body.missing else Then.DELIVER
+
+    def _read_general(self, general: General) -> Then:
+        """Give general what has come; NEXT when there may be more to do."""
+        data, self._plain = self._plain or self._read(), b""
+        if not data:
+            return self._break_off() if self._has_ended else self._then
+        out, then = general.feed(data)
+        if out:
+            self._tls.write(out)
+        return self._follow(general, then)
+
+    def _follow(self, general: General, then: Then) -> Then:
+        """Do what general says; NEXT when there may be more to do."""
+        if then is Then.CLOSE:
+            return self._say_goodbye()
+        if then is Then.NEXT:
+            self._plain = general.rest
+            self._end_request()
+        elif then in (Then.READ_HEAD, Then.READ_BODY):
+            self._then = then
+            return Then.NEXT
+        return then
+
+    def _end_request(self) -> None:
+        self.close()
+        self._is_idle = True
+
+    def _break_off(self) -> Then:
+        """Answer a request that will not be whole, if TLS still lets us."""
+        out = b""
+        if self._general is not None:
+            out, _ = self._general.broken()
+        elif self._body is not None:
+            out = render(self._handlers.read_failed(self._request))
+        if out:
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.write(out)
+        return self._say_goodbye()
+
+
+class SealedSocket:
+    """A connection that has left the loop: a socket whose bytes are deciphered.
+
+    Blocks as the socket's timeout says. Used by one thread; another one may ``shutdown`` reading,
+    or both directions.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        tls: ssl.SSLObject,
+        incoming: ssl.MemoryBIO,
+        outgoing: ssl.MemoryBIO,
+    ) -> None:
+        self._sock = sock
+        self._tls = tls
+        # The stubs know no read into a buffer, which returns how much it was.
+        self._read: Callable[..., Any] = tls.read
+        self._incoming = incoming
+        self._outgoing = outgoing
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._is_said = False  # our close_notify
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Read some bytes; 0 at the end, whether a close_notify tells of it or not.
+
+        After ``shutdown(SHUT_WR)`` what is read means nothing.
+        """
+        if self._is_said:
+            return self._sock.recv_into(buffer)
+        n = 0
+        while n == 0:
+            while n < len(buffer) and (self._incoming.pending or self._tls.pending()):
+                try:
+                    got = self._read(len(buffer) - n, buffer[n:])
+                except ssl.SSLWantReadError:
+                    break
+                if got == 0:
+                    return n
+                n += got
+            self._flush()  # an answer of TLS's own, to an update of the keys
+            if n == 0:
+                got = self._sock.recv_into(self._buffer)
+                if got == 0:
+                    break
+                self._incoming.write(self._buffer[:got])
+        return n
+
+    def sendall(self, data: bytes, /) -> None:
+        """Write all of ``data``."""
+        self._tls.write(data)
+        self._flush()
+
+    def settimeout(self, value: float, /) -> None:
+        """Let reading and writing wait for so many seconds."""
+        self._sock.settimeout(value)
+
+    def shutdown(self, how: int, /) -> None:
+        """Shut the socket; for ``SHUT_WR`` with a close_notify first."""
+        if how == socket.SHUT_WR:
+            self._say_goodbye()
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        """Close the socket, after a close_notify if there is room for it."""
+        with contextlib.suppress(OSError):
+            self._sock.setblocking(False)
+            self._say_goodbye()
+        self._sock.close()
+
+    def _say_goodbye(self) -> None:
+        if not self._is_said:
+            self._is_said = True
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending:
+            self._sock.sendall(self._outgoing.read())

@@ -1,0 +1,882 @@
+"""https listeners: who is let in, what arrives, and how connections end."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import (
+    Entry,
+    Message,
+    MessageType,
+    ReceiverConfig,
+    Snapshot,
+    SnapshotMetadata,
+    Transport,
+    TransportConfig,
+    UsageError,
+)
+from pipeline.errors import RequestRejected
+from pipeline.handlers import Handlers
+from pipeline.listener import Listener
+from pipeline.sealed import Sealed
+from pipeline.tls import Credentials
+from tests.functional.test_listener import GOOD, listener_threads
+from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
+from tests.support.memory import rss
+from tests.support.raft import FakeRaft
+from tests.support.senders import eventually
+from tests.support.tls import DAY, Authority, now
+
+MIB = 1 << 20
+ANY = "https://127.0.0.1:0"
+PROBE = raw_head(line="GET /raft/probing HTTP/1.1")
+
+
+class Node:
+    """A listener with a certificate, and callers with others of the same authority."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.authority = Authority(directory)
+        self.files = self.authority.issue("node")
+        self.raft = FakeRaft()
+        self._stack = contextlib.ExitStack()
+
+    def listen(self, config: ReceiverConfig | None = None, **settings: Any) -> Listener:
+        """Listen until the test ends; settings are TLSInfo's."""
+        info = self.authority.info(**settings)
+        self.config = config or ReceiverConfig()
+        self.credentials = Credentials(info)
+        self.handlers = Handlers(
+            self.raft,
+            cluster_id=CLUSTER_ID,
+            server_version="3.5.1",
+            config=self.config,
+            allow_member=info.allow_member,
+        )
+        self.listener = self._stack.enter_context(
+            Listener(self.handlers, ANY, self.config, self.credentials)
+        )
+        return self.listener
+
+    def dial(self) -> socket.socket:
+        """Connect without TLS."""
+        return self._stack.enter_context(dial(self.listener.url))
+
+    def call(self, *files: Path, version: str = "1.3") -> ssl.SSLSocket:
+        """Connect as a member, with a certificate of one's own or the node's."""
+        return self.shake(self.authority.client(*(files or self.files), version=version))
+
+    def shake(
+        self, context: ssl.SSLContext, session: ssl.SSLSession | None = None
+    ) -> ssl.SSLSocket:
+        # Truncation is an error here, so that a close_notify is seen.
+        return self._stack.enter_context(
+            context.wrap_socket(
+                self.dial(),
+                server_hostname="127.0.0.1",
+                suppress_ragged_eofs=False,
+                session=session,
+            )
+        )
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    node.close()
+    assert listener_threads() == []
+
+
+def post(body: bytes) -> bytes:
+    return raw_head(f"content-length: {len(body)}") + body
+
+
+def append_of(size: int) -> Message:
+    return Message(type=MessageType.APP, from_=1, entries=[Entry(data=b"x" * size)])
+
+
+def end_of(sock: ssl.SSLSocket) -> str:
+    """Read until the end, and tell how it came."""
+    try:
+        while sock.recv(65536):
+            pass
+    except ssl.SSLEOFError:
+        return "cut off"
+    except ssl.SSLError as error:
+        return str(error.reason)
+    except ConnectionError:
+        return "reset"
+    return "close_notify"
+
+
+def raw_of(sock: ssl.SSLSocket) -> socket.socket:
+    """Take the TCP connection away from TLS, which says no goodbye then."""
+    raw = socket.socket(fileno=sock.detach())
+    raw.settimeout(LONG_TIMEOUT)
+    return raw
+
+
+# Messages
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize("size", [0, 128, 70_000, 3 * MIB])
+def test_a_message_arrives(node: Node, version: str, size: int) -> None:
+    node.listen()
+    message = append_of(size)
+    sock = node.call(version=version)
+    assert sock.version() == f"TLSv{version}"
+    for _ in range(3):
+        sock.sendall(post(message.marshal()))
+        assert read_status(sock) == 204
+    assert node.raft.processed == [message] * 3
+
+
+def test_a_message_of_64_mib_is_one_copy(node: Node) -> None:
+    listener = node.listen()
+    data = append_of(64 * MIB).marshal()
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    before = rss()
+    peak = 0
+    sock.sendall(raw_head(f"content-length: {len(data)}"))
+    for at in range(0, len(data), MIB):
+        sock.sendall(data[at : at + MIB])
+        peak = max(peak, rss() - before)
+    assert read_status(sock) == 204
+    peak = max(peak, rss() - before)
+    received = node.raft.processed[1].entries[0].data
+    assert received == b"x" * (64 * MIB)
+    assert peak < 64 * MIB + 16 * MIB
+    assert listener.stats().fast_requests == 2
+
+
+def test_requests_on_one_connection_go_past_h11_but_for_the_first(node: Node) -> None:
+    listener = node.listen()
+    sock = node.call()
+    for _ in range(100):
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+    stats = listener.stats()
+    assert (stats.accepted, stats.handshakes) == (1, 1)
+    assert (stats.general_requests, stats.fast_requests) == (1, 100)
+
+
+def test_requests_sent_ahead_are_answered_one_after_the_other(node: Node) -> None:
+    """In records of their own and in shared ones, recognised and not."""
+    node.listen()
+    sock = node.call()
+    large = post(append_of(100_000).marshal())
+    requests = [GOOD, PROBE, GOOD, large, PROBE, large, GOOD] * 10
+    for request in requests:
+        sock.sendall(request)
+    sock.sendall(b"".join(requests))
+    answers = b""
+    expected = 2 * len(requests)
+    while answers.count(b"HTTP/1.1 ") < expected or not answers.endswith((b"\r\n\r\n", b"}\n")):
+        answers += sock.recv(65536)
+    statuses = [int(answer[:3]) for answer in answers.split(b"HTTP/1.1 ")[1:]]
+    assert statuses == [200 if request is PROBE else 204 for request in requests] * 2
+    assert len(node.raft.processed) == statuses.count(204)
+
+
+def test_one_byte_in_each_record_is_a_request_all_the_same(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    for _ in range(2):
+        for byte in GOOD:
+            sock.sendall(bytes([byte]))
+        assert read_status(sock) == 204
+    assert node.raft.processed == [HEARTBEAT] * 2
+
+
+def test_records_cut_anywhere_are_put_together(node: Node) -> None:
+    """Byte by byte on TCP, from the hello on."""
+    node.listen()
+    sock = node.dial()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = node.authority.client(*node.files).wrap_bio(
+        incoming, outgoing, server_hostname="127.0.0.1"
+    )
+
+    def drip() -> None:
+        for byte in outgoing.read():
+            sock.sendall(bytes([byte]))
+
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            drip()
+            incoming.write(sock.recv(65536))
+    tls.write(GOOD)
+    drip()
+    incoming.write(sock.recv(65536))
+    assert tls.read(12) == b"HTTP/1.1 204"
+
+
+@pytest.mark.parametrize("way", ["chunked", "expecting to be told to go on", "in two parts"])
+def test_what_the_core_leaves_to_h11_works_as_without_tls(node: Node, way: str) -> None:
+    node.listen()
+    sock = node.call()
+    body = append_of(50_000).marshal()
+    for _ in range(2):
+        if way == "chunked":
+            sock.sendall(raw_head("transfer-encoding: chunked"))
+            sock.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        elif way == "in two parts":
+            sock.sendall(post(body)[:100])
+            time.sleep(SHORT_TIMEOUT)
+            sock.sendall(post(body)[100:])
+        else:
+            sock.sendall(raw_head(f"content-length: {len(body)}", "expect: 100-continue"))
+            assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(body)
+        assert read_status(sock) == 204
+    assert len(node.raft.processed) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RequestRejected(404, b"no"), 404), (ValueError("boom"), 500)]
+)
+def test_what_process_raises_is_the_answer(node: Node, error: Exception, status: int) -> None:
+    node.raft.process_error = error
+    node.listen()
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == status
+    if status == 500:
+        assert end_of(sock) == "close_notify"
+    else:
+        sock.sendall(GOOD)
+        assert read_status(sock) == status
+
+
+def test_http_and_https_are_served_side_by_side(node: Node) -> None:
+    node.listen()
+    urls = ["https://127.0.0.1:0", "http://127.0.0.1:0", "https://localhost:0"]
+    with Listener(node.handlers, urls, node.config, node.credentials) as listener:
+        assert [url.rpartition(":")[0] for url in listener.urls] == [url[:-2] for url in urls]
+        with dial(listener.urls[1]) as plain:
+            plain.sendall(GOOD)
+            assert read_status(plain) == 204
+        for url in listener.urls[0], listener.urls[2]:
+            context = node.authority.client(*node.files)
+            with context.wrap_socket(dial(url), server_hostname="127.0.0.1") as sock:
+                sock.sendall(GOOD)
+                assert read_status(sock) == 204
+
+
+def test_https_needs_credentials(node: Node) -> None:
+    with Transport(1, 1, FakeRaft()) as transport, pytest.raises(UsageError, match="TLSInfo"):
+        transport.listen(ANY)
+
+
+def test_a_transport_listens_with_its_tls(node: Node) -> None:
+    info = node.authority.info()
+    with Transport(2, CLUSTER_ID, node.raft, tls=info) as transport:
+        node.listener = transport.listen(ANY)
+        assert node.listener.url.startswith("https://127.0.0.1:")
+        sock = node.call()
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        plain = transport.listen("http://127.0.0.1:0")
+        with dial(plain.url) as http:
+            http.sendall(GOOD)
+            assert read_status(http) == 204
+
+
+# Who is let in
+
+
+def refused(node: Node, context: ssl.SSLContext) -> str:
+    """Call with ``context``; how the connection ends, unanswered."""
+    try:
+        sock = node.shake(context)
+        sock.sendall(GOOD)
+    except ssl.SSLError as error:
+        end = str(error.reason)
+    except ConnectionError:
+        end = "reset"
+    else:
+        end = end_of(sock)
+    eventually(lambda: node.listener.stats().handshake_failures == 1)
+    eventually(lambda: node.listener.stats().connections == 0)
+    assert node.listener.stats().handshakes == 0
+    assert node.raft.processed == []
+    return end
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_a_caller_without_a_certificate_is_refused(
+    node: Node, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.listen()
+    end = refused(node, node.authority.client(version=version))
+    assert end in ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "SSLV3_ALERT_HANDSHAKE_FAILURE")
+    assert "rejected connection from 127.0.0.1:" in caplog.text
+
+
+def test_a_certificate_of_another_authority_is_refused(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.listen()
+    context = node.authority.client()
+    context.load_cert_chain(*Authority(node.directory / "other").issue("other"))
+    assert refused(node, context) == "TLSV1_ALERT_UNKNOWN_CA"
+    assert "unable to get local issuer certificate" in caplog.text
+
+
+def test_a_revoked_certificate_is_refused(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    revoked = node.authority.issue("revoked")
+    node.listen(crl_file=node.authority.revoke(revoked[0]))
+    assert refused(node, node.authority.client(*revoked)) == "SSLV3_ALERT_CERTIFICATE_REVOKED"
+    assert "certificate revoked" in caplog.text
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+
+
+def test_without_client_cert_auth_no_certificate_is_asked_for(node: Node) -> None:
+    node.listen(client_cert_auth=False)
+    sock = node.shake(node.authority.client())
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+
+
+RULES = [
+    ("allowed_cn", ("a", "etcd-1"), "common name"),
+    ("allowed_hostnames", ("a.example", "b.example"), "host names"),
+    ("allowed_uris", ("spiffe://cluster/1",), "URIs"),
+]
+
+
+@pytest.mark.parametrize(("rule", "allowed", "reason"), RULES, ids=[rule[0] for rule in RULES])
+def test_the_rules_for_names_choose_among_valid_certificates(
+    node: Node,
+    rule: str,
+    allowed: tuple[str, ...],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node.listen(**{rule: allowed})
+    issue = node.authority.issue
+    named = issue("a", "b.example", common_name="etcd-1", uri="spiffe://cluster/1")
+    other = issue("b", "c.example", common_name="etcd-2", uri="spiffe://cluster/2")
+    assert refused(node, node.authority.client(*other)) == "close_notify"
+    assert reason in caplog.text
+    sock = node.call(*named)
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+
+
+def test_a_member_is_bound_to_its_certificate_by_a_callback(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        name = dict(part[0] for part in certificate["subject"])["commonName"]
+        asked.append((name, member_id))
+        return bool(name == f"member-{member_id}")
+
+    node.listen(allow_member=allow)
+    sock = node.call(*node.authority.issue("member", common_name="member-1"))
+    # The second is recognised by the core; the callback is asked all the same.
+    for _ in range(2):
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+    assert asked.count(("member-1", 1)) >= 2
+    before = len(node.raft.processed)
+
+    body = HEARTBEAT.marshal()
+    head = raw_head(f"content-length: {len(body)}", headers=peer_headers(x_server_from="2"))
+    sock.sendall(head + body)
+    answer = sock.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 412 ")  # never 403, which shuts an etcd down
+    assert answer.endswith(b"certificate not allowed for this member\n")
+    sock.sendall(GOOD)  # politely: the connection stays
+    assert read_status(sock) == 204
+    head = raw_head(f"content-length: {len(body)}", headers=peer_headers(x_server_from=None))
+    sock.sendall(head + body)
+    assert read_status(sock) == 412
+    assert len(node.raft.processed) == before + 1
+    assert asked[-1] == ("member-1", 1)
+    assert "not the certificate of '2'" in caplog.text
+
+
+def test_a_member_refused_later_is_refused_on_the_connection_it_has(node: Node) -> None:
+    allowed = {1}
+    node.listen(allow_member=lambda certificate, member_id: member_id in allowed)
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    allowed.clear()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 412
+
+
+def test_a_callback_that_raises_lets_nobody_in(node: Node) -> None:
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        raise RuntimeError("boom")
+
+    node.listen(allow_member=allow)
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 412
+
+
+def test_a_resumed_session_is_known_by_the_certificate_it_was_made_with(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        asked.append(certificate["serialNumber"])
+        return True
+
+    node.listen(allow_member=allow)
+    files = node.authority.issue("for a day", not_after=now() + DAY)
+    context = node.authority.client(*files, version="1.2")
+    first = node.shake(context)
+    first.sendall(GOOD)
+    assert read_status(first) == 204
+    session = first.session
+    assert session is not None
+    assert not session.has_ticket
+    second = node.shake(context, session)
+    assert second.session_reused
+    second.sendall(GOOD)
+    assert read_status(second) == 204
+    assert len(set(asked)) == 1
+
+    the_day_after = SimpleNamespace(time=lambda: time.time() + 2 * 86400)
+    monkeypatch.setattr("pipeline.sealed.time", the_day_after)
+    third = node.shake(context, session)
+    assert third.session_reused
+    assert end_of(third) == "close_notify"
+    assert "certificate has expired" in caplog.text
+
+
+def test_in_tls_1_3_no_session_is_resumed(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    assert sock.session is None or not sock.session.has_ticket
+
+
+def test_who_has_shown_a_certificate_is_learned_as_a_remote(node: Node) -> None:
+    info = node.authority.info()
+    headers = peer_headers(x_server_from="7", x_peerurls="http://10.0.0.7:2380")
+    request = raw_head(f"content-length: {len(HEARTBEAT.marshal())}", headers=headers)
+    request += HEARTBEAT.marshal()
+    with Transport(2, CLUSTER_ID, node.raft, tls=info) as transport:
+        plain = transport.listen("http://127.0.0.1:0")
+        with dial(plain.url) as http:
+            http.sendall(request)
+            assert read_status(http) == 204
+        assert transport.remote_stats() == {}
+        node.listener = transport.listen(ANY)
+        sock = node.call()
+        sock.sendall(request)
+        assert read_status(sock) == 204
+        assert transport.remote_stats()[7].is_learned
+
+
+def test_a_policy_is_asked_about_those_who_have_shown_a_certificate_as_well(node: Node) -> None:
+    info = node.authority.info()
+    headers = peer_headers(x_server_from="7", x_peerurls="http://10.0.0.7:2380")
+    request = raw_head("content-length: 0", headers=headers)
+    with Transport(2, CLUSTER_ID, node.raft, tls=info, remote_policy=lambda *_: False) as transport:
+        node.listener = transport.listen(ANY)
+        sock = node.call()
+        sock.sendall(request)
+        assert read_status(sock) == 204
+        assert transport.remote_stats() == {}
+
+
+# Handshakes
+
+
+def test_handshakes_that_do_not_end_are_ended_and_disturb_nobody(node: Node) -> None:
+    listener = node.listen(ReceiverConfig(handshake_timeout_s=0.5))
+    good = node.call()
+    silent = [node.dial() for _ in range(20)]
+    begun = [node.dial() for _ in range(20)]
+    for sock in begun:
+        sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+    while listener.stats().handshake_timeouts < 40:
+        good.sendall(GOOD)
+        assert read_status(good) == 204
+    for sock in (*silent, *begun):
+        assert sock.recv(1) == b""
+    assert listener.stats().connections == 1
+
+
+def test_handshakes_take_turns_with_those_who_are_through(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    is_held, held, gate = (threading.Event() for _ in range(3))
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        order.append("request")
+        if is_held.is_set():
+            held.set()
+            gate.wait(LONG_TIMEOUT)
+        return True
+
+    def shake(credentials: Credentials) -> ssl.SSLContext:
+        order.append("handshake")
+        return credentials._set.server_context
+
+    node.listen(allow_member=allow)
+    urls = [ANY, "http://127.0.0.1:0"]
+    with contextlib.ExitStack() as stack:
+        listener = Listener(node.handlers, urls, node.config, node.credentials)
+        node.listener = stack.enter_context(listener)
+        plain = stack.enter_context(dial(listener.urls[1]))
+        first, second = node.call(), node.call()
+        for sock in plain, first, second:
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        order.clear()
+        monkeypatch.setattr(Credentials, "server_context", property(shake))
+        is_held.set()
+        first.sendall(GOOD)
+        assert held.wait(LONG_TIMEOUT)
+        for _ in range(20):
+            node.dial().sendall(b"\x16\x03\x01\x02\x00\x01")
+        second.sendall(GOOD)
+        for _ in range(2):  # the loop has seen what was sent before
+            plain.sendall(GOOD)
+            assert read_status(plain) == 204
+        gate.set()
+        eventually(lambda: len(order) == 22)
+        assert "request" in order[1:4]
+        assert read_status(second) == 204
+
+
+@pytest.mark.parametrize(
+    "hello",
+    [b"\x00" * 100, b"\xff" * 5000, b"\x16\x03\x01\xff\xff" + b"x" * 70_000, b"SSH-2.0-x\r\n"],
+    ids=["zeros", "ones", "a record too large", "another protocol"],
+)
+def test_garbage_instead_of_a_hello_ends_the_connection(node: Node, hello: bytes) -> None:
+    listener = node.listen()
+    sock = node.dial()
+    sock.sendall(hello)
+    with contextlib.suppress(ConnectionError):
+        while sock.recv(4096):
+            pass
+    eventually(lambda: listener.stats().handshake_failures == 1)
+    good = node.call()
+    good.sendall(GOOD)
+    assert read_status(good) == 204
+
+
+def test_a_caller_that_goes_in_the_middle_of_a_handshake_is_counted(node: Node) -> None:
+    listener = node.listen()
+    sock = node.dial()
+    sock.sendall(b"\x16\x03\x01\x02\x00\x01")
+    sock.close()
+    eventually(lambda: listener.stats().handshake_failures == 1)
+    node.dial().close()  # as a load balancer does to see whether we are there
+    eventually(lambda: listener.stats().connections == 0)
+    assert listener.stats().handshake_failures == 1
+
+
+def test_plain_http_to_an_https_port_is_told_so(node: Node) -> None:
+    listener = node.listen()
+    sock = node.dial()
+    sock.sendall(GOOD)
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(4096):
+            received += data
+    assert received.startswith(b"HTTP/1.0 400 Bad Request\r\n")
+    assert listener.stats().handshake_failures == 1
+
+
+def test_a_hello_to_an_http_port_ends_the_connection(node: Node) -> None:
+    node.listen()
+    with (
+        Listener(node.handlers, "http://127.0.0.1:0", node.config) as listener,
+        dial(listener.url) as sock,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        node.authority.client(*node.files).wrap_socket(sock, server_hostname="127.0.0.1")
+
+
+# How connections end
+
+
+def test_an_idle_connection_ends_with_a_close_notify(node: Node) -> None:
+    listener = node.listen(ReceiverConfig(idle_timeout_s=0.1))
+    assert end_of(node.call()) == "close_notify"
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    assert end_of(sock) == "close_notify"
+    assert listener.stats().idle_timeouts == 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "counter"),
+    [(GOOD[:20], "head_timeouts"), (GOOD[:-1], "body_timeouts")],
+    ids=["a head", "a body"],
+)
+def test_a_part_of_a_request_is_waited_for_so_long(node: Node, sent: bytes, counter: str) -> None:
+    listener = node.listen(ReceiverConfig(head_timeout_s=0.1, stall_timeout_s=0.1))
+    for count in (1, 2):
+        sock = node.call()
+        if count == 2:  # behind a head that is known
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        sock.sendall(sent)
+        assert end_of(sock) == "close_notify"
+        assert getattr(listener.stats(), counter) == count
+    assert listener.stats().idle_timeouts == 0
+
+
+def test_a_part_of_a_record_is_not_idle(node: Node) -> None:
+    listener = node.listen(ReceiverConfig(head_timeout_s=0.1))
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    with raw_of(sock) as raw:
+        raw.sendall(b"\x17\x03\x03\x01")
+        eventually(lambda: listener.stats().head_timeouts == 1)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["to h11", "to the core"])
+@pytest.mark.parametrize("how", ["cut off", "in good order"])
+def test_a_body_that_ends_early_is_never_taken_for_a_whole_one(
+    node: Node, known: bool, how: str
+) -> None:
+    node.listen()
+    sock = node.call()
+    if known:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+    # What has come is a message in itself.
+    body = HEARTBEAT.marshal()
+    extra = f"content-length: {2 * len(body)}" if known else "transfer-encoding: chunked"
+    sock.sendall(raw_head(extra) + (body if known else b"%x\r\n%b\r\n" % (len(body), body)))
+    if how == "in good order":
+        with pytest.raises(ssl.SSLError, match="APPLICATION_DATA_AFTER_CLOSE_NOTIFY"):
+            sock.unwrap()  # the answer, 400
+    else:
+        raw_of(sock).close()
+    eventually(lambda: node.handlers.received_failures == 1)
+    eventually(lambda: node.listener.stats().connections == 0)
+    assert len(node.raft.processed) == known
+
+
+def test_a_damaged_record_ends_the_connection_and_its_message(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    sock.sendall(GOOD[:-1])
+    with raw_of(sock) as raw:
+        raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        while raw.recv(4096):
+            pass
+    assert node.handlers.received_failures == 1
+    assert len(node.raft.processed) == 1
+
+
+def test_a_caller_that_says_goodbye_is_answered_so(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    sock.unwrap().close()
+
+
+def test_at_a_rotation_old_connections_end_and_new_ones_have_the_new_certificate(
+    node: Node,
+) -> None:
+    gate = threading.Event()
+    node.raft.gate = gate
+    node.listen()
+    idle, busy = node.call(), node.call()
+    busy.sendall(GOOD)
+    node.raft.wait_processed(1)
+    old = idle.getpeercert(binary_form=True)
+    node.files = node.authority.issue("node")
+    assert node.credentials.reload()
+
+    assert end_of(idle) == "close_notify"
+    gate.set()
+    answer = busy.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 204 ")
+    assert b"\r\nConnection: close\r\n" in answer
+    assert end_of(busy) == "close_notify"
+    fresh = node.call()
+    assert fresh.getpeercert(binary_form=True) != old
+    fresh.sendall(GOOD)
+    assert read_status(fresh) == 204
+
+
+def test_a_rotation_after_the_end_is_ignored(node: Node) -> None:
+    node.listen().close()
+    assert node.credentials.reload()
+
+
+def test_close_does_not_wait_for_handshakes(node: Node) -> None:
+    listener = node.listen()
+    idle = node.call()
+    for _ in range(10):
+        node.dial()
+        node.dial().sendall(b"\x16\x03\x01\x02\x00\x01")
+    eventually(lambda: listener.stats().accepted == 21)
+    begin = time.monotonic()
+    listener.close(deadline_s=LONG_TIMEOUT)
+    assert time.monotonic() - begin < LONG_TIMEOUT / 2
+    assert end_of(idle) == "close_notify"
+    assert listener_threads() == []
+
+
+def test_close_in_the_middle_of_a_message_ends_at_the_deadline(node: Node) -> None:
+    gate = threading.Event()
+    node.raft.gate = gate
+    listener = node.listen()
+    sock = node.call()
+    sock.sendall(GOOD)
+    node.raft.wait_processed(1)
+    listener.close(deadline_s=SHORT_TIMEOUT)
+    assert end_of(sock) in ("cut off", "reset")  # no plain 503 between the records
+    gate.set()
+
+
+def test_an_idle_connection_makes_room_for_another(node: Node) -> None:
+    listener = node.listen(ReceiverConfig(max_connections=2))
+    first = node.call()
+    first.sendall(GOOD)
+    assert read_status(first) == 204
+    second, third = node.call(), node.call()
+    for sock in second, third:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+    assert listener.stats().closed_for_room == 1
+    assert end_of(first) in ("cut off", "reset")
+
+
+# Memory
+
+
+def test_bodies_over_the_budget_are_refused_and_small_ones_are_not(node: Node) -> None:
+    gate = threading.Event()
+    node.raft.gate = gate
+    node.listen(ReceiverConfig(max_buffered_bytes=4 * MIB))
+    gate.set()
+    large, other, small = node.call(), node.call(), node.call()
+    for sock in large, other, small:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+    gate.clear()
+    large.sendall(post(append_of(3 * MIB).marshal()))
+    node.raft.wait_processed(4)
+    with contextlib.suppress(ConnectionError, ssl.SSLError):
+        other.sendall(post(append_of(3 * MIB).marshal()))
+    assert read_status(other) == 503
+    small.sendall(GOOD)
+    node.raft.wait_processed(5)
+    gate.set()
+    assert read_status(large) == read_status(small) == 204
+    large.sendall(post(append_of(3 * MIB).marshal()))  # the budget is given back
+    assert read_status(large) == 204
+
+
+def test_nothing_is_kept_of_a_connection_that_has_ended(node: Node) -> None:
+    listener = node.listen(
+        ReceiverConfig(handshake_timeout_s=1.0, idle_timeout_s=0.1, stall_timeout_s=0.1)
+    )
+    for _ in range(3):
+        node.dial().sendall(b"\x16\x03\x01")
+        node.dial().sendall(GOOD)
+        node.call().sendall(GOOD)
+        node.call().sendall(GOOD[:-1])
+        raw_of(node.call()).close()
+        node.call().unwrap()
+    eventually(lambda: listener.stats().connections == 0)
+    eventually(lambda: not any(isinstance(kept, Sealed) for kept in gc.get_objects()))
+
+
+def test_an_announced_length_is_no_memory(node: Node) -> None:
+    listener = node.listen()
+    callers = [node.call() for _ in range(8)]
+    before = rss()
+    for sock in callers:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+        sock.sendall(raw_head(f"content-length: {512 * MIB}") + b"x")
+    eventually(lambda: listener.stats().fast_requests == 16)
+    assert rss() - before < 32 * MIB
+
+
+def test_a_body_too_large_is_answered_413(node: Node) -> None:
+    node.listen(ReceiverConfig(max_body_bytes=MIB))
+    sock = node.call()
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+    sock.sendall(raw_head(f"content-length: {MIB + 1}"))
+    assert read_status(sock) == 413
+
+
+# Snapshots
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_a_snapshot_is_received_on_a_connection_that_has_left_the_loop(
+    node: Node, tmp_path: Path, framing: str
+) -> None:
+    directory = tmp_path / "snapshots"
+    config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=directory))
+    message = Message(
+        type=MessageType.SNAP,
+        from_=1,
+        to=2,
+        term=1,
+        snapshot=Snapshot(metadata=SnapshotMetadata(index=7, term=1)),
+    ).marshal()
+    database = bytes(range(256)) * (12 * 1024)
+    body = len(message).to_bytes(8, "big") + message + database
+    with Transport(2, CLUSTER_ID, node.raft, tls=node.authority.info(), config=config) as transport:
+        node.listener = transport.listen(ANY)
+        sock = node.call()
+        sock.sendall(PROBE)
+        assert read_status(sock) == 200
+        extra = f"content-length: {len(body)}"
+        if framing == "chunked":
+            extra = "transfer-encoding: chunked"
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        head = raw_head(extra, line="POST /raft/snapshot HTTP/1.1")
+        sock.sendall(head + body[:1000])
+        sock.sendall(body[1000:])
+        assert read_status(sock) == 204
+        assert end_of(sock) == "close_notify"
+    assert (directory / f"{7:016x}.snap.db").read_bytes() == database
+    assert [m.type for m in node.raft.processed] == [MessageType.SNAP]
