@@ -23,7 +23,7 @@ from pathlib import Path
 
 import urllib3
 
-from pipeline import Entry, EntryType
+from pipeline import Entry, EntryType, TLSInfo
 
 __all__ = ["EtcdError", "EtcdMember", "cluster_id", "find_etcd", "free_port", "member_id", "put_of"]
 
@@ -90,10 +90,11 @@ class EtcdMember:
         Cluster token: clusters with the same URLs and another token have other ids.
     flags : sequence of str
         More flags for etcd.
+    tls : TLSInfo, optional
+        What etcd speaks TLS with to its peer, both ways; by default it speaks plain HTTP. Clients
+        are always plain.
     more_urls : sequence of str
         Peer URLs of further members, one each.
-    peer_scheme : str
-        ``https`` needs flags that name its certificate.
 
     Attributes
     ----------
@@ -112,15 +113,15 @@ class EtcdMember:
         token: str = "raft-pipeline",
         *,
         flags: Sequence[str] = (),
+        tls: TLSInfo | None = None,
         more_urls: Sequence[str] = (),
-        peer_scheme: str = "http",
     ) -> None:
         self.binary = binary
         self.directory = directory
         self.other_url = other_url
         self.token = token
-        self.flags = tuple(flags)
-        self.peer_url = f"{peer_scheme}://127.0.0.1:{free_port()}"
+        self.flags = (*flags, *([] if tls is None else _tls_flags(tls)))
+        self.peer_url = f"{'http' if tls is None else 'https'}://127.0.0.1:{free_port()}"
         self.client_url = f"http://127.0.0.1:{free_port()}"
         self.id = member_id([self.peer_url], token)
         self.other_id = member_id([other_url], token)
@@ -175,7 +176,7 @@ class EtcdMember:
         deadline = time.monotonic() + timeout_s
         while True:
             poll()
-            if self._process is None or self._process.poll() is not None:
+            if not self.is_running():
                 raise EtcdError(f"etcd ended instead of starting\n{self.log_tail()}")
             try:
                 answer = self._http.request("GET", f"{self.client_url}/health", timeout=5.0)
@@ -205,6 +206,10 @@ class EtcdMember:
                 process.kill()
             process.wait()
         self._http.clear()
+
+    def is_running(self) -> bool:
+        """Tell whether the process was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def log_tail(self, lines: int = 20) -> str:
         """Return the last lines etcd logged."""
@@ -259,6 +264,16 @@ class EtcdMember:
         """Hand the leadership over; returns when ``target_id`` leads."""
         # uint64 is a decimal string in the gateway's JSON.
         self.call("/v3/maintenance/transfer-leadership", {"targetID": str(target_id)})
+
+
+def _tls_flags(tls: TLSInfo) -> list[str]:
+    assert tls.trusted_ca_file is not None
+    return [
+        *("--peer-cert-file", os.fspath(tls.cert_file)),
+        *("--peer-key-file", os.fspath(tls.key_file)),
+        *("--peer-trusted-ca-file", os.fspath(tls.trusted_ca_file)),
+        "--peer-client-cert-auth",
+    ]
 
 
 def _to_base64(data: bytes) -> str:

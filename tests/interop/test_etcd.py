@@ -18,6 +18,7 @@ from pipeline.examples.etcd import EtcdError, find_etcd, put_of
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
 from tests.support.etcd import Cluster, RecordingFollower, assert_balanced, wait_until
+from tests.support.tls import Authority
 
 pytestmark = pytest.mark.etcd
 
@@ -182,11 +183,16 @@ def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, le
 
 @contextlib.contextmanager
 def left_behind(
-    directory: Path, config: TransportConfig, *, takes_snapshots: bool
+    directory: Path,
+    config: TransportConfig,
+    *,
+    takes_snapshots: bool,
+    authority: Authority | None = None,
 ) -> Iterator[Cluster]:
     """A cluster whose etcd has to send its snapshot: our member has lost its log."""
     # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
-    cluster = Cluster(directory, config=config, flags=("--snapshot-count", "100"))
+    flags = ("--snapshot-count", "100")
+    cluster = Cluster(directory, config=config, flags=flags, authority=authority)
     try:
         cluster.start()
         with ThreadPoolExecutor(8) as pool:
@@ -212,10 +218,12 @@ def test_etcd_hears_at_once_that_its_snapshot_is_refused(tmp_path: Path) -> None
         )
 
 
-def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_tls: bool) -> None:
     stored = tmp_path / "ours"
     config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=stored))
-    with left_behind(tmp_path, config, takes_snapshots=True) as cluster:
+    authority = Authority(tmp_path / "certs") if has_tls else None
+    with left_behind(tmp_path, config, takes_snapshots=True, authority=authority) as cluster:
         follower, etcd = cluster.follower, cluster.etcd
         assert follower.wait_for(lambda s: s.commit > 0, LONG_TIMEOUT)
         (message,) = (m for m in follower.messages if m.type == MessageType.SNAP)

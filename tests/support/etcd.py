@@ -10,6 +10,7 @@ from pipeline import Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from pipeline.examples.follower import Follower
 from tests.support import LONG_TIMEOUT
+from tests.support.tls import Authority
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -52,6 +53,8 @@ class Cluster:
         False gives our Transport another cluster's.
     flags : sequence of str
         More flags for etcd.
+    authority : Authority, optional
+        Each member gets a certificate of it, and mTLS is spoken both ways.
     """
 
     def __init__(
@@ -61,11 +64,15 @@ class Cluster:
         config: TransportConfig | None = None,
         has_right_cluster_id: bool = True,
         flags: Sequence[str] = (),
+        authority: Authority | None = None,
     ) -> None:
         binary = find_etcd()
         assert binary is not None, "no etcd binary: the `test` extra brings one"
-        self.our_url = f"http://127.0.0.1:{free_port()}"
-        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags)
+        self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
+        self.tls = theirs = None
+        if authority is not None:
+            self.tls, theirs = authority.info("ours"), authority.info("etcd")
+        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags, tls=theirs)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config
@@ -84,12 +91,13 @@ class Cluster:
             self.our_cluster_id,
             self.follower,
             peer_urls=[self.our_url],
+            tls=self.tls,
             config=self.config,
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
         if listening:
-            self.transport.listen(self.our_url)
+            self.listener = self.transport.listen(self.our_url)
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
