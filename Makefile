@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
 ASAN_SITE := build/asan/site
 
-.PHONY: build test lint typecheck demo bench asan clean raftpb help
+.PHONY: build test lint typecheck demo bench bench-peers bench-growth bench-check bench-reference asan \
+	clean raftpb help
 
 help:
-	@echo "make demo test lint typecheck bench asan build raftpb clean"
+	@echo "make demo test lint typecheck bench bench-peers bench-growth bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -42,12 +43,35 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict tests/typing
 	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
 
-benchmarks/bin/%: benchmarks/c/%.c
+benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 	mkdir -p $(@D)
 	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -o $@ $<
 
 bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
 	$(BIN)/python benchmarks/report.py
+
+benchmarks/bin/etcd: $(wildcard benchmarks/peers/etcd/*.go benchmarks/peers/etcd/go.*)
+	mkdir -p $(@D)
+	cd benchmarks/peers/etcd && go build -o ../../bin/etcd .
+
+# A peer that cannot be installed is skipped by name, so neither of the two may fail.
+$(VENV)/.peers: $(VENV)/.built
+	$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo 'not all peers are installed' >&2
+	touch $@
+
+# BENCH_ROUNDS=1 BENCH_SUBJECTS=etcd,ours BENCH_SIZES=128 make bench-peers
+bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(MAKE) --no-print-directory benchmarks/bin/etcd || echo 'no etcd to compare with' >&2
+	$(BIN)/python benchmarks/compare.py --rounds $(or $(BENCH_ROUNDS),5) \
+		--subjects '$(BENCH_SUBJECTS)' --sizes '$(BENCH_SIZES)' $(BENCH_ARGS)
+
+# 1 to 128 peers, 1 to 64 workers, 64 B to 64 MiB.
+bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
+
+# Instructions per message against benchmarks/reference.json; the second makes this tree the reference.
+bench-check bench-reference: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(BIN)/python benchmarks/check.py $(if $(filter bench-reference,$@),--write)
 
 # The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow
 # (protobuf >= 6.31 in pyproject.toml), which is not so with a newer one.

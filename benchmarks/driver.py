@@ -8,6 +8,10 @@ spin  the same, but instead of sleeping the main thread computes in Python and n
 busy  as ``rate``, with a clock around every ``send`` (P5, loop awake)
 lone  one message at a time to an idle pipeline: time in ``send`` (P5, loop asleep) and the
       moments of the offers, which are compared with the sink's stamps (P10)
+peer  as ``rate``, with the peak of memory above the payload; then snapshots one at a time, each
+      timed from ``send`` to ``report_snapshot``
+work  a fixed piece of Python work in the main thread, timed alone and beside the pipeline at full
+      rate; ``bare-c`` is beside bare C in a process of its own, which shares the cores and no GIL
 """
 
 from __future__ import annotations
@@ -15,12 +19,25 @@ from __future__ import annotations
 import argparse
 import bisect
 import json
-import resource
+import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
-from harness import SUBJECTS, Pacer, Subject, quantiles, running
+from harness import (
+    BIN,
+    SUBJECTS,
+    Pacer,
+    QuietRaft,
+    Subject,
+    cpu_s,
+    forget_peak,
+    quantiles,
+    running,
+    snapshots,
+    status_kib,
+)
 
 from pipeline import SendResult
 
@@ -29,21 +46,35 @@ WARMUP_S = 0.3
 #: 100,000 messages a second three of 64 queued messages leave.
 SPIN_ITERATIONS = 1000
 LONE_MESSAGES = 1000
+#: Iterations of ``work``: about 0.3 ms, less than 64 queued messages last at full rate.
+WORK_ITERATIONS = 10_000
+#: Alone and beside the load in turn, so that a machine that changes its speed does so for both.
+WORK_TURNS = 5
 #: An I/O thread that is not asleep after this long would burn CPU for an idle peer.
 LONE_PAUSE_S = 0.002
 #: Upper bounds of the histogram of ``send``, in ns.
-BUCKETS_NS = (100, 200, 300, 400, 500, 750, 1000, 1500, 2000, 5000, 10_000, 50_000, 1_000_000)
+BUCKETS_NS = (
+    100,
+    200,
+    300,
+    400,
+    500,
+    750,
+    1000,
+    1500,
+    2000,
+    5000,
+    10_000,
+    20_000,
+    50_000,
+    1_000_000,
+)
 
 
-def cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def spin(accepted: int) -> None:
+def spin(accepted: int, iterations: int = SPIN_ITERATIONS) -> None:
     """A fixed piece of Python work: bytecode that holds the GIL and calls nothing."""
     x = accepted
-    for i in range(SPIN_ITERATIONS):
+    for i in range(iterations):
         x ^= i
 
 
@@ -71,6 +102,85 @@ def measure_rate(
         "seconds": took,
         "messages_per_s": sent / took,
         "cpu_us_per_message": took_cpu * 1e6 / max(sent, 1),
+    }
+
+
+def measure_peer(subject: Subject, raft: QuietRaft, args: argparse.Namespace) -> dict[str, Any]:
+    rss_kib = status_kib("VmRSS")  # the payload is there already
+    forget_peak()
+    result = measure_rate(subject, args.seconds, Pacer(args.size))
+    subject.drain()
+    above_kib = status_kib("VmHWM") - rss_kib
+    while raft.finished.acquire(blocking=False):  # those of the run, if it was of snapshots
+        pass
+    message = snapshots(args.subject, args.size)(1)
+    clock, send, finished = time.perf_counter_ns, subject.pipe.send, raft.finished
+    times_ns = []
+    for _ in range(args.lone):
+        start_ns = clock()
+        if send(message) is not SendResult.ACCEPTED or not finished.acquire(timeout=30):
+            raise SystemExit("a lone snapshot was not delivered")
+        times_ns.append(clock() - start_ns)
+    return {**result, "rss_above_payload_mb": above_kib * 1024 / 1e6, "lone_ns": times_ns}
+
+
+def time_work(seconds: float, before: Callable[[], None]) -> list[int]:
+    """Times of the fixed piece of work, in ns; ``before`` is called before each and not timed."""
+    clock, times_ns = time.perf_counter_ns, []
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        before()
+        start_ns = clock()
+        spin(0, WORK_ITERATIONS)
+        times_ns.append(clock() - start_ns)
+    return times_ns
+
+
+def compare_work(alone_ns: list[int], loaded_ns: list[int]) -> dict[str, Any]:
+    mean_alone, mean_loaded = statistics.fmean(alone_ns), statistics.fmean(loaded_ns)
+    return {
+        "alone_ns": {**quantiles(alone_ns), "mean": mean_alone},
+        "loaded_ns": {**quantiles(loaded_ns), "mean": mean_loaded},
+        "slow_down": mean_loaded / mean_alone,
+    }
+
+
+def measure_work(subject: Subject, seconds: float) -> dict[str, Any]:
+    index, message = 1, subject.build(1)
+    alone_ns: list[int] = []
+    loaded_ns: list[int] = []
+    messages = loaded_s = 0.0
+
+    def fill() -> None:
+        nonlocal index, message
+        index, message = subject.offer_until_full(index, message)
+
+    for _ in range(WORK_TURNS):
+        subject.drain()
+        alone_ns += time_work(seconds / WORK_TURNS / 2, lambda: None)
+        start, start_sent = time.perf_counter(), subject.pipe.stats().sent
+        loaded_ns += time_work(seconds / WORK_TURNS, fill)
+        messages += subject.pipe.stats().sent - start_sent
+        loaded_s += time.perf_counter() - start
+    return {**compare_work(alone_ns, loaded_ns), "messages_per_s": messages / loaded_s}
+
+
+def measure_work_beside_c(port: int, seconds: float) -> dict[str, Any]:
+    alone_ns: list[int] = []
+    loaded_ns: list[int] = []
+    sent = []
+    turn_s = max(seconds / WORK_TURNS, 0.2)
+    for _ in range(WORK_TURNS):
+        alone_ns += time_work(turn_s / 2, lambda: None)
+        command = [BIN / "bare_sender", "--port", str(port), "--seconds", str(turn_s)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sender:
+            time.sleep(0.05)  # until it has connected
+            loaded_ns += time_work(turn_s - 0.1, lambda: None)
+            sent.append(json.loads(sender.communicate()[0]))
+    return {
+        **compare_work(alone_ns, loaded_ns),
+        "messages_per_s": statistics.fmean(each["messages_per_s"] for each in sent),
+        "total": sum(each["total"] for each in sent),
     }
 
 
@@ -147,17 +257,28 @@ def measure_lone(subject: Subject) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("subject", choices=SUBJECTS)
-    parser.add_argument("mode", choices=("rate", "spin", "busy", "lone"))
+    parser.add_argument("subject", choices=(*SUBJECTS, "bare-c"))
+    parser.add_argument("mode", choices=("rate", "spin", "busy", "lone", "peer", "work"))
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--size", type=int, default=128, help="bytes in the one entry")
     parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--lone", type=int, default=200, help="messages one at a time (peer)")
     args = parser.parse_args()
-    with running(args.subject, args.port, args.size) as subject:
+    if args.subject == "bare-c":
+        if args.mode != "work":
+            parser.error("bare-c has only the mode work")
+        print(json.dumps(measure_work_beside_c(args.port, args.seconds)))
+        return
+    raft = QuietRaft()
+    with running(args.subject, args.port, args.size, raft) as subject:
         if args.mode == "lone":
             result = measure_lone(subject)
         elif args.mode == "busy":
             result = measure_busy(subject, args.seconds)
+        elif args.mode == "peer":
+            result = measure_peer(subject, raft, args)
+        elif args.mode == "work":
+            result = measure_work(subject, args.seconds)
         else:
             between = spin if args.mode == "spin" else Pacer()
             result = measure_rate(subject, args.seconds, between)

@@ -6,18 +6,20 @@ import enum
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pipeline
-from pipeline import MessageType, SendResult
+from pipeline import MessageType, PipelineConfig, SendResult
 from pipeline.tls import Credentials
 
 HERE = Path(__file__).resolve().parent
@@ -29,10 +31,20 @@ CLUSTER_ID = 0xCDF818194E3A8C32
 TERM = 7
 
 SUBJECTS = ("core", "core-prebuilt", "baseline")
+#: No run takes a tenth of this; one that hangs must not hold up the rest.
+RUN_TIMEOUT_S = 120.0
+#: From this size on a message is a MsgSnap; appends are smaller (etcd's maxSizePerMsg).
+SNAPSHOT_BYTES = 1 << 20
 
 
 class QuietRaft:
-    """A node that is told of failures and does nothing; the subjects count them."""
+    """A node that is told of failures and does nothing; the subjects count them.
+
+    ``finished`` is released when a snapshot is through, which is how one message is awaited.
+    """
+
+    def __init__(self) -> None:
+        self.finished = threading.Semaphore(0)
 
     def process(self, message: object) -> None:
         raise AssertionError("a sender is given no messages")
@@ -44,31 +56,105 @@ class QuietRaft:
         pass
 
     def report_snapshot(self, member_id: int, status: object) -> None:
-        pass
+        self.finished.release()
 
 
-class Sink:
-    """The C sink as a process of its own; a context manager.
+class Listening:
+    """A process that prints "listening PORT", and one JSON object when its stdin ends.
 
-    ``counters`` holds what it counted once the block is left: requests, body_bytes,
-    connections, bad, cpu_s, and stamps_ns (arrival, CLOCK_REALTIME) if ``stamp`` was asked for.
+    A context manager; ``counters`` is that object once the block is left.
+    """
+
+    def __init__(self, *command: object) -> None:
+        self._command = [str(word) for word in command]
+        self.counters: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"ended at once: {' '.join(self._command)}")
+        self.port = int(line.removeprefix("listening "))
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        out, _ = self._process.communicate()
+        if kind is None:
+            self.counters = json.loads(out)
+
+
+class Sink(Listening):
+    """The C sink. ``counters``: requests, body_bytes, connections, gets, bad, cpu_s, peak_kib,
+    and stamps_ns (arrival, CLOCK_REALTIME) if ``stamp`` was asked for.
     """
 
     def __init__(self, *, stamp: bool = False) -> None:
-        self._args = [str(BIN / "sink"), *(["--stamp"] if stamp else [])]
-        self.counters: dict[str, Any] = {}
+        super().__init__(BIN / "sink", *(["--stamp"] if stamp else []))
 
-    def __enter__(self) -> Sink:
-        self._process = subprocess.Popen(
-            self._args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+
+def run_json(*command: object) -> dict[str, Any]:
+    """Run a program that prints one JSON object; it must succeed."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words, check=False, stdout=subprocess.PIPE, text=True, timeout=RUN_TIMEOUT_S
         )
-        assert self._process.stdout is not None
-        self.port = int(self._process.stdout.readline().removeprefix("listening "))
-        return self
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"not done after {RUN_TIMEOUT_S} s: {' '.join(words)}") from None
+    if done.returncode:
+        raise SystemExit(f"failed with {done.returncode}: {' '.join(words)}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
-    def __exit__(self, *exc: object) -> None:
-        out, _ = self._process.communicate()
-        self.counters = json.loads(out)
+
+def busy_s() -> tuple[float, float]:
+    """CPU time used so far: by the whole machine (stolen time included), and by our children."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = (
+        int(word) for word in Path("/proc/stat").read_text().split()[1:9]
+    )
+    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK"), ours.ru_utime + ours.ru_stime
+
+
+def watched(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``run``, and in ``foreign_cores`` the CPU that others used meanwhile."""
+    start, all_before, ours_before = time.perf_counter(), *busy_s()
+    result = run()
+    took, all_after, ours_after = time.perf_counter() - start, *busy_s()
+    foreign_s = (all_after - all_before) - (ours_after - ours_before)
+    return {**result, "foreign_cores": max(foreign_s / took, 0.0)}
+
+
+def say(progress: str) -> None:
+    """Show how far a run is: in place on a terminal, else a line each."""
+    if sys.stderr.isatty():
+        print(progress.ljust(78), end="\r", file=sys.stderr, flush=True)
+    elif progress:
+        print(progress, file=sys.stderr, flush=True)
+
+
+def cpu_s() -> float:
+    """User and system time of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def status_kib(name: str) -> int:
+    """A line of /proc/self/status, such as VmRSS or VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise LookupError(name)
+
+
+def forget_peak() -> None:
+    """Make VmHWM count from here on; where the kernel refuses, it counts from the start."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 @dataclass(frozen=True)
@@ -118,6 +204,32 @@ def _build_again(size: int) -> Callable[[int], Any]:
     return lambda index: message
 
 
+def _build_snapshot(size: int) -> Callable[[int], Any]:
+    data = b"x" * size
+    metadata = pipeline.SnapshotMetadata(index=1, term=TERM)
+
+    def build(index: int) -> Any:
+        return pipeline.Message(
+            type=MessageType.SNAP,
+            to=PEER_ID,
+            from_=MEMBER_ID,
+            term=TERM,
+            snapshot=pipeline.Snapshot(data=data, metadata=metadata),
+        )
+
+    return build
+
+
+def _build_protobuf_snapshot(size: int) -> Callable[[int], Any]:
+    from pipeline.raftpb import raft_pb2
+
+    message = raft_pb2.Message(type=MessageType.SNAP, to=PEER_ID, term=TERM, **{"from": MEMBER_ID})
+    message.snapshot.data = b"x" * size
+    message.snapshot.metadata.index, message.snapshot.metadata.term = 1, TERM
+    # Encoded by a worker each time; made once, because protobuf copies what it is given.
+    return lambda index: message
+
+
 def _build_protobuf(size: int) -> Callable[[int], Any]:
     # Imported here: only the baseline's process pays for protobuf.
     from pipeline.raftpb import raft_pb2
@@ -140,15 +252,36 @@ def _build_protobuf(size: int) -> Callable[[int], Any]:
     return build
 
 
+def snapshots(name: str, size: int) -> Callable[[int], Any]:
+    """How the subject ``name`` makes a MsgSnap of ``size`` bytes."""
+    return _build_protobuf_snapshot(size) if name == "baseline" else _build_snapshot(size)
+
+
 def builder(name: str, size: int) -> Callable[[int], Any]:
-    """How the subject ``name`` makes the MsgApp of a given index, one entry of ``size`` bytes."""
+    """How the subject ``name`` makes the message of a given index, ``size`` bytes of payload.
+
+    A MsgApp of one entry; from ``SNAPSHOT_BYTES`` on a MsgSnap.
+    """
+    if size >= SNAPSHOT_BYTES:
+        return snapshots(name, size)
     makers = {"core": _build_core, "core-prebuilt": _build_again, "baseline": _build_protobuf}
     return makers[name](size)
 
 
+def body_bytes(size: int) -> int:
+    """The bytes on the wire of a message of ``size`` bytes of payload, the same for everyone."""
+    encoded: int = builder("core", size)(100_000).byte_size()
+    return encoded
+
+
 @contextmanager
 def running(
-    name: str, port: int, size: int = 128, *, credentials: Credentials | None = None
+    name: str,
+    port: int,
+    size: int = 128,
+    raft: QuietRaft | None = None,
+    *,
+    credentials: Credentials | None = None,
 ) -> Iterator[Subject]:
     """Start the subject ``name`` against the sink at ``port``; entries carry ``size`` bytes.
 
@@ -165,7 +298,7 @@ def running(
     pipe = kind(
         PEER_ID,
         [f"{'https' if credentials else 'http'}://127.0.0.1:{port}"],
-        QuietRaft(),
+        raft or QuietRaft(),
         member_id=MEMBER_ID,
         cluster_id=CLUSTER_ID,
         **({"credentials": credentials} if credentials else {}),
@@ -184,7 +317,9 @@ class Pacer:
     empty. The length follows what the last sleep made room for, by one rule for all subjects.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, size: int = 128) -> None:
+        # Large messages meet the bound of bytes before the 64 of the count.
+        capacity = max(1, min(64, PipelineConfig().queue_bytes // size))
         self._low, self._high = capacity // 2, capacity * 5 // 6
         self._pause_s = 200e-6
 
@@ -233,40 +368,28 @@ def receive(subject: str, load: Load, seconds: float) -> dict[str, Any]:
 
     ``peak_mib`` is the receiver's peak memory above what it had before the first message.
     """
-    command = (
-        [str(BIN / "sink")]
-        if subject == "bare-c"
-        else [sys.executable, str(HERE / "receive.py"), subject]
-    )
-    with (
-        tempfile.NamedTemporaryFile() as body,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as receiver,
-    ):
+    with tempfile.NamedTemporaryFile() as body, Listening(*receiving(subject)) as receiver:
         body.write(load.body())
         body.flush()
-        assert receiver.stdout is not None
-        port = receiver.stdout.readline().removeprefix("listening ").strip()
-        sender = subprocess.run(
-            [
-                str(BIN / "bare_sender"), "--port", port, "--body", body.name,
-                "--connections", str(load.connections), "--seconds", str(seconds),
-                "--warmup", "200" if load is Load.SMALL else "1",
-            ],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
+        sent = run_json(
+            BIN / "bare_sender", "--port", receiver.port, "--body", body.name,
+            "--connections", load.connections, "--seconds", seconds,
+            "--warmup", 200 if load is Load.SMALL else 1,
         )  # fmt: skip
-        sent = json.loads(sender.stdout)
-        out, _ = receiver.communicate()
-    result = json.loads(out)
+    result = receiver.counters
     if subject == "bare-c":
         total = result["requests"]
         result = {"total": total, "cpu_us_per_message": result["cpu_s"] * 1e6 / total}
     if result["total"] != sent["total"]:
         raise SystemExit(f"{subject}: {sent['total']} sent, {result['total']} received")
     return {**result, "messages_per_s": sent["messages_per_s"]}
+
+
+def receiving(subject: str) -> list[object]:
+    """The command of a process that receives as ``subject``; see ``Listening``."""
+    if subject == "bare-c":
+        return [BIN / "sink"]
+    return [sys.executable, HERE / "receive.py", subject]
 
 
 def machine() -> dict[str, Any]:

@@ -11,16 +11,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import resource
 import socket
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from harness import CLUSTER_ID
+from harness import CLUSTER_ID, cpu_s, forget_peak, status_kib
 
 from pipeline import Listener, Message, ReceiverConfig, TLSInfo
 from pipeline.handlers import Handlers
@@ -95,13 +93,6 @@ def serve_recv(raft: CountingRaft) -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
-def status_kib(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1])
-    raise LookupError(name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=("core", "uvicorn", "recv"))
@@ -115,16 +106,16 @@ def main() -> None:
         "recv": lambda: serve_recv(raft),
     }[args.subject]
     with serve() as port:
-        before, rss_kib = resource.getrusage(resource.RUSAGE_SELF), status_kib("VmRSS")
+        before_s, rss_kib = cpu_s(), status_kib("VmRSS")
+        forget_peak()
         print(f"listening {port}", flush=True)
         sys.stdin.read()
-        after, peak_kib = resource.getrusage(resource.RUSAGE_SELF), status_kib("VmHWM")
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        took_s, peak_kib = cpu_s() - before_s, status_kib("VmHWM")
     print(
         json.dumps(
             {
                 "total": raft.messages,
-                "cpu_us_per_message": cpu_s * 1e6 / max(raft.messages, 1),
+                "cpu_us_per_message": took_s * 1e6 / max(raft.messages, 1),
                 "peak_mib": (peak_kib - rss_kib) / 1024,
             }
         )

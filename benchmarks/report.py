@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,8 +22,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import svg
 from driver import LONE_MESSAGES
-from harness import BIN, HERE, SUBJECTS, Load, Sink, builder, machine, quantiles, receive
+from harness import (
+    BIN,
+    HERE,
+    SUBJECTS,
+    Load,
+    Sink,
+    body_bytes,
+    machine,
+    quantiles,
+    receive,
+    run_json,
+    say,
+    watched,
+)
 
 Runs = dict[str, list[dict[str, Any]]]  # "subject mode" -> one result per round
 
@@ -36,23 +48,14 @@ FOREIGN_CORES_MAX = 0.1
 REPEAT_PAUSE_S = 2.0
 
 
-def run_json(*command: object) -> dict[str, Any]:
-    words = [str(word) for word in command]
-    done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"failed with {done.returncode}: {' '.join(words)}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-def run_one(subject: str, mode: str, seconds: float, body_bytes: int) -> dict[str, Any]:
+def run_one(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[str, Any]:
     """One subject against a fresh sink; what the sink counted must be what was sent."""
     with Sink(stamp=mode == "lone") as sink:
         common = ("--port", sink.port, "--size")
-        if subject == "bare-c":
+        if subject == "bare-c" and mode != "work":
             load = ("--messages", LONE_MESSAGES) if mode == "lone" else ("--seconds", seconds)
             flags = {"spin": ("--spin",), "lone": ("--lone",)}.get(mode, ())
-            result = run_json(BIN / "bare_sender", *common, body_bytes, *load, *flags)
+            result = run_json(BIN / "bare_sender", *common, wire_bytes, *load, *flags)
         else:
             driver = [sys.executable, HERE / "driver.py", subject, mode]
             result = run_json(*driver, *common, ENTRY_BYTES, "--seconds", seconds)
@@ -71,51 +74,32 @@ def run_one(subject: str, mode: str, seconds: float, body_bytes: int) -> dict[st
     return {**result, "sink": counters}
 
 
-def say(progress: str) -> None:
-    if sys.stderr.isatty():
-        print(progress.ljust(60), end="\r", file=sys.stderr, flush=True)
-
-
-def busy_s() -> tuple[float, float]:
-    """CPU time used so far: by the whole machine (stolen time included), and by our children."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = (
-        int(word) for word in Path("/proc/stat").read_text().split()[1:9]
-    )
-    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ticks = user + nice + system + irq + softirq + steal
-    return ticks / os.sysconf("SC_CLK_TCK"), ours.ru_utime + ours.ru_stime
-
-
-def run_watched(subject: str, mode: str, seconds: float, body_bytes: int) -> dict[str, Any]:
+def run_watched(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[str, Any]:
     """``run_one`` or ``receive``, and the CPU that others used meanwhile."""
-    start, all_before, ours_before = time.perf_counter(), *busy_s()
     if mode in RECEIVING:
-        result = receive(subject, RECEIVING[mode], seconds)
-    else:
-        result = run_one(subject, mode, seconds, body_bytes)
-    took, all_after, ours_after = time.perf_counter() - start, *busy_s()
-    foreign_s = (all_after - all_before) - (ours_after - ours_before)
-    return {**result, "foreign_cores": max(foreign_s / took, 0.0)}
+        return watched(lambda: receive(subject, RECEIVING[mode], seconds))
+    return watched(lambda: run_one(subject, mode, seconds, wire_bytes))
 
 
-def measure(rounds: int, seconds: float, repeats: int, body_bytes: int) -> Runs:
+def measure(rounds: int, seconds: float, repeats: int, wire_bytes: int) -> Runs:
     plan = [(subject, mode) for mode in ("rate", "spin") for subject in ("bare-c", *SUBJECTS)]
     plan.remove(("core-prebuilt", "spin"))
     plan += [("core", "busy"), ("baseline", "busy")]
     plan += [("bare-c", "lone"), ("core", "lone"), ("baseline", "lone")]
+    plan += [("bare-c", "work"), ("core", "work"), ("baseline", "work")]
     plan += [(subject, "receive") for subject in ("bare-c", "core", "uvicorn")]
     plan += [(subject, "receive-large") for subject in ("recv", "core", "uvicorn")]
     runs: Runs = {}
     for n in range(rounds):
         for subject, mode in plan:
             say(f"round {n + 1} of {rounds}: {subject} {mode}")
-            result = run_watched(subject, mode, seconds, body_bytes)
+            result = run_watched(subject, mode, seconds, wire_bytes)
             # Judged by what others did, never by the figure.
             while result["foreign_cores"] > FOREIGN_CORES_MAX and repeats:
                 say(f"round {n + 1} of {rounds}: {subject} {mode}, disturbed, again")
                 repeats -= 1
                 time.sleep(REPEAT_PAUSE_S)
-                result = run_watched(subject, mode, seconds, body_bytes)
+                result = run_watched(subject, mode, seconds, wire_bytes)
             runs.setdefault(f"{subject} {mode}", []).append(result)
     say("")
     return runs
@@ -197,6 +181,9 @@ def rows_of_runs(runs: Runs) -> list[Row]:
     def us(run: str, *path: str) -> str:
         return f"{median(run, *path) / 1000:.2f} us"
 
+    def slower(subject: str) -> str:
+        return f"{median(f'{subject} work', 'slow_down'):.2f} x"
+
     def kept(subject: str) -> str:
         return f"{ratio(f'{subject} spin', f'{subject} rate', rate):.0%}"
 
@@ -277,6 +264,14 @@ def rows_of_runs(runs: Runs) -> list[Row]:
             f"{ratio('core lone', 'bare-c lone', 'wire_ns', 'p99'):.2f}",
             "<= 500 us",
             p99_ns <= 500_000,
+        ),
+        Row(
+            "Python work in the main thread, beside the pipeline at full rate, takes",
+            f"{slower('core')} at {median('core work', rate):,.0f}/s",
+            f"beside bare C in its own process {slower('bare-c')} at "
+            f"{median('bare-c work', rate):,.0f}/s, "
+            f"baseline {slower('baseline')} at {median('baseline work', rate):,.0f}/s",
+            f"{ratio('core work', 'bare-c work', 'slow_down'):.2f}",
         ),
     ]
 
@@ -380,12 +375,31 @@ def rows_of_tls(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def put_into(readme: Path, text: str) -> None:
-    """Replace what stands between the two bench marks of ``readme``."""
-    before, begin, rest = readme.read_text().partition("<!-- bench:begin -->\n")
-    _, end, after = rest.partition("<!-- bench:end -->")
+def chart(runs: Runs) -> str:
+    """P5: how many calls of ``send`` took how long, of all rounds together."""
+
+    def panel(mode: str) -> dict[str, float]:
+        results = runs[f"core {mode}"]
+        bounds = [f"{ns / 1000:g} us" for ns in results[0]["buckets_ns"]]
+        names = [*(f"up to {bound}" for bound in bounds), f"over {bounds[-1]}"]
+        counts = [sum(column) for column in zip(*(r["histogram"] for r in results), strict=True)]
+        return {name: n for name, n in zip(names, counts, strict=True) if n}
+
+    return svg.bars(
+        {
+            "send() while the loop is awake: calls": panel("busy"),
+            "send() that must wake the loop: calls": panel("lone"),
+        },
+        highlight="",
+    )
+
+
+def put_into(readme: Path, text: str, mark: str = "bench") -> None:
+    """Replace what stands between ``mark:begin`` and ``mark:end`` in ``readme``."""
+    before, begin, rest = readme.read_text().partition(f"<!-- {mark}:begin -->\n")
+    _, end, after = rest.partition(f"<!-- {mark}:end -->")
     if not end:
-        raise SystemExit(f"{readme} has no bench:begin and bench:end")
+        raise SystemExit(f"{readme} has no {mark}:begin and {mark}:end")
     readme.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
@@ -398,8 +412,8 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="put the table into this file as well")
     args = parser.parse_args()
 
-    body_bytes = builder("core", ENTRY_BYTES)(100_000).byte_size()
-    runs = measure(args.rounds, args.seconds, args.repeats, body_bytes)
+    wire_bytes = body_bytes(ENTRY_BYTES)
+    runs = measure(args.rounds, args.seconds, args.repeats, wire_bytes)
     benchmarks = bench_files()
     rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
     rows += rows_of_tls(benchmarks)
@@ -410,13 +424,14 @@ def main() -> None:
         "machine": where,
         "rounds": args.rounds,
         "seconds": args.seconds,
-        "body_bytes": body_bytes,
+        "body_bytes": wire_bytes,
         "table": [asdict(row) for row in rows],
         "runs": runs,
         "benchmarks": benchmarks,
     }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_name("send-time.svg").write_text(chart(runs))
     lines = [table(rows)]
     foreign = [run["foreign_cores"] for each in runs.values() for run in each]
     disturbed = sum(cores > FOREIGN_CORES_MAX for cores in foreign)

@@ -1,16 +1,19 @@
 /* "Bare C": the exchange of a pipeline and nothing else; the reference of P1 and P4.
  *
- * One epoll thread, N connections, one request outstanding on each. Every request is one writev
+ * One epoll thread, N connections, one request outstanding on each; or N blocking threads with one
+ * connection each. Every request is one writev
  * of a head like ours (spec 2.6) and a body of --size bytes; every answer must be a 204 that
  * passes the checks of `is_204`. No queue, no encoding, no statistics, no timeouts.
  *
  * usage: bare_sender --port P [--connections 4] [--size 172] [--messages N | --seconds S]
- *                    [--warmup 1000] [--spin | --lone] [--body FILE]
+ *                    [--warmup 1000] [--spin | --lone | --threads | --times] [--body FILE]
  *   --spin    a second thread computes all the time, as the main thread of P4's subjects does
  *   --lone    a second thread offers one of N messages every 2 ms by writing to an eventfd on which
  *             the loop sleeps: what waking a thread costs on this machine (reference of P5, P10)
+ *   --threads a blocking thread for each connection instead of the epoll loop
+ *   --times   how long each exchange took, from the first write to the whole answer: exchange_ns
  *   --body    the bytes of FILE instead of --size x: then it is a load for receivers
- *   stdout    one JSON object; CPU is that of the exchanging thread after the warm-up;
+ *   stdout    one JSON object; CPU is that of the exchanging threads after the warm-up;
  *             with --lone send_ns (time in write) and offers_ns (CLOCK_REALTIME) of each message
  */
 #define _GNU_SOURCE
@@ -35,6 +38,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "peak.h"
+
 enum {
     CONNECTIONS_CAP = 1024,
     ANSWER_CAP = 4096,
@@ -44,11 +49,13 @@ enum {
     CLOCK_EVERY = 64, /* turns of the loop between two looks at the clock */
     LONE_PAUSE_NS = 2000000,
 };
+static const double THREADS_WARMUP_S = 0.2;
 
 typedef struct {
     int fd;
     size_t written; /* of head and body of the request in hand */
     size_t got;     /* of the answer */
+    int64_t begun_ns; /* with --times, when the request in hand was begun */
     bool wants_out; /* registered for EPOLLOUT */
     char answer[ANSWER_CAP];
 } conn_t;
@@ -61,7 +68,9 @@ static void read_body(const char *path);
 static int epoll, wakefd = -1;
 static int64_t *send_ns, *offers_ns; /* with --lone, one of each per message */
 static uint64_t lone_messages;
+static int64_t *exchange_ns; /* with --times, one per message after the warm-up */
 static _Atomic uint64_t answered;
+static _Atomic bool stopping;
 
 static void die(const char *what)
 {
@@ -94,11 +103,11 @@ static double now_s(void)
     return (double)clock_ns(CLOCK_MONOTONIC) / 1e9;
 }
 
-/* CPU of this thread, in seconds: that of the process when nothing spins. */
-static double cpu_s(void)
+/* CPU of this thread (RUSAGE_THREAD: a spinning one is not counted) or of all, in seconds. */
+static double cpu_s(int who)
 {
     struct rusage ru;
-    getrusage(RUSAGE_THREAD, &ru);
+    getrusage(who, &ru);
     return (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) +
            (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6;
 }
@@ -127,10 +136,10 @@ static void *offer_lone(void *unused)
     return unused;
 }
 
-static void print_list(const char *name, const int64_t *values)
+static void print_list(const char *name, const int64_t *values, uint64_t n)
 {
     printf("\"%s\": [", name);
-    for (uint64_t i = 0; i < lone_messages; i++)
+    for (uint64_t i = 0; i < n; i++)
         printf("%s%lld", i ? ", " : "", (long long)values[i]);
     printf("]");
 }
@@ -208,6 +217,15 @@ static bool read_answer(conn_t *c)
     return true;
 }
 
+/* A new request on an idle connection. */
+static void begin(conn_t *c)
+{
+    c->written = c->got = 0;
+    if (exchange_ns)
+        c->begun_ns = clock_ns(CLOCK_MONOTONIC);
+    write_step(c);
+}
+
 static void connect_to(conn_t *c, int port)
 {
     struct sockaddr_in addr = {.sin_family = AF_INET,
@@ -218,8 +236,67 @@ static void connect_to(conn_t *c, int port)
     if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&addr, sizeof addr))
         die("connect");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (fcntl(c->fd, F_SETFL, O_NONBLOCK)) /* connect may wait, the loop must not */
-        die("fcntl");
+}
+
+/* One of the blocking threads: exchanges until it is told to stop. */
+static void *exchange(void *argument)
+{
+    conn_t *c = argument;
+    while (!atomic_load(&stopping)) {
+        c->written = c->got = 0;
+        while (c->written < head_len + size) {
+            struct iovec iov[2] = {{head, head_len}, {body, size}};
+            struct iovec rest = {body + (c->written - head_len), head_len + size - c->written};
+            ssize_t n = c->written < head_len ? writev(c->fd, iov, 2) : writev(c->fd, &rest, 1);
+            if (n < 0 || (c->written + (size_t)n < head_len))
+                die("writev");
+            c->written += (size_t)n;
+        }
+        while (!read_answer(c))
+            ;
+        atomic_fetch_add(&answered, 1);
+    }
+    return NULL;
+}
+
+/* What has been answered, and what CPU has been used, so far. */
+typedef struct {
+    double at_s, cpu_s;
+    uint64_t answered;
+} moment_t;
+
+static moment_t moment_after(double seconds)
+{
+    nanosleep(&(struct timespec){(time_t)seconds, (long)((seconds - (time_t)seconds) * 1e9)}, NULL);
+    return (moment_t){now_s(), cpu_s(RUSAGE_SELF), atomic_load(&answered)};
+}
+
+static void print_result(uint64_t messages, double took_s, double took_cpu_s, uint64_t total)
+{
+    printf("{\"messages\": %llu, \"seconds\": %.6f, \"messages_per_s\": %.1f, "
+           "\"cpu_us_per_message\": %.4f, \"peak_kib\": %ld, ",
+           (unsigned long long)messages, took_s, (double)messages / took_s,
+           took_cpu_s * 1e6 / (double)messages, peak_kib());
+    if (exchange_ns) {
+        print_list("exchange_ns", exchange_ns, messages);
+        printf(", ");
+    }
+    printf("\"total\": %llu}\n", (unsigned long long)total);
+}
+
+static int run_threads(conn_t *conns, int connections, double seconds)
+{
+    pthread_t threads[CONNECTIONS_CAP];
+    for (int i = 0; i < connections; i++)
+        if (pthread_create(&threads[i], NULL, exchange, &conns[i]))
+            die("pthread_create");
+    moment_t start = moment_after(THREADS_WARMUP_S), end = moment_after(seconds);
+    atomic_store(&stopping, true);
+    for (int i = 0; i < connections; i++)
+        pthread_join(threads[i], NULL);
+    print_result(end.answered - start.answered, end.at_s - start.at_s, end.cpu_s - start.cpu_s,
+                 atomic_load(&answered));
+    return 0;
 }
 
 int main(int argc, char **argv)
@@ -227,13 +304,14 @@ int main(int argc, char **argv)
     int port = 0, connections = 4, option;
     uint64_t messages = 0, warmup = 1000;
     double seconds = 0;
-    bool spinning = false, lone = false;
+    bool spinning = false, lone = false, threaded = false, times = false;
     static const struct option options[] = {
         {"port", required_argument, 0, 'p'},     {"connections", required_argument, 0, 'c'},
         {"size", required_argument, 0, 'z'},     {"messages", required_argument, 0, 'm'},
         {"seconds", required_argument, 0, 's'},  {"warmup", required_argument, 0, 'w'},
         {"spin", no_argument, 0, 'x'},           {"lone", no_argument, 0, 'l'},
-        {"body", required_argument, 0, 'b'},
+        {"body", required_argument, 0, 'b'},     {"threads", no_argument, 0, 't'},
+        {"times", no_argument, 0, 'e'},
         {0, 0, 0, 0},
     };
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -247,13 +325,16 @@ int main(int argc, char **argv)
         case 'x': spinning = true; break;
         case 'l': lone = true; break;
         case 'b': read_body(optarg); break;
+        case 't': threaded = true; break;
+        case 'e': times = true; break;
         default: return 2;
         }
     }
     if (port <= 0 || connections < 1 || connections > CONNECTIONS_CAP ||
-        !messages == !(seconds > 0) || (lone && !messages)) {
+        !messages == !(seconds > 0) || ((lone || times) && !messages) || (threaded && messages)) {
         fprintf(stderr,
-                "bare_sender: needs --port, 1 to %d --connections, and --messages or --seconds\n",
+                "bare_sender: needs --port, 1 to %d --connections, and --messages or --seconds\n"
+                "(--lone and --times: --messages; --threads: --seconds)\n",
                 CONNECTIONS_CAP);
         return 2;
     }
@@ -277,8 +358,15 @@ int main(int argc, char **argv)
     epoll = epoll_create1(EPOLL_CLOEXEC);
     if (epoll < 0)
         die("epoll_create1");
-    for (int i = 0; i < connections; i++) {
+    for (int i = 0; i < connections; i++)
         connect_to(&conns[i], port);
+    if (threaded)
+        return run_threads(conns, connections, seconds);
+    if (times && !(exchange_ns = calloc(messages, sizeof *exchange_ns)))
+        die("calloc");
+    for (int i = 0; i < connections; i++) {
+        if (fcntl(conns[i].fd, F_SETFL, O_NONBLOCK)) /* connect may wait, the loop must not */
+            die("fcntl");
         watch(&conns[i], EPOLL_CTL_ADD, EPOLLIN);
     }
     uint64_t limit = messages ? warmup + messages : UINT64_MAX, begun = 0, done = 0;
@@ -295,9 +383,9 @@ int main(int argc, char **argv)
     } else if (spinning && pthread_create(&thread, NULL, spin, NULL)) {
         die("pthread_create");
     }
-    double start_s = now_s(), start_cpu_s = cpu_s();
+    double start_s = now_s(), start_cpu_s = cpu_s(RUSAGE_THREAD);
     for (; !lone && begun < (uint64_t)connections && begun < limit; begun++)
-        write_step(&conns[begun]);
+        begin(&conns[begun]);
 
     for (unsigned turn = 1; done < (lone ? limit : begun); turn++) {
         struct epoll_event events[CONNECTIONS_CAP];
@@ -310,40 +398,37 @@ int main(int argc, char **argv)
             conn_t *c = events[i].data.ptr;
             if (!c) { /* an offer, never read: each write to the eventfd is an edge */
                 begun++;
-                write_step(conns);
+                begin(conns);
                 continue;
             }
             if (events[i].events & EPOLLOUT)
                 write_step(c);
             if (!(events[i].events & ~(uint32_t)EPOLLOUT) || !read_answer(c))
                 continue;
+            if (exchange_ns && done >= warmup)
+                exchange_ns[done - warmup] = clock_ns(CLOCK_MONOTONIC) - c->begun_ns;
             if (++done == warmup) {
                 start_s = now_s();
-                start_cpu_s = cpu_s();
+                start_cpu_s = cpu_s(RUSAGE_THREAD);
             }
-            c->written = c->got = 0;
             if (lone)
                 atomic_store(&answered, done);
             else if (begun < limit) {
                 begun++;
-                write_step(c);
+                begin(c);
             }
         }
     }
     if (lone) {
         pthread_join(thread, NULL);
         printf("{");
-        print_list("send_ns", send_ns);
+        print_list("send_ns", send_ns, lone_messages);
         printf(", ");
-        print_list("offers_ns", offers_ns);
+        print_list("offers_ns", offers_ns, lone_messages);
         printf(", \"total\": %llu}\n", (unsigned long long)done);
         return 0;
     }
-    double took_s = now_s() - start_s, took_cpu_s = cpu_s() - start_cpu_s;
-    uint64_t counted = done - warmup;
-    printf("{\"messages\": %llu, \"seconds\": %.6f, \"messages_per_s\": %.1f, "
-           "\"cpu_us_per_message\": %.4f, \"total\": %llu}\n",
-           (unsigned long long)counted, took_s, (double)counted / took_s,
-           took_cpu_s * 1e6 / (double)counted, (unsigned long long)done);
+    double took_s = now_s() - start_s, took_cpu_s = cpu_s(RUSAGE_THREAD) - start_cpu_s;
+    print_result(done - warmup, took_s, took_cpu_s, done);
     return 0;
 }

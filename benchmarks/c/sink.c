@@ -1,8 +1,9 @@
 /* The neutral sink: reads POSTs, throws the bodies away, answers 204.
  *
  * One epoll thread, HTTP/1.1 keep-alive, level-triggered. It knows just enough HTTP to find the
- * end of a request: a head of at most HEAD_CAP bytes and one Content-Length. Anything else closes
- * the connection and is counted, so that a run that went wrong cannot pass for a good one.
+ * end of a request: a head of at most HEAD_CAP bytes and one Content-Length. A GET is answered 404
+ * (a Transport probes its peers, etcd's dials streams). Anything else closes the connection. Both are
+ * counted, so that a run that went wrong cannot pass for a good one.
  *
  * usage: sink [--stamp]
  *   stdout  "listening PORT" at the start; one JSON object at the end
@@ -27,6 +28,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "peak.h"
+
 enum {
     HEAD_CAP = 16 * 1024,      /* etcd's heads are about 350 bytes */
     SCRATCH_CAP = 1024 * 1024, /* a body is read in steps of this size */
@@ -42,7 +45,7 @@ typedef struct {
 } conn_t;
 
 static struct {
-    uint64_t requests, body_bytes, connections, bad;
+    uint64_t requests, body_bytes, connections, gets, bad;
 } counters;
 static char scratch[SCRATCH_CAP];
 static char answer[256];
@@ -97,6 +100,13 @@ static int64_t content_length(const char *head, size_t len)
     return -1;
 }
 
+static int refuse_get(conn_t *c)
+{
+    static const char refusal[] = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n";
+    counters.gets++;
+    return send(c->fd, refusal, sizeof refusal - 1, MSG_NOSIGNAL) == sizeof refusal - 1 ? 0 : -1;
+}
+
 static int finish_request(conn_t *c, int64_t stamp_ns)
 {
     if (stamping && counters.requests < STAMPS_CAP)
@@ -134,12 +144,17 @@ static int feed(conn_t *c, const char *data, size_t len, int64_t stamp_ns)
             continue;
         }
         size_t head_len = (size_t)(end + 4 - c->head);
-        int64_t body_len = content_length(c->head, head_len);
-        if (body_len < 0)
-            return -1;
         data += head_len - old;
         len -= head_len - old;
         c->head_len = 0;
+        if (memcmp(c->head, "GET ", 4) == 0) {
+            if (refuse_get(c))
+                return -1;
+            continue;
+        }
+        int64_t body_len = content_length(c->head, head_len);
+        if (body_len < 0)
+            return -1;
         c->body_left = (uint64_t)body_len;
         if (!body_len && finish_request(c, stamp_ns))
             return -1;
@@ -205,10 +220,11 @@ static void print_counters(void)
     getrusage(RUSAGE_SELF, &ru);
     double cpu_s = (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) +
                    (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6;
-    printf("{\"requests\": %llu, \"body_bytes\": %llu, \"connections\": %llu, \"bad\": %llu, "
-           "\"cpu_s\": %.6f, \"stamps_ns\": [",
+    printf("{\"requests\": %llu, \"body_bytes\": %llu, \"connections\": %llu, \"gets\": %llu, "
+           "\"bad\": %llu, \"cpu_s\": %.6f, \"peak_kib\": %ld, \"stamps_ns\": [",
            (unsigned long long)counters.requests, (unsigned long long)counters.body_bytes,
-           (unsigned long long)counters.connections, (unsigned long long)counters.bad, cpu_s);
+           (unsigned long long)counters.connections, (unsigned long long)counters.gets,
+           (unsigned long long)counters.bad, cpu_s, peak_kib());
     for (uint64_t i = 0; stamping && i < counters.requests && i < STAMPS_CAP; i++)
         printf("%s%lld", i ? ", " : "", (long long)stamps_ns[i]);
     printf("]}\n");
