@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
 ASAN_SITE := build/asan/site
 
-.PHONY: build test lint typecheck demo bench bench-peers bench-growth bench-check bench-reference asan \
+.PHONY: build test lint typecheck demo bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan \
 	clean raftpb help
 
 help:
-	@echo "make demo test lint typecheck bench bench-peers bench-growth bench-check bench-reference asan build raftpb clean"
+	@echo "make demo test lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 
 bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
 	$(BIN)/python benchmarks/report.py
+
+bench-snapshot: build
+	$(BIN)/python benchmarks/bench_snapshot.py
 
 benchmarks/bin/etcd: $(wildcard benchmarks/peers/etcd/*.go benchmarks/peers/etcd/go.*)
 	mkdir -p $(@D)

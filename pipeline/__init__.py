@@ -23,11 +23,14 @@ from pipeline.errors import (
     IncompatibleVersionError,
     InternalError,
     MarshalError,
+    MemberNotFoundError,
     MemberRemovedError,
     PeerUnreachableError,
     PipelineError,
     PostError,
     RequestRejected,
+    SnapshotCancelledError,
+    SnapshotSourceError,
     UnexpectedStatusError,
     UnmarshalError,
     UsageError,
@@ -38,6 +41,8 @@ from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
 from pipeline.probing import ProbeStats
 from pipeline.remote import RemotePolicy, RemoteStats
+from pipeline.snapshot_sender import SnapshotProgress, SnapshotTransfer
+from pipeline.snapshot_source import SnapshotSource
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.status import PeerStatus
 from pipeline.tls import TLSInfo
@@ -55,6 +60,7 @@ __all__ = [
     "InternalError",
     "Listener",
     "MarshalError",
+    "MemberNotFoundError",
     "MemberRemovedError",
     "Message",
     "MessageType",
@@ -74,8 +80,13 @@ __all__ = [
     "RequestRejected",
     "SendResult",
     "Snapshot",
+    "SnapshotCancelledError",
     "SnapshotMetadata",
+    "SnapshotProgress",
+    "SnapshotSource",
+    "SnapshotSourceError",
     "SnapshotStatus",
+    "SnapshotTransfer",
     "TLSInfo",
     "Transport",
     "TransportConfig",

@@ -121,7 +121,7 @@ cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     cdef body_t c               # owned
-    cdef Receiver receiver      # may use the memory again, if there is one
+    cdef Receiver receiver      # may use the memory again; None for what was deciphered
 
     @staticmethod
     def of_size(size_t size):

@@ -31,6 +31,9 @@ from pipeline.peer import PeerStats, Sendable
 from pipeline.probing import ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, RemoteStats
+from pipeline.snapshot_sender import SnapshotProgress
+from pipeline.snapshot_sender import SnapshotTransfer as ThreadedTransfer
+from pipeline.snapshot_source import SnapshotSource
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.tls import TLSInfo
 from pipeline.types import SnapshotStatus
@@ -38,7 +41,7 @@ from pipeline.types import SnapshotStatus
 if TYPE_CHECKING:
     from pipeline.metrics import MetricsCollector
 
-__all__ = ["Listener", "Raft", "Transport"]
+__all__ = ["Listener", "Raft", "SnapshotTransfer", "Transport"]
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -317,6 +320,40 @@ class Listener:
         await self.close()
 
 
+class SnapshotTransfer:
+    """A snapshot on its way: what ``Transport.begin_snapshot`` returns. Used on the loop.
+
+    Attributes
+    ----------
+    peer_id : int
+        The member it is for.
+    """
+
+    def __init__(self, transfer: ThreadedTransfer) -> None:
+        self._transfer = transfer
+        self.peer_id = transfer.peer_id
+
+    @property
+    def progress(self) -> SnapshotProgress:
+        """How far it is at this moment."""
+        return self._transfer.progress
+
+    def cancel(self) -> None:
+        """End it, in whatever phase; nothing if it has ended."""
+        self._transfer.cancel()
+
+    def done(self) -> bool:
+        """Tell whether it has ended, and Raft has been told."""
+        return self._transfer.done()
+
+    async def result(self) -> None:
+        """Wait until it has ended; raises what ``pipeline.SnapshotTransfer.result`` does.
+
+        A task that is cancelled while it waits leaves it running: :meth:`cancel` ends it.
+        """
+        await asyncio.wrap_future(self._transfer.future)
+
+
 class Transport:
     """The network half of a Raft node, for asyncio. ``pipeline.Transport`` says what it does.
 
@@ -348,7 +385,8 @@ class Transport:
     What is plain here never blocks: ``send``, ``add_peer``, ``update_peer`` and what reads
     counters may be called on the loop, from callbacks and from any thread. What may wait is
     ``async`` and waits in a thread of its own: ``stop``, ``listen``, ``remove_peer``,
-    ``remove_all_peers`` and ``reload_tls``; call these, and ``start``, on the loop.
+    ``remove_all_peers``, ``send_snapshot``, ``begin_snapshot`` and ``reload_tls``; call these, and
+    ``start``, on the loop.
 
     While a callback has not returned, the thread that delivers it waits: a message's sender has no
     answer, and no more than ``config.receiver.handlers`` messages of each listener and
@@ -432,6 +470,55 @@ class Transport:
     def send(self, messages: Iterable[Sendable]) -> None:
         """Hand each message to the peer it is for; never waits. As :meth:`Transport.send`."""
         self._transport.send(messages)
+
+    async def send_snapshot(
+        self,
+        message: Sendable,
+        source: SnapshotSource,
+        *,
+        size: int | None = None,
+        on_progress: Callable[[SnapshotProgress], object] | None = None,
+    ) -> None:
+        """Send a MsgSnap with the database behind it; returns when the peer has answered 204.
+
+        Takes and raises what ``pipeline.Transport.send_snapshot`` and its transfer's ``result``
+        do. ``source`` is opened and read off the loop; an asynchronous iterable is none.
+        ``on_progress`` is called on the loop, and must not block. A task that is cancelled while
+        it waits here cancels the transfer.
+        """
+        transfer = await self.begin_snapshot(message, source, size=size, on_progress=on_progress)
+        try:
+            await transfer.result()
+        except asyncio.CancelledError:
+            transfer.cancel()
+            raise
+
+    async def begin_snapshot(
+        self,
+        message: Sendable,
+        source: SnapshotSource,
+        *,
+        size: int | None = None,
+        on_progress: Callable[[SnapshotProgress], object] | None = None,
+    ) -> SnapshotTransfer:
+        """Do what :meth:`send_snapshot` does, but return when the source is open."""
+        report: Callable[[SnapshotProgress], object] | None = None
+        if on_progress is not None:
+            loop = asyncio.get_running_loop()
+            report = lambda progress: loop.call_soon_threadsafe(on_progress, progress)  # noqa: E731
+        begin = partial(
+            self._transport.send_snapshot, message, source, size=size, on_progress=report
+        )
+        begun = asyncio.ensure_future(_in_thread(begin))
+        try:
+            return SnapshotTransfer(await asyncio.shield(begun))
+        except asyncio.CancelledError:
+            begun.add_done_callback(_cancel_begun)  # nobody else will
+            raise
+
+    def set_snapshot_rate_limit(self, rate: float | None) -> None:
+        """As ``pipeline.Transport.set_snapshot_rate_limit``."""
+        self._transport.set_snapshot_rate_limit(rate)
 
     def add_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Start to send to a member; ``UsageError`` for a bad URL, or if not running."""
@@ -547,6 +634,11 @@ class Transport:
     def wsgi_app(self) -> WSGIApplication:
         """A WSGI application that does what :meth:`listen` does, for threads off the loop."""
         return self._transport.wsgi_app
+
+
+def _cancel_begun(begun: asyncio.Task[ThreadedTransfer]) -> None:
+    if not begun.cancelled() and begun.exception() is None:
+        begun.result().cancel()
 
 
 async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

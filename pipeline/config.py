@@ -12,7 +12,7 @@ from typing import Literal
 
 from pipeline.errors import UsageError
 
-__all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig"]
+__all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig", "require_rate"]
 
 MIB = 1 << 20
 
@@ -32,6 +32,12 @@ def _require(name: str, value: object, low: float, high: float) -> None:
 def _require_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{name}: {value!r} is not a whole number in {low}..{high}")
+
+
+def require_rate(name: str, value: object) -> None:
+    """Raise ``UsageError`` unless ``value`` is None or a rate in bytes a second."""
+    if value is not None:
+        _require(name, value, 1.0, 1e15)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +159,10 @@ class TransportConfig:
     dispatchers: int = 8
     #: Between two probes of a peer; 0 for none. etcd's is its read timeout of 5 s less 1 s.
     probe_interval_s: float = 4.0
+    #: Bytes a second of all snapshots together; None for no limit.
+    snapshot_rate_limit: float | None = None
+    #: From a snapshot's last byte to the answer: the receiver writes gigabytes to its disk first.
+    snapshot_answer_timeout_s: float = 600.0
     #: ``stop()`` returns within this, whatever its workers and callbacks do.
     stop_timeout_s: float = 1.0
 
@@ -165,4 +175,6 @@ class TransportConfig:
         _require_int("dispatchers", self.dispatchers, 1, 256)
         if self.probe_interval_s != 0:
             _require("probe_interval_s", self.probe_interval_s, 0.001, 86400.0)
+        require_rate("snapshot_rate_limit", self.snapshot_rate_limit)
+        _require("snapshot_answer_timeout_s", self.snapshot_answer_timeout_s, 0.001, 86400.0)
         _require("stop_timeout_s", self.stop_timeout_s, 0.01, 3600.0)

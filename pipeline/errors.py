@@ -12,11 +12,14 @@ __all__ = [
     "IncompatibleVersionError",
     "InternalError",
     "MarshalError",
+    "MemberNotFoundError",
     "MemberRemovedError",
     "PeerUnreachableError",
     "PipelineError",
     "PostError",
     "RequestRejected",
+    "SnapshotCancelledError",
+    "SnapshotSourceError",
     "UnexpectedStatusError",
     "UnmarshalError",
     "UsageError",
@@ -133,6 +136,21 @@ class ClusterIDMismatchError(PostError):
 
 class MemberRemovedError(PostError):
     """403: we have been removed from the cluster. Also given to the critical-error callback."""
+
+
+class MemberNotFoundError(PipelineError):
+    """A snapshot is for a member that is not a peer, or not any more."""
+
+
+class SnapshotSourceError(PipelineError):
+    """The source of a snapshot raised, or has fewer or more bytes than declared.
+
+    ``__cause__`` is what it raised. The receiver publishes nothing.
+    """
+
+
+class SnapshotCancelledError(PipelineError):
+    """A transfer was ended here: ``cancelled``, ``stopped`` or superseded by a newer snapshot."""
 
 
 class InternalError(PipelineError):

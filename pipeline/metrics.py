@@ -74,6 +74,18 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         ("From",),
         "Messages that could not be read or decoded; From is empty unless addresses are asked for.",
     ),
+    "etcd_network_snapshot_send_success": ("unknown", ("To",), "Snapshots answered 204."),
+    "etcd_network_snapshot_send_failures": (
+        "unknown",
+        ("To",),
+        "Snapshots that were not delivered; those that a newer one replaced are not among them.",
+    ),
+    "etcd_network_snapshot_send_inflights_total": ("gauge", ("To",), "Snapshots being sent."),
+    "etcd_network_snapshot_send_total_duration_seconds": (
+        "histogram",
+        ("To",),
+        "How long snapshots that were delivered took, from the dial to the answer.",
+    ),
     "etcd_network_snapshot_receive_success": (
         "unknown",
         ("From",),
@@ -292,11 +304,17 @@ def _samples(transport: Transport) -> Iterator[Sample]:
 
 def _peer_samples(local: str, peer: Peer) -> Iterator[Sample]:
     to = format_id(peer.peer_id)
-    books, status = peer.pipeline.stats(), peer.status
+    books, status, snapshots = peer.pipeline.stats(), peer.status, peer.snapshots.counts()
     yield "etcd_network_active_peers", (local, to), status.is_active
     yield "etcd_network_disconnected_peers_total", (local, to), status.disconnects
-    yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes
-    yield "etcd_network_peer_sent_failures_total", (to,), books.failed + books.refused
+    yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes + snapshots.sent_bytes
+    failures = books.failed + books.refused + snapshots.failures
+    yield "etcd_network_peer_sent_failures_total", (to,), failures
+    prefix = "etcd_network_snapshot_send"
+    yield f"{prefix}_success", (to,), snapshots.success
+    yield f"{prefix}_failures", (to,), snapshots.failures
+    yield f"{prefix}_inflights_total", (to,), snapshots.in_flight
+    yield f"{prefix}_total_duration_seconds", (to,), snapshots.durations
     for field in ("offered", "accepted", "refused", "sent", "failed", "dropped"):
         yield f"raft_pipeline_{field}_messages_total", (local, to), getattr(books, field)
     for field in ("queued", "in_flight"):

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from pipeline._core import ActiveFlag, EncodedMessage
@@ -18,7 +19,8 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
-from pipeline.protocol import format_id
+from pipeline.protocol import format_id, request_head
+from pipeline.snapshot_sender import RateLimiter, SnapshotSender
 from pipeline.status import PeerStatus
 from pipeline.tls import Credentials
 from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
@@ -74,6 +76,8 @@ class Peer:
     member_id, cluster_id, config, peer_urls, server_version, min_cluster_version
     on_critical_error, credentials
         As for :class:`pipeline.Pipeline`.
+    limiter, snapshot_answer_timeout_s
+        As for :class:`pipeline.snapshot_sender.SnapshotSender`.
 
     Raises
     ------
@@ -99,6 +103,8 @@ class Peer:
         server_version: str,
         min_cluster_version: str,
         on_critical_error: Callable[[MemberRemovedError], None] | None,
+        limiter: RateLimiter,
+        snapshot_answer_timeout_s: float,
         credentials: Credentials | None = None,
     ) -> None:
         self.peer_id = peer_id
@@ -119,6 +125,24 @@ class Peer:
             picker=self.picker,
             status=self.status,
             dispatcher=dispatcher,
+        )
+        self.snapshots = SnapshotSender(
+            self.pipeline,
+            raft,
+            dispatcher=dispatcher,
+            head=partial(
+                request_head,
+                member_id=member_id,
+                cluster_id=cluster_id,
+                peer_urls=tuple(peer_urls),
+                server_version=server_version,
+                min_cluster_version=min_cluster_version,
+            ),
+            config=config,
+            answer_timeout_s=snapshot_answer_timeout_s,
+            limiter=limiter,
+            credentials=credentials,
+            on_critical_error=on_critical_error,
         )
         self._raft = raft
         self._dispatcher = dispatcher
@@ -174,14 +198,17 @@ class Peer:
     def forget_after_fork(self) -> None:
         """Make anew, in a forked child, the lock that a thread of the parent may have held."""
         self._lock = threading.Lock()
+        self.snapshots.forget_after_fork()
 
     def stop_begin(self) -> int:
         """Stop all channels without waiting; the number of messages dropped."""
+        self.snapshots.stop_begin()
         return self.pipeline.stop_begin()
 
     def stop_end(self, deadline: float) -> None:
         """Wait until ``deadline`` (``time.monotonic()``) for what :meth:`stop_begin` ended."""
         self.pipeline.stop_end(deadline)
+        self.snapshots.stop_end(deadline)
 
     def _note_full(self, message: Sendable, name: str) -> None:
         now = time.monotonic()

@@ -28,7 +28,7 @@ from pipeline.errors import UsageError
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
 
-__all__ = ["Answer", "Line", "Pool", "parse_answer"]
+__all__ = ["Answer", "DialConnection", "Line", "Pool", "parse_answer", "socket_options"]
 
 #: What is read of an answer's body; the texts that mean something are under 30 bytes.
 ANSWER_BODY_MAX = 64 * 1024
@@ -79,6 +79,18 @@ class DialConnection(HTTPConnection):
         raise NewConnectionError(self, f"Failed to establish a new connection: {reason}") from error
 
 
+def socket_options(dead_link_timeout_s: float) -> list[tuple[int, int, int | bytes]]:
+    """What every connection we make has set: urllib3's own, and keepalive for a silent peer."""
+    probe_s = max(1, round(dead_link_timeout_s / 4))
+    return [
+        *HTTPConnection.default_socket_options,
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ]
+
+
 class Pool(HTTPConnectionPool):
     """The connections to one URL of one peer.
 
@@ -113,20 +125,13 @@ class Pool(HTTPConnectionPool):
         self.credentials = credentials if parsed.scheme == "https" else None
         if parsed.scheme == "https" and credentials is None:
             raise UsageError(f"url: {url!r}: https needs tls")
-        probe_s = max(1, round(dead_link_timeout_s / 4))
         super().__init__(
             cast(str, parsed.host),
             parsed.port,
             maxsize=size,
             block=False,
             retries=False,
-            socket_options=[
-                *HTTPConnection.default_socket_options,
-                (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-                (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s),
-                (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s),
-                (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-            ],
+            socket_options=socket_options(dead_link_timeout_s),
         )
         self.url = url
         self.head = head

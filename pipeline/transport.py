@@ -1,6 +1,6 @@
 """The transport: all peers of a node, and the listener they reach it by.
 
-Source: etcd rafthttp/transport.go. Snapshots are to come; their place is ``snapshot.py``.
+Source: etcd rafthttp/transport.go.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wsgiref.types import WSGIApplication
 from pipeline.asgi import ASGIApp, asgi_app
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
-from pipeline.errors import MemberRemovedError, UsageError
+from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.peer import Peer, PeerStats, Sendable
@@ -29,6 +29,13 @@ from pipeline.pipeline import Pipeline
 from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
+from pipeline.snapshot_sender import (
+    RateLimiter,
+    SnapshotProgress,
+    SnapshotTransfer,
+    is_transfer_thread,
+)
+from pipeline.snapshot_source import SnapshotSource
 from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
@@ -125,6 +132,7 @@ class Transport:
             "on_critical_error": on_critical_error,
             "credentials": self.credentials,
         }
+        self._limiter = RateLimiter(self.config.snapshot_rate_limit)
         self._remotes = Remotes(
             member_id,
             lambda peer_id, urls: Pipeline(peer_id, urls, raft, **self._channel),
@@ -196,7 +204,8 @@ class Transport:
             peers, self._peers = self._peers, {}
             listeners, self._listeners = self._listeners, []
         if is_second or not self._is_started:
-            if self._is_started and not self._dispatcher.is_current_thread():
+            is_ours = self._dispatcher.is_current_thread() or is_transfer_thread()
+            if self._is_started and not is_ours:
                 self._stop_done.wait(self.config.stop_timeout_s)
             return 0
         if self._prober is not None:
@@ -267,6 +276,75 @@ class Transport:
             elif to:
                 logger.debug("ignored message to unknown member %s", format_id(to))
 
+    def send_snapshot(
+        self,
+        message: Sendable,
+        source: SnapshotSource,
+        *,
+        size: int | None = None,
+        on_progress: Callable[[SnapshotProgress], object] | None = None,
+    ) -> SnapshotTransfer:
+        """Send a MsgSnap with the database behind it, to ``POST /raft/snapshot`` of its peer.
+
+        Parameters
+        ----------
+        message : Message, EncodedMessage or raftpb protobuf object
+            A MsgSnap with ``to`` and the snapshot's metadata. Encoded before return.
+        source : path, binary file, bytes or iterable of bytes-like objects
+            The database. A file is sent from its position on, its own position is not moved if it
+            is a regular one; a path is opened before return. Ours until the transfer has ended,
+            and closed then, whatever became of it, if it can be closed.
+        size : int, optional
+            Bytes of ``source``. Needed for an iterable and for a file that cannot seek. A source
+            that turns out shorter or longer fails, and the peer publishes nothing.
+        on_progress : callable, optional
+            Called with a ``SnapshotProgress`` at each phase and while bytes move, at most ten
+            times a second, by the transfer's thread, which it must not have wait for the transfer.
+            What it raises is logged and counted.
+
+        Returns
+        -------
+        SnapshotTransfer
+            Its ``result`` waits, ``cancel`` ends it. For a member that is no peer (remotes are
+            none) it has ended with ``MemberNotFoundError``, and Raft is not told.
+
+        Raises
+        ------
+        UsageError, MarshalError
+            If message, source or size are not as above. ``source`` is closed.
+        OSError
+            If the path cannot be opened.
+        RuntimeError
+            If the system gives no thread. ``source`` is closed.
+
+        Notes
+        -----
+        Does not wait. Each transfer that begins ends with one ``report_snapshot``, as a MsgSnap
+        does, and with ``report_unreachable`` if it failed. One transfer to a peer runs at a time
+        and one waits; a newer one takes the place of the one that waits, whose outcome for Raft
+        is then the newer one's. ``pause`` and ``cut_peer`` do not concern snapshots. Source: etcd
+        ``Transport.SendSnapshot``.
+        """
+        transfer = SnapshotTransfer(
+            message,
+            source,
+            size=size,
+            on_progress=on_progress,
+            profile=self.config.pipeline.profile,
+        )
+        peer = self._peers.get(transfer.peer_id)
+        if peer is None or not peer.snapshots.send(transfer):
+            transfer.finish(MemberNotFoundError("member not found"))
+        return transfer
+
+    def set_snapshot_rate_limit(self, rate: float | None) -> None:
+        """Limit all snapshots together to ``rate`` bytes a second, None for no limit, from now on.
+
+        Counts for running transfers, too. However low the limit, each moves a byte a second:
+        etcd's listener gives up a connection that is silent for 5 s. ``UsageError`` below 1.
+        """
+        self._limiter.set_rate(rate)
+
     # -- peers
 
     def add_peer(self, peer_id: int, urls: Iterable[str]) -> None:
@@ -282,7 +360,14 @@ class Transport:
             self._require_running("add_peer")
             if peer_id in self._peers:
                 return
-            peer = Peer(peer_id, urls, self._raft, **self._channel)
+            peer = Peer(
+                peer_id,
+                urls,
+                self._raft,
+                limiter=self._limiter,
+                snapshot_answer_timeout_s=self.config.snapshot_answer_timeout_s,
+                **self._channel,
+            )
             self._peers = {**self._peers, peer_id: peer}
             self._probe(peer)
         logger.info("added remote peer %s", format_id(peer_id))

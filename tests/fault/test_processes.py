@@ -84,6 +84,8 @@ def test_a_64_mib_snapshot_is_not_copied(tmp_path: Path) -> None:
         "in a callback that spins",
         "resolving",
         "thrown away",
+        "sending a snapshot",
+        "in a snapshot's source",
     ],
 )
 def test_the_interpreter_exits_without_stop(state: str) -> None:
@@ -104,6 +106,11 @@ def test_fork(how: str) -> None:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_fork_of_a_transport_that_probes(scheme: str, tmp_path: Path) -> None:
     result = run("fork_transport.py", *([str(tmp_path)] if scheme == "https" else []))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
+def test_fork_in_the_middle_of_a_snapshot() -> None:
+    result = run("fork_snapshot.py")
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 

@@ -16,12 +16,16 @@ import pytest
 
 import pipeline.transport
 from pipeline import (
+    MemberNotFoundError,
     MemberRemovedError,
     Message,
     MessageType,
     PipelineConfig,
     ReceiverConfig,
     RequestRejected,
+    SnapshotCancelledError,
+    SnapshotProgress,
+    SnapshotSourceError,
     SnapshotStatus,
     TransportConfig,
     UsageError,
@@ -603,3 +607,84 @@ def test_has_every_public_name_of_the_threaded_transport() -> None:
     """What one can do one can do here, under the same name."""
     threaded = {name for name in dir(pipeline.transport.Transport) if not name.startswith("_")}
     assert threaded <= {name for name in dir(Transport) if not name.startswith("_")}
+
+
+def snapshot_to(peer_id: int) -> Message:
+    return Message(type=MessageType.SNAP, to=peer_id, from_=2, term=1)
+
+
+def test_a_snapshot_is_awaited_and_told_of_on_the_loop(run: Callable[[Main], None]) -> None:
+    async def main() -> None:
+        node, seen = Node(), []
+
+        def progress(now: SnapshotProgress) -> None:
+            seen.append((now.phase, threading.get_ident()))
+
+        with ScriptedServer() as server:
+            async with transport_of(node) as transport:
+                transport.add_peer(1, [server.url])
+                chunks = iter([b"hello", b"you"])
+                await transport.send_snapshot(snapshot_to(1), chunks, size=8, on_progress=progress)
+                assert node.reports == [(1, SnapshotStatus.FINISH)]
+                assert server.requests[0].body.endswith(b"helloyou")
+                await until(lambda: len(seen) == 4)
+                with pytest.raises(SnapshotSourceError):
+                    await transport.send_snapshot(snapshot_to(1), [b"x"], size=2)
+                with pytest.raises(MemberNotFoundError):
+                    await transport.send_snapshot(snapshot_to(9), b"x")
+        phases = ["dialing", "sending", "answering", "done"]
+        assert seen == [(phase, threading.get_ident()) for phase in phases]
+
+    run(main())
+
+
+@pytest.mark.parametrize("by", ["task", "handle", "stop"])
+def test_a_snapshot_that_is_awaited_can_be_ended(run: Callable[[Main], None], by: str) -> None:
+    async def main() -> None:
+        node = Node()
+        with ScriptedServer() as server:
+            server.script = server.hold
+            async with transport_of(node) as transport:
+                transport.add_peer(1, [server.url])
+                if by == "task":
+                    task = asyncio.create_task(transport.send_snapshot(snapshot_to(1), b"x"))
+                    await asyncio.to_thread(server.wait_requests, 1)
+                    task.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+                else:
+                    transfer = await transport.begin_snapshot(snapshot_to(1), b"x")
+                    await asyncio.to_thread(server.wait_requests, 1)
+                    await until(lambda: transfer.progress.phase == "answering")
+                    if by == "handle":
+                        transfer.cancel()
+                    else:
+                        await transport.stop()
+                    with pytest.raises(SnapshotCancelledError):
+                        await transfer.result()
+                    assert transfer.done()
+                if by != "stop":
+                    await until(lambda: node.reports == [(1, SnapshotStatus.FAILURE)])
+            server.release.set()
+
+    run(main())
+
+
+def test_a_snapshot_whose_beginning_is_cancelled_is_cancelled(
+    run: Callable[[Main], None],
+) -> None:
+    async def main() -> None:
+        node = Node()
+        with ScriptedServer() as server:
+            server.script = server.hold
+            async with transport_of(node) as transport:
+                transport.add_peer(1, [server.url])
+                task = asyncio.create_task(transport.begin_snapshot(snapshot_to(1), b"x"))
+                await asyncio.sleep(0)  # it has begun to open the source
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                await until(lambda: node.reports == [(1, SnapshotStatus.FAILURE)])
+            server.release.set()
+
+    run(main())

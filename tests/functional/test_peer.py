@@ -9,6 +9,7 @@ import pytest
 from pipeline import MessageType, PipelineConfig, SnapshotStatus, TransportConfig, UsageError
 from pipeline.dispatcher import Dispatcher
 from pipeline.peer import Peer
+from pipeline.snapshot_sender import RateLimiter
 from pipeline.types import SendResult
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, message
@@ -43,6 +44,8 @@ def start_peer(
         server_version=defaults.server_version,
         min_cluster_version=defaults.min_cluster_version,
         on_critical_error=None,
+        limiter=RateLimiter(None),
+        snapshot_answer_timeout_s=1.0,
     )
 
 

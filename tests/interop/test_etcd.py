@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
+import shutil
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import urllib3
 
-from pipeline import Message, MessageType, PipelineConfig, ReceiverConfig, TransportConfig
+from pipeline import (
+    ConfState,
+    Message,
+    MessageType,
+    PipelineConfig,
+    ReceiverConfig,
+    Snapshot,
+    SnapshotMetadata,
+    SnapshotSourceError,
+    TransportConfig,
+)
 from pipeline.examples.etcd import EtcdError, find_etcd, put_of
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
-from tests.support.etcd import Cluster, RecordingFollower, assert_balanced, wait_until
+from tests.support.etcd import (
+    Cluster,
+    assert_balanced,
+    left_behind,
+    wait_until,
+)
 from tests.support.tls import Authority
 
 pytestmark = pytest.mark.etcd
@@ -181,35 +195,6 @@ def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, le
     assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
 
 
-@contextlib.contextmanager
-def left_behind(
-    directory: Path,
-    config: TransportConfig,
-    *,
-    takes_snapshots: bool,
-    authority: Authority | None = None,
-) -> Iterator[Cluster]:
-    """A cluster whose etcd has to send its snapshot: our member has lost its log."""
-    # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
-    flags = ("--snapshot-count", "100")
-    cluster = Cluster(directory, config=config, flags=flags, authority=authority)
-    try:
-        cluster.start()
-        with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(5300)):
-                pass
-        cluster.stop_ours()
-        cluster.follower = RecordingFollower(
-            cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots
-        )
-        cluster.etcd.stop()  # a leader does not forget how far a follower was
-        cluster.start_ours()
-        cluster.etcd.start()
-        yield cluster
-    finally:
-        cluster.stop()
-
-
 def test_etcd_hears_at_once_that_its_snapshot_is_refused(tmp_path: Path) -> None:
     with left_behind(tmp_path, TransportConfig(), takes_snapshots=False) as cluster:
         wait_until(
@@ -254,6 +239,54 @@ def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_t
         assert status["totalSize"] == saved
         restore = [etcdutl, "snapshot", "restore", path, "--skip-hash-check"]
         subprocess.run([*restore, "--data-dir", tmp_path / "restored"], check=True)
+
+
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_etcd_stores_a_snapshot_we_send_with_its_length(tmp_path: Path, has_tls: bool) -> None:
+    """etcd itself sends chunks; what it makes of our Content-Length is shown here."""
+    cluster = Cluster(tmp_path, authority=Authority(tmp_path / "certs") if has_tls else None)
+    try:
+        cluster.start()
+        send_a_snapshot(cluster, tmp_path / "database")
+    finally:
+        cluster.stop()
+
+
+def send_a_snapshot(cluster: Cluster, database: Path) -> None:
+    transport, etcd, us = cluster.transport, cluster.etcd, cluster.follower.member_id
+    assert transport is not None
+    for i in range(200):
+        etcd.put(b"key %d" % i, bytes(10_000))
+    snap = etcd.directory / "data" / "member" / "snap"
+    shutil.copy(snap / "db", database)
+    # Of a term that is over: etcd stores it and 204s, and its raft takes no notice.
+    metadata = SnapshotMetadata(index=0xABCDEF, term=1, conf_state=ConfState(voters=(etcd.id, us)))
+    message = Message(
+        type=MessageType.SNAP, to=etcd.id, from_=us, term=1, snapshot=Snapshot(metadata=metadata)
+    )
+    transfer = transport.send_snapshot(message, database)
+    transfer.result(LONG_TIMEOUT)
+
+    stored = snap / "0000000000abcdef.snap.db"
+    assert stored.read_bytes() == database.read_bytes()
+    size = database.stat().st_size
+    assert transfer.progress[:3] == ("done", size, size)
+    from_us = f'{{From="{us:x}"}}'
+    assert etcd.metric(f"etcd_network_snapshot_receive_success{from_us}") == 1
+    assert etcd.metric(f"etcd_network_snapshot_receive_failures{from_us}") == 0
+
+    # One that breaks off leaves nothing there.
+    broken = transport.send_snapshot(message, [bytes(1 << 20)], size=(1 << 20) + 1)
+    with pytest.raises(SnapshotSourceError):
+        broken.result(LONG_TIMEOUT)
+    wait_until(
+        lambda: etcd.metric(f"etcd_network_snapshot_receive_failures{from_us}") == 1,
+        "etcd has seen it break off",
+    )
+    assert [path.name for path in snap.glob("*.snap.db")] == [stored.name]
+    assert list(snap.glob("tmp*")) == []
+    etcd.put(b"after", b"1")
+    assert etcd.get(b"after") == b"1"
 
 
 def connections_to(url: str) -> int:

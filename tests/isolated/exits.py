@@ -9,8 +9,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
-from pipeline import EncodedMessage, Transport
+from pipeline import EncodedMessage, MessageType, Transport
 from tests.support.senders import eventually, message
 from tests.support.server import ERROR, ScriptedServer, always, black_hole
 
@@ -77,6 +78,19 @@ elif state == "resolving":
 elif state == "thrown away":
     transport.send([message()] * 10)
     del transport
+elif state == "sending a snapshot":
+    server.on_head = lambda connection, head: connection.server.release.wait()
+    transfer = transport.send_snapshot(message(MessageType.SNAP), bytes(64 << 20))
+    eventually(lambda: transfer.progress.sent_bytes > 0)
+elif state == "in a snapshot's source":
+
+    def blocked() -> Iterator[bytes]:
+        called.set()
+        gate.wait()
+        yield b"x"
+
+    transport.send_snapshot(message(MessageType.SNAP), blocked(), size=1)
+    called.wait(10)
 elif state == "failing":
     raise SystemExit(3)
 print("exits", flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import Message, PipelineStats, Transport, TransportConfig
@@ -120,3 +122,32 @@ class Cluster:
         """Return the books of the pipeline to etcd."""
         assert self.transport is not None
         return self.transport.stats()[self.etcd.id]
+
+
+@contextlib.contextmanager
+def left_behind(
+    directory: Path,
+    config: TransportConfig,
+    *,
+    takes_snapshots: bool,
+    authority: Authority | None = None,
+) -> Iterator[Cluster]:
+    """A cluster whose etcd has to send its snapshot: our member has lost its log."""
+    # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
+    flags = ("--snapshot-count", "100")
+    cluster = Cluster(directory, config=config, flags=flags, authority=authority)
+    try:
+        cluster.start()
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(5300)):
+                pass
+        cluster.stop_ours()
+        cluster.follower = RecordingFollower(
+            cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots
+        )
+        cluster.etcd.stop()  # a leader does not forget how far a follower was
+        cluster.start_ours()
+        cluster.etcd.start()
+        yield cluster
+    finally:
+        cluster.stop()

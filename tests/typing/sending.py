@@ -1,5 +1,6 @@
 """Sending: settings, a Transport and its peers, a Pipeline on its own, statistics, errors."""
 
+from pathlib import Path
 from typing import assert_type
 
 from pipeline import (
@@ -13,6 +14,8 @@ from pipeline import (
     PipelineStats,
     Raft,
     SendResult,
+    SnapshotProgress,
+    SnapshotTransfer,
     Transport,
     TransportConfig,
 )
@@ -53,6 +56,22 @@ def through_a_transport(raft: Raft, message: Message) -> int:
         assert_type(transport.remove_peer(2), int)
         assert_type(transport.remove_all_peers(), int)
         return transport.stop()
+
+
+def a_snapshot(transport: Transport, message: Message, path: Path) -> None:
+    def on_progress(progress: SnapshotProgress) -> None:
+        assert_type(progress.sent_bytes, int)
+
+    transfer = transport.send_snapshot(message, path, on_progress=on_progress)
+    assert_type(transfer, SnapshotTransfer)
+    assert_type(transfer.progress.rate_bytes_per_s, float)
+    transfer.add_done_callback(lambda ended: ended.cancel())
+    transfer.result(1.5)
+    with path.open("rb") as file:
+        transport.send_snapshot(message, file)
+    transport.send_snapshot(message, (bytes(10) for _ in range(3)), size=30)
+    transport.send_snapshot(message, 5)  # type: ignore[arg-type]
+    transport.set_snapshot_rate_limit(None)
 
 
 def through_a_pipeline(raft: Raft, message: Message) -> SendResult:

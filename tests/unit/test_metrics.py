@@ -13,9 +13,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline import PipelineConfig, ReceiverConfig, Transport, TransportConfig, UsageError
+from pipeline import (
+    MessageType,
+    PipelineConfig,
+    ReceiverConfig,
+    SnapshotSourceError,
+    Transport,
+    TransportConfig,
+    UsageError,
+)
 from pipeline.handlers import Request
 from pipeline.metrics import _FAMILIES, MetricsCollector
+from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, post_heartbeat
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
@@ -194,6 +203,35 @@ def test_snapshots_received_are_shown_under_etcd_s_names(tmp_path: Path) -> None
         assert [b["le"] for b in buckets if b.items() >= labels.items()] == seconds
         assert shown.value(f"{family}_bucket", **labels, le="+Inf") == 1
         assert twice.value(f"{family}_count", **labels) == 2
+
+
+def test_snapshots_sent_are_shown_under_etcd_s_names() -> None:
+    with ScriptedServer() as server, Transport(1, CLUSTER_ID, FakeRaft()) as transport:
+        transport.add_peer(0xB2, [server.url])
+        sent = message(MessageType.SNAP, to=0xB2)
+        transport.send_snapshot(sent, b"database").result(LONG_TIMEOUT)
+        with pytest.raises(SnapshotSourceError):
+            transport.send_snapshot(sent, [b"x"], size=2).result(LONG_TIMEOUT)
+        server.script = server.hold
+        running = transport.send_snapshot(sent, b"x")
+        eventually(lambda: running.progress.phase == "answering")
+        shown = Exposition(transport.metrics_collector())
+        server.release.set()
+        running.result(LONG_TIMEOUT)
+        transport.remove_peer(0xB2)
+        gone = Exposition(transport.metrics_collector())
+    name = "etcd_network_snapshot_send"
+    for field in ("success", "failures", "inflights_total", "total_duration_seconds_count"):
+        assert shown.value(f"{name}_{field}", To="b2") == 1
+        assert gone.labels(f"{name}_{field}") == []
+    bounds = [labels["le"] for labels in shown.labels(f"{name}_total_duration_seconds_bucket")]
+    assert bounds == [
+        "0.1", "0.2", "0.4", "0.8", "1.6", "3.2", "6.4", "12.8", "25.6", "51.2", "+Inf",
+    ]  # fmt: skip
+    assert f"# TYPE {name}_success untyped" in shown.text
+    size = sent.byte_size() + len(b"database")
+    assert shown.value("etcd_network_peer_sent_bytes_total", To="b2") == size
+    assert shown.value("etcd_network_peer_sent_failures_total", To="b2") == 1
 
 
 def test_transports_of_one_registry_share_a_collector_that_adds_up() -> None:

@@ -14,7 +14,7 @@ NAMES = """
     SendResult EncodedMessage Raft Pipeline PipelineStats PipelineConfig Transport Listener
     URLPicker PeerStatus TransportConfig ReceiverConfig PipelineError UsageError MarshalError
     UnmarshalError PostError PeerUnreachableError UnexpectedStatusError IncompatibleVersionError
-    ClusterIDMismatchError MemberRemovedError InternalError RequestRejected
+    ClusterIDMismatchError MemberRemovedError InternalError RequestRejected SnapshotTransfer
 """
 
 MEMBERS = {
@@ -22,8 +22,10 @@ MEMBERS = {
     "PipelineStats": "offered accepted refused sent failed dropped queued in_flight sent_bytes "
     "queued_bytes",
     "PipelineConfig": "connections queue_length",
-    "Transport": "start stop send listen add_peer update_peer remove_peer remove_all_peers "
-    "active_since active_peers stats metrics_collector asgi_app",
+    "Transport": "start stop send send_snapshot listen add_peer update_peer remove_peer "
+    "remove_all_peers active_since active_peers stats metrics_collector asgi_app",
+    "SnapshotTransfer": "progress cancel result done add_done_callback",
+    "SnapshotProgress": "phase sent_bytes total_bytes rate_bytes_per_s",
     "Listener": "close",
     "Raft": "process is_id_removed report_unreachable report_snapshot",
     "Message": "type to from_ term log_term index entries commit snapshot reject reject_hint "

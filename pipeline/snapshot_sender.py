@@ -1,0 +1,643 @@
+r"""The snapshot channel, sending: a MsgSnap and the database behind it in one POST.
+
+Source: etcd rafthttp/snapshot_sender.go. The body (spec section 7.2):
+
+    offset   size    content
+    0        8       length of the message, big-endian
+    8        n       raftpb Message, MsgSnap
+    8 + n    rest    the database, as it is
+
+Differs from etcd: the length is known, so it is sent (Content-Length) and the body is not
+chunked, and ``sendfile`` can write a file; one transfer per peer at a time; a rate limit; a stall
+timer.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+from pipeline import protocol
+from pipeline._core import EncodedMessage
+from pipeline._messages import Message
+from pipeline.config import PipelineConfig, require_rate
+from pipeline.dispatcher import Dispatcher
+from pipeline.errors import (
+    MemberRemovedError,
+    PeerUnreachableError,
+    PipelineError,
+    PostError,
+    SnapshotCancelledError,
+    SnapshotSourceError,
+    UsageError,
+)
+from pipeline.pipeline import Pipeline
+from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
+from pipeline.snapshot_source import (
+    FileSource,
+    SnapshotSource,
+    close_quietly,
+    open_source,
+)
+from pipeline.stats import Histogram
+from pipeline.tls import Credentials
+from pipeline.types import MessageType, Raft, SnapshotStatus
+
+if TYPE_CHECKING:
+    from pipeline.peer import Sendable
+
+__all__ = [
+    "RateLimiter",
+    "SnapshotProgress",
+    "SnapshotSendCounts",
+    "SnapshotSender",
+    "SnapshotTransfer",
+]
+
+logger = logging.getLogger(__name__)
+
+CONTENT_TYPE = "application/octet-stream"
+
+#: Written at once. Not more: between two writes it is seen whether the transfer is to end.
+STEP_BYTES = 4 << 20
+#: Of a rate limit, what is written at once: so bytes keep moving, which etcd's listener wants
+#: every 5 s.
+STEP_S = 0.125
+#: What a transfer that was held up may catch up on.
+BURST_S = 0.05
+#: However many transfers share however small a limit, each moves a byte after this long.
+TURN_MAX_S = 1.0
+#: Between two calls of ``on_progress`` within a phase.
+PROGRESS_INTERVAL_S = 0.1
+#: What the rate is taken over: this many intervals.
+RATE_SAMPLES = 50
+#: etcd ``snapshot_send_total_duration_seconds``: 0.1 s to 51.2 s.
+DURATION_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
+
+Phase: TypeAlias = Literal["waiting", "dialing", "sending", "answering", "done"]
+
+_here = threading.local()  # .sender: whose thread this is
+
+
+def is_transfer_thread() -> bool:
+    """Tell whether the caller runs in the thread of a transfer, that is, in a callback."""
+    return getattr(_here, "sender", None) is not None
+
+
+class SnapshotProgress(NamedTuple):
+    """How far a transfer is."""
+
+    #: ``waiting`` for the one before it, ``dialing``, ``sending``, ``answering`` when everything
+    #: was written and the peer stores and applies it, ``done`` however it ended.
+    phase: Phase
+    #: Bytes of the database written to the connection.
+    sent_bytes: int
+    #: Bytes of the database.
+    total_bytes: int
+    #: Bytes a second, over the last 5 s; of all of it when everything was written.
+    rate_bytes_per_s: float
+
+
+class SnapshotSendCounts(NamedTuple):
+    """What a peer's transfers came to."""
+
+    success: int
+    failures: int
+    in_flight: int
+    #: Messages and databases answered 204.
+    sent_bytes: int
+    #: Of the successful ones, seconds.
+    durations: Histogram
+
+
+class RateLimiter:
+    """A token bucket that all transfers of a node share. Thread-safe.
+
+    Parameters
+    ----------
+    rate : float or None
+        Bytes a second, at least 1; None for no limit.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._lock = threading.Lock()  # guards the two below
+        self._free_at = 0.0  # time.monotonic(): when all that was taken is paid for
+        self._rate: float | None = None
+        self.set_rate(rate)
+
+    def set_rate(self, rate: float | None) -> None:
+        """Change the limit, for running transfers too. ``UsageError`` if it is not one."""
+        require_rate("snapshot_rate_limit", rate)
+        with self._lock:
+            self._rate = rate
+            self._free_at = 0.0
+
+    def take(self, want: int) -> tuple[int, float]:
+        """Take leave to send up to ``want`` bytes: how many, and in how many seconds."""
+        with self._lock:
+            if self._rate is None:
+                return want, 0.0
+            now = time.monotonic()
+            count = max(1, min(want, int(self._rate * STEP_S)))
+            free_at = max(self._free_at, now - BURST_S) + count / self._rate
+            self._free_at = min(free_at, now + TURN_MAX_S)
+            return count, max(0.0, self._free_at - now)
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: a lock another thread may have held is made anew."""
+        self._lock = threading.Lock()
+
+
+class SnapshotTransfer:
+    """A snapshot on its way: what ``Transport.send_snapshot`` returns. Thread-safe.
+
+    Attributes
+    ----------
+    peer_id : int
+        The member it is for.
+    """
+
+    def __init__(
+        self,
+        message: Sendable,
+        source: SnapshotSource,
+        *,
+        size: int | None,
+        on_progress: Callable[[SnapshotProgress], object] | None,
+        profile: str,
+    ) -> None:
+        try:
+            self.message = _encode(message, profile)
+            self.peer_id = message.to
+            self.source = open_source(source, size)
+        except BaseException:
+            close_quietly(source)
+            raise
+        self.total_bytes = self.source.size
+        self.ending = Ending()
+        self.link: SnapshotLink | None = None
+        self._phase: Phase = "waiting"
+        self._sent_bytes = 0
+        self._on_progress = on_progress
+        self._marks: deque[tuple[float, int]] = deque(maxlen=RATE_SAMPLES)
+        self._began_at = 0.0  # to write
+        self._rate: float | None = None  # when everything was written
+        self._sender: SnapshotSender | None = None
+        self._call: Callable[..., None] = _call
+        #: For asyncio; completed when it has ended.
+        self.future: concurrent.futures.Future[None] = concurrent.futures.Future()
+        # It is not for a waiting thread to cancel: only ``cancel`` of this class ends a transfer.
+        self.future.set_running_or_notify_cancel()
+
+    def __repr__(self) -> str:
+        phase, sent, total, _ = self.progress
+        return f"<SnapshotTransfer to {self.peer_id:x}: {phase}, {sent} of {total} bytes>"
+
+    @property
+    def progress(self) -> SnapshotProgress:
+        """How far it is at this moment."""
+        rate = self._rate
+        if rate is None:
+            rate = 0.0
+            if self._marks:
+                since, sent = self._marks[0]
+                rate = (self._sent_bytes - sent) / max(time.monotonic() - since, 1e-3)
+        return SnapshotProgress(self._phase, self._sent_bytes, self.total_bytes, rate)
+
+    def cancel(self) -> None:
+        """End it, in whatever phase; nothing if it has ended. Does not wait.
+
+        Raft is told that the snapshot failed, and not that the peer is unreachable.
+        """
+        self.ending.end("cancelled")
+        if self._sender is not None:
+            self._sender.drop_waiting(self)
+
+    def done(self) -> bool:
+        """Tell whether it has ended, and Raft has been told."""
+        return self.future.done()
+
+    def result(self, timeout: float | None = None) -> None:
+        """Wait until it has ended; return if the peer answered 204.
+
+        Raises
+        ------
+        PostError
+            If the peer or the network is at fault; see its subclasses.
+        SnapshotSourceError
+            If the source raised, or is not as long as declared.
+        SnapshotCancelledError
+            If it was cancelled, stopped or superseded.
+        MemberNotFoundError
+            If it is for no peer.
+        TimeoutError
+            If it has not ended after ``timeout`` seconds.
+        """
+        self.future.result(timeout)
+
+    def add_done_callback(self, callback: Callable[[SnapshotTransfer], object]) -> None:
+        """Have ``callback`` called with this, once it has ended; at once if it has.
+
+        It is called by the library's thread, or by the caller's. What it raises is logged.
+        """
+        self.future.add_done_callback(lambda _: self._call(callback, self))
+
+    # What follows is the sender's.
+
+    def attach(self, sender: SnapshotSender, call: Callable[..., None]) -> None:
+        """Belong to a peer from now on; the application is called through ``call``."""
+        self._sender = sender
+        self._call = call
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase."""
+        if phase == "sending":
+            self._began_at = time.monotonic()
+            self._marks.append((self._began_at, 0))
+        elif phase == "answering":
+            self._rate = self._sent_bytes / max(time.monotonic() - self._began_at, 1e-6)
+        self._phase = phase
+        self._report()
+
+    def moved(self, count: int) -> None:
+        """Note that bytes of the database were written."""
+        self._sent_bytes += count
+        now = time.monotonic()
+        if now - self._marks[-1][0] >= PROGRESS_INTERVAL_S:
+            self._marks.append((now, self._sent_bytes))
+            self._report()
+
+    def finish(self, error: PipelineError | None) -> None:
+        """End it: close the source, and tell whoever waits."""
+        try:
+            self.source.close()
+        except BaseException as failure:
+            logger.exception("the source of a snapshot for %x cannot be closed", self.peer_id)
+            if error is None:
+                # As in etcd, which then tells the node that it failed.
+                error = SnapshotSourceError(f"the source cannot be closed: {failure!r}")
+                error.__cause__ = failure
+        if self._rate is None:
+            self._rate = 0.0
+        self.enter("done")
+        if error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(error)
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: let go of what is the parent's, and let nobody wait for it."""
+        self.ending.forget_after_fork()
+        if self.link is not None:
+            self.link.close()
+        if isinstance(self.source, FileSource):
+            self.source.close()
+        self.future = concurrent.futures.Future()
+        self.future.set_exception(SnapshotCancelledError("stopped"))
+
+    def _report(self) -> None:
+        if self._on_progress is not None:
+            self._call(self._on_progress, self.progress)
+
+
+def _call(callback: Callable[..., object], *args: Any) -> None:
+    try:
+        callback(*args)
+    except BaseException:
+        logger.exception("%r raised", callback)
+
+
+def _encode(message: Sendable, profile: str) -> bytes:
+    try:
+        kind, to = message.type, message.to
+    except AttributeError:
+        raise UsageError(f"message: {message!r} is not a message") from None
+    if kind != MessageType.SNAP:
+        raise UsageError(f"message: is of type {kind}, not a MsgSnap")
+    if not to:
+        raise UsageError("message: is for nobody (to is 0)")
+    if isinstance(message, Message):
+        return message.marshal(profile)
+    if isinstance(message, EncodedMessage):
+        return bytes(message.data)
+    return message.SerializeToString()
+
+
+class SnapshotSender:
+    """Snapshots to one peer, one at a time; the newest of those that wait is the next.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        The peer's; its picker and status are shared, and the application is called through it.
+    raft : Raft
+        Told how each snapshot ended.
+    dispatcher : Dispatcher
+        Tells Raft of those that were given up before their turn.
+    head : callable
+        ``protocol.request_head`` with all but URL, path and content type given.
+    config : PipelineConfig
+    answer_timeout_s : float
+        From the last byte written to the answer.
+    limiter : RateLimiter
+        The node's.
+    credentials : Credentials or None
+    on_critical_error : callable or None
+        Called with a ``MemberRemovedError`` when the peer answers 403.
+
+    Notes
+    -----
+    Thread-safe. A thread is started when there is something to send, and ends after it.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        raft: Raft,
+        *,
+        dispatcher: Dispatcher,
+        head: Callable[..., bytes],
+        config: PipelineConfig,
+        answer_timeout_s: float,
+        limiter: RateLimiter,
+        credentials: Credentials | None,
+        on_critical_error: Callable[[MemberRemovedError], None] | None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._peer = protocol.format_id(pipeline.peer_id)
+        self._raft = raft
+        self._dispatcher = dispatcher
+        self._head = partial(head, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE)
+        self._config = config
+        self._answer_timeout_s = answer_timeout_s
+        self._limiter = limiter
+        self._credentials = credentials
+        self._on_critical_error = on_critical_error
+        self._lock = threading.Lock()  # guards what follows
+        self._is_stopped = False
+        self._thread: threading.Thread | None = None
+        self._running: SnapshotTransfer | None = None
+        self._waiting: SnapshotTransfer | None = None
+        self._success = self._failures = self._in_flight = self._sent_bytes = 0
+        self._durations = Histogram(DURATION_BOUNDS_S)
+
+    def send(self, transfer: SnapshotTransfer) -> bool:
+        """Take a transfer: it begins now, or after the one that runs. False after ``stop``."""
+        transfer.attach(self, self._pipeline.call)
+        with self._lock:
+            if self._is_stopped:
+                return False
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=self._run, name=f"pipeline-snapshot-to-{self._peer}", daemon=True
+                )
+                self._running = transfer
+                try:
+                    thread.start()
+                except BaseException:
+                    self._running = None
+                    transfer.source.close()
+                    raise
+                self._thread = thread
+                return True
+            old, self._waiting = self._waiting, transfer
+            if old is not None:
+                # Raft knows no more than that a snapshot for this peer is on its way, and hears
+                # how the newer one ends. A failure told now would have it send one more.
+                error = SnapshotCancelledError("superseded by a newer snapshot")
+                self._dispatcher.call_soon(partial(old.finish, error))
+        return True
+
+    def drop_waiting(self, transfer: SnapshotTransfer) -> None:
+        """Give up a transfer if it waits for its turn."""
+        with self._lock:
+            if self._waiting is transfer:
+                self._waiting = None
+                self._give_up(transfer)
+
+    def stop_begin(self) -> None:
+        """End what runs and waits, without waiting for it."""
+        with self._lock:
+            self._is_stopped = True
+            waiting, self._waiting = self._waiting, None
+            if waiting is not None:
+                waiting.ending.end("stopped")
+                self._give_up(waiting)
+            if self._running is not None:
+                self._running.ending.end("stopped")
+
+    def stop_end(self, deadline: float) -> None:
+        """Wait until ``deadline`` (``time.monotonic()``) for the thread, unless it is this one."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            logger.warning(
+                "the snapshot for peer %s is still in a callback, its source or a name's "
+                "resolution; it ends after it",
+                self._peer,
+            )
+
+    def counts(self) -> SnapshotSendCounts:
+        """What the transfers came to so far."""
+        with self._lock:
+            return SnapshotSendCounts(
+                self._success,
+                self._failures,
+                self._in_flight,
+                self._sent_bytes,
+                self._durations.copy(),
+            )
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, which has no thread: stop, and let go of the parent's connection."""
+        self._lock = threading.Lock()
+        self._is_stopped = True
+        self._thread = None
+        self._limiter.forget_after_fork()
+        for transfer in (self._running, self._waiting):
+            if transfer is not None:
+                transfer.forget_after_fork()
+        self._running = self._waiting = None
+
+    def _give_up(self, transfer: SnapshotTransfer) -> None:
+        """End, soon, what had not begun: nothing was asked of the peer. Under the lock."""
+        self._failures += 1
+
+        def tell() -> None:
+            try:
+                transfer.ending.check()
+            except SnapshotCancelledError as error:
+                self._tell_raft(SnapshotStatus.FAILURE)
+                transfer.finish(error)
+
+        # Never from here: a Raft that cancels while it holds a lock must not be called back.
+        self._dispatcher.call_soon(tell)
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        _here.sender = self
+        transfer = self._running
+        while transfer is not None:
+            self._transfer(transfer)
+            with self._lock:
+                transfer, self._waiting = self._waiting, None
+                self._running = transfer
+                if transfer is None:
+                    self._thread = None
+
+    def _transfer(self, transfer: SnapshotTransfer) -> None:
+        """See one transfer to its end; tell everyone who has to know, in etcd's order."""
+        url = self._pipeline.picker.pick()
+        logger.info(
+            "start to send database snapshot of %d bytes to %s", transfer.total_bytes, self._peer
+        )
+        begun_at = time.monotonic()
+        with self._lock:
+            self._in_flight += 1
+        error: PipelineError | None = None
+        try:
+            self._post(transfer, url)
+        except PipelineError as failure:
+            error = failure
+        except BaseException as failure:
+            logger.exception("internal error, please report: a snapshot was not sent")
+            error = PeerUnreachableError(
+                f"internal error: {failure!r}", peer_id=transfer.peer_id, url=url
+            )
+        if error is None:
+            self._succeed(transfer, time.monotonic() - begun_at)
+        else:
+            self._fail(url, error)
+        with self._lock:
+            self._in_flight -= 1
+        transfer.finish(error)
+
+    def _succeed(self, transfer: SnapshotTransfer, took_s: float) -> None:
+        self._pipeline.status.activate()
+        self._tell_raft(SnapshotStatus.FINISH)
+        logger.info("database snapshot was sent to %s in %.1f s", self._peer, took_s)
+        with self._lock:
+            self._sent_bytes += len(transfer.message) + transfer.total_bytes
+            self._success += 1
+            self._durations.observe(took_s)
+
+    def _fail(self, url: str, error: PipelineError) -> None:
+        logger.warning("failed to send database snapshot to %s: %s", self._peer, error)
+        call, pipeline = self._pipeline.call, self._pipeline
+        if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
+            call(self._on_critical_error, error)
+        # Differs from etcd, where only a stop ends a transfer: that the node changed its mind
+        # says nothing of the peer.
+        if not isinstance(error, SnapshotCancelledError) or self._is_stopped:
+            pipeline.picker.unreachable(url)
+            pipeline.status.deactivate("sendMsgSnap", "post", str(error))
+            call(self._raft.report_unreachable, pipeline.peer_id)
+        self._tell_raft(SnapshotStatus.FAILURE)
+        with self._lock:
+            self._failures += 1
+
+    def _tell_raft(self, status: SnapshotStatus) -> None:
+        self._pipeline.call(self._raft.report_snapshot, self._pipeline.peer_id, status)
+
+    def _post(self, transfer: SnapshotTransfer, url: str) -> None:
+        config = self._config
+        transfer.enter("dialing")
+        link = transfer.link = SnapshotLink(
+            url,
+            transfer.ending,
+            peer_id=transfer.peer_id,
+            credentials=self._credentials,
+            stall_timeout_s=config.stall_timeout_s,
+            dead_link_timeout_s=config.dead_link_timeout_s,
+        )
+        try:
+            link.dial(config.dial_timeout_s)
+            transfer.enter("sending")
+            try:
+                _Body(transfer, link, self._limiter).write(self._head(url))
+                transfer.enter("answering")
+                answer = link.read_answer(self._answer_timeout_s)
+                is_early = False
+            except AnsweredError as early:
+                answer = early.answer
+                is_early = True
+        finally:
+            link.close()
+            transfer.link = None
+        error: PostError | None = protocol.check_answer(
+            answer.status,
+            answer.body,
+            answer.headers,
+            peer_id=transfer.peer_id,
+            url=protocol.post_url(url, protocol.SNAPSHOT_PATH),
+        )
+        if error is None and is_early:
+            reason = "answered 204 before everything was sent"
+            error = PeerUnreachableError(reason, peer_id=transfer.peer_id, url=url)
+        if error is not None:
+            raise error
+
+
+class _Body:
+    """Writes a request, as fast as the limit allows."""
+
+    def __init__(
+        self, transfer: SnapshotTransfer, link: SnapshotLink, limiter: RateLimiter
+    ) -> None:
+        self._transfer = transfer
+        self._source = transfer.source
+        self._link = link
+        self._limiter = limiter
+        self._allowed = 0  # bytes taken from the limiter, and not written yet
+
+    def write(self, head: bytes) -> None:
+        """Write head, framing, message and database."""
+        message = self._transfer.message
+        length = 8 + len(message) + self._source.size
+        framing = b"%d\r\n\r\n%s" % (length, struct.pack(">Q", len(message)))
+        if self._source.size == 0:
+            self._source.require_end()  # nothing of it is looked at later
+        self._write(memoryview(head + framing + message))
+        if isinstance(self._source, FileSource) and self._link.is_plain:
+            self._write_file(self._source)
+            return
+        for chunk in self._source.chunks():
+            self._write(chunk, is_database=True)
+
+    def _write(self, data: memoryview, *, is_database: bool = False) -> None:
+        while data:
+            n = self._link.write(data[: self._allow(len(data))])
+            self._allowed -= n
+            data = data[n:]
+            if is_database:
+                self._transfer.moved(n)
+
+    def _write_file(self, file: FileSource) -> None:
+        done = 0
+        while done < file.size:
+            count = self._allow(file.size - done)
+            if done + count == file.size:
+                file.require_end()
+            n = self._link.write_file(file, done, count)
+            self._allowed -= n
+            done += n
+            self._transfer.moved(n)
+
+    def _allow(self, want: int) -> int:
+        """Wait until something may be written; how much of ``want``."""
+        want = min(want, STEP_BYTES)
+        if self._allowed <= 0:
+            self._allowed, wait_s = self._limiter.take(want)
+            if wait_s:
+                self._link.pause(wait_s)
+        return min(want, self._allowed)
