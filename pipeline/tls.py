@@ -120,6 +120,8 @@ class TLSInfo:
             isinstance(self.server_name, str) and self.server_name
         ):
             raise UsageError(f"server_name: {self.server_name!r} is not a name")
+        if self.server_name is not None and not _can_be_proven(self.server_name):
+            raise UsageError(f"server_name: {self.server_name!r} is not a host name")
         if self.min_version not in _VERSIONS:
             raise UsageError(f"min_version: {self.min_version!r} is not one of 1.2, 1.3")
         if self.allow_member is not None and not callable(self.allow_member):
@@ -320,6 +322,9 @@ def _load_unchanged(info: TLSInfo, seen: list[tuple[int, ...]]) -> _Set:
 def _load(info: TLSInfo) -> _Set:
     """Make a set of the files as they are; OSError or ValueError if one of them is no good."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and name
+    # As in Go, a name is proven by the alternative names alone. OpenSSL would take the common name
+    # of a certificate without any, and that was never signed as a host's.
+    client.hostname_checks_common_name = False
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if info.client_cert_auth:
         server.verify_mode = ssl.CERT_REQUIRED
@@ -375,6 +380,16 @@ def _load_crl(context: ssl.SSLContext, file: StrPath) -> None:
     if after["crl"] == before["crl"]:
         raise ValueError("holds no revocation list")
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+
+
+def _can_be_proven(name: str) -> bool:
+    """Tell whether ``ssl`` takes the name; one it does not would fail every handshake, oddly."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
+    except (ValueError, TypeError, ssl.SSLError):
+        return False
+    return True
 
 
 def _common_name(certificate: Mapping[str, Any]) -> str:

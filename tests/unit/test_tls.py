@@ -60,6 +60,9 @@ def overwrite(path: Path, data: bytes) -> None:
         ),
         ({"allow_member": 1}, "allow_member: 1 is not callable"),
         ({"server_name": ""}, "server_name: '' is not a name"),
+        ({"server_name": ".etcd"}, "server_name: '.etcd' is not a host name"),
+        ({"server_name": "a..b"}, "server_name: 'a..b' is not a host name"),
+        ({"server_name": "a\0b"}, "server_name: 'a.x00b' is not a host name"),
         ({"min_version": "1.1"}, "min_version: '1.1' is not one of 1.2, 1.3"),
     ],
 )
@@ -87,11 +90,13 @@ def test_a_listener_without_client_cert_auth_asks_for_none(authority: Authority)
     assert credentials.server_context.verify_mode is ssl.CERT_NONE
 
 
-def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> tuple[ssl.SSLObject, ...]:
+def handshake(
+    client: ssl.SSLContext, server: ssl.SSLContext, host: str = "127.0.0.1"
+) -> tuple[ssl.SSLObject, ...]:
     """Connect two contexts in memory; both ends."""
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = (
-        client.wrap_bio(to_client, to_server, server_hostname="127.0.0.1"),
+        client.wrap_bio(to_client, to_server, server_hostname=host),
         server.wrap_bio(to_server, to_client, server_side=True),
     )
     pending = list(ends)
@@ -111,6 +116,14 @@ def test_min_version_is_asked_of_the_other(authority: Authority) -> None:
     with pytest.raises(ssl.SSLError, match="unsupported protocol"):
         handshake(credentials.client_context, old)
     assert handshake(credentials.client_context, authority.server())[0].version() == "TLSv1.3"
+
+
+def test_a_common_name_proves_no_host(authority: Authority) -> None:
+    cert, key = authority.issue("named", "node@example.com", common_name="localhost")
+    client = Credentials(authority.info()).client_context
+    server = Credentials(authority.info(cert_file=cert, key_file=key)).server_context
+    with pytest.raises(ssl.SSLCertVerificationError, match="not valid for 'localhost'"):
+        handshake(client, server, "localhost")
 
 
 def test_an_intermediate_in_the_ca_file_is_an_anchor(authority: Authority, tmp_path: Path) -> None:
