@@ -32,6 +32,8 @@ __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 LINK_CHECK_S = 1.0
 #: What is sent on a live link is acknowledged within this: a round trip, a delayed ACK.
 LINK_ANSWER_MS = 500
+#: Written at once over TLS: a record.
+TLS_BYTES = 16 * 1024
 #: For the rest of an answer that has begun; etcd gives its body as long.
 ANSWER_REST_S = 5.0
 
@@ -210,6 +212,10 @@ class SnapshotLink:
         """
         sock = self._sock
         assert sock is not None
+        if not self.is_plain:
+            # OpenSSL says nothing of what it has written before it has written all: what is
+            # moving would look stalled.
+            data = data[:TLS_BYTES]
         return self._write(lambda: sock.send(data))
 
     def write_file(self, file: FileSource, done: int, count: int) -> int:

@@ -41,6 +41,7 @@ from pipeline import (
     UsageError,
 )
 from pipeline import snapshot_sender as module
+from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from tests.support import LONG_TIMEOUT
 from tests.support.memory import rss
@@ -1039,6 +1040,25 @@ def test_a_server_that_is_not_to_be_trusted_gets_nothing(
             with pytest.raises(PeerUnreachableError, match=text):
                 transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
             assert server.requests == []
+
+
+def test_over_tls_the_stall_timeout_counts_from_record_to_record(
+    raft: FakeRaft, authority: Authority, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write has the whole of it; a slow peer takes its time for what is written at once."""
+    written: list[int] = []
+    write = SnapshotLink.write
+
+    def watched(link: SnapshotLink, data: memoryview) -> int:
+        written.append(write(link, data))
+        return written[-1]
+
+    monkeypatch.setattr(SnapshotLink, "write", watched)
+    with ScriptedServer(tls=authority.server()) as server, make(raft) as transport:
+        transport.add_peer(PEER, [server.url])
+        transport.send_snapshot(snapshot_message(), bytes(MIB)).result(LONG_TIMEOUT)
+    assert sum(written) > MIB
+    assert max(written) == 16 * 1024
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
