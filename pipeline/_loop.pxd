@@ -663,10 +663,13 @@ cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil
         worker.answer_len = <int>n
         worker.answer_deadline_ns = \
             worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
-        if worker.seal != SEAL_NONE:
-            worker_to_python(worker, EVENT_UNSEAL, error)
-        else:
+        if worker.seal == SEAL_NONE:
             worker_to_python(worker, EVENT_ANSWER, 0)
+            return
+        if worker.seal == SEAL_WRITING:     # it may be session tickets, and the answer behind them
+            worker.seal = SEAL_READING
+            worker.sealed_deadline_ns = worker.answer_deadline_ns
+        worker_to_python(worker, EVENT_UNSEAL, 0)
     else:
         worker_fail(worker, error)
 

@@ -358,7 +358,7 @@ class Pipeline(Sender):
     def _unseal(self, index: int, error: int) -> None:
         """Decrypt what came: of a handshake, of an answer, or nothing that concerns HTTP.
 
-        ``error`` says that the stream has ended, or why the request cannot be written on.
+        ``error`` says that the stream has ended.
         """
         tunnel = self._tunnel(index)
         data, is_written = self.answer(index)

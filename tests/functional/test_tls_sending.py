@@ -17,6 +17,7 @@ import pytest
 import pipeline.aio
 from pipeline import (
     EncodedMessage,
+    MemberRemovedError,
     MessageType,
     Pipeline,
     Raft,
@@ -461,6 +462,32 @@ def test_an_answer_before_the_body_went_is_judged(authority: Authority) -> None:
         raft.wait_unreachable(1)
         server.release.set()
         assert settle(pipeline).failed == 1
+
+
+def test_an_answer_is_read_to_its_end_though_the_rest_of_the_body_cannot_go(
+    authority: Authority,
+) -> None:
+    """It comes behind two session tickets, more than is read at once, and then the reset."""
+    body = bytes(20_000)
+
+    def refuse(connection: Connection, head: bytes) -> bool:
+        connection.send(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sock.close()  # with bytes unread: a reset
+        return False
+
+    told: list[Exception] = []
+    with (
+        ScriptedServer(on_head=refuse, tls=authority.server()) as server,
+        pipeline_to(
+            server,
+            on_critical_error=told.append,
+            credentials=Credentials(authority.info()),
+            connections=1,
+        ) as pipeline,
+    ):
+        pipeline.send(EncodedMessage(bytes(64 << 20), type=MessageType.APP, to=PEER))
+        assert settle(pipeline).failed == 1
+        assert [type(error) for error in told] == [MemberRemovedError]
 
 
 def test_a_peer_that_stops_reading_is_given_up(authority: Authority) -> None:
