@@ -439,7 +439,7 @@ class Pipeline(Sender):
             self.status.activate()
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
-        self.finish(index, True)
+        self._finish(index, True)
         tunnel = self._lines[index].tunnel
         if tunnel is not None and self.take(index):
             self.seal(index, tunnel.seal)
@@ -461,8 +461,14 @@ class Pipeline(Sender):
             self.call(self._raft.report_unreachable, to)
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
-        self.finish(index, False)
+        self._finish(index, False)
         self._give_back(index)
+
+    def _finish(self, index: int, is_sent: bool) -> None:
+        """Write the outcome into the books; an idle worker keeps nothing of what it sent."""
+        self.post(index, b"")
+        self._lines[index].outgoing = b""
+        self.finish(index, is_sent)
 
     def _reason(self, index: int, error: int) -> str:
         tunnel = self._lines[index].tunnel
