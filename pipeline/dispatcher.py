@@ -147,7 +147,7 @@ class Dispatcher:
 
     def _run_chores(self) -> None:
         for sender in self.loop.take_expired():
-            sender.on_expired()
+            self._chores.append(sender.on_expired)
         while True:
             try:
                 chore = self._chores.popleft()

@@ -500,6 +500,11 @@ class Pipeline(Sender):
         expired = self.take_expired()
         if not expired:
             return
+        for kind, to in expired:
+            self.report_not_sent(to)
+            if kind == MessageType.SNAP:
+                self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
+        self.finish_expired(len(expired))
         now = time.monotonic()
         with self._lock:
             is_logged = now - self._expired_logged_at >= EXPIRED_LOG_INTERVAL_S
@@ -512,11 +517,6 @@ class Pipeline(Sender):
                 self._peer,
                 self._config.max_queue_age,
             )
-        for kind, to in expired:
-            self.report_not_sent(to)
-            if kind == MessageType.SNAP:
-                self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
-        self.finish_expired(len(expired))
 
     def report_not_sent(self, to: int) -> None:
         """Tell Raft that the network was not even tried: the queue was full, or too slow.

@@ -16,6 +16,7 @@ from pipeline import (
     TransportConfig,
     UsageError,
 )
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, assert_balanced, eventually, message, pipeline_to, settle
 from tests.support.server import OK, ScriptedServer, black_hole
@@ -52,6 +53,24 @@ def test_a_message_that_waited_too_long_fails_while_the_worker_is_busy() -> None
         # The peer did nothing wrong.
         assert pipeline.status.is_active
         assert pipeline.status.disconnects == 0
+
+
+def test_a_log_handler_that_raises_costs_an_expired_message_no_outcome() -> None:
+    raft = FakeRaft()
+    with (
+        handler_that_raises("waited longer") as handler,
+        ScriptedServer() as server,
+        pipeline_to(server, raft, connections=1, max_queue_age=AGE_S) as pipeline,
+    ):
+        occupy(server, pipeline)
+        pipeline.send(message())
+        assert raft.wait_unreachable(1) == [PEER]
+        eventually(lambda: pipeline.stats().failed == 1)
+        eventually(lambda: handler.raised == 1)
+        pipeline.send(message())  # there is a thread for it still
+        assert raft.wait_unreachable(2) == [PEER] * 2
+        server.release.set()
+        assert settle(pipeline).sent == 1
 
 
 def test_the_first_message_after_an_expiry_is_sent_as_ever() -> None:
