@@ -488,7 +488,10 @@ class SnapshotSender:
         _here.sender = self
         transfer = self._running
         while transfer is not None:
-            self._transfer(transfer)
+            try:
+                self._transfer(transfer)
+            except BaseException:  # also sys.exit() in a log handler: another one may wait
+                logger.exception("internal error, please report: a snapshot's end was not told")
             with self._lock:
                 transfer, self._waiting = self._waiting, None
                 self._running = transfer
@@ -498,14 +501,16 @@ class SnapshotSender:
     def _transfer(self, transfer: SnapshotTransfer) -> None:
         """See one transfer to its end; tell everyone who has to know, in etcd's order."""
         url = self._pipeline.picker.pick()
-        logger.info(
-            "start to send database snapshot of %d bytes to %s", transfer.total_bytes, self._peer
-        )
         begun_at = time.monotonic()
         with self._lock:
             self._in_flight += 1
         error: PipelineError | None = None
         try:
+            logger.info(
+                "start to send database snapshot of %d bytes to %s",
+                transfer.total_bytes,
+                self._peer,
+            )
             self._post(transfer, url)
         except PipelineError as failure:
             error = failure
@@ -514,13 +519,15 @@ class SnapshotSender:
             error = PeerUnreachableError(
                 f"internal error: {failure!r}", peer_id=transfer.peer_id, url=url
             )
-        if error is None:
-            self._succeed(transfer, time.monotonic() - begun_at)
-        else:
-            self._fail(url, error)
-        with self._lock:
-            self._in_flight -= 1
-        transfer.finish(error)
+        try:
+            if error is None:
+                self._succeed(transfer, time.monotonic() - begun_at)
+            else:
+                self._fail(url, error)
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+            transfer.finish(error)
 
     def _succeed(self, transfer: SnapshotTransfer, took_s: float) -> None:
         self._pipeline.status.activate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import io
@@ -44,6 +45,7 @@ from pipeline import snapshot_sender as module
 from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from tests.support import LONG_TIMEOUT
+from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
@@ -673,6 +675,21 @@ def test_callbacks_that_raise_are_counted_and_end_nothing(
         assert called.is_set()
         # Four phases that were begun, and the report; the last callback may still be running.
         eventually(lambda: transport._peers[PEER].pipeline.callback_errors == 6)
+
+
+@pytest.mark.parametrize(("text", "is_sent"), [("start to send", False), ("was sent to", True)])
+def test_a_log_handler_that_raises_does_not_end_the_thread(
+    server: ScriptedServer, make: Make, text: str, is_sent: bool
+) -> None:
+    raft = FakeRaft()
+    with handler_that_raises(text) as handler, make(raft) as transport:
+        transport.add_peer(PEER, [server.url])
+        for transfer in [transport.send_snapshot(snapshot_message(), b"x") for _ in range(2)]:
+            outcome = None if is_sent else PeerUnreachableError
+            with contextlib.nullcontext() if outcome is None else pytest.raises(outcome):
+                transfer.result(LONG_TIMEOUT)
+        assert handler.raised >= 1
+        assert transport._peers[PEER].snapshots.counts().in_flight == 0
 
 
 # -- progress
