@@ -102,6 +102,10 @@ class Dispatcher:
         """Run ``chore`` in a dispatcher thread. Never waits."""
         self._chores.append(chore)
         self.loop.queue_chores()
+        if self._is_stopped:
+            # Of a peer that is removed while all is stopped: our threads may be gone.
+            name = f"pipeline-dispatch-{self.name}-late"
+            threading.Thread(target=self._run_chores, name=name, daemon=True).start()
 
     def _add_thread(self) -> None:
         with self._lock:

@@ -840,6 +840,23 @@ def test_the_one_that_waits_is_sent_when_the_one_before_it_failed_or_was_cancell
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE), (PEER, SnapshotStatus.FINISH)]
 
 
+def test_the_one_that_waits_ends_though_its_peer_is_removed_after_a_stop(
+    server: ScriptedServer, raft: FakeRaft, make: Make
+) -> None:
+    server.script = server.hold
+    with make(raft) as transport:
+        transport.add_peer(PEER, [server.url])
+        transfers = [transport.send_snapshot(snapshot_message(), b"x") for _ in range(2)]
+        server.wait_requests(1)
+        peer = transport._peers[PEER]
+        transport._peers = {}  # as far as remove_peer has come in another thread
+    peer.stop_begin()
+    for transfer in transfers:
+        with pytest.raises(SnapshotCancelledError, match="stopped"):
+            transfer.result(LONG_TIMEOUT)
+    assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)] * 2
+
+
 def test_transfers_to_different_peers_run_side_by_side(
     server: ScriptedServer, transport: Transport, raft: FakeRaft
 ) -> None:
