@@ -23,7 +23,7 @@ from pipeline import (
     SnapshotSourceError,
     TransportConfig,
 )
-from pipeline.examples.etcd import EtcdError, find_etcd, put_of
+from pipeline.examples.etcd import EtcdError, find_etcd, put_of, puts_in
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
 from tests.support.etcd import (
@@ -237,6 +237,8 @@ def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_t
         status = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         assert status["totalKey"] >= 5300
         assert status["totalSize"] == saved
+        written = {(b"%d" % n, b"x") for n in range(5300)} | {(b"after", b"1")}
+        assert puts_in(path) | set(map(put_of, follower.committed())) - {None} == written
         restore = [etcdutl, "snapshot", "restore", path, "--skip-hash-check"]
         subprocess.run([*restore, "--data-dir", tmp_path / "restored"], check=True)
 
