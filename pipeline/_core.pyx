@@ -107,7 +107,7 @@ cdef dict REASONS = {
     ERROR_DIAL_TIMEOUT: "dial timeout",
     ERROR_STOPPED: "stopped",
     ERROR_DEAD_LINK: "dead link: the peer acknowledges nothing",
-    ERROR_HANDSHAKE_TIMEOUT: "TLS handshake timeout",
+    ERROR_HANDSHAKE_TIMEOUT: "not done within its timeout",
 }
 
 #: Why a worker comes with an event: the peer has ended the stream.

@@ -4,9 +4,11 @@
 ``_server.pxd`` holds what runs without the GIL. Handler threads run ``Receiver.serve``: they take
 requests, make messages of them, have ``handlers.py`` answer, and give the connection back. A thread
 goes on from request to request without letting go of the GIL, as long as there are any; each
-request is taken singly, so that one that blocks holds up nothing but its own connection.
+request is taken singly, so that one that blocks holds up nothing but its own connection. When there
+are none, one of them runs the loop.
 """
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.bytearray cimport PyByteArray_AS_STRING
@@ -24,13 +26,13 @@ from pipeline._server cimport (
     answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
     conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t,
     server_add_handler, server_close_descriptors, server_detach, server_free, server_init,
-    server_learn, server_limits_t, server_remove_handler, server_retire_soon, server_start,
-    server_stop, server_t, server_take, server_wait,
+    server_learn, server_limits_t, server_recycle, server_remove_handler, server_retire_soon,
+    server_start, server_stop, server_t, server_take, server_wait,
 )
 from pipeline._sync cimport (
     MADV_HUGEPAGE, add_int, clock_ns, close, deadline_timespec, madvise, pthread_cond_timedwait,
     pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
-    sockaddr_storage, timespec,
+    sockaddr_storage, store_int, timespec,
 )
 
 import logging
@@ -114,10 +116,12 @@ cdef class KnownHead:
         return post.head_len, post.content_length
 
 
+@cython.no_gc_clear             # __dealloc__ needs the receiver
 cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     cdef body_t c               # owned
+    cdef Receiver receiver      # may use the memory again; None for what was deciphered
 
     @staticmethod
     def of_size(size_t size):
@@ -128,7 +132,10 @@ cdef class Body:
         return body
 
     def __dealloc__(self):
-        body_free(&self.c)
+        if self.receiver is None:
+            body_free(&self.c)
+        else:
+            server_recycle(&self.receiver.server, &self.c)
 
     def __len__(self):
         return self.c.len
@@ -155,7 +162,7 @@ cdef class Body:
         # The view lives for this call, in which nobody else has the body.
         n = read(room, PyMemoryView_FromMemory(<char*>self.c.data + self.c.len, room, PyBUF_WRITE))
         self.c.len += n
-        if self.c.is_mapped and not self.c.is_huge and self.c.len >= BODY_HUGE_MIN:
+        if self.c.mapped > 0 and not self.c.is_huge and self.c.len >= BODY_HUGE_MIN:
             self.c.is_huge = True
             madvise(self.c.data, self.c.size, MADV_HUGEPAGE)
         return n
@@ -180,7 +187,7 @@ cdef class Remote:
 
 
 cdef class Receiver:
-    """One native I/O thread that serves a node's peer ports.
+    """Serves a node's peer ports.
 
     Parameters
     ----------
@@ -199,7 +206,8 @@ cdef class Receiver:
     Notes
     -----
     Thread-safe. ``start``, ``serve`` in as many threads as ``config.handlers``, ``begin_close``,
-    ``wait_closed``, in this order.
+    ``wait_closed``, in this order. ``start`` makes a native thread, which runs the loop while no
+    handler thread does.
     """
 
     cdef server_t server
@@ -312,6 +320,7 @@ cdef class Receiver:
             close(self.server.listening[i])
         self.server.n_listening = 0
         server_close_descriptors(&self.server)
+        store_int(&self.server.is_stopping, 1)  # nothing is kept to be used again
         # is_running stays: what the parent's thread was at work on when it was copied is not
         # touched, nor freed.
 
@@ -353,7 +362,7 @@ cdef class Receiver:
                 pthread_mutex_unlock(&self.server.lock)
             if conn is NULL:
                 with nogil:
-                    # Wait for a request. Only C state is touched.
+                    # Wait for a request, or run the loop until there is one. Only C state.
                     conn = server_wait(&self.server, handler)
                 if conn is NULL:
                     return 0
@@ -438,6 +447,7 @@ cdef class Receiver:
             return self.handlers.deliver(Request("POST", "/raft", {}, remote), data)
         if request.body.size >= BODY_MAPPED_MIN:
             body = Body.__new__(Body)
+            body.receiver = self
             body.c = request.body
             memset(&request.body, 0, sizeof(body_t))
         message = message_from_decoded(&request.decoded, body)

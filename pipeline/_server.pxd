@@ -1,8 +1,16 @@
-"""The receiving loop: one native thread that accepts, reads, recognises, decodes and answers.
+"""The receiving loop: accepts, reads, recognises, decodes and answers, without the GIL.
 
 Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``:
 a connection belongs to the loop, or, with a request, to a handler thread; it goes over through the
-request queue and comes back through ``returned``. The loop never takes the GIL.
+request queue and comes back through ``returned``.
+
+The loop is run by one thread at a time, the *leader*. To wake another for each request would cost
+more than the request. So a handler thread with nothing to do leads, until it has read a request;
+then it gives up the lead, has the request processed, answers it, and leads again. Meanwhile others
+may be waited for in vain: ``process`` may block, and so may the GIL. Then the native thread, the
+*stand-in*, leads. A timer tells it that nobody has for STAND_IN_NS; nobody leads without that
+timer running. It gives the lead to the next handler thread it has to wake for a request anyway. It
+also leads first, and alone once the loop is to stop.
 
 What it knows is one kind of request (``http_recognise_post``) whose head, but for its length,
 Python has accepted before. Everything else is *general*: the loop reads bytes and hands them over,
@@ -12,6 +20,7 @@ loop reads and writes mean nothing to it (``sealed.py``).
 
 Memory grows with the bytes that arrived. A large body is read into address space reserved for it
 (an untouched page is no memory), which then becomes the message's own; nothing is copied again.
+The last one that was freed is kept for a moment and used again.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -31,6 +40,10 @@ from pipeline._sync cimport (
     pthread_mutex_t, pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr,
     sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr, thread_start, time, time_t, write,
 )
+from pipeline._sync cimport (
+    CLOCK_MONOTONIC, TFD_CLOEXEC, itimerspec, pthread_mutex_trylock, read, timerfd_create,
+    timerfd_settime,
+)
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
 
 cdef enum:
@@ -44,11 +57,18 @@ cdef enum:
     # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
     # 32 faults instead of 16,384. A body costs at most one such piece more than has arrived.
     BODY_HUGE_MIN = 2 << 20
+    # The memory of the last large body is kept this long, to be used again: the kernel clears each
+    # fresh page, which costs as much as to read what goes into it. 64 MiB and their framing.
+    SPARE_MAX = 65 << 20
+    SPARE_NS = 2000000000
     HEADS_MAX = 64
     ACCEPT_STEP = 64
     ACCEPT_RETRY_NS = 100000000
     # How long a queued request may wait for a handler thread that is awake already.
     QUEUE_CHECK_NS = 1000000
+    # How long nobody leads before the stand-in does. Longer than a small message takes; under load
+    # its timer goes off once in this time, and finds that somebody leads.
+    STAND_IN_NS = 500000
     # How long what a refused peer still sends is read and thrown away, so that it reads the
     # answer before it hears of the end (RFC 9112 9.6).
     LINGER_NS = 1000000000
@@ -81,6 +101,11 @@ cdef enum:
     QUEUES
     TYPE_PROP = 2
 
+cdef enum:
+    SPARE_NONE = 0
+    SPARE_NEW               # the leader does not know of it yet
+    SPARE_KNOWN             # the leader will look at it in time
+
 # How Python wants a connection to go on.
 cdef enum:
     THEN_NEXT = 0           # the request is answered: read the next one
@@ -100,7 +125,7 @@ cdef struct body_t:
     uint8_t* data           # owned; NULL when handed on
     size_t len              # arrived
     size_t size             # announced
-    bint is_mapped
+    size_t mapped           # bytes of address space; 0: allocated
     bint is_huge
 
 # What Python has done on a sealed connection since the loop had it last.
@@ -205,6 +230,7 @@ cdef struct queue_t:
 cdef struct server_t:
     int epfd
     int wakefd
+    int timerfd             # wakes the stand-in
     int* listening          # owned array of owned descriptors
     int n_listening
     int n_plain             # the first of them; the others' connections are sealed
@@ -218,6 +244,11 @@ cdef struct server_t:
     server_counts_t counts
 
     pthread_mutex_t lock    # guards what follows
+    body_t spare            # owned: what is kept, if has_spare
+    int64_t spare_until_ns
+    int is_led              # somebody leads; written under the lock, and atomic
+    bint is_armed           # the stand-in will look whether somebody leads; always when nobody does
+    int64_t left_ns         # when the lead was last given up
     pthread_cond_t ended    # the loop has ended
     queue_t queues[QUEUES]
     pthread_cond_t handlers_queued      # a message or a proposal, or the end
@@ -233,8 +264,9 @@ cdef struct server_t:
     int n_heads
     int next_head
 
+    int has_spare           # SPARE_, atomic
     int wants_returned      # atomic: the loop is to be woken for every connection given back
-    conn_t* oldest          # the loop's own from here on
+    conn_t* oldest          # the leader's own from here on; the lock hands it over
     conn_t* newest
     conn_t* runnable
     conn_t* runnable_tail
@@ -247,6 +279,8 @@ cdef struct server_t:
     int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
     int64_t handled         # connections that are not ours at the moment
     bint has_queued         # requests for handlers since they were last signalled
+    bint has_signalled      # a handler thread, which is to have the lead next
+    bint has_begun_stop
     bint has_paused
     uint64_t next_id
     uint8_t* answer_503     # owned: for requests that are not waited for
@@ -259,8 +293,8 @@ cdef struct server_t:
 
 cdef inline void body_free(body_t* body) noexcept nogil:
     if body.data is not NULL:
-        if body.is_mapped:
-            munmap(body.data, body.size)
+        if body.mapped > 0:
+            munmap(body.data, body.mapped)
         else:
             free(body.data)
     memset(body, 0, sizeof(body_t))
@@ -271,7 +305,7 @@ cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
     memset(body, 0, sizeof(body_t))
     body.size = size
     if size >= BODY_MAPPED_MIN:
-        body.is_mapped = True
+        body.mapped = size
         body.data = <uint8_t*>mmap(NULL, size, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if body.data is <uint8_t*>MAP_FAILED:
@@ -364,6 +398,56 @@ cdef inline void server_wake(server_t* server) noexcept nogil:
         write(server.wakefd, &one, sizeof(one))
 
 
+cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
+    """Free a body, but keep its memory for a while if it is large. Never waits."""
+    cdef body_t older
+    if body.mapped > 0 and body.mapped <= SPARE_MAX and body.len == body.size \
+            and pthread_mutex_trylock(&server.lock) == 0:
+        if not load_int(&server.is_stopping):       # then nobody would free it
+            older = server.spare
+            server.spare = body[0]
+            body[0] = older
+            server.spare_until_ns = clock_ns() + SPARE_NS
+            if load_int(&server.has_spare) == SPARE_NONE:
+                store_int(&server.has_spare, SPARE_NEW)
+                server_wake(server)
+        pthread_mutex_unlock(&server.lock)
+    body_free(body)
+
+
+cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) noexcept nogil:
+    """Make room in what was kept, if that is neither too small nor more than twice as large."""
+    cdef bint is_fit
+    if size < BODY_MAPPED_MIN or load_int(&server.has_spare) == SPARE_NONE:
+        return False
+    pthread_mutex_lock(&server.lock)
+    is_fit = size <= server.spare.mapped <= 2 * size
+    if is_fit:
+        body[0] = server.spare
+        body.size = size
+        body.len = 0
+        memset(&server.spare, 0, sizeof(body_t))
+        store_int(&server.has_spare, SPARE_NONE)
+    pthread_mutex_unlock(&server.lock)
+    return is_fit
+
+
+cdef inline void server_check_spare(server_t* server) noexcept nogil:
+    """Free what was kept and not used in time, or see to it that it will be."""
+    cdef body_t body
+    memset(&body, 0, sizeof(body))
+    pthread_mutex_lock(&server.lock)
+    if server.now_ns < server.spare_until_ns:
+        store_int(&server.has_spare, SPARE_KNOWN)
+        server_look_at(server, server.spare_until_ns)
+    else:
+        body = server.spare
+        memset(&server.spare, 0, sizeof(body_t))
+        store_int(&server.has_spare, SPARE_NONE)
+    pthread_mutex_unlock(&server.lock)
+    body_free(&body)
+
+
 cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     """Queue the connection's request; its thread has the connection from here on."""
     cdef server_t* server = conn.server
@@ -439,17 +523,19 @@ cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogi
 cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
     """Wait for a request; NULL when there will be none any more. No handler: something general."""
     cdef bint is_general = handler is NULL
-    cdef pthread_cond_t* queued = &server.general_queued if is_general \
-        else &server.handlers_queued
     cdef conn_t* conn
     pthread_mutex_lock(&server.lock)
     conn = server_take(server, is_general)
     while conn is NULL and not server.is_closed:
-        if not is_general:
+        if is_general:
+            pthread_cond_wait(&server.general_queued, &server.lock)
+        elif load_int(&server.is_led) or load_int(&server.is_stopping):
             handler.is_waiting = True
-        pthread_cond_wait(queued, &server.lock)
-        if not is_general:
+            pthread_cond_wait(&server.handlers_queued, &server.lock)
             handler.is_waiting = False
+        else:
+            conn = server_lead(server)
+            continue
         conn = server_take(server, is_general)
     pthread_mutex_unlock(&server.lock)
     return conn
@@ -478,7 +564,8 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
 
     A wake-up and a hand-over of the GIL cost more than a small message, so one thread goes on
     from message to message. But ``process`` may block: while something is queued we look again
-    every QUEUE_CHECK_NS, and count no more on a thread that has been on one request since.
+    every QUEUE_CHECK_NS, and count no more on a thread that has been on one request since. For the
+    stand-in: a handler thread that leads takes what it has queued itself.
     """
     cdef handler_t* handler
     cdef bint is_queued, is_cared_for = False, is_any_waiting = False
@@ -499,6 +586,7 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
         handler = handler.next
     if is_queued and is_any_waiting and not is_cared_for:
         pthread_cond_signal(&server.handlers_queued)
+        server.has_signalled = True
     pthread_mutex_unlock(&server.lock)
     if not is_queued or not is_any_waiting:
         server.queue_check_ns = 0
@@ -742,7 +830,8 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
         return
     size = <size_t>post.content_length
     have = n - post.head_len
-    if not body_init(&conn.request.body, size):
+    if not server_reuse_body(server, &conn.request.body, size) \
+            and not body_init(&conn.request.body, size):
         conn_close(conn)
         return
     if have >= size:
@@ -831,14 +920,14 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         server.buffered_bytes += n
         budget -= <size_t>n
         conn_body_arrived(conn, n)
-        if body.is_mapped and not body.is_huge and body.len >= BODY_HUGE_MIN:
+        if body.mapped > 0 and not body.is_huge and body.len >= BODY_HUGE_MIN:
             body.is_huge = True
             madvise(body.data, body.size, MADV_HUGEPAGE)
         if budget == 0 and body.len < body.size:
             conn_add_runnable(conn)
             return
     # What comes behind the body may have arrived with it, and epoll will not say so again.
-    conn.has_event = True
+    store_int(&conn.has_event, True)
     server.buffered_bytes -= <int64_t>body.len
     server.counts.fast_requests += 1
     conn_deliver(conn)
@@ -1029,9 +1118,11 @@ cdef inline bint conn_send_204(conn_t* conn, answer_204_t* answer) noexcept nogi
 
 
 cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept nogil:
-    """Answer in the handler thread, while the loop sleeps: to wake it would cost as much."""
+    """Answer in the handler thread, unless the loop is awake: to wake it would cost as much."""
+    cdef server_t* server = conn.server
     if conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general \
-            and load_int(&conn.server.is_sleeping) and not conn_send_204(conn, answer):
+            and (load_int(&server.is_sleeping) or not load_int(&server.is_led)) \
+            and not conn_send_204(conn, answer):
         conn.then = THEN_CLOSE
 
 
@@ -1091,7 +1182,7 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         return
     if not flags & ~EPOLLOUT:
         return
-    conn.has_event = conn.has_ended
+    store_int(&conn.has_event, conn.has_ended)  # a thread that has given it back may still look
     if conn.state == CONN_BODY:
         conn_read_body(conn)
     elif conn.state == CONN_LINGERING:
@@ -1176,7 +1267,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
                     # The listener stays, and looks again in a while.
                     server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
                 return
-            # Anything else was the end of the one connection (accept(2)).
+            continue    # anything else was the end of the one connection (accept(2))
         conn.server = server
         server.next_id += 1
         conn.id = server.next_id
@@ -1245,6 +1336,8 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             server_signal_handlers(server, True)
         else:
             server.next_deadline_ns = server.queue_check_ns
+    if load_int(&server.has_spare) != SPARE_NONE:
+        server_check_spare(server)
     if server.accept_at_ns > 0:
         if server.now_ns >= server.accept_at_ns:
             server_resume_accept(server)
@@ -1317,56 +1410,144 @@ cdef inline int server_timeout_ms(server_t* server) noexcept nogil:
     return <int>left if left < 3600000 else 3600000
 
 
-cdef inline void* server_main(void* argument) noexcept nogil:
-    """The thread. Ends when told to, once no connection is left or the deadline is over."""
-    cdef server_t* server = <server_t*>argument
+cdef inline bint server_turn(server_t* server) noexcept nogil:
+    """One turn of the loop, by the thread that leads; False once it has ended.
+
+    Does not wait while requests for handlers are queued, but looks for what has come: a caller who
+    sends ahead would otherwise be the only one read.
+    """
     cdef epoll_event events[SERVER_EVENTS]
     cdef void* pointer
-    cdef bint has_begun_stop = False
     cdef int n, i, timeout_ms
-    while True:
-        if server.runnable is not NULL:
-            server_run_runnable(server)
-        server_free_buried(server)
-        if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
-                and not has_begun_stop:
-            server_resume_accept(server)
-        if load_int(&server.is_stopping):
-            if not has_begun_stop:
-                has_begun_stop = True
-                server_begin_stop(server)
-                continue
-            if server.oldest is NULL or load_int(&server.is_stopping) == 2:
-                break
-        if server.has_queued:
-            server_signal_handlers(server, False)
-        if server.handled > 0:
-            # What is answered without waking us is to be idle from some time on.
-            server_look_at(server, server.now_ns + server.limits.idle_timeout_ns)
-        timeout_ms = 0 if server.runnable is not NULL else server_timeout_ms(server)
-        if timeout_ms != 0:
-            store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
-            store_int(&server.is_sleeping, 1)
-            if load_ptr(<void**>&server.returned) is not NULL \
-                    or (load_int(&server.is_stopping) and not has_begun_stop) \
-                    or load_int(&server.is_stopping) == 2:
-                timeout_ms = 0
-        n = epoll_wait(server.epfd, events, SERVER_EVENTS, timeout_ms)
-        store_int(&server.is_sleeping, 0)
+    if load_ptr(<void**>&server.returned) is not NULL:
         server.now_ns = clock_ns()
-        # Before the events: what was answered is idle again, and can make room for a caller.
         server_run_returned(server)
-        for i in range(n):
-            pointer = events[i].data.ptr
-            if pointer is NULL:
-                continue
-            if <void*>server.listening <= pointer \
-                    < <void*>(server.listening + server.n_listening):
-                server_accept(server, (<int*>pointer)[0])
-            else:
-                conn_ready(<conn_t*>pointer, events[i].events)
-        if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
-            server_check_deadlines(server)
+    if server.runnable is not NULL:
+        server_run_runnable(server)
+    server_free_buried(server)
+    if load_int(&server.has_spare) == SPARE_NEW:
+        server_check_spare(server)
+    if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
+            and not server.has_begun_stop:
+        server_resume_accept(server)
+    if load_int(&server.is_stopping):
+        if not server.has_begun_stop:
+            server.has_begun_stop = True
+            server_begin_stop(server)
+            return True
+        if server.oldest is NULL or load_int(&server.is_stopping) == 2:
+            return False
+    if server.handled > 0:
+        # What is answered without waking us is to be idle from some time on.
+        server_look_at(server, server.now_ns + server.limits.idle_timeout_ns)
+    timeout_ms = 0
+    if server.runnable is NULL and not server.has_queued:
+        timeout_ms = server_timeout_ms(server)
+    if timeout_ms != 0:
+        store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
+        store_int(&server.is_sleeping, 1)
+        if load_ptr(<void**>&server.returned) is not NULL \
+                or load_int(&server.has_spare) == SPARE_NEW \
+                or (load_int(&server.is_stopping) and not server.has_begun_stop) \
+                or load_int(&server.is_stopping) == 2:
+            timeout_ms = 0
+    n = epoll_wait(server.epfd, events, SERVER_EVENTS, timeout_ms)
+    store_int(&server.is_sleeping, 0)
+    server.now_ns = clock_ns()
+    # Before the events: what was answered is idle again, and can make room for a caller.
+    server_run_returned(server)
+    for i in range(n):
+        pointer = events[i].data.ptr
+        if pointer is NULL:
+            continue
+        if <void*>server.listening <= pointer \
+                < <void*>(server.listening + server.n_listening):
+            server_accept(server, (<int*>pointer)[0])
+        else:
+            conn_ready(<conn_t*>pointer, events[i].events)
+    if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
+        server_check_deadlines(server)
+    return True
+
+
+# -- who leads
+
+cdef inline void server_arm(server_t* server, int64_t after_ns) noexcept nogil:
+    """Have the stand-in look after so long. The caller holds the lock."""
+    cdef itimerspec at
+    memset(&at, 0, sizeof(at))
+    at.it_value.tv_nsec = <long>after_ns
+    server.is_armed = True
+    timerfd_settime(server.timerfd, 0, &at, NULL)
+
+
+cdef inline void server_leave(server_t* server) noexcept nogil:
+    """Give up the lead. The caller holds the lock.
+
+    The timer is not disarmed when somebody leads again: that would be a system call per message.
+    """
+    store_int(&server.is_led, False)
+    server.left_ns = server.now_ns
+    if not server.is_armed:
+        server_arm(server, STAND_IN_NS)
+
+
+cdef inline conn_t* server_lead(server_t* server) noexcept nogil:
+    """Lead until there is a request for this handler thread, or the loop is to stop: NULL.
+
+    The caller holds the lock, which is let go of meanwhile, and nobody leads.
+    """
+    cdef conn_t* conn = NULL
+    store_int(&server.is_led, True)
+    server.queue_check_ns = 0       # we come to what is queued ourselves
+    while conn is NULL and not load_int(&server.is_stopping):
+        pthread_mutex_unlock(&server.lock)
+        while not server.has_queued and not load_int(&server.is_stopping):
+            server_turn(server)
+        pthread_mutex_lock(&server.lock)
+        server.has_queued = False
+        conn = server_take(server, False)
+    server_leave(server)
+    return conn
+
+
+cdef inline void server_stand_by(server_t* server) noexcept nogil:
+    """Give up the lead, and take it again when nobody has had it for STAND_IN_NS."""
+    cdef uint64_t expirations
+    cdef int64_t left_ns
+    server.has_signalled = False
+    pthread_mutex_lock(&server.lock)
+    server_leave(server)
+    while True:
+        pthread_mutex_unlock(&server.lock)
+        read(server.timerfd, &expirations, sizeof(expirations))
+        pthread_mutex_lock(&server.lock)
+        server.is_armed = False
+        if load_int(&server.is_led):
+            continue
+        left_ns = server.left_ns + STAND_IN_NS - clock_ns()
+        if left_ns <= 0:
+            break
+        server_arm(server, left_ns)
+    store_int(&server.is_led, True)
+    pthread_mutex_unlock(&server.lock)
+    server.has_queued = True        # perhaps, and whoever was to come to it may be stuck
+
+
+cdef inline void* server_main(void* argument) noexcept nogil:
+    """The native thread: leads at first, and whenever no handler thread is there to.
+
+    Ends when told to, once no connection is left or the deadline is over.
+    """
+    cdef server_t* server = <server_t*>argument
+    cdef bint has_stood_by = False
+    while server_turn(server):
+        if server.has_queued:
+            server_signal_handlers(server, has_stood_by)
+            has_stood_by = False
+        if server.has_signalled and not server.has_begun_stop:
+            server_stand_by(server)
+            has_stood_by = True
     server_end(server)
     return NULL
 
@@ -1408,6 +1589,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         following = conn.next_returned
         conn_free(conn)
         conn = following
+    body_free(&server.spare)
     server.counts.connections = 0
     server.is_closed = True
     pthread_cond_broadcast(&server.handlers_queued)
@@ -1424,7 +1606,7 @@ cdef inline int server_init(server_t* server, const server_limits_t* limits) noe
     cdef int error
     memset(server, 0, sizeof(server_t))
     server.limits = limits[0]
-    server.epfd = server.wakefd = -1
+    server.epfd = server.wakefd = server.timerfd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
             or cond_init_monotonic(&server.handlers_queued) != 0 \
             or cond_init_monotonic(&server.general_queued) != 0 \
@@ -1433,9 +1615,11 @@ cdef inline int server_init(server_t* server, const server_limits_t* limits) noe
     server.epfd = epoll_create1(EPOLL_CLOEXEC)
     if server.epfd >= 0:
         server.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if server.wakefd >= 0:
+        server.timerfd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC)
     event.events = EPOLLIN | EPOLLET
     event.data.ptr = NULL
-    if server.wakefd < 0 or epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event) != 0:
+    if server.timerfd < 0 or epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event) != 0:
         error = errno
         server_free(server)
         return error
@@ -1464,13 +1648,16 @@ cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
         close(server.epfd)
     if server.wakefd >= 0:
         close(server.wakefd)
-    server.epfd = server.wakefd = -1
+    if server.timerfd >= 0:
+        close(server.timerfd)
+    server.epfd = server.wakefd = server.timerfd = -1
 
 
 cdef inline int server_start(server_t* server) noexcept nogil:
     """Start the thread; 0 or an errno."""
     server.now_ns = clock_ns()
     server_resume_accept(server)
+    server.is_led = True            # by the thread to be started
     return thread_start(&server.thread, server_main, server, b"pipeline-serve")
 
 

@@ -88,6 +88,14 @@ cdef extern from "<sys/eventfd.h>" nogil:
         EFD_CLOEXEC
         EFD_NONBLOCK
 
+cdef extern from "<sys/timerfd.h>" nogil:
+    struct itimerspec:
+        timespec it_interval
+        timespec it_value
+    int timerfd_create(int, int)
+    int timerfd_settime(int, int, const itimerspec*, itimerspec*)
+    enum: TFD_CLOEXEC
+
 cdef extern from "<sys/socket.h>" nogil:
     ctypedef unsigned int socklen_t
     struct msghdr:
@@ -142,6 +150,7 @@ cdef extern from "<netinet/tcp.h>" nogil:
     enum: TCP_INFO
 
 cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int, void*, size_t)
     ssize_t write(int, const void*, size_t)
     int close(int)
 

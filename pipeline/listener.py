@@ -60,11 +60,12 @@ class Listener:
 
     Notes
     -----
-    When the constructor returns, connections are accepted. One native I/O thread reads, decodes
-    and writes for all connections; ``config.handlers`` Python threads
-    (``pipeline-handler-<port>-<n>``, daemons) call Raft, and one (``pipeline-general-<port>``) sees
-    to everything that is not a message, and to TLS. Of several handler threads one is never given
-    a MsgProp: proposals may wait for a leader, and a leader is elected by messages. Thread-safe.
+    When the constructor returns, connections are accepted. ``config.handlers`` Python threads
+    (``pipeline-handler-<port>-<n>``, daemons) call Raft. One that has nothing to do reads, decodes
+    and writes for all connections, without the GIL; when none is free, a native thread does. One
+    more (``pipeline-general-<port>``) sees to everything that is not a message, and to TLS. Of
+    several handler threads one is never given a MsgProp: proposals may wait for a leader, and a
+    leader is elected by messages. Thread-safe.
     """
 
     def __init__(

@@ -279,7 +279,7 @@ class Pipeline(Sender):
             self.begin_handshake(index, HANDSHAKE_TIMEOUT_S)
             self._shake(index, self._lines[index].begin_tls(), b"")
         elif event is Event.FAILED:
-            self._fail(index, self._unreachable(index, error_text(error)))
+            self._fail(index, self._unreachable(index, self._reason(index, error)))
         elif event is Event.SUCCEEDED:
             self._succeed(index)
         else:
@@ -463,6 +463,11 @@ class Pipeline(Sender):
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
         self.finish(index, False)
         self._give_back(index)
+
+    def _reason(self, index: int, error: int) -> str:
+        tunnel = self._lines[index].tunnel
+        is_shaking = tunnel is not None and not tunnel.is_established
+        return f"{'TLS handshake: ' if is_shaking else ''}{error_text(error)}"
 
     def _unreachable(
         self, index: int, reason: str, cause: BaseException | None = None

@@ -414,7 +414,9 @@ def test_a_body_that_is_slow_arrives(framing: str, rate: int) -> None:
         assert read_status(sock) == 204
 
 
-@pytest.mark.parametrize("case", ["no descriptors", "announced", "forks", "blocked memory"])
+@pytest.mark.parametrize(
+    "case", ["no descriptors", "announced", "forks", "blocked memory", "idle", "held GIL"]
+)
 def test_in_a_process_of_its_own(case: str) -> None:
     result = run("receiver.py", case)
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr

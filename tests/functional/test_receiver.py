@@ -22,7 +22,15 @@ from pipeline.errors import RequestRejected
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
-from tests.functional.test_listener import ANY, GOOD, ipv6, is_closed, listen, listener_threads
+from tests.functional.test_listener import (
+    A_SECOND,
+    ANY,
+    GOOD,
+    ipv6,
+    is_closed,
+    listen,
+    listener_threads,
+)
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.http import (
     HEARTBEAT,
@@ -376,6 +384,57 @@ def test_bodies_are_not_read_while_all_handlers_are_busy(gate: threading.Event) 
     assert len(raft.processed[1].entries[0].data or b"") == 64 * MIB
 
 
+# Who leads
+
+
+def test_the_loop_goes_on_while_the_thread_that_ran_it_is_blocked(gate: threading.Event) -> None:
+    raft = FakeRaft()
+    config = ReceiverConfig(handlers=1, head_timeout_s=A_SECOND)
+    with listen(raft, config=config) as listener:
+        post_heartbeat(listener.url)  # from now on the handler thread leads
+        raft.gate = gate
+        with dial(listener.url) as blocked, dial(listener.url) as late:
+            blocked.sendall(GOOD)
+            raft.wait_processed(2)
+            late.sendall(GOOD[:9])
+            settle(listener)
+            stranger = peer_headers(x_etcd_cluster_id="1")
+            assert reply_of_socket(listener.url, "POST", "/raft", stranger, b"").status == 412
+            assert is_closed(late)
+            assert listener.stats().head_timeouts == 1
+            gate.set()
+            assert read_status(blocked) == 204
+        assert post_heartbeat(listener.url).status == 204
+
+
+@pytest.mark.parametrize("handlers", [1, 2, 4])
+def test_nothing_is_lost_when_the_lead_changes_hands(handlers: int) -> None:
+    class Uneven(FakeRaft):
+        def process(self, message: Message) -> None:
+            super().process(message)
+            time.sleep((0.0, 0.0002, 0.0006, 0.002)[len(self.processed) % 4])
+
+    def call() -> None:
+        with dial(listener.url) as sock:
+            for n in range(40):
+                sock.sendall(GOOD)
+                assert read_status(sock) == 204
+                if n % 8 == 0:
+                    settle(listener)
+        done.release()
+
+    raft = Uneven()
+    done = threading.Semaphore(0)
+    with listen(raft, config=ReceiverConfig(handlers=handlers)) as listener:
+        threads = [threading.Thread(target=call) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG_TIMEOUT)
+            assert done.acquire(blocking=False), "an answer did not come"
+        assert len(raft.processed) == 6 * 40
+
+
 # Bodies
 
 SIZES = [
@@ -425,6 +484,44 @@ def test_a_64_mib_snapshot_is_one_copy_whose_memory_is_given_back() -> None:
             del received
             raft.processed.clear()
             wait_for_memory(bound)  # the handler may not be through with it
+
+
+def test_memory_used_again_holds_the_new_body_and_only_that() -> None:
+    raft = FakeRaft()
+    sizes = [3 * MIB, 2 * MIB, MIB, 3 * MIB + 1, 5 * MIB, 2 * MIB, 2 * MIB]
+    with listen(raft) as listener, dial(listener.url) as sock:
+        kept: list[tuple[Message, bytes]] = []
+        for n, size in enumerate(sizes * 2):
+            data = os.urandom(MIB) * (size // MIB) + bytes([n]) * (size % MIB)
+            body = Message(type=MessageType.APP, from_=1, entries=[Entry(data=data)]).marshal()
+            sock.sendall(head_of(body))
+            sock.sendall(body)
+            assert read_status(sock) == 204
+            message = raft.processed.pop()
+            assert message.entries[0].data == data
+            if n % 3 == 0:  # what the node keeps is not touched; the rest may be used again
+                kept.append((message, data))
+            del message
+        for message, data in kept:
+            assert message.entries[0].data == data
+
+
+@pytest.mark.parametrize("freed", ["before", "after"])
+def test_no_memory_is_kept_once_the_listener_is_closed(freed: str) -> None:
+    raft = FakeRaft()
+    body = message_of(MessageType.APP, 64 * MIB)
+    listener = listen(raft)
+    before = rss()
+    with dial(listener.url) as sock:
+        sock.sendall(head_of(body))
+        sock.sendall(body)
+        assert read_status(sock) == 204
+    if freed == "before":
+        raft.processed.clear()
+    listener.close()
+    raft.processed.clear()
+    # At once: a listener that runs would keep it for two seconds.
+    assert rss() - before < 8 * MIB
 
 
 def test_a_malformed_64_mib_body_is_answered_400() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import resource
 import socket
+import struct
 import sys
 import threading
 import time
@@ -12,7 +14,7 @@ import warnings
 
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
-from tests.functional.test_listener import GOOD, dial, listen
+from tests.functional.test_listener import GOOD, dial, is_closed, listen
 from tests.support.http import post_heartbeat, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
@@ -91,7 +93,7 @@ def forks() -> None:
     listener = listen(FakeRaft())
     sock = dial(listener.url)
     sock.sendall(GOOD)
-    assert read_status(sock) == 204
+    assert read_status(sock) == 204  # and that handler thread runs the loop from here on
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -148,11 +150,65 @@ def blocked_memory() -> None:
     listener.close()
 
 
+def idle() -> None:
+    """A listener with nothing to do sleeps, whoever leads."""
+    gate = threading.Event()
+    raft = FakeRaft()
+    listener = listen(raft, config=ReceiverConfig(handlers=1))
+    for leader in ("a handler thread", "the stand-in"):
+        with dial(listener.url) as sock:
+            sock.sendall(GOOD)
+            raft.wait_processed(1)
+            time.sleep(0.1)  # a timer may go off once more
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+            time.sleep(0.5)
+            woken = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+            assert woken < 50, f"woken {woken} times in 0.5 s while {leader} leads"
+            gate.set()
+            assert read_status(sock) == 204
+        gate.clear()
+        raft.gate = gate
+        raft.processed.clear()
+    listener.close()
+
+
+def held_gil() -> None:
+    """The loop goes on while the thread that ran it waits for the GIL with a message."""
+    port = mmap.mmap(-1, 4)
+    caller = os.fork()  # while there are no threads
+    if caller == 0:
+        while port[:] == bytes(4):
+            time.sleep(0.001)
+        url = f"http://127.0.0.1:{struct.unpack('=I', port)[0]}"
+        with dial(url) as message, dial(url) as late:
+            message.sendall(GOOD)
+            late.sendall(GOOD[:9])
+            os._exit(0 if is_closed(late) and read_status(message) == 204 else 1)
+    raft = FakeRaft()
+    listener = listen(raft, config=ReceiverConfig(head_timeout_s=0.5))
+    with dial(listener.url) as sock:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204  # the head is known, and a handler thread leads
+    sys.setswitchinterval(1000)
+    deadline = time.monotonic() + 20
+    port[:] = struct.pack("=I", int(listener.url.rpartition(":")[2]))
+    while listener.stats().head_timeouts < 1:  # nothing here gives up the GIL
+        if time.monotonic() > deadline:
+            sys.exit("the loop stands still")
+    assert len(raft.processed) == 1, "the GIL was given up"
+    sys.setswitchinterval(0.005)
+    assert os.waitpid(caller, 0)[1] == 0
+    assert len(raft.processed) == 2
+    listener.close()
+
+
 CASES = {
     "no descriptors": no_descriptors,
     "announced": announced,
     "forks": forks,
     "blocked memory": blocked_memory,
+    "idle": idle,
+    "held GIL": held_gil,
 }
 case, *arguments = sys.argv[1:]
 if case == "exits":

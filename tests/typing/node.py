@@ -1,6 +1,16 @@
 """A node: what implements ``Raft``, and what does not."""
 
-from pipeline import Message, Pipeline, Raft, RequestRejected, SnapshotStatus, Transport
+from pathlib import Path
+
+from pipeline import (
+    Message,
+    Pipeline,
+    Raft,
+    RequestRejected,
+    SnapshotStatus,
+    TLSInfo,
+    Transport,
+)
 
 
 class Node:
@@ -48,3 +58,13 @@ Pipeline(2, ["http://127.0.0.1:2380"], Node(), member_id=1, cluster_id=0x77)
 Pipeline(2, ["http://127.0.0.1:2380"], Deaf(), member_id=1, cluster_id=0x77)  # type: ignore[arg-type]
 Transport(1, 0x77, Node(), remote_policy=lambda member_id, urls, caller: len(urls) == 1)
 Transport(1, 0x77, Node(), remote_policy=lambda member_id: True)  # type: ignore[arg-type, misc]
+
+files = TLSInfo(
+    cert_file="cert",
+    key_file=Path("key"),
+    trusted_ca_file="ca",
+    allow_member=lambda certificate, member_id: member_id == len(certificate["subject"]),
+)
+Transport(1, 0x77, Node(), tls=files)
+Transport(1, 0x77, Node(), tls="files")  # type: ignore[arg-type]
+TLSInfo(cert_file="cert", key_file="key", allowed_cn="etcd")  # type: ignore[arg-type]
