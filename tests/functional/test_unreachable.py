@@ -9,6 +9,7 @@ import pytest
 from pipeline import MessageType, Pipeline, PipelineConfig, SendResult, SnapshotStatus, UsageError
 from pipeline.dispatcher import Dispatcher
 from pipeline.peer import Peer
+from pipeline.snapshot_sender import RateLimiter
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, eventually, message, pipeline_to, settle
 from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, always, in_turn
@@ -104,6 +105,8 @@ def test_a_refusal_is_told_unless_raft_knows(is_unreachable: bool) -> None:
             server_version="3.5.1",
             min_cluster_version="3.0.0",
             on_critical_error=None,
+            limiter=RateLimiter(None),
+            snapshot_answer_timeout_s=10.0,
         )
         if is_unreachable:
             peer.status.deactivate("sendMsgSnap", "post", "as another channel does")
