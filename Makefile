@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
 ASAN_SITE := build/asan/site
 
-.PHONY: build test lint typecheck demo bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan \
-	clean raftpb help
+.PHONY: build test lint typecheck demo three-nodes bench bench-peers bench-growth bench-snapshot bench-check \
+	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo test lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
+	@echo "make demo three-nodes test lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ build: $(VENV)/.built
 
 demo: build
 	$(BIN)/raft-pipeline demo
+
+three-nodes: build
+	$(BIN)/python -m pipeline.examples.three_nodes
 
 test: build
 	$(BIN)/python -m pytest

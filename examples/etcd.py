@@ -15,6 +15,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -25,7 +26,16 @@ import urllib3
 
 from pipeline import Entry, EntryType, TLSInfo
 
-__all__ = ["EtcdError", "EtcdMember", "cluster_id", "find_etcd", "free_port", "member_id", "put_of"]
+__all__ = [
+    "EtcdError",
+    "EtcdMember",
+    "cluster_id",
+    "find_etcd",
+    "free_port",
+    "member_id",
+    "put_of",
+    "puts_in",
+]
 
 #: How long a member may take to start and to find its leader. It takes 2 s on an idle machine,
 #: most of it the first election's timeout.
@@ -260,6 +270,14 @@ class EtcdMember:
         # An empty value is left out of the JSON.
         return base64.b64decode(found[0].get("value", "")) if found else None
 
+    def items(self) -> dict[bytes, bytes]:
+        """Read every key, linearizably."""
+        zero = _to_base64(b"\0")  # as the end of a range: none
+        found = self.call("/v3/kv/range", {"key": zero, "range_end": zero}).get("kvs", [])
+        assert isinstance(found, list)
+        decode = base64.b64decode
+        return {decode(pair["key"]): decode(pair.get("value", "")) for pair in found}
+
     def move_leader(self, target_id: int) -> None:
         """Hand the leadership over; returns when ``target_id`` leads."""
         # uint64 is a decimal string in the gateway's JSON.
@@ -296,6 +314,35 @@ def put_of(entry: Entry) -> tuple[bytes, bytes] | None:
     fields = dict(_fields(put))
     key, value = fields.get(1, b""), fields.get(2, b"")
     return (key, value) if isinstance(key, bytes) and isinstance(value, bytes) else None
+
+
+def puts_in(database: Path) -> set[tuple[bytes, bytes]]:
+    """Return key and value of each put that an etcd database has, of all revisions.
+
+    For a database as etcd sends it, of a little-endian machine. It is bbolt's B+ tree: a page has
+    a header of 16 bytes (flags at 8, number of elements at 10), 16 bytes for each element, and what
+    these point to. Page 0 says how large a page is and where the root is. The bucket ``key`` has a
+    protobuf ``KeyValue`` for each revision: key (1), value (5).
+    """
+    data = database.read_bytes()
+    page_bytes, root = struct.unpack_from("<8xI4xQ", data, 16)
+
+    def elements(pages: bytes, start: int) -> Iterator[tuple[bytes, bytes]]:
+        flags, count = struct.unpack_from("<8xHH", pages, start)
+        for at in range(start + 16, start + 16 + 16 * count, 16):
+            if flags & 1:  # a branch: its elements are pages
+                yield from elements(data, struct.unpack_from("<8xQ", pages, at)[0] * page_bytes)
+            else:
+                offset, key_bytes, value_bytes = struct.unpack_from("<4xIII", pages, at)
+                middle = at + offset + key_bytes
+                yield pages[at + offset : middle], pages[middle : middle + value_bytes]
+
+    bucket = dict(elements(data, root * page_bytes))[b"key"]
+    (root,) = struct.unpack_from("<Q", bucket)
+    # A small bucket has its only page behind its header of 16 bytes.
+    revisions = elements(data, root * page_bytes) if root else elements(bucket, 16)
+    puts = (dict(_fields(value)) for _, value in revisions)
+    return {(bytes(put[1]), bytes(put.get(5, b""))) for put in puts}
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

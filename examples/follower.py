@@ -43,7 +43,8 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a member stands at one instant. ``leader`` and ``vote`` are 0 when there is none."""
+    """Where a member stands at one instant. ``leader``, ``vote`` and ``snapshot_index`` (of the
+    last entry that a snapshot stands for) are 0 when there is none."""
 
     role: Role
     term: int
@@ -51,6 +52,7 @@ class State:
     leader: int
     commit: int
     last_index: int
+    snapshot_index: int
 
 
 class Follower:
@@ -217,7 +219,15 @@ class Follower:
     # From here on the lock is held.
 
     def _state(self) -> State:
-        return State(self._role, self._term, self._vote, self._leader, self._commit, self._last)
+        return State(
+            self._role,
+            self._term,
+            self._vote,
+            self._leader,
+            self._commit,
+            self._last,
+            self._base,
+        )
 
     @property
     def _last(self) -> int:

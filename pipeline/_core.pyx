@@ -24,8 +24,8 @@ from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED,
-    EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL,
-    EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_STEP_BYTES,
+    EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED,
+    EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
     OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTING, SEAL_NONE, SEAL_READING,
     SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init,
     loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop, pipe_count,
@@ -841,7 +841,7 @@ cdef class Sender:
         """
         cdef worker_t* worker = self.worker(index)
         cdef size_t n = PyBytes_GET_SIZE(head)
-        cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX)
+        cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX + LOOP_JOINED_MAX)
         if copy is NULL:
             raise MemoryError
         memcpy(copy, PyBytes_AS_STRING(head), n)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
+import tempfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
+from pipeline import Entry
 from pipeline.examples import three_nodes
+from pipeline.examples.etcd import put_of, puts_in
+from pipeline.examples.three_nodes import Put
 from tests.functional.test_demo import assert_nothing_is_left
 
 #: It takes 4 s on an idle machine.
@@ -27,17 +33,82 @@ def test_each_node_goes_and_comes_back_and_no_write_is_lost(tmp_path: Path) -> N
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    told = result.stdout.splitlines()
-    for line in (
+    told = iter(result.stdout.splitlines())
+    for expected in (
+        "etcd 3.* leads; we are * and *",
+        "TLS everywhere, with certificates on both sides",
         "20 writes: both of ours have them",
-        "40 writes: committed by etcd and one; two has 20",
-        "two is back and has caught up: 40",
-        "one is gone; 60 writes: committed by etcd and two; one has 40",
+        "certificates replaced, connections made anew; 40 writes: both have them",
+        "one is gone, and etcd has noticed",
+        "60 writes: committed by etcd and two; one has 40",
         "one is back and has caught up: 60",
+        "two is gone and has lost its log; 180 writes: committed by etcd and one",
+        "etcd was killed and is back without its old log, elected by one in term *",
+        "two is back: etcd posted its database to /raft/snapshot, * bytes with 180 writes",
+        "two goes on behind index *; 200 writes: both of ours have them",
+        "one sent * messages in all its lives; * failed",
+        "two sent * messages in all its lives; * failed",
+        "etcd holds 200 of 200 writes",
+        "one holds 200 of 200 writes",
+        "two holds 200 of 200 writes",
+        "200/200 writes are in all three",
     ):
-        assert line in told
-    assert told[-1] == "80/80 writes are in all three"
+        assert fnmatchcase(line := next(told), expected), line
+    assert list(told) == []
     assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.etcd
+def test_a_node_that_misses_a_write_ends_the_story(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def all_but_one(entry: Entry) -> Put | None:
+        put = put_of(entry)
+        return None if put is not None and put[0] == b"key 7" else put
+
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
+    monkeypatch.setattr(three_nodes, "put_of", all_but_one)
+    monkeypatch.setattr(three_nodes, "TIMEOUT_S", 1.0)
+    assert three_nodes.main() == 1
+    assert capsys.readouterr().err == "not within 1 s: one has 20 writes\n"
+    assert_nothing_is_left(tmp_path)
+
+
+WRITTEN = {(b"key %d" % n, b"value") for n in range(3)}
+
+
+@pytest.mark.parametrize("node", ["etcd", "one", "two"])
+@pytest.mark.parametrize(
+    ("held", "line"),
+    [
+        (WRITTEN - {(b"key 1", b"value")}, "holds 2 of 3 writes"),
+        (
+            WRITTEN - {(b"key 1", b"value")} | {(b"key 1", b"other")},
+            "holds 2 of 3 writes and 1 that nobody made",
+        ),
+        (WRITTEN | {(b"key 3", b"value")}, "holds 3 of 3 writes and 1 that nobody made"),
+    ],
+    ids=["lost", "changed", "made up"],
+)
+def test_the_verdict_names_who_does_not_hold_the_same_writes(
+    capsys: pytest.CaptureFixture[str], node: str, held: set[Put], line: str
+) -> None:
+    everybody = {"etcd": WRITTEN, "one": WRITTEN, "two": WRITTEN}
+    assert three_nodes.tell_verdict(WRITTEN, everybody)
+    capsys.readouterr()
+    assert not three_nodes.tell_verdict(WRITTEN, {**everybody, node: held})
+    told = capsys.readouterr().out.splitlines()
+    assert f"{node} {line}" in told
+    assert told[-1] == f"{len(WRITTEN & held)}/3 writes are in all three"
+
+
+@pytest.mark.parametrize(("is_whole", "code"), [(True, 0), (False, 1)])
+def test_the_exit_code_is_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, is_whole: bool, code: int
+) -> None:
+    monkeypatch.setattr(three_nodes, "find_etcd", lambda: Path("/bin/false"))
+    monkeypatch.setattr(three_nodes, "run", lambda *_: is_whole)
+    assert three_nodes.main() == code
 
 
 def test_without_an_etcd_one_line_names_the_extra(
@@ -48,9 +119,33 @@ def test_without_an_etcd_one_line_names_the_extra(
     assert "raft-pipeline[cli]" in capsys.readouterr().err
 
 
+def test_without_trustme_one_line_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(three_nodes, "find_etcd", lambda: Path("/bin/false"))
+    monkeypatch.setitem(sys.modules, "trustme", None)
+    assert three_nodes.main() == 1
+    assert "raft-pipeline[cli]" in capsys.readouterr().err
+
+
 def test_an_etcd_that_does_not_start_is_told_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(three_nodes, "find_etcd", lambda: Path("/bin/false"))
     assert three_nodes.main() == 1
     assert "etcd ended instead of starting" in capsys.readouterr().err
+
+
+def test_a_database_whose_bucket_is_inside_its_parent_is_read(tmp_path: Path) -> None:
+    """As bbolt writes a small one."""
+
+    def leaf(key: bytes, value: bytes) -> bytes:
+        header = struct.pack("<QHHI", 0, 2, 1, 0)
+        return header + struct.pack("<IIII", 0, 16, len(key), len(value)) + key + value
+
+    put = b"\x0a\x01k\x10\x02\x18\x02\x20\x01\x2a\x01v"  # KeyValue(k, 2, 2, 1, v)
+    bucket = struct.pack("<QQ", 0, 0) + leaf(bytes(17), put)
+    meta = struct.pack("<QHHI", 0, 4, 0, 0) + struct.pack("<IIIIQQ", 0xED0CDAED, 2, 4096, 0, 1, 0)
+    database = tmp_path / "db"
+    database.write_bytes(meta.ljust(4096, b"\0") + leaf(b"key", bucket))
+    assert puts_in(database) == {(b"k", b"v")}

@@ -14,6 +14,9 @@ from pipeline.examples.follower import Follower
 from tests.support import LONG_TIMEOUT
 from tests.support.tls import Authority
 
+#: Writes that a member has missed whose log is lost (``left_behind``).
+LEFT_BEHIND = 300
+
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     """Poll something that cannot be waited for otherwise, such as another process."""
@@ -133,19 +136,21 @@ def left_behind(
     authority: Authority | None = None,
 ) -> Iterator[Cluster]:
     """A cluster whose etcd has to send its snapshot: our member has lost its log."""
-    # etcd keeps 5,000 entries behind its snapshot for those who are a little late.
     flags = ("--snapshot-count", "100")
     cluster = Cluster(directory, config=config, flags=flags, authority=authority)
     try:
         cluster.start()
         with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(5300)):
+            for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(LEFT_BEHIND)):
                 pass
+        wait_until(lambda: "saved snapshot" in cluster.etcd.log_tail(10_000), "etcd's snapshot")
         cluster.stop_ours()
         cluster.follower = RecordingFollower(
             cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots
         )
-        cluster.etcd.stop()  # a leader does not forget how far a follower was
+        # A leader does not forget how far a follower was; and while it runs it keeps 5,000 entries
+        # behind its snapshot, after a restart none.
+        cluster.etcd.stop()
         cluster.start_ours()
         cluster.etcd.start()
         yield cluster
