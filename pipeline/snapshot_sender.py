@@ -298,7 +298,7 @@ class SnapshotTransfer:
         if self.link is not None:
             self.link.close()
         if isinstance(self.source, FileSource):
-            self.source.close()
+            close_quietly(self.source)  # the application's file may raise: others come after it
         self.future = concurrent.futures.Future()
         self.future.set_exception(SnapshotCancelledError("stopped"))
 

@@ -857,6 +857,28 @@ def test_the_one_that_waits_ends_though_its_peer_is_removed_after_a_stop(
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)] * 2
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12: threads
+def test_a_file_that_cannot_be_closed_ends_no_fork(
+    server: ScriptedServer, transport: Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise OSError("no")
+
+    path = tmp_path / "db"
+    path.write_bytes(b"x")
+    server.script = server.hold
+    transport.send_snapshot(snapshot_message(), b"x")
+    waiting = transport.send_snapshot(snapshot_message(), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(waiting.source, "close", fail)
+        pid = os.fork()
+        if pid == 0:  # letting go of the transfers comes last
+            os._exit(0 if transport._peers[PEER].snapshots._waiting is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    server.release.set()
+    waiting.result(LONG_TIMEOUT)
+
+
 def test_transfers_to_different_peers_run_side_by_side(
     server: ScriptedServer, transport: Transport, raft: FakeRaft
 ) -> None:
