@@ -13,8 +13,6 @@ from pipeline.tls import Credentials
 __all__ = ["Tunnel", "tls_reason"]
 
 _READ_BYTES = 64 * 1024
-#: The buffer that OpenSSL writes to is emptied at this length: it never shrinks.
-_BUFFER_BYTES = 64 * 1024
 
 
 class Tunnel:
@@ -39,7 +37,6 @@ class Tunnel:
         self._credentials = credentials
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._sealed: list[bytes] = []  # taken out of it
         self._tls = credentials.client_context.wrap_bio(
             self._incoming, self._outgoing, server_hostname=host
         )
@@ -84,19 +81,13 @@ class Tunnel:
 
     def seal(self, data: bytes | memoryview) -> None:
         """Encrypt; what it becomes is added to what :meth:`outgoing` returns next."""
-        written = 0
+        written = self._tls.write(data)
         while written < len(data):
-            if self._outgoing.pending >= _BUFFER_BYTES:
-                self._sealed.append(self._outgoing.read())
-            written += self._tls.write(memoryview(data)[written : written + _BUFFER_BYTES])
+            written += self._tls.write(memoryview(data)[written:])
 
     def outgoing(self) -> bytes:
         """Take what is to be sent."""
-        sealed = self._outgoing.read()
-        if self._sealed:
-            sealed = b"".join((*self._sealed, sealed))
-            self._sealed.clear()
-        return sealed
+        return self._outgoing.read()
 
 
 def tls_reason(error: ssl.SSLError) -> str:

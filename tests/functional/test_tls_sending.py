@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -30,7 +28,6 @@ from pipeline import (
 )
 from pipeline.pipeline import STOP_TIMEOUT_S
 from pipeline.tls import Credentials
-from pipeline.tunnel import Tunnel
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
@@ -507,58 +504,6 @@ def test_an_idle_worker_keeps_nothing_of_what_it_sent(authority: Authority) -> N
             assert line.tunnel is not None
             assert line.outgoing == b""
         assert len({request.connection for request in server.requests}) == 1
-
-
-def test_a_tunnel_s_buffer_stays_small(
-    authority: Authority, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """OpenSSL's grows to the most that it ever held, and stays so while the tunnel lives."""
-    server, client = _tunnel(authority)
-    most = 0
-
-    class Watched:
-        def __init__(self, bio: ssl.MemoryBIO) -> None:
-            self.bio = bio
-
-        @property
-        def pending(self) -> int:
-            return self.bio.pending
-
-        def read(self) -> bytes:
-            nonlocal most
-            most = max(most, self.bio.pending)
-            return self.bio.read()
-
-    monkeypatch.setattr(client, "_outgoing", Watched(client._outgoing))
-    data = random.Random(1).randbytes(1 << 20)
-    client.seal(data[:10])
-    client.seal(memoryview(data)[10:])
-    server.incoming.write(client.outgoing())
-    got = b""
-    while len(got) < len(data):
-        got += server.tls.read(1 << 20)
-    assert got == data
-    assert client.outgoing() == b""
-    assert most < 128 * 1024
-
-
-class _End(NamedTuple):
-    tls: ssl.SSLObject
-    incoming: ssl.MemoryBIO
-
-
-def _tunnel(authority: Authority) -> tuple[_End, Tunnel]:
-    """Return a server's end and a tunnel to it, after the handshake."""
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    server = authority.server().wrap_bio(incoming, outgoing, server_side=True)
-    client = Tunnel(Credentials(authority.info()), "127.0.0.1")
-    while not client.shake(outgoing.read()):
-        incoming.write(client.outgoing())
-        with contextlib.suppress(ssl.SSLWantReadError):
-            server.do_handshake()
-    incoming.write(client.outgoing())
-    server.do_handshake()
-    return _End(server, incoming), client
 
 
 def test_a_peer_that_stops_reading_is_given_up(authority: Authority) -> None:
