@@ -225,7 +225,10 @@ class Sealed:
         return news
 
     def close(self) -> None:
-        """Let go of the request and of its place in the budget."""
+        """Let go of the request and of its place in the budget, or among the snapshots."""
+        if self._due is Then.DETACH:  # which nobody will hear of any more
+            self._handlers.snapshots.end()
+        self._due = None
         if self._general is not None:
             self._general.close()
             self._general = None

@@ -26,10 +26,12 @@ from pipeline import (
     TransportConfig,
     UsageError,
 )
+from pipeline._receiver import Body, KnownHead
 from pipeline.errors import RequestRejected
+from pipeline.general import BodyBudget, Then
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.sealed import Sealed
+from pipeline.sealed import Sealed, SealedServer
 from pipeline.tls import Credentials
 from tests.functional.test_listener import GOOD, listener_threads
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
@@ -880,3 +882,52 @@ def test_a_snapshot_is_received_on_a_connection_that_has_left_the_loop(
         assert end_of(sock) == "close_notify"
     assert (directory / f"{7:016x}.snap.db").read_bytes() == database
     assert [m.type for m in node.raft.processed] == [MessageType.SNAP]
+
+
+class Shaken:
+    """A connection as the loop has it, without sockets, from after its handshake."""
+
+    def __init__(self, node: Node) -> None:
+        self.server = SealedServer(
+            node.handlers,
+            node.config,
+            BodyBudget(node.config.max_buffered_bytes),
+            node.credentials,
+            make_head=KnownHead,
+            make_body=Body.of_size,
+        )
+        self.sealed = Sealed(self.server, "127.0.0.1:1")
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = node.authority.client(*node.files)
+        self.client = context.wrap_bio(self.incoming, self.outgoing, server_hostname="127.0.0.1")
+        for _ in range(2):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self.client.do_handshake()
+            out, self.then = self.sealed.feed(self.outgoing.read())
+            self.incoming.write(out)
+        assert self.then is Then.IDLE
+
+    def feed(self, data: bytes) -> tuple[bytes, Then]:
+        """Send plain text; what is answered, and how the loop is to go on."""
+        if data:
+            self.client.write(data)
+        out, then = self.sealed.feed(self.outgoing.read())
+        self.incoming.write(out)
+        return self.client.read(65536) if out else b"", then
+
+
+@pytest.mark.parametrize("ending", ["broken", "end", "close"])
+def test_a_snapshot_whose_connection_ends_before_it_leaves_the_loop_gives_its_place_back(
+    node: Node, tmp_path: Path, ending: str
+) -> None:
+    node.listen(ReceiverConfig(snapshot_dir=tmp_path / "snapshots", snapshot_receives=1))
+    shaken = Shaken(node)
+    shaken.sealed._outgoing.write(b"what TLS itself has to say, to an update of the keys")
+    shaken.client.write(raw_head("content-length: 9", line="POST /raft/snapshot HTTP/1.1"))
+    out, then = shaken.sealed.feed(shaken.outgoing.read())
+    assert out
+    assert then is Then.AGAIN  # with what is written first the connection may be lost
+    getattr(shaken.sealed, ending)()
+    shaken.sealed.close()
+    assert node.handlers.snapshots.begin()
+    assert not node.handlers.snapshots.begin()
