@@ -430,8 +430,8 @@ class Sealed:
 class SealedSocket:
     """A connection that has left the loop: a socket whose bytes are deciphered.
 
-    Blocks as the socket's timeout says. Used by one thread; another one may ``shutdown`` reading,
-    or both directions.
+    Blocks as the timeout says. Used by one thread; another one may ``shutdown`` reading, or both
+    directions.
     """
 
     def __init__(
@@ -448,15 +448,18 @@ class SealedSocket:
         self._incoming = incoming
         self._outgoing = outgoing
         self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._timeout_s = 0.0
         self._is_said = False  # our close_notify
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """Read some bytes; 0 at the end, whether a close_notify tells of it or not.
 
-        After ``shutdown(SHUT_WR)`` what is read means nothing.
+        ``TimeoutError`` also when all that has come in that time is a part of a record, or no plain
+        text. After ``shutdown(SHUT_WR)`` what is read means nothing.
         """
         if self._is_said:
             return self._sock.recv_into(buffer)
+        deadline = time.monotonic() + self._timeout_s
         n = 0
         while n == 0:
             while n < len(buffer) and (self._incoming.pending or self._tls.pending()):
@@ -469,6 +472,8 @@ class SealedSocket:
                 n += got
             self._flush()  # an answer of TLS's own, to an update of the keys
             if n == 0:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
                 got = self._sock.recv_into(self._buffer)
                 if got == 0:
                     break
@@ -482,6 +487,7 @@ class SealedSocket:
 
     def settimeout(self, value: float, /) -> None:
         """Let reading and writing wait for so many seconds."""
+        self._timeout_s = value
         self._sock.settimeout(value)
 
     def shutdown(self, how: int, /) -> None:

@@ -931,3 +931,42 @@ def test_a_snapshot_whose_connection_ends_before_it_leaves_the_loop_gives_its_pl
     shaken.sealed.close()
     assert node.handlers.snapshots.begin()
     assert not node.handlers.snapshots.begin()
+
+
+def test_a_snapshot_whose_record_drips_is_given_up(node: Node, tmp_path: Path) -> None:
+    """However slowly a record may come, its place is for others in the end."""
+    node.listen(ReceiverConfig(snapshot_dir=tmp_path / "snapshots", stall_timeout_s=SHORT_TIMEOUT))
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = node.authority.client(*node.files).wrap_bio(
+        incoming, outgoing, server_hostname="127.0.0.1"
+    )
+    sock = node.dial()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    sock.sendall(outgoing.read())
+    while outgoing.pending == 0:
+        incoming.write(sock.recv(65536))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.do_handshake()
+    client.write(raw_head("content-length: 9000", line="POST /raft/snapshot HTTP/1.1"))
+    sock.sendall(outgoing.read())
+    client.write(b"x" * 9000)
+    give_up = threading.Event()
+
+    def drip() -> None:
+        with contextlib.suppress(OSError):
+            for byte in outgoing.read():
+                sock.sendall(bytes([byte]))
+                if give_up.wait(SHORT_TIMEOUT / 10):
+                    return
+
+    dripper = threading.Thread(target=drip)
+    dripper.start()
+    try:
+        incoming.write(sock.recv(65536))
+    finally:
+        give_up.set()
+        dripper.join(LONG_TIMEOUT)
+    reply = client.read(65536)
+    assert reply.startswith(b"HTTP/1.1 400 ")
+    assert reply.endswith(b"failed to decode raft message (i/o timeout)\n")
