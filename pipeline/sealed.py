@@ -405,6 +405,10 @@ class Sealed:
         if then is Then.NEXT:
             self._plain = general.rest
             self._end_request()
+            if self._outgoing.pending:
+                # Of what was sent ahead one request at a time: others take turns, and the next
+                # head has a time of its own.
+                return Then.AGAIN
         elif then in (Then.READ_HEAD, Then.READ_BODY):
             self._then = then
             return Then.NEXT

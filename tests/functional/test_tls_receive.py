@@ -916,6 +916,20 @@ class Shaken:
         return self.client.read(65536) if out else b"", then
 
 
+def test_of_requests_sent_ahead_one_is_answered_before_others_have_their_turn(node: Node) -> None:
+    node.listen()
+    shaken = Shaken(node)
+    out, then = shaken.feed(PROBE * 3 + PROBE[:10])
+    for _ in range(3):
+        assert out.startswith(b"HTTP/1.1 200 ")
+        assert (out.count(b"HTTP/1.1"), then) == (1, Then.AGAIN)
+        out, then = shaken.feed(b"")
+    assert (out, then) == (b"", Then.READ_HEAD)
+    out, then = shaken.feed(PROBE[10:])
+    assert (out.count(b"HTTP/1.1"), then) == (1, Then.AGAIN)
+    assert shaken.feed(b"") == (b"", Then.IDLE)
+
+
 @pytest.mark.parametrize("ending", ["broken", "end", "close"])
 def test_a_snapshot_whose_connection_ends_before_it_leaves_the_loop_gives_its_place_back(
     node: Node, tmp_path: Path, ending: str
