@@ -984,3 +984,22 @@ def test_a_snapshot_whose_record_drips_is_given_up(node: Node, tmp_path: Path) -
     reply = client.read(65536)
     assert reply.startswith(b"HTTP/1.1 400 ")
     assert reply.endswith(b"failed to decode raft message (i/o timeout)\n")
+
+
+def test_a_snapshot_that_cannot_leave_the_loop_gives_its_place_back(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.listen(ReceiverConfig(snapshot_dir=tmp_path / "snapshots", snapshot_receives=1))
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    head = raw_head("content-length: 9", line="POST /raft/snapshot HTTP/1.1")
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.sealed.SealedSocket", no_memory)
+        lost = node.call()
+        lost.sendall(head)
+        assert end_of(lost) == "cut off"
+    sock = node.call()
+    sock.sendall(head + bytes(9))
+    assert read_status(sock) == 400
