@@ -505,7 +505,9 @@ cdef class Receiver:
             logger.exception("internal error, please report: a connection is closed")
             if fd >= 0:
                 close(fd)
-                self.take(None, general)
+            if connection is not None:
+                connection.close()
+            self.take(None, general)
         return 0
 
     def learn(self, bytes head not None):

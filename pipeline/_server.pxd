@@ -32,13 +32,14 @@ from pipeline._sync cimport (
     EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLERR, EPOLLET,
     EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL,
     MADV_HUGEPAGE, MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
-    MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, SOCK_CLOEXEC, SOCK_NONBLOCK,
-    accept4, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
-    epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr, madvise, mmap,
-    munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
-    pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr,
-    sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr, thread_start, time, time_t, write,
+    MSG_DONTWAIT, MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_RDWR, SHUT_WR, SOCK_CLOEXEC,
+    SOCK_NONBLOCK, accept4, cas_ptr, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, errno, eventfd, format_http_date, invariant, load_int, load_ptr,
+    madvise, mmap, munmap, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t, recv, send, shutdown,
+    sockaddr, sockaddr_storage, socklen_t, store_int, swap_int, swap_ptr, thread_start, time,
+    time_t, write,
 )
 from pipeline._sync cimport (
     CLOCK_MONOTONIC, TFD_CLOEXEC, itimerspec, pthread_mutex_trylock, read, timerfd_create,
@@ -598,7 +599,9 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
 cdef inline void conn_free(conn_t* conn) noexcept nogil:
     """Free a connection nobody refers to. The caller holds the lock."""
     cdef server_t* server = conn.server
-    invariant(conn.fd < 0 and not conn.is_runnable)
+    invariant((conn.fd < 0 or server.is_ended) and not conn.is_runnable)
+    if conn.fd >= 0:
+        close(conn.fd)
     request_free(&conn.request)
     free(conn.buffer)
     free(conn.known)
@@ -646,14 +649,14 @@ cdef inline void conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil
 cdef inline int server_detach(conn_t* conn) noexcept nogil:
     """Take the socket of a connection that the calling thread holds; the caller owns it then.
 
-    -1 when the loop has ended and closed it. The connection is still to be given back, with
+    -1 when the loop has ended and shut it. The connection is still to be given back, with
     THEN_DETACH. An event for it may be under way to the loop, which only notes it.
     """
     cdef server_t* server = conn.server
-    cdef int fd
-    pthread_mutex_lock(&server.lock)    # server_end closes the sockets of handled connections
-    fd = conn.fd
-    if fd >= 0:
+    cdef int fd = -1
+    pthread_mutex_lock(&server.lock)    # server_end shuts the sockets of handled connections
+    if not server.is_ended:
+        fd = conn.fd
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, fd, NULL)
         conn.fd = -1
     pthread_mutex_unlock(&server.lock)
@@ -1554,6 +1557,9 @@ cdef inline void* server_main(void* argument) noexcept nogil:
 
 cdef inline void server_end(server_t* server) noexcept nogil:
     """Let go of every connection; those a handler is at work on are freed when it gives them back.
+
+    Their sockets are closed no sooner: a thread on its way to write an answer would write it to
+    whoever has the descriptor by then.
     """
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
@@ -1562,12 +1568,11 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     server.is_ended = True
     while conn is not NULL:
         following = conn.next
-        if conn.fd >= 0:
-            if conn.state == CONN_HANDLED and not conn.is_sealed:
+        if conn.fd >= 0 and conn.state == CONN_HANDLED:
+            if not conn.is_sealed:
                 send(conn.fd, server.answer_503, server.answer_503_len,
                      MSG_DONTWAIT | MSG_NOSIGNAL)
-            close(conn.fd)
-            conn.fd = -1
+            shutdown(conn.fd, SHUT_RDWR)
         conn.is_runnable = False
         if conn.state != CONN_HANDLED:
             conn_free(conn)

@@ -119,6 +119,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_ERROR
         SOCK_CLOEXEC
         SOCK_NONBLOCK
+        SHUT_RDWR
         SHUT_WR
 
 cdef extern from "<sys/mman.h>" nogil:

@@ -179,11 +179,12 @@ class General:
 
     def _feed(self, data: bytes) -> Then:
         if not self._is_head_whole:
+            seen = len(self._head)
             self._head += data
             end = self._head.find(b"\r\n\r\n") + 4
             self._is_head_whole = end >= 4
             head = bytes(self._head[:end] if self._is_head_whole else self._head)
-            refusal = self._check_head(head)
+            refusal = self._check_head(head, seen)
             if refusal is not None:
                 return self._send_answer(refusal, close=True)
             if not self._is_head_whole:
@@ -203,9 +204,13 @@ class General:
             if then is not None:
                 return then
 
-    def _check_head(self, head: bytes) -> Answer | None:
-        """Refuse a head that is not to be shown to h11, as soon as that can be told."""
-        if _BARE.search(head):
+    def _check_head(self, head: bytes, seen: int) -> Answer | None:
+        """Refuse a head that is not to be shown to h11, as soon as that can be told.
+
+        ``seen`` bytes of it were looked at before: to do so again for each byte of a head that
+        comes so would take seconds of this thread. Only a CR at their end was let pass unseen.
+        """
+        if _BARE.search(head, max(seen - 1, 0)):
             return _bad_request()
         if len(head) > self._config.max_head_bytes or head.count(b"\n") > HEADERS_MAX + 2:
             return self._handlers.head_too_large()

@@ -128,7 +128,8 @@ class Listener:
             this = weakref.ref(self)
 
             def retire() -> None:
-                if (listener := this()) is not None:
+                # Closed also in a forked child, where the receiver's lock may be held for ever.
+                if (listener := this()) is not None and not listener._is_closed:
                     listener._receiver.retire()
 
             credentials.subscribe(retire)

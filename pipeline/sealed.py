@@ -225,7 +225,10 @@ class Sealed:
         return news
 
     def close(self) -> None:
-        """Let go of the request and of its place in the budget."""
+        """Let go of the request and of its place in the budget, or among the snapshots."""
+        if self._due is Then.DETACH:  # which nobody will hear of any more
+            self._handlers.snapshots.end()
+        self._due = None
         if self._general is not None:
             self._general.close()
             self._general = None
@@ -402,6 +405,10 @@ class Sealed:
         if then is Then.NEXT:
             self._plain = general.rest
             self._end_request()
+            if self._outgoing.pending:
+                # Of what was sent ahead one request at a time: others take turns, and the next
+                # head has a time of its own.
+                return Then.AGAIN
         elif then in (Then.READ_HEAD, Then.READ_BODY):
             self._then = then
             return Then.NEXT
@@ -427,8 +434,8 @@ class Sealed:
 class SealedSocket:
     """A connection that has left the loop: a socket whose bytes are deciphered.
 
-    Blocks as the socket's timeout says. Used by one thread; another one may ``shutdown`` reading,
-    or both directions.
+    Blocks as the timeout says. Used by one thread; another one may ``shutdown`` reading, or both
+    directions.
     """
 
     def __init__(
@@ -445,15 +452,18 @@ class SealedSocket:
         self._incoming = incoming
         self._outgoing = outgoing
         self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._timeout_s = 0.0
         self._is_said = False  # our close_notify
 
     def recv_into(self, buffer: memoryview, /) -> int:
         """Read some bytes; 0 at the end, whether a close_notify tells of it or not.
 
-        After ``shutdown(SHUT_WR)`` what is read means nothing.
+        ``TimeoutError`` also when all that has come in that time is a part of a record, or no plain
+        text. After ``shutdown(SHUT_WR)`` what is read means nothing.
         """
         if self._is_said:
             return self._sock.recv_into(buffer)
+        deadline = time.monotonic() + self._timeout_s
         n = 0
         while n == 0:
             while n < len(buffer) and (self._incoming.pending or self._tls.pending()):
@@ -466,6 +476,8 @@ class SealedSocket:
                 n += got
             self._flush()  # an answer of TLS's own, to an update of the keys
             if n == 0:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
                 got = self._sock.recv_into(self._buffer)
                 if got == 0:
                     break
@@ -479,6 +491,7 @@ class SealedSocket:
 
     def settimeout(self, value: float, /) -> None:
         """Let reading and writing wait for so many seconds."""
+        self._timeout_s = value
         self._sock.settimeout(value)
 
     def shutdown(self, how: int, /) -> None:

@@ -229,6 +229,33 @@ def test_close_does_not_wait_for_a_peer_that_does_not_read_its_answer() -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+def sockets() -> set[str]:
+    """Name the sockets that this process has open."""
+    names = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the directory's own
+            names.add(os.readlink(f"/proc/self/fd/{fd}"))
+    return {name for name in names if name.startswith("socket:")}
+
+
+def test_a_socket_is_not_closed_while_a_thread_may_still_write_to_it(gate: threading.Event) -> None:
+    """The descriptor could be somebody else's by then, who would be sent our answer."""
+    raft = FakeRaft(gate=gate)
+    with listen(raft) as listener:
+        before = sockets()
+        with dial(listener.url) as sock:
+            sock.sendall(GOOD)
+            raft.wait_processed(1)
+            (accepted,) = sockets() - before - {f"socket:[{os.fstat(sock.fileno()).st_ino}]"}
+            listener.close(deadline_s=0.0)
+            assert read_status(sock) == 503
+            assert is_closed(sock)
+        assert accepted in sockets()
+        gate.set()
+        assert listener_threads() == []
+        assert accepted not in sockets()
+
+
 def test_close_logs_no_traceback(gate: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     raft = FakeRaft(gate=gate)
