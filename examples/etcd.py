@@ -202,7 +202,7 @@ class EtcdMember:
         """End the process and wait for it; nothing if it has ended.
 
         Graceful is SIGTERM, on which a leader hands its leadership over first. The default is
-        SIGKILL: quick, sure, and no worse for a write that was acknowledged.
+        SIGKILL: quick and sure, but see :meth:`commit_database`.
         """
         process, self._process = self._process, None
         if process is not None:
@@ -277,6 +277,15 @@ class EtcdMember:
         assert isinstance(found, list)
         decode = base64.b64decode
         return {decode(pair["key"]): decode(pair.get("value", "")) for pair in found}
+
+    def commit_database(self) -> None:
+        """Have it write to disk what it has applied; to be called before a SIGKILL.
+
+        etcd 3.5.0 to 3.5.2 may lose an acknowledged write of the last 100 ms when they are killed:
+        the index of what is in the database can be written ahead of the write itself
+        (etcd issue 13766). To be hashed, the database is committed first.
+        """
+        self.call("/v3/maintenance/hash", {})
 
     def move_leader(self, target_id: int) -> None:
         """Hand the leadership over; returns when ``target_id`` leads."""

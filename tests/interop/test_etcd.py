@@ -156,6 +156,7 @@ def test_the_cluster_goes_on_when_etcd_is_killed_and_started_again(
     cluster.etcd.put(b"before", b"1")
     if leader == "us":
         move_leadership_to_us(cluster)
+    cluster.etcd.commit_database()
     cluster.etcd.stop()
     if leader == "us":
         assert cluster.follower.wait_for(lambda s: s.role is Role.LEADER, 0)

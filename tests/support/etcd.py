@@ -150,6 +150,7 @@ def left_behind(
         )
         # A leader does not forget how far a follower was; and while it runs it keeps 5,000 entries
         # behind its snapshot, after a restart none.
+        cluster.etcd.commit_database()
         cluster.etcd.stop()
         cluster.start_ours()
         cluster.etcd.start()
