@@ -1065,6 +1065,8 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
             if conn.head_deadline_ns == 0:
                 conn.head_deadline_ns = conn.server.now_ns + conn.server.limits.head_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
+            if conn.then == THEN_HANDSHAKE and conn.server.accept_at_ns < 0:
+                conn.server.accept_at_ns = conn.server.now_ns   # it can be spared
         if conn.has_event:
             conn_add_runnable(conn)
 
@@ -1206,15 +1208,29 @@ cdef inline bint conn_is_idle(const conn_t* conn) noexcept nogil:
 
 
 cdef inline bint server_make_room(server_t* server) noexcept nogil:
-    """Close the connection that has been idle longest; False when none is idle."""
+    """Close the connection that can be spared best; False when none can.
+
+    That is the oldest one in a TLS handshake, or else the one idle longest: whoever only says hello
+    must not put those out who are through. While Python is at work on handshakes, one of which will
+    be spared next, nobody else is.
+    """
     cdef conn_t* conn = server.oldest
+    cdef conn_t* spared = NULL
+    cdef bint is_shaking = False
     while conn is not NULL:
-        if conn_is_idle(conn):
-            server.counts.closed_for_room += 1
-            conn_close(conn)
-            return True
+        if conn.is_sealed and conn.then == THEN_HANDSHAKE and conn.fd >= 0:
+            if conn.state == CONN_GENERAL:
+                spared = conn
+                break
+            is_shaking = True
+        elif spared is NULL and conn_is_idle(conn):
+            spared = conn
         conn = conn.next
-    return False
+    if spared is NULL or (conn is NULL and is_shaking):
+        return False
+    server.counts.closed_for_room += 1
+    conn_close(spared)
+    return True
 
 
 cdef inline void server_pause_accept(server_t* server, int64_t until_ns) noexcept nogil:

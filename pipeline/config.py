@@ -99,7 +99,7 @@ class ReceiverConfig:
     max_head_bytes: int = 16 * 1024
     #: Calls of ``raft.process`` that may run at once.
     handlers: int = 4
-    #: Open connections. At the limit the one idle longest makes room.
+    #: Open connections. At the limit one in its TLS handshake, or the one idle longest, makes room.
     max_connections: int = 1024
     #: Bytes of bodies being read or waiting for Raft, of all connections. Above it only the body
     #: begun first is read on, and those of up to 64 KiB.

@@ -795,6 +795,39 @@ def test_an_idle_connection_makes_room_for_another(node: Node) -> None:
 # Memory
 
 
+def hello() -> bytes:
+    """What a client begins a handshake with."""
+    outgoing = ssl.MemoryBIO()
+    tunnel = ssl.create_default_context().wrap_bio(
+        ssl.MemoryBIO(), outgoing, server_hostname="stranger"
+    )
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tunnel.do_handshake()
+    return outgoing.read()
+
+
+def test_whoever_only_says_hello_does_not_put_an_idle_member_out(node: Node) -> None:
+    listener = node.listen(ReceiverConfig(max_connections=4))
+    member = node.call()
+    member.sendall(GOOD)
+    assert read_status(member) == 204
+    said = hello()
+    strangers = []
+    for _ in range(20):
+        stranger = node.dial()
+        with contextlib.suppress(OSError):  # it may have had to make room already
+            stranger.sendall(said)
+        strangers.append(stranger)
+    eventually(lambda: listener.stats().closed_for_room >= 16)
+    member.sendall(GOOD)
+    assert read_status(member) == 204
+    for stranger in strangers:
+        stranger.close()
+    other = node.call()  # and there is room for another member
+    other.sendall(GOOD)
+    assert read_status(other) == 204
+
+
 def test_bodies_over_the_budget_are_refused_and_small_ones_are_not(node: Node) -> None:
     gate = threading.Event()
     node.raft.gate = gate
