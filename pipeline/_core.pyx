@@ -1,8 +1,8 @@
 # cython: auto_pickle=False
 """The sending core: where Python meets the I/O loop on the way out.
 
-``_loop.pxd`` holds what runs without the GIL. Here are the jobs made from messages, the calls a
-dispatcher thread makes for a worker, and the Python owners of the C structs:
+``_pipe``, ``_worker`` and ``_loop`` hold what runs without the GIL. Here are the jobs made from
+messages, the calls a dispatcher thread makes for a worker, and the Python owners of the C structs:
 
     IOLoop      owns a loop_t; keeps every Sender alive that has a live worker
     Sender      owns a pipe_t; the base of ``pipeline.Pipeline``
@@ -21,17 +21,18 @@ from posix.uio cimport iovec
 
 from pipeline._counters cimport books_check, books_t, follower_stddev_ms, follower_t
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
-from pipeline._loop cimport (
+from pipeline._loop cimport loop_free, loop_init, loop_start, loop_stop, pipe_free, pipe_init
+from pipeline._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED,
     EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED,
     EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
     OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTING, SEAL_NONE, SEAL_READING,
-    SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_free, loop_init,
-    loop_queue_chores, loop_start, loop_stop, loop_t, loop_wake, pipe_begin_stop, pipe_count,
-    pipe_count_taken, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t,
-    worker_give_back, worker_may_retry, worker_t, worker_take_sealed,
+    SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_queue_chores, loop_t,
+    loop_wake, pipe_begin_stop, pipe_count, pipe_count_taken, pipe_offer, pipe_retire_connections,
+    pipe_t, worker_t,
 )
+from pipeline._worker cimport worker_give_back, worker_may_retry, worker_take_sealed
 from pipeline._messages cimport (
     Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
     profile_index,
@@ -74,7 +75,7 @@ cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STO
 
 
 class Event(enum.IntEnum):
-    """Why the loop hands a worker to the dispatcher (``_loop.pxd``, EVENT_*)."""
+    """Why the loop hands a worker to the dispatcher (``_pipe.pxd``, EVENT_*)."""
 
     CONNECT = EVENT_CONNECT
     CONNECT_FAILED = EVENT_CONNECT_FAILED
@@ -91,7 +92,7 @@ cdef tuple EVENTS = (None, *Event)
 
 
 class Given(enum.IntEnum):
-    """What became of a worker given back (``_loop.pxd``, GIVEN_*)."""
+    """What became of a worker given back (``_pipe.pxd``, GIVEN_*)."""
 
     TO_LOOP = GIVEN_TO_LOOP
     RETIRED = GIVEN_RETIRED

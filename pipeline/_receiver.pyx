@@ -1,11 +1,11 @@
 # cython: auto_pickle=False
 """The receiving core: where the receiving loop meets Python on the way in.
 
-``_server.pxd`` holds what runs without the GIL. Handler threads run ``Receiver.serve``: they take
-requests, make messages of them, have ``handlers.py`` answer, and give the connection back. A thread
-goes on from request to request without letting go of the GIL, as long as there are any; each
-request is taken singly, so that one that blocks holds up nothing but its own connection. When there
-are none, one of them runs the loop.
+``_conn`` and ``_server`` hold what runs without the GIL. Handler threads run ``Receiver.serve``:
+they take requests, make messages of them, have ``handlers.py`` answer, and give the connection
+back. A thread goes on from request to request without letting go of the GIL, as long as there are
+any; each request is taken singly, so that one that blocks holds up nothing but its own connection.
+When there are none, one of them runs the loop.
 """
 
 cimport cython
@@ -20,14 +20,16 @@ from libc.string cimport memcpy, memset
 
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport message_from_decoded
-from pipeline._server cimport (
+from pipeline._conn cimport (
     ANSWER_204_MAX, BODY_HUGE_MIN, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL,
     REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
     answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
-    conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t,
-    server_add_handler, server_close_descriptors, server_detach, server_free, server_init,
-    server_learn, server_limits_t, server_recycle, server_remove_handler, server_retire_soon,
-    server_start, server_stop, server_t, server_take, server_wait,
+    conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t, server_detach,
+    server_learn, server_limits_t, server_recycle, server_t, server_take,
+)
+from pipeline._server cimport (
+    server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
+    server_retire_soon, server_start, server_stop, server_wait,
 )
 from pipeline._sync cimport (
     MADV_HUGEPAGE, add_int, clock_ns, close, deadline_timespec, madvise, pthread_cond_timedwait,

@@ -3,7 +3,7 @@
 Source: etcd rafthttp/pipeline.go, ``msgc chan raftpb.Message`` with pipelineBufSize 64.
 
 The ring has no lock of its own. Whether a message fits and what the books say must be one
-decision, so the pipe's lock guards both (``_loop.pxd``); two locks would let them disagree.
+decision, so the pipe's lock guards both (``_pipe.pxd``); two locks would let them disagree.
 """
 
 from libc.stdint cimport uint32_t

@@ -138,7 +138,7 @@ async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
             raise _DisconnectedError
         part = event.get("body", b"")
         body += part
-        if config.min_body_rate:  # as conn_body_arrived in _server.pxd
+        if config.min_body_rate:  # as conn_body_arrived in _conn.pxd
             left_s += len(part) / config.min_body_rate - (time.monotonic() - begin)
             left_s = min(left_s, config.stall_timeout_s)
         if len(body) > config.max_body_bytes:

@@ -39,7 +39,7 @@ DRAIN_MAX = 256 * 1024
 
 
 class Then(enum.IntEnum):
-    """How the loop goes on with a connection (``_server.pxd``, THEN_*)."""
+    """How the loop goes on with a connection (``_conn.pxd``, THEN_*)."""
 
     NEXT = 0
     CLOSE = 1

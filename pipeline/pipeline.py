@@ -1,6 +1,6 @@
 """The pipeline: msgc and four workers that post one message each to a peer's ``/raft``.
 
-Source: etcd rafthttp/pipeline.go. The workers run in the I/O loop (``_loop.pxd``); here is what
+Source: etcd rafthttp/pipeline.go. The workers run in the I/O loop (``_worker.pxd``); here is what
 they need Python for, and the side effects of a post in etcd's order (spec section 2.4).
 """
 

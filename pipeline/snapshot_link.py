@@ -324,7 +324,7 @@ class SnapshotLink:
                 raise self._unreachable("dead link")
 
     def _is_dead(self, sock: socket.socket) -> bool:
-        """Tell whether the peer acknowledges nothing although it should: see ``_loop.pxd``."""
+        """Tell whether the peer acknowledges nothing although it should: see ``_worker.pxd``."""
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) < _TCP_INFO.size:
             return False

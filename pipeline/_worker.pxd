@@ -1,0 +1,539 @@
+"""A worker: one connection at a time, on which it writes a request and reads the answer.
+
+Called by the loop, in its thread; but for ``worker_take_sealed`` and ``worker_give_back``, which
+are for the dispatcher thread that holds the worker. What a worker cannot do without Python (dial,
+TLS, judge an answer that is not a plain 204, tell Raft) it leaves to the dispatcher, with an event.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint8_t
+from libc.string cimport memcmp, memcpy, memset
+from posix.uio cimport iovec
+
+from pipeline._http cimport HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204
+from pipeline._pipe cimport (
+    ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
+    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT,
+    EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL,
+    GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LINK_ANSWER_MS, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
+    LOOP_STEP_SEGMENTS, OUTCOME_SENT, SEAL_CONNECTING, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING,
+    SEAL_WRITING, TYPE_PROP, TYPE_SNAP, WORKER_CONNECTING, WORKER_IDLE, WORKER_READING,
+    WORKER_WRITING, job_t, loop_add_runnable, loop_job_done, loop_look_at, loop_t, loop_wake,
+    pipe_count, pipe_expire, pipe_t, pipe_take, push_returned, worker_retire, worker_t,
+    worker_to_python,
+)
+from pipeline._sync cimport (
+    EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
+    EPOLLRDHUP, EPOLL_CTL_ADD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET,
+    SO_ERROR, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, load_int, msghdr,
+    pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, socklen_t, tcp_info,
+)
+
+cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
+    """Set the deadline of the present state; the link is watched in every state with a job."""
+    worker.deadline_ns = deadline_ns
+    loop_look_at(worker.pipe.loop, deadline_ns)
+    loop_look_at(worker.pipe.loop, worker.link_check_ns)
+
+
+cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
+    """Tell whether the peer has not acknowledged anything for too long although it should have.
+
+    Not TCP_USER_TIMEOUT, which also ends a connection whose live peer does not read for a while:
+    that is for the stall timeout. A peer that owes no acknowledgement is probed by keepalive.
+    """
+    cdef tcp_info info
+    cdef socklen_t size = sizeof(info)
+    if getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0:
+        return False
+    if <int64_t>info.tcpi_last_ack_recv * 1000000 < worker.pipe.limits.dead_link_timeout_ns:
+        return False
+    # A live peer with a closed window answers each retransmission, and each probe, however far
+    # apart back-off puts them.
+    return info.tcpi_probes >= 2 or (
+        info.tcpi_unacked > 0
+        and info.tcpi_last_ack_recv > info.tcpi_last_data_sent + LINK_ANSWER_MS)
+
+
+cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
+    """Tell whether the job goes once more, on a fresh connection; if so, it is the last time.
+
+    Differs from etcd: Go repeats a request only if none of its bytes were written. etcd closes
+    connections it has not read from for 5 s, and a request may just be on its way: when a reused
+    connection ends before the first byte of an answer, the request is made once more. Never a
+    MsgProp of which a byte may have left: proposals are not idempotent.
+    """
+    cdef job_t* job = worker.job
+    if error != ERROR_CLOSED and error != EPIPE and error != ECONNRESET and error != ENOTCONN:
+        return False
+    if not worker.is_reused or worker.is_odd or job.retried \
+            or (job.type == TYPE_PROP and worker.written > 0):
+        return False
+    job.retried = True
+    return True
+
+
+cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
+    """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good."""
+    if worker.state == WORKER_CONNECTING:
+        worker_to_python(worker, EVENT_CONNECT_FAILED, error)
+    elif worker.answer_len == 0 and worker_may_retry(worker, error):
+        worker_to_python(worker, EVENT_CONNECT, error)
+    else:
+        worker_to_python(worker, EVENT_FAILED, error)
+
+
+cdef inline void worker_write(worker_t* worker) noexcept nogil:
+    """Write head and body until done, until the socket is full, or for one step."""
+    cdef loop_t* loop = worker.pipe.loop
+    cdef job_t* job = worker.job
+    cdef iovec iov[LOOP_STEP_SEGMENTS]
+    cdef msghdr message
+    cdef int n, segment
+    cdef size_t offset, step, room, left
+    cdef ssize_t written
+    cdef size_t budget = LOOP_STEP_BYTES
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = iov
+    worker.state = WORKER_WRITING
+    while worker.segment <= job.n_segments:
+        n = 0
+        step = 0
+        segment = worker.segment
+        offset = worker.offset
+        while segment <= job.n_segments and n < LOOP_STEP_SEGMENTS and step < budget:
+            if segment == 0:
+                iov[n].iov_base = worker.head + offset
+                room = worker.head_len - offset
+            else:
+                iov[n].iov_base = <uint8_t*>job.segments[segment - 1].iov_base + offset
+                room = job.segments[segment - 1].iov_len - offset
+            if room > budget - step:
+                room = budget - step
+            iov[n].iov_len = room
+            step += room
+            n += 1
+            segment += 1
+            offset = 0
+        if worker.written == 0 and job.n_segments == 1 and job.size_bytes <= LOOP_JOINED_MAX:
+            memcpy(worker.head + worker.head_len, job.segments[0].iov_base, job.size_bytes)
+            written = send(worker.fd, worker.head, step, MSG_NOSIGNAL | MSG_DONTWAIT)
+        else:
+            message.msg_iovlen = n
+            written = sendmsg(worker.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                if budget != LOOP_STEP_BYTES or worker.deadline_ns == 0:
+                    worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+                return
+            worker_write_failed(worker, errno)
+            return
+        worker.written += written
+        left = written
+        budget -= left
+        while left > 0:
+            if worker.segment == 0:
+                room = worker.head_len - worker.offset
+            else:
+                room = job.segments[worker.segment - 1].iov_len - worker.offset
+            if left < room:
+                worker.offset += left
+                break
+            left -= room
+            worker.segment += 1
+            worker.offset = 0
+        # Empty segments (an empty body) are passed over by the byte count alone.
+        while 0 < worker.segment <= job.n_segments \
+                and job.segments[worker.segment - 1].iov_len == worker.offset:
+            worker.segment += 1
+            worker.offset = 0
+        if budget == 0 and worker.segment <= job.n_segments:
+            worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+            loop_add_runnable(loop, worker)
+            return
+    worker.state = WORKER_READING
+    # Differs from etcd: it waits for ever, and a black hole keeps its worker.
+    worker.answer_deadline_ns = loop.now_ns + worker.pipe.limits.response_timeout_ns
+    # The peer may take its time over a snapshot.
+    worker_set_deadline(worker, 0 if job.type == TYPE_SNAP else worker.answer_deadline_ns)
+
+
+cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
+    """A write failed; the peer may have said why (413, 412) before it closed."""
+    cdef ssize_t n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n > 0:
+        worker.answer_len = <int>n
+        worker.answer_deadline_ns = \
+            worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
+        if worker.seal == SEAL_NONE:
+            worker_to_python(worker, EVENT_ANSWER, 0)
+            return
+        if worker.seal == SEAL_WRITING:     # it may be session tickets, and the answer behind them
+            worker.seal = SEAL_READING
+            worker.sealed_deadline_ns = worker.answer_deadline_ns
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+    else:
+        worker_fail(worker, error)
+
+
+cdef inline void worker_flush(worker_t* worker) noexcept nogil:
+    """Write what Python has encrypted; then have it encrypt more, or wait for the peer.
+
+    A deadline outlasts the visits to Python: what the peer sends meanwhile, such as session
+    tickets, does not put it off.
+    """
+    cdef int64_t now_ns = worker.pipe.loop.now_ns
+    cdef ssize_t written
+    cdef bint has_moved = False
+    worker.state = WORKER_WRITING
+    while worker.seal != SEAL_READING and worker.sealed_written < worker.sealed_len:
+        written = send(worker.fd, worker.sealed + worker.sealed_written,
+                       worker.sealed_len - worker.sealed_written, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                if worker.seal == SEAL_WRITING and (has_moved or worker.sealed_deadline_ns == 0):
+                    worker.sealed_deadline_ns = now_ns + worker.pipe.limits.stall_timeout_ns
+                worker_set_deadline(worker, worker.sealed_deadline_ns)
+                return
+            worker_write_failed(worker, errno)
+            return
+        has_moved = True
+        worker.sealed_written += written
+        if worker.seal == SEAL_WRITING:
+            worker.written += written
+    if worker.seal == SEAL_WRITING:
+        worker.sealed_deadline_ns = 0
+        if worker.segment <= worker.job.n_segments:
+            worker_to_python(worker, EVENT_SEAL, 0)
+            return
+        worker.seal = SEAL_READING
+        worker.sealed_deadline_ns = now_ns + worker.pipe.limits.response_timeout_ns
+    worker.state = WORKER_READING
+    if worker.seal == SEAL_READING and worker.job.type == TYPE_SNAP:
+        worker_set_deadline(worker, 0)
+    else:
+        worker_set_deadline(worker, worker.sealed_deadline_ns)
+
+
+cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
+    """Have Python begin with the handshake, or with the job when there has been one."""
+    cdef ssize_t n
+    if worker.seal == SEAL_CONNECTING:
+        worker.seal = SEAL_HANDSHAKE
+        worker_to_python(worker, EVENT_HANDSHAKE, 0)
+        return
+    # Session tickets may have come while it was idle; what else it may be, Python finds out.
+    n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n == 0 or (n < 0 and errno != EAGAIN):
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    worker.answer_len = <int>n if n > 0 else 0
+    worker.seal = SEAL_WRITING
+    worker.sealed_deadline_ns = 0
+    worker_to_python(worker, EVENT_SEAL, 0)
+
+
+cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil:
+    """Make head and position those of the worker's job, of which nothing is written."""
+    cdef size_t size = worker.job.size_bytes
+    if worker.head_for != size:
+        worker.head_len = worker.head_fixed + http_end_head(worker.head + worker.head_fixed, size)
+        worker.head_for = size
+    worker.segment = 0
+    worker.offset = 0
+    worker.written = 0
+    worker.answer_len = 0
+    worker.is_odd = False
+    worker.deadline_ns = 0
+    worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns
+
+
+cdef inline void worker_begin(worker_t* worker) noexcept nogil:
+    """Start writing the worker's job on its connection."""
+    worker_prepare(worker, worker.pipe.loop.now_ns)
+    if worker.seal != SEAL_NONE:
+        worker_begin_sealed(worker)
+    else:
+        worker_write(worker)
+
+
+cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
+    """Give an idle worker a job; without a connection fit for use it goes to Python first."""
+    cdef loop_t* loop = worker.pipe.loop
+    cdef uint8_t byte
+    job.taken_ns = loop.now_ns
+    worker.job = job
+    if worker.pipe.limits.max_queue_age_ns:
+        loop_look_at(loop, loop.now_ns + worker.pipe.limits.max_queue_age_ns)
+    if worker.fd < 0 or worker.is_ended \
+            or worker.generation != load_int(&worker.pipe.generation) \
+            or loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    # An idle connection must be silent: an end of stream or stray bytes make it unfit.
+    if was_idle and worker.seal == SEAL_NONE \
+            and (recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
+                 or errno != EAGAIN):
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    worker_begin(worker)
+
+
+cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
+    """Take the next job, if the connection is fit for it; for the thread that holds the worker.
+
+    It saves a way through the loop and back: the thread is about to encrypt. What it has called
+    meanwhile may have taken long, so the connection is looked at as if it had been idle.
+    """
+    cdef pipe_t* pipe = worker.pipe
+    cdef int64_t now_ns = clock_ns()
+    cdef uint8_t byte
+    if worker.fd < 0 or worker.is_ended \
+            or worker.generation != load_int(&pipe.generation) \
+            or now_ns - worker.last_used_ns > pipe.limits.idle_timeout_ns:
+        return False
+    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 or errno != EAGAIN:
+        return False
+    pthread_mutex_lock(&pipe.lock)
+    pipe_expire(pipe, now_ns)
+    worker.job = pipe_take(pipe, worker.index > 0)      # none, when the pipe is stopping
+    pthread_mutex_unlock(&pipe.lock)
+    if worker.job is NULL:
+        return False
+    worker.job.taken_ns = now_ns
+    worker_prepare(worker, now_ns)
+    worker.seal = SEAL_WRITING
+    worker.sealed_deadline_ns = 0
+    return True
+
+
+cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcept nogil:
+    """Write ``done``'s outcome into the books, if there is one, and go on with msgc or be idle.
+
+    Without one the worker comes from Python: its connection may have ended meanwhile.
+    """
+    cdef pipe_t* pipe = worker.pipe
+    cdef job_t* job
+    cdef bint is_closed = worker.fd >= 0 and (
+        worker.is_ended or worker.generation != load_int(&pipe.generation))
+    pthread_mutex_lock(&pipe.lock)
+    if done is not NULL:
+        pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
+    pipe_expire(pipe, pipe.loop.now_ns)
+    job = pipe_take(pipe, worker.index > 0)
+    worker.job = job
+    if job is NULL and not is_closed:
+        worker.state = WORKER_IDLE
+        worker.next = pipe.idle
+        pipe.idle = worker
+    pthread_mutex_unlock(&pipe.lock)
+    if done is not NULL:
+        loop_job_done(pipe.loop, done)
+    if job is not NULL:
+        worker_start(worker, job, done is NULL)
+    elif is_closed:
+        worker_to_python(worker, EVENT_CLOSED, 0)
+
+
+cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
+    """204: count it here, unless Python has to hear of it (spec section 2.4)."""
+    cdef job_t* job = worker.job
+    worker.is_reused = True
+    worker.last_used_ns = worker.pipe.loop.now_ns
+    worker.deadline_ns = 0
+    if job.type == TYPE_SNAP or not load_int(worker.pipe.active):
+        worker_to_python(worker, EVENT_SUCCEEDED, 0)
+    else:
+        worker_next(worker, job, OUTCOME_SENT)
+
+
+cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
+    """Read what there is of an answer; the connection is written, or being written."""
+    cdef int verdict
+    cdef ssize_t n
+    while True:
+        n = recv(worker.fd, worker.answer + worker.answer_len,
+                 HTTP_ANSWER_MAX - worker.answer_len, MSG_DONTWAIT)
+        if n >= 0 or errno != EINTR:
+            break
+    if n < 0:
+        if errno != EAGAIN:
+            worker_fail(worker, errno)
+        return
+    if n == 0:
+        if worker.answer_len > 0 or worker.is_odd:
+            worker_to_python(worker, EVENT_ANSWER if worker.seal == SEAL_NONE else EVENT_UNSEAL,
+                             ERROR_CLOSED)
+        else:
+            worker_fail(worker, ERROR_CLOSED)
+        return
+    worker.answer_len += <int>n
+    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        worker.is_ended = True
+    if worker.seal != SEAL_NONE:
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+        return
+    if worker.state == WORKER_WRITING:
+        worker.answer_deadline_ns = \
+            worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
+    if worker.state == WORKER_WRITING or worker.is_odd:
+        # An answer to a request that is not complete is rare, and never a plain success.
+        worker_to_python(worker, EVENT_ANSWER, 0)
+        return
+    if worker.answer_len == worker.known_len \
+            and memcmp(worker.answer, worker.known, worker.known_len) == 0:
+        worker_succeeded(worker)
+        return
+    verdict = http_recognise_204(worker.answer, worker.answer_len)
+    if verdict == worker.answer_len:
+        if worker.answer_len <= ANSWER_KNOWN_MAX:
+            memcpy(worker.known, worker.answer, worker.answer_len)
+            worker.known_len = worker.answer_len
+        worker_succeeded(worker)
+    elif verdict != HTTP_MORE or worker.answer_len == HTTP_ANSWER_MAX or worker.is_ended:
+        worker_to_python(worker, EVENT_ANSWER, 0)
+
+
+cdef inline void worker_connected(worker_t* worker) noexcept nogil:
+    """The connect() under way has an outcome, if the socket says so."""
+    cdef int error = 0
+    cdef socklen_t size = sizeof(error)
+    if getsockopt(worker.fd, SOL_SOCKET, SO_ERROR, &error, &size) != 0:
+        error = errno
+    if error != 0:
+        worker_fail(worker, error)
+    else:
+        worker_begin(worker)
+
+
+cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
+    """Take a worker whose idle connection has ended off the stack, for Python to close it."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef worker_t** link
+    cdef uint8_t byte
+    cdef ssize_t n
+    if worker.seal == SEAL_NONE:
+        n = recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+    else:
+        n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n < 0 and errno == EAGAIN:
+        return
+    pthread_mutex_lock(&pipe.lock)
+    link = &pipe.idle
+    while link[0] is not worker:
+        link = &link[0].next
+    link[0] = worker.next
+    pthread_mutex_unlock(&pipe.lock)
+    if worker.seal != SEAL_NONE and n > 0:      # a session ticket does not end a connection
+        worker.answer_len = <int>n
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+    else:
+        worker_to_python(worker, EVENT_CLOSED, 0)
+
+
+cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
+    """Act on what epoll says. Flags of an earlier socket may come late: the calls decide."""
+    if worker.state == WORKER_READING:
+        if flags & ~EPOLLOUT:
+            worker_read(worker, flags)
+    elif worker.state == WORKER_WRITING:
+        if flags & ~EPOLLOUT:
+            worker_read(worker, flags)
+        if worker.state == WORKER_WRITING and flags & EPOLLOUT:
+            if worker.seal != SEAL_NONE:
+                worker_flush(worker)
+            else:
+                worker_write(worker)
+    elif worker.state == WORKER_CONNECTING:
+        if flags & (EPOLLOUT | EPOLLERR | EPOLLHUP):
+            worker_connected(worker)
+    elif worker.state == WORKER_IDLE and worker.fd >= 0:
+        if flags & ~EPOLLOUT:
+            worker_idle_closed(worker)
+
+
+cdef inline void worker_returned(worker_t* worker) noexcept nogil:
+    """Go on with a worker that Python gives back: with a job to send, or with the next one."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef epoll_event event
+    if pipe.is_detached:
+        if worker.job is not NULL:
+            worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)
+            return
+        pthread_mutex_lock(&pipe.lock)
+        worker_retire(worker)
+        pthread_mutex_unlock(&pipe.lock)
+        return
+    if worker.fd >= 0:
+        event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+        event.data.ptr = worker
+        if epoll_ctl(pipe.loop.epfd, EPOLL_CTL_ADD, worker.fd, &event) == 0:
+            worker.is_registered = True
+        elif worker.job is NULL:
+            worker.is_ended = True
+        else:
+            worker.state = WORKER_CONNECTING if worker.seal <= SEAL_CONNECTING \
+                and not worker.is_odd else WORKER_READING
+            worker_fail(worker, errno)
+            return
+    if worker.job is NULL:
+        worker_next(worker, NULL, OUTCOME_SENT)
+    elif worker.seal > SEAL_CONNECTING:
+        worker.answer_len = 0
+        worker_flush(worker)
+    elif worker.is_odd:
+        worker.state = WORKER_READING
+        worker.answer_len = 0
+        if worker.job.type != TYPE_SNAP:
+            worker_set_deadline(worker, worker.answer_deadline_ns)
+    else:
+        worker.state = WORKER_CONNECTING
+        worker.link_check_ns = 0
+        worker_set_deadline(worker, worker.deadline_ns)
+
+
+cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcept nogil:
+    """Fail a worker that is overdue, and note its next deadline."""
+    if worker.state == WORKER_CONNECTING:
+        if now_ns >= worker.deadline_ns:
+            worker_fail(worker, ERROR_DIAL_TIMEOUT)
+            return
+    elif worker.state == WORKER_WRITING or worker.state == WORKER_READING:
+        if worker.deadline_ns and now_ns >= worker.deadline_ns:
+            if worker.seal == SEAL_HANDSHAKE:
+                worker_fail(worker, ERROR_HANDSHAKE_TIMEOUT)
+            else:
+                worker_fail(worker, ERROR_STALLED if worker.state == WORKER_WRITING
+                            else ERROR_RESPONSE_TIMEOUT)
+            return
+        if now_ns >= worker.link_check_ns:
+            if worker_link_is_dead(worker):
+                worker_fail(worker, ERROR_DEAD_LINK)
+                return
+            worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns // 4
+    else:
+        return
+    worker_set_deadline(worker, worker.deadline_ns)
+
+
+cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
+    """Return a worker from Python to the loop, or retire it when the pipe is detached; GIVEN_*."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef loop_t* loop = pipe.loop
+    cdef int given = GIVEN_TO_LOOP
+    pthread_mutex_lock(&pipe.lock)
+    if not pipe.is_detached:
+        push_returned(pipe.loop, worker)
+    elif worker.job is NULL:
+        worker_retire(worker)
+        given = GIVEN_RETIRED
+    else:
+        given = GIVEN_NOT
+    pthread_mutex_unlock(&pipe.lock)
+    if given == GIVEN_TO_LOOP:
+        # The caller keeps the loop's owner alive, though the pipe may be on its way out.
+        loop_wake(loop)
+    return given
