@@ -457,8 +457,7 @@ class Pipeline(Sender):
             self.call(self._on_critical_error, error)
         is_news = self.status.deactivate("pipeline", "write", error.reason)
         self.count_failed_append(index)
-        if is_news or self._config.unreachable_reports == "every":
-            self.call(self._raft.report_unreachable, to)
+        self.report_unreachable(to, is_news=is_news)
         if kind == MessageType.SNAP:
             self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
         self._finish(index, False)
@@ -525,7 +524,11 @@ class Pipeline(Sender):
         ``unreachable_reports="change"`` it is told unless Raft has heard already that the peer
         cannot be reached.
         """
-        if self._config.unreachable_reports == "every" or not self.status.is_unreachable:
+        self.report_unreachable(to, is_news=not self.status.is_unreachable)
+
+    def report_unreachable(self, to: int, *, is_news: bool) -> None:
+        """Tell Raft of a failure; with ``unreachable_reports="change"`` only if it is news."""
+        if is_news or self._config.unreachable_reports == "every":
             self.call(self._raft.report_unreachable, to)
 
     def call(self, callback: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:

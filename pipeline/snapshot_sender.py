@@ -547,8 +547,8 @@ class SnapshotSender:
         # says nothing of the peer.
         if not isinstance(error, SnapshotCancelledError) or self._is_stopped:
             pipeline.picker.unreachable(url)
-            pipeline.status.deactivate("sendMsgSnap", "post", str(error))
-            call(self._raft.report_unreachable, pipeline.peer_id)
+            is_news = pipeline.status.deactivate("sendMsgSnap", "post", str(error))
+            pipeline.report_unreachable(pipeline.peer_id, is_news=is_news)
         self._tell_raft(SnapshotStatus.FAILURE)
         with self._lock:
             self._failures += 1

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -512,6 +512,23 @@ def test_nobody_listens(raft: FakeRaft, make: Make) -> None:
         with pytest.raises(PeerUnreachableError, match="Connection refused"):
             transfer.result(LONG_TIMEOUT)
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)]
+
+
+@pytest.mark.parametrize(("reports", "told"), [("every", 2), ("change", 1)])
+def test_raft_hears_of_every_failure_or_of_the_change(
+    raft: FakeRaft, make: Make, reports: Literal["every", "change"], told: int
+) -> None:
+    config = TransportConfig(
+        probe_interval_s=0, pipeline=PipelineConfig(unreachable_reports=reports)
+    )
+    with refused_port() as port, make(raft, config=config) as transport:
+        transport.add_peer(PEER, [f"http://127.0.0.1:{port}"])
+        for _ in range(2):
+            transfer = transport.send_snapshot(snapshot_message(), b"x")
+            with pytest.raises(PeerUnreachableError):
+                transfer.result(LONG_TIMEOUT)
+    assert raft.unreachable == [PEER] * told
+    assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)] * 2
 
 
 def test_a_dial_that_is_not_answered_ends(raft: FakeRaft, make: Make) -> None:
