@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from pipeline._core import ActiveFlag, EncodedMessage
@@ -19,7 +18,7 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
-from pipeline.protocol import format_id, request_head
+from pipeline.protocol import format_id
 from pipeline.snapshot_sender import RateLimiter, SnapshotSender
 from pipeline.status import PeerStatus
 from pipeline.tls import Credentials
@@ -130,14 +129,6 @@ class Peer:
             self.pipeline,
             raft,
             dispatcher=dispatcher,
-            head=partial(
-                request_head,
-                member_id=member_id,
-                cluster_id=cluster_id,
-                peer_urls=tuple(peer_urls),
-                server_version=server_version,
-                min_cluster_version=min_cluster_version,
-            ),
             config=config,
             answer_timeout_s=snapshot_answer_timeout_s,
             limiter=limiter,

@@ -124,7 +124,8 @@ class Pipeline(Sender):
         self._dispatcher = dispatcher or Dispatcher(
             self._peer, queue_bytes=defaults.queue_bytes, max_threads=defaults.dispatchers
         )
-        self._head = partial(
+        #: Makes the head of a request to a URL (``protocol.request_head``).
+        self.head = partial(
             protocol.request_head,
             member_id=member_id,
             cluster_id=cluster_id,
@@ -292,7 +293,7 @@ class Pipeline(Sender):
             if pool is None:
                 pool = self._pools[url] = Pool(
                     url,
-                    self._head(url),
+                    self.head(url),
                     size=self._config.connections,
                     dead_link_timeout_s=self._config.dead_link_timeout_s,
                     credentials=self._credentials,

@@ -336,13 +336,12 @@ class SnapshotSender:
     Parameters
     ----------
     pipeline : Pipeline
-        The peer's; its picker and status are shared, and the application is called through it.
+        The peer's; its picker, status and heads are shared, and the application is called
+        through it.
     raft : Raft
         Told how each snapshot ended.
     dispatcher : Dispatcher
         Tells Raft of those that were given up before their turn.
-    head : callable
-        ``protocol.request_head`` with all but URL, path and content type given.
     config : PipelineConfig
     answer_timeout_s : float
         From the last byte written to the answer.
@@ -363,7 +362,6 @@ class SnapshotSender:
         raft: Raft,
         *,
         dispatcher: Dispatcher,
-        head: Callable[..., bytes],
         config: PipelineConfig,
         answer_timeout_s: float,
         limiter: RateLimiter,
@@ -374,7 +372,7 @@ class SnapshotSender:
         self._peer = protocol.format_id(pipeline.peer_id)
         self._raft = raft
         self._dispatcher = dispatcher
-        self._head = partial(head, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE)
+        self._head = partial(pipeline.head, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE)
         self._config = config
         self._answer_timeout_s = answer_timeout_s
         self._limiter = limiter
