@@ -299,7 +299,8 @@ class Transport:
             that turns out shorter or longer fails, and the peer publishes nothing.
         on_progress : callable, optional
             Called with a ``SnapshotProgress`` at each phase and while bytes move, at most ten
-            times a second, by the transfer's thread, which it must not have wait for the transfer.
+            times a second, by the transfer's thread, which it must not have wait for the transfer;
+            for a member that is no peer once, before return.
             What it raises is logged and counted.
 
         Returns
@@ -320,9 +321,10 @@ class Transport:
         Notes
         -----
         Does not wait. Each transfer that begins ends with one ``report_snapshot``, as a MsgSnap
-        does, and with ``report_unreachable`` if it failed. One transfer to a peer runs at a time
-        and one waits; a newer one takes the place of the one that waits, whose outcome for Raft
-        is then the newer one's. ``pause`` and ``cut_peer`` do not concern snapshots. Source: etcd
+        does, and with ``report_unreachable`` if it failed, but not if it was cancelled. One
+        transfer to a peer runs at a time and one waits; a newer one takes the place of the one that
+        waits, whose outcome for Raft is then the newer one's. ``pause`` and ``cut_peer`` do not
+        concern snapshots. Source: etcd
         ``Transport.SendSnapshot``.
         """
         transfer = SnapshotTransfer(
