@@ -50,7 +50,7 @@ benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 	mkdir -p $(@D)
 	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -o $@ $<
 
-bench: build benchmarks/bin/sink benchmarks/bin/bare_sender
+bench: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
 	$(BIN)/python benchmarks/report.py
 
 bench-snapshot: build
@@ -66,13 +66,13 @@ $(VENV)/.peers: $(VENV)/.built
 	touch $@
 
 # BENCH_ROUNDS=1 BENCH_SUBJECTS=etcd,ours BENCH_SIZES=128 make bench-peers
-bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender
+bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
 	$(MAKE) --no-print-directory benchmarks/bin/etcd || echo 'no etcd to compare with' >&2
 	$(BIN)/python benchmarks/compare.py --rounds $(or $(BENCH_ROUNDS),5) \
 		--subjects '$(BENCH_SUBJECTS)' --sizes '$(BENCH_SIZES)' $(BENCH_ARGS)
 
 # 1 to 128 peers, 1 to 64 workers, 64 B to 64 MiB.
-bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender
+bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
 	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
 
 # Instructions per message against benchmarks/reference.json; the second makes this tree the reference.

@@ -40,11 +40,11 @@ from harness import (
     receiving,
     run_json,
     say,
-    watched,
 )
 from peers.clients import SUBJECTS as CLIENTS
 from peers.clients import missing
-from report import FOREIGN_CORES_MAX, REPEAT_PAUSE_S, put_into
+from quiet import PATIENCE_HELP, Watch, remark
+from report import put_into
 
 RESULTS = HERE / "results"
 SIZES = (128, 1 << 10, 16 << 10, 1 << 20, 64 << 20)
@@ -226,8 +226,9 @@ def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., 
     still worth having.
     """
     rounds: dict[Case, list[Row]] = {case: [] for case in plan}
+    apart: dict[Case, list[Row]] = {case: [] for case in plan}
     failed: dict[str, str] = {}
-    repeats, begun = args.repeats, time.monotonic()
+    watch, begun = Watch(args.patience), time.monotonic()
     for n in range(args.rounds):
         for i, (side, subject, size) in enumerate(plan):
             if (side, subject, size) not in rounds:
@@ -239,27 +240,26 @@ def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., 
             run = partial(RUN[side], subject, size, seconds_of(size, args.seconds))
             try:
                 try:
-                    result = watched(run)
+                    result, while_apart = watch.run(run)
                 except SystemExit as error:
                     say(f"{at}: {name}: once more, for {error}\n")
-                    result = watched(run)
-                # Judged by what others did, never by the figure.
-                while result["foreign_cores"] > FOREIGN_CORES_MAX and repeats:
-                    repeats -= 1
-                    time.sleep(REPEAT_PAUSE_S)
-                    result = watched(run)
+                    result, while_apart = watch.run(run)
             except SystemExit as error:
                 say(f"{at}: {name}: given up, for {error}\n")
                 failed[name] = str(error)
                 del rounds[side, subject, size]
             else:
                 rounds[side, subject, size].append(result)
-        keep(summary(rounds), failed, n + 1)
+                if while_apart:
+                    apart[side, subject, size].append(while_apart)
+        keep(summary(rounds, apart), failed, n + 1)
     say("")
 
 
-def summary(rounds: Mapping[Case, Sequence[Row]]) -> list[Row]:
-    """One object for each case: the medians of its rounds, the rounds, and its ratios to etcd's."""
+def summary(rounds: Mapping[Case, Sequence[Row]], apart: Mapping[Case, Sequence[Row]]) -> list[Row]:
+    """One object for each case: the medians of its rounds, the rounds, its ratios to etcd's, and in
+    ``apart`` the runs made while the CPUs shared no cache.
+    """
     results: list[Row] = [
         {
             "case": f"{side}-{label(size).replace(' ', '')}",
@@ -268,6 +268,7 @@ def summary(rounds: Mapping[Case, Sequence[Row]]) -> list[Row]:
             "size_bytes": size,
             **{key: statistics.median(each[key] for each in done) for key in FIGURES},
             "rounds": done,
+            "apart": apart[side, subject, size],
         }
         for (side, subject, size), done in rounds.items()
     ]
@@ -326,12 +327,21 @@ def table(results: Sequence[Row]) -> str:
     return "\n".join(lines[1:])
 
 
+def ratio_apart(ours: Sequence[Row], etcd: Sequence[Row], figure: str) -> str:
+    """Ratio of the medians, for such runs do not come in pairs; and how many there were."""
+    if not ours or not etcd:
+        return ""
+    mine, theirs = (statistics.median(run[figure] for run in runs) for runs in (ours, etcd))
+    return f"{mine / theirs:.2f} ({len(ours)} and {len(etcd)} runs)"
+
+
 def verdicts(results: Sequence[Row]) -> str:
     """The targets of the issue, and whether each is met: the median of the rounds' ratios."""
     lines = [
-        "| ours / etcd's Go pipeline | median | of each round | target | met |",
-        "| --- | --: | --- | --- | --- |",
+        "| ours / etcd's Go pipeline | median | of each round | target | met | CPUs apart |",
+        "| --- | --: | --- | --- | --- | --- |",
     ]
+    etcd = {each["case"]: each["apart"] for each in results if each["subject"] == ETCD}
     names = {"cpu_us_per_msg": "CPU per message", "msgs_per_s": "messages per second"}
     for (side, size, figure), (sign, bound) in TARGETS.items():
         for each in results:
@@ -344,7 +354,8 @@ def verdicts(results: Sequence[Row]) -> str:
             rounds = " ".join(f"{ratio:.2f}" for ratio in ratios)
             lines.append(
                 f"| {side}, {label(size)}: {names[figure]} | {median:.2f} | {rounds} "
-                f"| {sign} {bound} | {'yes' if met else '**no**'} |"
+                f"| {sign} {bound} | {'yes' if met else '**no**'} "
+                f"| {ratio_apart(each['apart'], etcd[each['case']], figure)} |"
             )
     return "\n".join(lines)
 
@@ -388,8 +399,6 @@ def versions() -> dict[str, str]:
 
 def footer(run: Row, results: Sequence[Row]) -> str:
     where, used_versions = run["machine"], run["versions"]
-    foreign = [one["foreign_cores"] for each in results for one in each["rounds"]]
-    disturbed = sum(cores > FOREIGN_CORES_MAX for cores in foreign)
     lines = [
         f"{where['cpu']}, {where['cores']} cores, Linux {where['kernel']}, {where['python']}, "
         f"{run['go']}; {', '.join(f'{k} {v}' for k, v in used_versions.items())}; median of "
@@ -398,11 +407,8 @@ def footer(run: Row, results: Sequence[Row]) -> str:
     ]
     if run["skipped"]:
         lines.append("Skipped: " + "; ".join(f"{k}: {why}" for k, why in run["skipped"].items()))
-    if disturbed:
-        lines.append(
-            f"Not a quiet machine: others used up to {max(foreign):.2f} cores beside {disturbed} "
-            f"of {len(foreign)} runs. Those are too slow, and ratios with them may be wrong."
-        )
+    if disturbed := remark([one for each in results for one in each["rounds"]]):
+        lines.append(disturbed)
     return "\n\n".join(lines)
 
 
@@ -425,7 +431,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.8, help="of each measured run")
-    parser.add_argument("--repeats", type=int, default=20, help="of disturbed runs, in all")
+    parser.add_argument("--patience", type=float, default=900.0, help=PATIENCE_HELP)
     parser.add_argument("--subjects", default="", help="only these, by commas")
     parser.add_argument("--sizes", default="", help="only these, in bytes, by commas")
     parser.add_argument("--sides", default="send,receive,both")

@@ -42,8 +42,8 @@ from harness import (
     run_json,
     say,
     status_kib,
-    watched,
 )
+from quiet import PATIENCE_HELP, Watch, remark
 
 from pipeline import (
     Entry,
@@ -209,14 +209,14 @@ CURVES: dict[str, Sequence[int]] = {
 }
 
 
-def measure(rounds: int, seconds: float) -> dict[str, list[Row]]:
+def measure(rounds: int, seconds: float, watch: Watch) -> dict[str, list[Row]]:
     """Curve -> points in order; each has ``n``, its rounds, and their medians."""
     plan = [(curve, n) for curve, points in CURVES.items() for n in points]
     results: dict[tuple[str, int], list[Row]] = {point: [] for point in plan}
     for i in range(rounds):
         for curve, n in plan:
             say(f"round {i + 1} of {rounds}: {curve} {n}")
-            results[curve, n].append(watched(partial(run_one, curve, n, seconds)))
+            results[curve, n].append(watch.run(partial(run_one, curve, n, seconds))[0])
     say("")
     curves: dict[str, list[Row]] = {curve: [] for curve in CURVES}
     for (curve, n), done in results.items():
@@ -268,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.7)
+    parser.add_argument("--patience", type=float, default=300.0, help=PATIENCE_HELP)
     parser.add_argument("--out", type=Path, default=HERE / "results", help="directory")
     parser.add_argument("--report", action="store_true", help="of the file there is; no run")
     parser.add_argument("--one", nargs=3, metavar=("CURVE", "N", "PORT"))
@@ -289,12 +290,13 @@ def main() -> None:
             "machine": machine(),
             "rounds": args.rounds,
             "seconds": args.seconds,
-            "curves": measure(args.rounds, args.seconds),
+            "curves": measure(args.rounds, args.seconds, Watch(args.patience)),
         }
         out.write_text(json.dumps(result, indent=1) + "\n")
     curves = json.loads(out.read_text())["curves"]
+    runs = [run for points in curves.values() for each in points for run in each["rounds"]]
     (args.out / "growth.svg").write_text(chart(curves))
-    print(describe(curves))
+    print(describe(curves), remark(runs), sep="\n")
 
 
 if __name__ == "__main__":

@@ -110,25 +110,6 @@ def run_json(*command: object) -> dict[str, Any]:
     return result
 
 
-def busy_s() -> tuple[float, float]:
-    """CPU time used so far: by the whole machine (stolen time included), and by our children."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = (
-        int(word) for word in Path("/proc/stat").read_text().split()[1:9]
-    )
-    ours = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ticks = user + nice + system + irq + softirq + steal
-    return ticks / os.sysconf("SC_CLK_TCK"), ours.ru_utime + ours.ru_stime
-
-
-def watched(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of ``run``, and in ``foreign_cores`` the CPU that others used meanwhile."""
-    start, all_before, ours_before = time.perf_counter(), *busy_s()
-    result = run()
-    took, all_after, ours_after = time.perf_counter() - start, *busy_s()
-    foreign_s = (all_after - all_before) - (ours_after - ours_before)
-    return {**result, "foreign_cores": max(foreign_s / took, 0.0)}
-
-
 def say(progress: str) -> None:
     """Show how far a run is: in place on a terminal, else a line each."""
     if sys.stderr.isatty():

@@ -15,10 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,13 @@ from harness import (
     receive,
     run_json,
     say,
-    watched,
 )
+from quiet import PATIENCE_HELP, Watch, remark
 
 Runs = dict[str, list[dict[str, Any]]]  # "subject mode" -> one result per round
 
 ENTRY_BYTES = 128
 RECEIVING = {"receive": Load.SMALL, "receive-large": Load.LARGE}
-#: What others may use of the machine beside a run; more disturbs it.
-FOREIGN_CORES_MAX = 0.1
-REPEAT_PAUSE_S = 2.0
 
 
 def run_one(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[str, Any]:
@@ -74,14 +71,13 @@ def run_one(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[st
     return {**result, "sink": counters}
 
 
-def run_watched(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[str, Any]:
-    """``run_one`` or ``receive``, and the CPU that others used meanwhile."""
+def run_either(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[str, Any]:
     if mode in RECEIVING:
-        return watched(lambda: receive(subject, RECEIVING[mode], seconds))
-    return watched(lambda: run_one(subject, mode, seconds, wire_bytes))
+        return receive(subject, RECEIVING[mode], seconds)
+    return run_one(subject, mode, seconds, wire_bytes)
 
 
-def measure(rounds: int, seconds: float, repeats: int, wire_bytes: int) -> Runs:
+def measure(rounds: int, seconds: float, watch: Watch, wire_bytes: int) -> Runs:
     plan = [(subject, mode) for mode in ("rate", "spin") for subject in ("bare-c", *SUBJECTS)]
     plan.remove(("core-prebuilt", "spin"))
     plan += [("core", "busy"), ("baseline", "busy")]
@@ -93,13 +89,7 @@ def measure(rounds: int, seconds: float, repeats: int, wire_bytes: int) -> Runs:
     for n in range(rounds):
         for subject, mode in plan:
             say(f"round {n + 1} of {rounds}: {subject} {mode}")
-            result = run_watched(subject, mode, seconds, wire_bytes)
-            # Judged by what others did, never by the figure.
-            while result["foreign_cores"] > FOREIGN_CORES_MAX and repeats:
-                say(f"round {n + 1} of {rounds}: {subject} {mode}, disturbed, again")
-                repeats -= 1
-                time.sleep(REPEAT_PAUSE_S)
-                result = run_watched(subject, mode, seconds, wire_bytes)
+            result, _ = watch.run(partial(run_either, subject, mode, seconds, wire_bytes))
             runs.setdefault(f"{subject} {mode}", []).append(result)
     say("")
     return runs
@@ -407,13 +397,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each run at full rate")
-    parser.add_argument("--repeats", type=int, default=20, help="of disturbed runs, in all")
+    parser.add_argument("--patience", type=float, default=600.0, help=PATIENCE_HELP)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "bench.json")
     parser.add_argument("--readme", type=Path, help="put the table into this file as well")
     args = parser.parse_args()
 
     wire_bytes = body_bytes(ENTRY_BYTES)
-    runs = measure(args.rounds, args.seconds, args.repeats, wire_bytes)
+    runs = measure(args.rounds, args.seconds, Watch(args.patience), wire_bytes)
     benchmarks = bench_files()
     rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
     rows += rows_of_tls(benchmarks)
@@ -433,13 +423,8 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     args.out.with_name("send-time.svg").write_text(chart(runs))
     lines = [table(rows)]
-    foreign = [run["foreign_cores"] for each in runs.values() for run in each]
-    disturbed = sum(cores > FOREIGN_CORES_MAX for cores in foreign)
-    if disturbed:
-        lines.append(
-            f"\nNot a quiet machine: others used up to {max(foreign):.2f} cores beside {disturbed} "
-            f"of {len(foreign)} runs. Those are too slow, and ratios with them may be wrong."
-        )
+    if disturbed := remark([run for each in runs.values() for run in each]):
+        lines.append(f"\n{disturbed}")
     lines.append(
         f"\n{where['cpu']}, {where['cores']} cores, Linux {where['kernel']}, {where['python']}, "
         f"{where['build']} build; median of {args.rounds} rounds; all of it in {args.out.name}"
