@@ -35,6 +35,10 @@ cdef enum:
     # loopback; one step of 1 MiB delays the other workers by about 0.2 ms (design section 3).
     LOOP_STEP_BYTES = 1 << 20
     LOOP_STEP_SEGMENTS = 64
+    # A peer whose handshake took no longer gets no larger send buffer, of which the loop must be
+    # able to fill the whole in one step.
+    NEAR_RTT_US = 100
+    SEND_BUFFER_NEAR = 1 << 20
     # Up to this a body is copied behind the head and both are sent as one piece, which costs the
     # kernel less than to gather two.
     LOOP_JOINED_MAX = 2048

@@ -111,12 +111,14 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int, const void*, size_t, int)
     ssize_t recv(int, void*, size_t, int)
     int getsockopt(int, int, int, void*, socklen_t*)
+    int setsockopt(int, int, int, const void*, socklen_t)
     enum:
         MSG_NOSIGNAL
         MSG_DONTWAIT
         MSG_PEEK
         SOL_SOCKET
         SO_ERROR
+        SO_SNDBUF
         SOCK_CLOEXEC
         SOCK_NONBLOCK
         SHUT_RDWR
@@ -148,6 +150,7 @@ cdef extern from "<netinet/tcp.h>" nogil:
         uint32_t tcpi_unacked           # segments
         uint32_t tcpi_last_data_sent    # ms ago
         uint32_t tcpi_last_ack_recv     # ms ago
+        uint32_t tcpi_rtt               # us
     enum: TCP_INFO
 
 cdef extern from "<unistd.h>" nogil:

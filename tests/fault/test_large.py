@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+import socket
 import threading
 import time
 
 import pytest
+from urllib3.util import parse_url
 
 from pipeline import EncodedMessage, Message, MessageType, SendResult, Snapshot
 from tests.support.raft import FakeRaft
@@ -253,3 +257,31 @@ def test_messages_in_turn_of_every_size_keep_their_bounds() -> None:
             pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))
         requests = server.wait_requests(len(expected))
         assert [request.body for request in requests] == expected
+
+
+def send_buffers_to(port: int) -> list[int]:
+    """SO_SNDBUF of every connection of this process to ``port``."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as sock:
+            if sock.getpeername()[1:2] == (port,):
+                found.append(sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+    return found
+
+
+def test_the_send_buffer_to_a_near_peer_does_not_grow_beyond_the_cache() -> None:
+    with ScriptedServer() as server:
+        port = parse_url(server.url).port
+        assert port is not None
+
+        def is_bounded() -> bool:
+            # The kernel takes no more than net.core.wmem_max, and without us grows to tcp_wmem.
+            with pipeline_to(server, connections=1) as pipeline:
+                for _ in range(4):
+                    pipeline.send(EncodedMessage(bytes(32 * MIB), type=MessageType.APP, to=PEER))
+                assert settle(pipeline).sent == 4
+                (size,) = send_buffers_to(port)
+            return size <= MIB
+
+        # A handshake may be slow on a busy machine; not each time.
+        assert any(is_bounded() for _ in range(5))
