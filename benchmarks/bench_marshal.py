@@ -92,6 +92,7 @@ def test_codec(benchmark: Any, case: Case, work: str) -> None:
     size = build_ours(case).byte_size()
     benchmark.group = f"{work.rsplit('-', 1)[0]} {case.name} {size}B"
     benchmark.extra_info.update(message_type=case.type.name, bytes=size, entries=case.entries)
-    # Enough calls a round that the clock's own cost does not show.
-    rounds, calls = (200, 20) if size > KIB * 64 else (200, 1000 if case.entries < 2 else 100)
+    # Enough calls a round that the clock's own cost does not show, and enough rounds that somebody
+    # else's 10 ms do not make the median.
+    rounds, calls = (200, 20) if size > KIB * 64 else (2000, 500 if case.entries < 2 else 20)
     benchmark.pedantic(run, arguments, rounds=rounds, iterations=calls, warmup_rounds=5)
