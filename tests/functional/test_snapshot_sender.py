@@ -8,6 +8,7 @@ import gzip
 import io
 import itertools
 import os
+import select
 import socket
 import struct
 import threading
@@ -42,6 +43,7 @@ from pipeline import (
     UsageError,
 )
 from pipeline import snapshot_sender as module
+from pipeline.pool import Answer
 from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from tests.support import LONG_TIMEOUT
@@ -855,6 +857,32 @@ def test_the_one_that_waits_is_sent_when_the_one_before_it_failed_or_was_cancell
     server.release.set()
     second.result(LONG_TIMEOUT)
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE), (PEER, SnapshotStatus.FINISH)]
+
+
+def test_a_cancel_before_the_answer_was_read_wins(
+    server: ScriptedServer,
+    transport: Transport,
+    raft: FakeRaft,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the transfer's thread was doing when both came."""
+    server.script = server.hold
+    read_answer, is_sent = SnapshotLink.read_answer, threading.Event()
+
+    def late(link: SnapshotLink, timeout_s: float) -> Answer:
+        assert is_sent.wait(LONG_TIMEOUT)
+        transfer.cancel()
+        server.release.set()
+        assert link._sock is not None
+        assert select.select([link._sock], [], [], LONG_TIMEOUT)[0]
+        return read_answer(link, timeout_s)
+
+    monkeypatch.setattr(SnapshotLink, "read_answer", late)
+    transfer = transport.send_snapshot(snapshot_message(), b"x")
+    is_sent.set()
+    with pytest.raises(SnapshotCancelledError, match="cancelled"):
+        transfer.result(LONG_TIMEOUT)
+    assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)]
 
 
 def test_the_one_that_waits_ends_though_its_peer_is_removed_after_a_stop(
