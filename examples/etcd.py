@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -69,13 +70,19 @@ def cluster_id(member_ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.sha1(ids).digest()[:8], "big")
 
 
+# Shuffled, so that processes side by side seldom meet; handed out in turn, so that a port chosen
+# and not yet listened on is not chosen again by the same process.
+_ports = itertools.cycle(random.sample(range(20000, 32000), 12000))
+
+
 def free_port() -> int:
     """Find a free loopback port below the range the kernel gives to outgoing connections.
 
     The ids of a static cluster follow from its ports, so these must be known before anybody
-    listens; from this range no connection made in between can take them.
+    listens; from this range no connection made in between can take them. No port is returned
+    twice until all of the range have been.
     """
-    for port in random.sample(range(20000, 32000), 100):
+    for port in itertools.islice(_ports, 100):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import Entry
 from pipeline.examples import three_nodes
-from pipeline.examples.etcd import put_of, puts_in
+from pipeline.examples.etcd import free_port, put_of, puts_in
 from pipeline.examples.three_nodes import Put
 from tests.functional.test_demo import assert_nothing_is_left
 
@@ -126,6 +126,12 @@ def test_without_trustme_one_line_names_the_extra(
     monkeypatch.setitem(sys.modules, "trustme", None)
     assert three_nodes.main() == 1
     assert "raft-pipeline[cli]" in capsys.readouterr().err
+
+
+def test_a_free_port_is_handed_out_once() -> None:
+    """Nobody listens yet on those before, and two members of one cluster need two."""
+    ports = [free_port() for _ in range(1000)]
+    assert len(set(ports)) == len(ports)
 
 
 def test_an_etcd_that_does_not_start_is_told_and_leaves_nothing(
