@@ -8,6 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import tls_use
+
+tls_use.watch()
+
 # A thread told to end may need a moment to do so; only a leak takes this long.
 GRACE_S = 5.0
 
@@ -29,3 +33,11 @@ def no_thread_left() -> Iterator[None]:
     while (leaked := _leaked(before)) and time.monotonic() < deadline:
         leaked[0].join(0.05)
     assert not leaked, f"threads left: {[thread.name for thread in leaked]}"
+
+
+@pytest.fixture(autouse=True)
+def no_tls_shared() -> Iterator[None]:
+    """Fail a test in which two threads were in one TLS object at a time, ours or the test's."""
+    tls_use.shared.clear()
+    yield
+    assert not tls_use.shared, tls_use.shared[0]

@@ -18,6 +18,7 @@ from tests.support.server import (
     always,
     answer,
     in_turn,
+    once_idle,
     then_close,
 )
 
@@ -197,10 +198,14 @@ def test_204_with_chunked_encoding_has_no_body_to_wait_for() -> None:
 
 
 def test_stray_bytes_on_an_idle_connection_end_it() -> None:
-    with ScriptedServer() as server, pipeline_to(server, connections=1) as pipeline:
+    stray = once_idle(lambda connection: connection.send(b"HTTP/1.1 408 Request Timeout\r\n\r\n"))
+    with (
+        ScriptedServer(in_turn(stray, OK)) as server,
+        pipeline_to(server, connections=1) as pipeline,
+    ):
         pipeline.send(message())
         settle(pipeline)
-        server.connections[0].send(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+        server.is_idle.release()
         server.wait_for(lambda: server.ended == 1)
         pipeline.send(message(MessageType.PROP))
         assert settle(pipeline).sent == 2

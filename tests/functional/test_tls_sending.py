@@ -40,7 +40,16 @@ from tests.support.senders import (
     pipeline_to,
     settle,
 )
-from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, in_turn, then_close
+from tests.support.server import (
+    ERROR,
+    OK,
+    Connection,
+    Request,
+    ScriptedServer,
+    in_turn,
+    once_idle,
+    then_close,
+)
 from tests.support.tls import DAY, Authority, now
 
 HEARTBEAT, PROP, SNAP = MessageType.HEARTBEAT, MessageType.PROP, MessageType.SNAP
@@ -349,13 +358,13 @@ def notify_close(connection: Connection) -> None:
 @pytest.mark.parametrize("type_", [HEARTBEAT, PROP])
 def test_a_close_notify_at_idle_costs_no_message(authority: Authority, type_: MessageType) -> None:
     with (
-        ScriptedServer(tls=authority.server()) as server,
+        ScriptedServer(once_idle(notify_close), tls=authority.server()) as server,
         sender(server, authority.info(), raft := FakeRaft(), connections=1) as pipeline,
     ):
         for count in range(1, 4):
             pipeline.send(message(type_))
             settle(pipeline)
-            notify_close(server.wait_connections(count)[-1])
+            server.is_idle.release()
             server.wait_for(lambda ended=count: server.ended == ended)
         assert pipeline.stats().sent == 3
         assert raft.unreachable == []

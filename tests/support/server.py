@@ -164,6 +164,20 @@ def then_close(data: bytes) -> Script:
     return script
 
 
+def once_idle(act: Callable[[Connection], object]) -> Script:
+    """Answer 204 and ``act`` once ``server.is_idle`` is released, before anything else is read.
+
+    In the connection's own thread: of a TLS connection no other may read or write.
+    """
+
+    def script(connection: Connection, request: Request) -> None:
+        connection.send(OK)
+        connection.server.is_idle.acquire(timeout=LONG_TIMEOUT)
+        act(connection)
+
+    return script
+
+
 class ScriptedServer:
     """A TCP server on loopback that records whole requests and answers by a script.
 
@@ -182,9 +196,9 @@ class ScriptedServer:
 
     Notes
     -----
-    ``hold`` is a script that keeps a request unanswered until ``release`` is set. After ``stop``,
-    which the ``with`` statement calls, there is no thread and no connection. Probes are answered by
-    ``on_probe`` and recorded apart.
+    ``hold`` is a script that keeps a request unanswered until ``release`` is set; ``once_idle``
+    waits for ``is_idle``. After ``stop``, which the ``with`` statement calls, there is no thread
+    and no connection. Probes are answered by ``on_probe`` and recorded apart.
     """
 
     def __init__(
@@ -203,6 +217,7 @@ class ScriptedServer:
         self.on_head = on_head
         self.on_probe: Script = always(PROBED)
         self.release = threading.Event()
+        self.is_idle = threading.Semaphore(0)
         self._changed = threading.Condition()  # guards what follows
         self.requests: list[Request] = []
         self.probes: list[Request] = []
@@ -251,6 +266,7 @@ class ScriptedServer:
             self._is_stopped = True
             connections = list(self.connections)
         self.release.set()
+        self.is_idle.release(len(connections) or 1)
         self._listener.shutdown(socket.SHUT_RDWR)
         self._threads[0].join(LONG_TIMEOUT)
         self._listener.close()
