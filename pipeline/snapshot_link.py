@@ -237,8 +237,6 @@ class SnapshotLink:
         has_begun = False
         while True:
             answer = self._receive()
-            # Also of an answer that is there: who cancels before it was read has cancelled.
-            self._ending.check()
             if answer is not None:
                 return answer
             if not has_begun and self._received and not self._received.startswith(b"HTTP/1.1 1"):
@@ -298,6 +296,8 @@ class SnapshotLink:
             pass
         except OSError as error:
             raise self._unreachable(_text(error), error) from error
+        # Also of an answer that is there: who cancels before it was read has cancelled.
+        self._ending.check()
         if data is None:
             return None
         self._received += data
@@ -338,6 +338,8 @@ class SnapshotLink:
         return bool(probes >= 2 or (unacked > 0 and acked_ms > sent_ms + LINK_ANSWER_MS))
 
     def _unreachable(self, reason: str, cause: BaseException | None = None) -> PeerUnreachableError:
+        # Of a transfer that is to end the peer has done nothing worth a report.
+        self._ending.check()
         error = PeerUnreachableError(reason, peer_id=self._peer_id, url=self._url)
         error.__cause__ = cause
         return error
