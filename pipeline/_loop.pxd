@@ -9,17 +9,19 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from pipeline._pipe cimport (
-    ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, LOOP_EVENTS, WORKER_IDLE, WORKER_PYTHON,
-    WORKER_WRITING, job_t, limits_t, loop_add_runnable, loop_queue_chores, loop_t, loop_wake,
-    pipe_check_age, pipe_expire, pipe_t, pipe_take, worker_retire, worker_t, worker_to_python,
+    ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, LOOP_EVENTS, SEND_BUFFER_NEAR, WORKER_IDLE,
+    WORKER_PYTHON, WORKER_WRITING, job_t, limits_t, loop_add_runnable, loop_queue_chores, loop_t,
+    loop_wake, pipe_check_age, pipe_expire, pipe_t, pipe_take, worker_retire, worker_t,
+    worker_to_python,
 )
 from pipeline._ring cimport RING_OK, ring_free, ring_init
 from pipeline._sync cimport (
-    EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
-    EPOLL_CTL_DEL, clock_ns, close, cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event,
-    epoll_wait, errno, eventfd, invariant, load_i64, load_int, load_ptr, pthread_cond_destroy,
-    pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, sched_yield, store_int, swap_ptr, thread_start,
+    AF_INET, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, clock_ns, close,
+    cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
+    getsockopt, invariant, load_i64, load_int, load_ptr, pthread_cond_destroy, pthread_join,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    sched_yield, setsockopt, socket, socklen_t, store_int, swap_ptr, thread_start,
 )
 from pipeline._worker cimport (
     worker_check_deadline, worker_ready, worker_returned, worker_start, worker_write,
@@ -206,12 +208,29 @@ cdef inline void* loop_main(void* argument) noexcept nogil:
 
 # -- making and ending, called from Python
 
+cdef inline bint grants_near_buffer() noexcept nogil:
+    """Whether a socket can have SEND_BUFFER_NEAR: net.core.wmem_max, which a container may hide.
+
+    Older kernels have 208 KiB. A socket that got less than it asked for would be held at that.
+    """
+    cdef int size = SEND_BUFFER_NEAR // 2       # the kernel doubles it, for its own overhead
+    cdef socklen_t length = sizeof(size)
+    cdef int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)
+    if fd < 0:
+        return False
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size))
+    getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &length)
+    close(fd)
+    return size == SEND_BUFFER_NEAR
+
+
 cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
     """Make a loop that is not running yet; 0 or an errno."""
     cdef epoll_event event
     cdef int error
     memset(loop, 0, sizeof(loop_t))
     loop.queue_bytes = queue_bytes
+    loop.has_near_buffer = grants_near_buffer()
     loop.epfd = loop.wakefd = -1
     if pthread_mutex_init(&loop.event_lock, NULL) != 0 \
             or cond_init_monotonic(&loop.event_cond) != 0:

@@ -105,6 +105,7 @@ cdef extern from "<sys/socket.h>" nogil:
         pass
     struct sockaddr_storage:
         pass
+    int socket(int, int, int)
     int accept4(int, sockaddr*, socklen_t*, int)
     int shutdown(int, int)
     ssize_t sendmsg(int, const msghdr*, int)
@@ -113,6 +114,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int getsockopt(int, int, int, void*, socklen_t*)
     int setsockopt(int, int, int, const void*, socklen_t)
     enum:
+        AF_INET
         MSG_NOSIGNAL
         MSG_DONTWAIT
         MSG_PEEK
@@ -121,6 +123,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SO_SNDBUF
         SOCK_CLOEXEC
         SOCK_NONBLOCK
+        SOCK_STREAM
         SHUT_RDWR
         SHUT_WR
 

@@ -399,16 +399,17 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
 
 
 cdef inline void worker_bound_send_buffer(worker_t* worker) noexcept nogil:
-    """Keep what is on the way to a near peer within a core's cache.
+    """Keep the send buffer to a near peer small, where the kernel lets us.
 
-    The kernel lets a send buffer grow to 4 MiB, which a fast far link needs. At a round trip of
-    NEAR_RTT_US 1 MiB is 80 Gbit/s, and the copy into it costs less when its pages are still in the
-    cache from the last time (benchmarks/NOTES.md).
+    The kernel lets it grow to 4 MiB, which a fast far link needs. At a round trip of NEAR_RTT_US
+    1 MiB is 80 Gbit/s, and the copy into it costs less, at least on loopback: most likely because
+    its pages are still in the core's cache from the last time (benchmarks/NOTES.md).
     """
     cdef tcp_info info
     cdef socklen_t size = sizeof(info)
     cdef int half = SEND_BUFFER_NEAR // 2       # the kernel doubles it, for its own overhead
-    if getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
+    if worker.pipe.loop.has_near_buffer \
+            and getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
             and 0 < info.tcpi_rtt <= NEAR_RTT_US:       # 0: not known
         setsockopt(worker.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
 
