@@ -43,7 +43,7 @@ from harness import (
 )
 from peers.clients import SUBJECTS as CLIENTS
 from peers.clients import missing
-from quiet import PATIENCE_HELP, Watch, remark
+from quiet import PATIENCE_HELP, PAUSE_S, Watch, remark, was_alone, was_apart, watched
 from report import put_into
 
 RESULTS = HERE / "results"
@@ -220,6 +220,36 @@ def why_skipped(subject: str) -> str | None:
 Case = tuple[str, str, int]  # side, subject, size
 
 
+def runner(case: Case, seconds: float) -> Callable[[], Row]:
+    side, subject, size = case
+    return partial(RUN[side], subject, size, seconds_of(size, seconds))
+
+
+class Apart:
+    """Ours and etcd's runs of the targets while the CPUs share no cache: the others wait then."""
+
+    def __init__(self, plan: Sequence[Case], seconds: float) -> None:
+        targets = {(side, size): None for side, size, _ in TARGETS}
+        wanted = [(side, who, size) for side, size in targets for who in PAIRS]
+        self.runs: dict[Case, list[Row]] = {case: [] for case in wanted if case in plan}
+        self._seconds = seconds
+
+    def run_next(self) -> None:
+        """Make the run there are fewest of, and keep it if the CPUs were apart all the time."""
+        if not self.runs:
+            time.sleep(PAUSE_S)
+            return
+        case = min(self.runs, key=lambda case: len(self.runs[case]))
+        try:
+            result = watched(runner(case, self._seconds))
+        except SystemExit as error:
+            say(f"while apart: {case}: given up, for {error}\n")
+            del self.runs[case]
+            return
+        if was_alone(result) and was_apart(result):
+            self.runs[case].append(result)
+
+
 def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., None]) -> None:
     """Every case of ``plan``, ``args.rounds`` times; ``keep`` gets all there is after each round.
 
@@ -227,9 +257,9 @@ def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., 
     still worth having.
     """
     rounds: dict[Case, list[Row]] = {case: [] for case in plan}
-    apart: dict[Case, list[Row]] = {case: [] for case in plan}
+    apart = Apart(plan, args.seconds)
     failed: dict[str, str] = {}
-    watch, begun = Watch(args.patience), time.monotonic()
+    watch, begun = Watch(args.patience, apart.run_next), time.monotonic()
     for n in range(args.rounds):
         for i, (side, subject, size) in enumerate(plan):
             if (side, subject, size) not in rounds:
@@ -238,22 +268,20 @@ def measure(plan: Sequence[Case], args: argparse.Namespace, keep: Callable[..., 
             at = f"{minutes:4.1f} min, round {n + 1}/{args.rounds}, {i + 1}/{len(plan)}"
             name = f"{side} {label(size)} {subject}"
             say(f"{at}: {name}")
-            run = partial(RUN[side], subject, size, seconds_of(size, args.seconds))
+            run = runner((side, subject, size), args.seconds)
             try:
                 try:
-                    result, while_apart = watch.run(run)
+                    result = watch.run(run)
                 except SystemExit as error:
                     say(f"{at}: {name}: once more, for {error}\n")
-                    result, while_apart = watch.run(run)
+                    result = watch.run(run)
             except SystemExit as error:
                 say(f"{at}: {name}: given up, for {error}\n")
                 failed[name] = str(error)
                 del rounds[side, subject, size]
             else:
                 rounds[side, subject, size].append(result)
-                if while_apart:
-                    apart[side, subject, size].append(while_apart)
-        keep(summary(rounds, apart), failed, n + 1)
+        keep(summary(rounds, apart.runs), failed, n + 1)
     say("")
 
 
@@ -269,7 +297,7 @@ def summary(rounds: Mapping[Case, Sequence[Row]], apart: Mapping[Case, Sequence[
             "size_bytes": size,
             **{key: statistics.median(each[key] for each in done) for key in FIGURES},
             "rounds": done,
-            "apart": apart[side, subject, size],
+            "apart": apart.get((side, subject, size), []),
         }
         for (side, subject, size), done in rounds.items()
     ]
@@ -351,10 +379,7 @@ def verdicts(results: Sequence[Row]) -> str:
 
 
 def while_apart(results: Sequence[Row]) -> str:
-    """The same ratios while the CPUs shared no cache, as far as there were such runs.
-
-    Of the medians, for these runs do not come in pairs.
-    """
+    """The same ratios while the CPUs shared no cache, as far as they did: of the medians."""
     runs = {(each["side"], each["size_bytes"], each["subject"]): each["apart"] for each in results}
     found = []
     for side, size, figure in TARGETS:
@@ -365,7 +390,11 @@ def while_apart(results: Sequence[Row]) -> str:
                 f"{side}, {label(size)}: {FIGURE_NAMES[figure]} {mine / theirs:.2f} "
                 f"({len(ours)} and {len(etcd)} runs)"
             )
-    return f"While the CPUs shared no cache: {'; '.join(found)}." if found else ""
+    if not found:
+        return ""
+    return (
+        f"That is with CPUs that share a cache. While the host had them apart: {'; '.join(found)}."
+    )
 
 
 def chart(results: Sequence[Row]) -> str:
@@ -415,8 +444,6 @@ def footer(run: Row, results: Sequence[Row]) -> str:
     ]
     if run["skipped"]:
         lines.append("Skipped: " + "; ".join(f"{k}: {why}" for k, why in run["skipped"].items()))
-    if apart := while_apart(results):
-        lines.append(apart)
     if disturbed := remark([one for each in results for one in each["rounds"]]):
         lines.append(disturbed)
     return "\n\n".join(lines)
@@ -425,13 +452,14 @@ def footer(run: Row, results: Sequence[Row]) -> str:
 def publish(results: Sequence[Row], run: Row, args: argparse.Namespace) -> None:
     """Print the whole table; write the chart and, if asked, the short part of the README."""
     (args.out / "peers.svg").write_text(chart(results))
+    head = "\n\n".join(filter(None, (verdicts(results), while_apart(results))))
     tail = footer(run, results)
-    (args.out / "peers.md").write_text(f"{verdicts(results)}\n\n{table(results)}\n\n{tail}\n")
-    print(f"{verdicts(results)}\n\n{table(results)}\n\n{tail}")
+    (args.out / "peers.md").write_text(f"{head}\n\n{table(results)}\n\n{tail}\n")
+    print(f"{head}\n\n{table(results)}\n\n{tail}")
     if args.readme:
         small = [each for each in results if each["size_bytes"] in (128, 64 << 20)]
         text = (
-            f"\n{verdicts(results)}\n\n![CPU per message](benchmarks/results/peers.svg)\n\n"
+            f"\n{head}\n\n![CPU per message](benchmarks/results/peers.svg)\n\n"
             f"{table(small)}\n\n{tail}\n"
         )
         put_into(args.readme, text, "bench-peers")

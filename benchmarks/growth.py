@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -216,11 +217,12 @@ def measure(rounds: int, seconds: float, watch: Watch) -> dict[str, list[Row]]:
     for i in range(rounds):
         for curve, n in plan:
             say(f"round {i + 1} of {rounds}: {curve} {n}")
-            results[curve, n].append(watch.run(partial(run_one, curve, n, seconds))[0])
+            results[curve, n].append(watch.run(partial(run_one, curve, n, seconds)))
     say("")
     curves: dict[str, list[Row]] = {curve: [] for curve in CURVES}
     for (curve, n), done in results.items():
-        medians = {key: statistics.median(each[key] for each in done) for key in done[0]}
+        keys = done[0].keys() - {"discarded"}
+        medians = {key: statistics.median(each[key] for each in done) for key in sorted(keys)}
         curves[curve].append({"n": n, **medians, "rounds": done})
     return curves
 
@@ -287,6 +289,7 @@ def main() -> None:
     out = args.out / "growth.json"
     if not args.report:
         result = {
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "rounds": args.rounds,
             "seconds": args.seconds,
@@ -296,7 +299,7 @@ def main() -> None:
     curves = json.loads(out.read_text())["curves"]
     runs = [run for points in curves.values() for each in points for run in each["rounds"]]
     (args.out / "growth.svg").write_text(chart(curves))
-    print(describe(curves), remark(runs), sep="\n")
+    print("\n".join(filter(None, (describe(curves), remark(runs)))))
 
 
 if __name__ == "__main__":

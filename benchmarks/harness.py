@@ -373,6 +373,19 @@ def receiving(subject: str) -> list[object]:
     return [sys.executable, HERE / "receive.py", subject]
 
 
+def commit() -> str:
+    """The last commit that changed what is measured or how, and whether there are changes to it."""
+    what = ("--", "setup.py", "pipeline", "benchmarks", ":!benchmarks/results", ":!*.md")
+    try:
+        last, changes = (
+            subprocess.check_output(["git", *command, *what], cwd=HERE.parent, text=True)
+            for command in (("log", "-1", "--format=%h"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):  # not a clone
+        return "unknown"
+    return last.strip() + ("-dirty" if changes else "")
+
+
 def machine() -> dict[str, Any]:
     """Where a figure was measured; part of every result."""
     cpu = "unknown"
@@ -386,6 +399,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "version": pipeline.__version__,
+        "commit": commit(),
         # make bench builds with the variables it runs with; see setup.py for the modes.
         "build": " ".join(f"{k}={v}" for k, v in os.environ.items() if k.startswith("PIPELINE_"))
         or "release",

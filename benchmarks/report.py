@@ -89,20 +89,18 @@ def measure(rounds: int, seconds: float, watch: Watch, wire_bytes: int) -> Runs:
     for n in range(rounds):
         for subject, mode in plan:
             say(f"round {n + 1} of {rounds}: {subject} {mode}")
-            result, _ = watch.run(partial(run_either, subject, mode, seconds, wire_bytes))
+            result = watch.run(partial(run_either, subject, mode, seconds, wire_bytes))
             runs.setdefault(f"{subject} {mode}", []).append(result)
     say("")
     return runs
 
 
-def bench_files() -> dict[str, dict[str, Any]]:
-    """The pytest-benchmark files, run once: name of each benchmark -> its statistics."""
-    say("pytest benchmarks/bench_*.py")
+def bench_file(file: Path) -> dict[str, Any]:
+    """A pytest-benchmark file: in ``benchmarks`` the name of each benchmark -> its statistics."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "benchmarks.json"
-        files = sorted(HERE.glob("bench_*.py"))
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", f"--benchmark-json={out}", *files],
+            [sys.executable, "-m", "pytest", "-q", f"--benchmark-json={out}", file],
             check=False,
             cwd=HERE.parent,
             stdout=subprocess.PIPE,
@@ -111,13 +109,23 @@ def bench_files() -> dict[str, dict[str, Any]]:
         )
         if done.returncode:
             raise SystemExit(f"{done.stdout}\npytest failed with {done.returncode}")
-        benchmarks = json.loads(out.read_text())["benchmarks"]
-    say("")
+        found = json.loads(out.read_text())["benchmarks"]
     keep = ("min", "median", "mean", "stddev", "max", "rounds", "iterations")
-    return {
+    benchmarks = {
         b["name"]: {**{key: b["stats"][key] for key in keep}, "extra_info": b["extra_info"]}
-        for b in benchmarks
+        for b in found
     }
+    return {"benchmarks": benchmarks}
+
+
+def bench_files(watch: Watch) -> Runs:
+    """Every pytest-benchmark file, run once."""
+    results: Runs = {}
+    for file in sorted(HERE.glob("bench_*.py")):
+        say(f"pytest {file.name}")
+        results[file.name] = [watch.run(partial(bench_file, file))]
+    say("")
+    return results
 
 
 @dataclass(frozen=True)
@@ -403,8 +411,10 @@ def main() -> None:
     args = parser.parse_args()
 
     wire_bytes = body_bytes(ENTRY_BYTES)
-    runs = measure(args.rounds, args.seconds, Watch(args.patience), wire_bytes)
-    benchmarks = bench_files()
+    watch = Watch(args.patience)
+    runs = measure(args.rounds, args.seconds, watch, wire_bytes)
+    files = bench_files(watch)
+    benchmarks = {name: b for (each,) in files.values() for name, b in each["benchmarks"].items()}
     rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
     rows += rows_of_tls(benchmarks)
     where = machine()
@@ -417,13 +427,13 @@ def main() -> None:
         "body_bytes": wire_bytes,
         "table": [asdict(row) for row in rows],
         "runs": runs,
-        "benchmarks": benchmarks,
+        "benchmarks": files,
     }
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     args.out.with_name("send-time.svg").write_text(chart(runs))
     lines = [table(rows)]
-    if disturbed := remark([run for each in runs.values() for run in each]):
+    if disturbed := remark([run for each in (*runs.values(), *files.values()) for run in each]):
         lines.append(f"\n{disturbed}")
     lines.append(
         f"\n{where['cpu']}, {where['cores']} cores, Linux {where['kernel']}, {where['python']}, "

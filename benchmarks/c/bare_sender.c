@@ -231,11 +231,13 @@ static void connect_to(conn_t *c, int port)
     struct sockaddr_in addr = {.sin_family = AF_INET,
                                .sin_port = htons((uint16_t)port),
                                .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    int on = 1;
+    int on = 1, half = 512 * 1024;
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&addr, sizeof addr))
         die("connect");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    /* 1 MiB: as ours to a near peer (pipeline/_worker.pxd). */
+    setsockopt(c->fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof half);
 }
 
 /* One of the blocking threads: exchanges until it is told to stop. */
