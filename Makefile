@@ -51,10 +51,10 @@ benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -o $@ $<
 
 bench: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/report.py $(BENCH_ARGS)
 
-bench-snapshot: build
-	$(BIN)/python benchmarks/bench_snapshot.py
+bench-snapshot: build benchmarks/bin/handover
+	$(BIN)/python benchmarks/bench_snapshot.py $(BENCH_ARGS)
 
 benchmarks/bin/etcd: $(wildcard benchmarks/peers/etcd/*.go benchmarks/peers/etcd/go.*)
 	mkdir -p $(@D)

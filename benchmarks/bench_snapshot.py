@@ -1,9 +1,9 @@
 """Snapshots: 1 GiB by the channel beside a bare ``sendfile``, and 64 MiB MsgSnaps by the pipeline.
 
-``python benchmarks/bench_snapshot.py`` prints a table. Each measurement has a sending process and a
-reading one of its own; the subjects take turns within a round, and a ratio is taken within it. The
-reader receives into 1 MiB and forgets, and answers 204; over TLS it deciphers. The file has been
-written just before, so it is read from memory, not from a disk.
+``make bench-snapshot`` prints a table and writes results/snapshot.json. Each measurement has a
+sending process and a reading one of its own; the subjects take turns within a round, and a ratio is
+taken within it. The reader receives into 1 MiB and forgets, and answers 204; over TLS it deciphers.
+The file has been written just before, so it is read from memory, not from a disk.
 
 bare      a blocking socket and ``os.sendfile``; over TLS ``read`` and ``sendall``
 channel   ``Transport.send_snapshot`` of the path
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -27,13 +28,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from harness import CLUSTER_ID, MEMBER_ID, PEER_ID, TERM, QuietRaft, machine
+from harness import CLUSTER_ID, HERE, MEMBER_ID, PEER_ID, TERM, QuietRaft, machine, say
 from pytest_benchmark.fixture import BenchmarkFixture
+from quiet import PATIENCE_HELP, Watch, remark
+from report import put_into
 
 from pipeline import (
     Message,
@@ -49,6 +54,7 @@ from pipeline import (
 GIB = 1 << 30
 PIPELINE_BYTES = 64 << 20
 CHUNK = 1 << 20
+Runs = dict[str, list[dict[str, Any]]]
 SUBJECTS = ("bare", "channel", "chunks", "pipeline")
 HEAD = b"POST /raft/snapshot HTTP/1.1\r\nHost: reader\r\nContent-Length: %d\r\n\r\n"
 
@@ -241,37 +247,58 @@ def test_a_gib_of_snapshots_is_sent(
         benchmark.extra_info[key] = statistics.median(result[key] for result in results)
 
 
-def report(rounds: int) -> None:
-    """Run the rounds and print the table."""
-    found: dict[tuple[bool, str], list[dict[str, Any]]] = {}
+def run_rounds(rounds: int, watch: Watch) -> Runs:
+    """Every subject, plain and over TLS, in turn: ``<subject>, plain`` -> one result per round."""
+    runs: Runs = {}
     with prepared() as directory:
-        for _ in range(rounds):
-            for is_tls in (False, True):
-                for subject in SUBJECTS:
-                    result = measure(subject, directory, is_tls=is_tls)
-                    found.setdefault((is_tls, subject), []).append(result)
-    print("| 1 GiB | MB/s | of bare | CPU s per GiB | of bare | peak memory above |")
-    print("|---|---|---|---|---|---|")
-    for (is_tls, subject), results in found.items():
-        bare = found[is_tls, "bare"]
+        for n in range(rounds):
+            for subject, is_tls in itertools.product(SUBJECTS, (False, True)):
+                name = f"{subject}, {'TLS' if is_tls else 'plain'}"
+                say(f"round {n + 1} of {rounds}: {name}")
+                result = watch.run(partial(measure, subject, directory, is_tls=is_tls))
+                runs.setdefault(name, []).append(result)
+    say("")
+    return runs
 
-        def median(key: str, results: list[dict[str, Any]] = results) -> float:
-            return statistics.median(result[key] for result in results)
 
-        def ratio(
-            key: str,
-            results: list[dict[str, Any]] = results,
-            bare: list[dict[str, Any]] = bare,
-        ) -> float:
-            pairs = zip(results, bare, strict=True)
-            return statistics.median(one[key] / other[key] for one, other in pairs)
-
-        print(
-            f"| {subject}, {'TLS' if is_tls else 'plain'} | {median('mb_per_s'):,.0f} "
-            f"| {ratio('mb_per_s'):.0%} | {median('cpu_s_per_gib'):.2f} "
-            f"| {ratio('cpu_s_per_gib'):.2f} | {median('peak_growth_mib'):.1f} MiB |"
+def table(runs: Runs) -> str:
+    lines = [
+        "| 1 GiB | MB/s | of bare | CPU s | of bare | peak memory above |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, results in runs.items():
+        bare = runs[f"bare, {name.partition(', ')[2]}"]
+        rate, cpu, peak = (
+            statistics.median(each[key] for each in results)
+            for key in ("mb_per_s", "cpu_s_per_gib", "peak_growth_mib")
         )
-    print(f"\nmedian of {rounds} rounds; {json.dumps(machine())}")
+        of_rate, of_cpu = (
+            statistics.median(
+                one[key] / other[key] for one, other in zip(results, bare, strict=True)
+            )
+            for key in ("mb_per_s", "cpu_s_per_gib")
+        )
+        lines.append(
+            f"| {name} | {rate:,.0f} | {of_rate:.0%} | {cpu:.2f} | {of_cpu:.2f} | {peak:.1f} MiB |"
+        )
+    return "\n".join(lines)
+
+
+def report(rounds: int, patience_s: float, out: Path, readme: Path | None) -> None:
+    """Run the rounds, keep them in ``out``, print the table; put it into ``readme``, too."""
+    when, where = datetime.now(UTC).isoformat(timespec="seconds"), machine()
+    runs = run_rounds(rounds, Watch(patience_s))
+    result = {"when": when, "machine": where, "rounds": rounds, "runs": runs}
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    about = (
+        f"{where['cpu']}, {where['cores']} cores, {where['python']}; median of {rounds} "
+        f"interleaved rounds; {when}; `make bench-snapshot`"
+    )
+    disturbed = remark([run for each in runs.values() for run in each])
+    text = "\n\n".join(filter(None, (table(runs), about, disturbed)))
+    print(text)
+    if readme:
+        put_into(readme, f"\n{text}\n", "bench-snapshot")
 
 
 def main() -> None:
@@ -281,9 +308,12 @@ def main() -> None:
     parser.add_argument("--tls", action="store_true")
     parser.add_argument("--port", type=int)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=300.0, help=PATIENCE_HELP)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "snapshot.json")
+    parser.add_argument("--readme", type=Path, help="put the table into this file as well")
     args = parser.parse_args()
     if args.subject in (None, "report"):
-        report(args.rounds)
+        report(args.rounds, args.patience, args.out, args.readme)
     elif args.subject == "read":
         read_and_forget(args.directory, is_tls=args.tls)
     else:
