@@ -25,7 +25,7 @@ from pipeline._conn cimport (
     REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
     answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
     conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t, server_detach,
-    server_learn, server_limits_t, server_recycle, server_t, server_take,
+    server_learn, server_limits_t, server_recycle, server_reuse_body, server_t, server_take,
 )
 from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
@@ -123,15 +123,7 @@ cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     cdef body_t c               # owned
-    cdef Receiver receiver      # may use the memory again; None for what was deciphered
-
-    @staticmethod
-    def of_size(size_t size):
-        """Make room for a body without making it memory; ``MemoryError`` without address space."""
-        cdef Body body = Body.__new__(Body)
-        if not body_init(&body.c, size):
-            raise MemoryError
-        return body
+    cdef Receiver receiver      # may use the memory again; None while it is not a message's yet
 
     def __dealloc__(self):
         if self.receiver is None:
@@ -258,7 +250,7 @@ cdef class Receiver:
         if credentials is not None:
             self.sealed = SealedServer(
                 handlers, config, self.budget, credentials, make_head=KnownHead,
-                make_body=Body.of_size)
+                make_body=self.make_body)
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
@@ -511,6 +503,19 @@ cdef class Receiver:
                 connection.close()
             self.take(None, general)
         return 0
+
+    def make_body(self, size_t size):
+        """Make room for a body that is deciphered, without making it memory, or in memory that was
+        a body's before. ``MemoryError`` without address space.
+        """
+        cdef Body body = Body.__new__(Body)
+        cdef bint is_made
+        with nogil:
+            # The lock's owner may be at work. Only C state is touched.
+            is_made = server_reuse_body(&self.server, &body.c, size) or body_init(&body.c, size)
+        if not is_made:
+            raise MemoryError
+        return body
 
     def learn(self, bytes head not None):
         """Let the core recognise heads that are like this one but for their length.
