@@ -39,7 +39,7 @@ from harness import (
     status_kib,
 )
 
-from pipeline import SendResult
+from pipeline import SendResult, SnapshotStatus
 
 WARMUP_S = 0.3
 #: Iterations of the piece of work between two bursts: about 30 us of bytecode, in which at
@@ -111,14 +111,16 @@ def measure_peer(subject: Subject, raft: QuietRaft, args: argparse.Namespace) ->
     result = measure_rate(subject, args.seconds, Pacer(args.size))
     subject.drain()
     above_kib = status_kib("VmHWM") - rss_kib
-    while raft.finished.acquire(blocking=False):  # those of the run, if it was of snapshots
-        pass
+    while not raft.finished.empty():  # those of the run, if it was of snapshots
+        raft.finished.get()
     message = snapshots(args.subject, args.size)(1)
     clock, send, finished = time.perf_counter_ns, subject.pipe.send, raft.finished
     times_ns = []
     for _ in range(args.lone):
         start_ns = clock()
-        if send(message) is not SendResult.ACCEPTED or not finished.acquire(timeout=30):
+        if send(message) is not SendResult.ACCEPTED:
+            raise SystemExit("a lone snapshot was refused")
+        if finished.get(timeout=30) is not SnapshotStatus.FINISH:
             raise SystemExit("a lone snapshot was not delivered")
         times_ns.append(clock() - start_ns)
     return {**result, "rss_above_payload_mb": above_kib * 1024 / 1e6, "lone_ns": times_ns}

@@ -6,11 +6,11 @@ import enum
 import json
 import os
 import platform
+import queue
 import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,11 +40,12 @@ SNAPSHOT_BYTES = 1 << 20
 class QuietRaft:
     """A node that is told of failures and does nothing; the subjects count them.
 
-    ``finished`` is released when a snapshot is through, which is how one message is awaited.
+    ``finished`` gets the status of each snapshot, which is how one message is awaited: what the Go
+    program does with a channel.
     """
 
     def __init__(self) -> None:
-        self.finished = threading.Semaphore(0)
+        self.finished: queue.SimpleQueue[object] = queue.SimpleQueue()
 
     def process(self, message: object) -> None:
         raise AssertionError("a sender is given no messages")
@@ -56,7 +57,7 @@ class QuietRaft:
         pass
 
     def report_snapshot(self, member_id: int, status: object) -> None:
-        self.finished.release()
+        self.finished.put(status)
 
 
 class Listening:
