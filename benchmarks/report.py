@@ -95,35 +95,39 @@ def measure(rounds: int, seconds: float, watch: Watch, wire_bytes: int) -> Runs:
     return runs
 
 
-def bench_file(file: Path) -> dict[str, Any]:
-    """A pytest-benchmark file: in ``benchmarks`` the name of each benchmark -> its statistics."""
+def pytest(*args: object) -> str:
+    """What pytest prints, run quietly."""
+    command = [sys.executable, "-m", "pytest", "-q", *map(str, args)]
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=HERE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\npytest failed with {done.returncode}")
+    return done.stdout
+
+
+def bench_one(test: str) -> dict[str, Any]:
+    """The statistics of one benchmark for pytest."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "benchmarks.json"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", f"--benchmark-json={out}", file],
-            check=False,
-            cwd=HERE.parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if done.returncode:
-            raise SystemExit(f"{done.stdout}\npytest failed with {done.returncode}")
-        found = json.loads(out.read_text())["benchmarks"]
+        pytest(f"--benchmark-json={out}", test)
+        (found,) = json.loads(out.read_text())["benchmarks"]
     keep = ("min", "median", "mean", "stddev", "max", "rounds", "iterations")
-    benchmarks = {
-        b["name"]: {**{key: b["stats"][key] for key in keep}, "extra_info": b["extra_info"]}
-        for b in found
-    }
-    return {"benchmarks": benchmarks}
+    return {**{key: found["stats"][key] for key in keep}, "extra_info": found["extra_info"]}
 
 
 def bench_files(watch: Watch) -> Runs:
-    """Every pytest-benchmark file, run once."""
+    """The pytest-benchmark files, each benchmark once: its name -> its only result."""
     results: Runs = {}
-    for file in sorted(HERE.glob("bench_*.py")):
-        say(f"pytest {file.name}")
-        results[file.name] = [watch.run(partial(bench_file, file))]
+    listed = pytest("--collect-only", *sorted(HERE.glob("bench_*.py")))
+    for test in (line for line in listed.splitlines() if "::" in line):
+        say(f"pytest {test}")
+        results[test.partition("::")[2]] = [watch.run(partial(bench_one, test))]
     say("")
     return results
 
@@ -414,7 +418,7 @@ def main() -> None:
     watch = Watch(args.patience)
     runs = measure(args.rounds, args.seconds, watch, wire_bytes)
     files = bench_files(watch)
-    benchmarks = {name: b for (each,) in files.values() for name, b in each["benchmarks"].items()}
+    benchmarks = {name: each for name, (each,) in files.items()}
     rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
     rows += rows_of_tls(benchmarks)
     where = machine()
