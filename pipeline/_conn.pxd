@@ -17,7 +17,7 @@ The last one that was freed is kept for a moment and used again.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._sync cimport (
@@ -42,8 +42,10 @@ cdef enum:
     # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
     # 32 faults instead of 16,384. A body costs at most one such piece more than has arrived.
     BODY_HUGE_MIN = 2 << 20
-    # The memory of the last large body is kept this long, to be used again: the kernel clears each
-    # fresh page, which costs as much as to read what goes into it. 64 MiB and their framing.
+    # The memory of the last large bodies is kept this long, to be used again: the kernel clears
+    # each fresh page, which costs as much as to read what goes into it. As many as a peer has
+    # connections for them, and 64 MiB and their framing in all.
+    SPARES = 4
     SPARE_MAX = 65 << 20
     SPARE_NS = 2000000000
     HEADS_MAX = 64
@@ -108,6 +110,11 @@ cdef struct body_t:
     size_t size             # announced
     size_t mapped           # bytes of address space; 0: allocated
     bint is_huge
+
+# Memory that is kept for another body.
+cdef struct spare_t:
+    body_t body             # owned
+    int64_t until_ns
 
 # What Python has done on a sealed connection since the loop had it last.
 cdef struct sealed_news_t:
@@ -225,8 +232,9 @@ cdef struct server_t:
     server_counts_t counts
 
     pthread_mutex_t lock    # guards what follows
-    body_t spare            # owned: what is kept, if has_spare
-    int64_t spare_until_ns
+    spare_t spares[SPARES]  # the oldest first
+    int n_spares
+    size_t spare_bytes      # of address space
     int is_led              # somebody leads; written under the lock, and atomic
     bint is_armed           # the stand-in will look whether somebody leads; always when nobody does
     int64_t left_ns         # when the lead was last given up
@@ -379,36 +387,56 @@ cdef inline void server_wake(server_t* server) noexcept nogil:
         write(server.wakefd, &one, sizeof(one))
 
 
+cdef inline body_t server_take_spare(server_t* server, int i) noexcept nogil:
+    """Take one of the spares. The caller holds the lock."""
+    cdef body_t taken = server.spares[i].body
+    server.n_spares -= 1
+    server.spare_bytes -= taken.mapped
+    memmove(&server.spares[i], &server.spares[i + 1], (server.n_spares - i) * sizeof(spare_t))
+    return taken
+
+
 cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
     """Free a body, but keep its memory for a while if it is large. Never waits."""
-    cdef body_t older
+    cdef body_t older[SPARES]
+    cdef int i, n_older = 0
     if body.mapped > 0 and body.mapped <= SPARE_MAX and body.len == body.size \
             and pthread_mutex_trylock(&server.lock) == 0:
         if not load_int(&server.is_stopping):       # then nobody would free it
-            older = server.spare
-            server.spare = body[0]
-            body[0] = older
-            server.spare_until_ns = clock_ns() + SPARE_NS
+            while server.n_spares == SPARES or server.spare_bytes + body.mapped > SPARE_MAX:
+                older[n_older] = server_take_spare(server, 0)
+                n_older += 1
+            server.spares[server.n_spares].body = body[0]
+            server.spares[server.n_spares].until_ns = clock_ns() + SPARE_NS
+            server.n_spares += 1
+            server.spare_bytes += body.mapped
+            memset(body, 0, sizeof(body_t))
             if load_int(&server.has_spare) == SPARE_NONE:
                 store_int(&server.has_spare, SPARE_NEW)
                 server_wake(server)
         pthread_mutex_unlock(&server.lock)
     body_free(body)
+    for i in range(n_older):        # not under the lock: it takes a while
+        body_free(&older[i])
 
 
 cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) noexcept nogil:
     """Make room in what was kept, if that is neither too small nor more than twice as large."""
-    cdef bint is_fit
+    cdef bint is_fit = False
+    cdef int i
     if size < BODY_MAPPED_MIN or load_int(&server.has_spare) == SPARE_NONE:
         return False
     pthread_mutex_lock(&server.lock)
-    is_fit = size <= server.spare.mapped <= 2 * size
-    if is_fit:
-        body[0] = server.spare
-        body.size = size
-        body.len = 0
-        memset(&server.spare, 0, sizeof(body_t))
-        store_int(&server.has_spare, SPARE_NONE)
+    i = server.n_spares - 1
+    while i >= 0 and not is_fit:        # the last one first: more of it is in the caches
+        is_fit = size <= server.spares[i].body.mapped <= 2 * size
+        if is_fit:
+            body[0] = server_take_spare(server, i)
+            body.size = size
+            body.len = 0
+            if server.n_spares == 0:
+                store_int(&server.has_spare, SPARE_NONE)
+        i -= 1
     pthread_mutex_unlock(&server.lock)
     return is_fit
 

@@ -19,10 +19,10 @@ from libc.string cimport memset
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
     CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_MESSAGES, QUEUE_PROPOSALS, SERVER_EVENTS,
-    SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, body_free,
-    body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
+    SPARES, SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY,
+    body_free, body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
     conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t, queue_take,
-    server_limits_t, server_look_at, server_may_propose, server_t, server_take,
+    server_limits_t, server_look_at, server_may_propose, server_t, server_take, server_take_spare,
 )
 from pipeline._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
@@ -38,19 +38,19 @@ from pipeline._sync cimport (
 # -- to the handler threads and back
 
 cdef inline void server_check_spare(server_t* server) noexcept nogil:
-    """Free what was kept and not used in time, or see to it that it will be."""
-    cdef body_t body
-    memset(&body, 0, sizeof(body))
+    """Free what was kept and not used in time, and see to it that the rest will be."""
+    cdef body_t older[SPARES]
+    cdef int i, n_older = 0
     pthread_mutex_lock(&server.lock)
-    if server.now_ns < server.spare_until_ns:
-        store_int(&server.has_spare, SPARE_KNOWN)
-        server_look_at(server, server.spare_until_ns)
-    else:
-        body = server.spare
-        memset(&server.spare, 0, sizeof(body_t))
-        store_int(&server.has_spare, SPARE_NONE)
+    while server.n_spares > 0 and server.spares[0].until_ns <= server.now_ns:
+        older[n_older] = server_take_spare(server, 0)
+        n_older += 1
+    if server.n_spares > 0:
+        server_look_at(server, server.spares[0].until_ns)
+    store_int(&server.has_spare, SPARE_KNOWN if server.n_spares > 0 else SPARE_NONE)
     pthread_mutex_unlock(&server.lock)
-    body_free(&body)
+    for i in range(n_older):
+        body_free(&older[i])
 
 
 cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
@@ -530,6 +530,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     """
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
+    cdef body_t body
     cdef int i
     pthread_mutex_lock(&server.lock)
     server.is_ended = True
@@ -561,7 +562,9 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         following = conn.next_returned
         conn_free(conn)
         conn = following
-    body_free(&server.spare)
+    while server.n_spares > 0:
+        body = server_take_spare(server, 0)
+        body_free(&body)
     server.counts.connections = 0
     server.is_closed = True
     pthread_cond_broadcast(&server.handlers_queued)

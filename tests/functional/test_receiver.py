@@ -506,6 +506,32 @@ def test_memory_used_again_holds_the_new_body_and_only_that() -> None:
             assert message.entries[0].data == data
 
 
+def test_memory_of_four_bodies_is_used_again() -> None:
+    raft = FakeRaft()
+    size = 12 * MIB
+    body = message_of(MessageType.APP, size)
+    with listen(raft) as listener, contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(dial(listener.url)) for _ in range(6)]
+
+        def receive(count: int) -> int:
+            """Receive so many, which are held together; by how much that let us grow."""
+            before = rss()
+            for sock in socks[:count]:
+                sock.sendall(head_of(body))
+                sock.sendall(body)
+                assert read_status(sock) == 204
+            grown = rss() - before
+            raft.processed.clear()
+            return grown
+
+        idle = rss()
+        assert receive(6) > 5 * size
+        assert rss() - idle < 5 * size
+        # They are kept for two seconds; this may be a busy machine, but not each time.
+        assert min(receive(4) for _ in range(5)) < size
+        wait_for_memory(idle + size)
+
+
 @pytest.mark.parametrize("freed", ["before", "after"])
 def test_no_memory_is_kept_once_the_listener_is_closed(freed: str) -> None:
     raft = FakeRaft()
