@@ -90,6 +90,8 @@ def test_the_readme_has_one_place_for_each_table_of_figures() -> None:
         "bench:end",
         "bench-peers:begin",
         "bench-peers:end",
+        "bench-snapshot:begin",
+        "bench-snapshot:end",
     ]
 
 
