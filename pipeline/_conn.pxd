@@ -12,7 +12,7 @@ loop reads and writes mean nothing to it (``sealed.py``).
 
 Memory grows with the bytes that arrived. A large body is read into address space reserved for it
 (an untouched page is no memory), which then becomes the message's own; nothing is copied again.
-The last one that was freed is kept for a moment and used again.
+The last ones that were freed are kept for a moment and used again.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t

@@ -21,6 +21,8 @@ cdef class HeldBuffer:
     """A buffer that is not bytes, held so that its memory neither moves nor goes."""
 
     cdef Py_buffer view         # owned; view.obj is NULL until it is filled
+    cdef const uint8_t* data    # the payload, within the view
+    cdef size_t size
     cdef object source          # what the user passed
 
 

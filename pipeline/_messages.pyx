@@ -12,6 +12,7 @@ from cpython.bytes cimport (
     PyBytes_GET_SIZE,
 )
 from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.memoryview cimport PyMemoryView_Check
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM
@@ -222,11 +223,35 @@ cdef object as_owner(object value, str field, const uint8_t** data, size_t* size
             f"{field}: {shown(value)} is not None, bytes or a C-contiguous buffer: {error}"
         ) from None
     held.source = value
-    data[0] = <const uint8_t*>held.view.buf
-    if data[0] == NULL:     # an exporter of nothing need not have an address
-        data[0] = <const uint8_t*><const char*>b""
-    size[0] = <size_t>held.view.len
+    held.data = <const uint8_t*>held.view.buf
+    if held.data == NULL:   # an exporter of nothing need not have an address
+        held.data = <const uint8_t*><const char*>b""
+    held.size = <size_t>held.view.len
+    if PyMemoryView_Check(value):
+        hold_exporter(held, value.obj)
+    data[0] = held.data
+    size[0] = held.size
     return held
+
+
+cdef int hold_exporter(HeldBuffer held, object exporter) except -1:
+    """Hold the buffer that a memoryview shows instead of the memoryview, if it is all there.
+
+    Before 3.12.7 the garbage collector breaks a memoryview that it finds in a cycle although its
+    buffer is held, and crashes when the holder lets go of it (python/cpython#77894).
+    """
+    cdef Py_buffer whole
+    if exporter is None:        # of memory that has none
+        return 0
+    try:
+        PyObject_GetBuffer(exporter, &whole, PyBUF_SIMPLE)
+    except (TypeError, BufferError, ValueError):    # what it shows is a part that is contiguous
+        return 0
+    if <const uint8_t*>whole.buf <= held.data \
+            and held.data + held.size <= <const uint8_t*>whole.buf + whole.len:
+        held.view, whole = whole, held.view
+    PyBuffer_Release(&whole)
+    return 0
 
 
 cdef object owner_source(object owner):
@@ -240,7 +265,7 @@ cdef object owner_bytes(object owner):
     if type(owner) is not HeldBuffer:
         return owner
     held = <HeldBuffer>owner
-    return PyBytes_FromStringAndSize(<const char*>held.view.buf, held.view.len)
+    return PyBytes_FromStringAndSize(<const char*>held.data, <Py_ssize_t>held.size)
 
 
 cdef bint same_payload(

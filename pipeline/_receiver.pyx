@@ -249,8 +249,7 @@ cdef class Receiver:
         self.take = take
         if credentials is not None:
             self.sealed = SealedServer(
-                handlers, config, self.budget, credentials, make_head=KnownHead,
-                make_body=self.make_body)
+                handlers, config, self.budget, credentials, make_head=KnownHead)
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
@@ -390,7 +389,7 @@ cdef class Receiver:
             general = self.generals.get(conn.id)
             if conn.is_sealed:
                 if general is None:
-                    general = Sealed(self.sealed, remote)
+                    general = Sealed(self.sealed, remote, self.make_body)
                     self.generals[conn.id] = general
                 data = b""
                 if request.body.len > 0:    # copied by feed before it returns
@@ -505,8 +504,8 @@ cdef class Receiver:
         return 0
 
     def make_body(self, size_t size):
-        """Make room for a body that is deciphered, without making it memory, or in memory that was
-        a body's before. ``MemoryError`` without address space.
+        """Make room for a body that is deciphered: in memory that was a body's before, or in
+        address space that is no memory yet. ``MemoryError`` without any.
         """
         cdef Body body = Body.__new__(Body)
         cdef bint is_made

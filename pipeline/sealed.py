@@ -67,9 +67,9 @@ class SealedServer:
     budget : BodyBudget
     credentials : Credentials
         Each connection takes those in force, and ends when they are replaced.
-    make_head, make_body : callable
-        The core's, of a head's bytes and of a body's size. The first raises ``ValueError`` for
-        a head that the core does not recognise.
+    make_head : callable
+        The core's, of a head's bytes. It raises ``ValueError`` for a head that the core does not
+        recognise.
     """
 
     def __init__(
@@ -80,14 +80,12 @@ class SealedServer:
         credentials: Credentials,
         *,
         make_head: Callable[[bytes], KnownHead],
-        make_body: Callable[[int], Body],
     ) -> None:
         self.handlers = handlers
         self.config = config
         self.budget = budget
         self.credentials = credentials
         self.make_head = make_head
-        self.make_body = make_body
         self._no_content = (0, b"")  # of which second; replaced as a whole
 
     def render(self, answer: Answer | None) -> bytes:
@@ -122,6 +120,8 @@ class Sealed:
     server : SealedServer
     remote : object
         Shows ``ip:port`` in logs.
+    make_body : callable
+        The core's, of a body's size. It raises ``MemoryError`` without address space.
 
     Notes
     -----
@@ -130,7 +130,9 @@ class Sealed:
     close_notify or without, its message is answered 400.
     """
 
-    def __init__(self, server: SealedServer, remote: object) -> None:
+    def __init__(
+        self, server: SealedServer, remote: object, make_body: Callable[[int], Body]
+    ) -> None:
         credentials = server.credentials
         self._generation = credentials.generation  # first: if they are replaced now, we are old
         self._incoming = ssl.MemoryBIO()
@@ -139,6 +141,7 @@ class Sealed:
             self._incoming, self._outgoing, server_side=True
         )
         self._server = server
+        self._make_body = make_body
         self._handlers = server.handlers
         self._remote = remote
         self._certificate: Mapping[str, Any] | None = None
@@ -346,7 +349,7 @@ class Sealed:
             return Then.NEXT
         head_len, size = found
         try:
-            self._body = self._server.make_body(size)
+            self._body = self._make_body(size)
         except MemoryError:  # no room in the address space
             self._tls.write(render(self._handlers.overloaded(self._request)))
             return self._say_goodbye()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import socket
 import ssl
 import threading
@@ -169,6 +170,21 @@ def test_a_message_of_64_mib_is_one_copy(node: Node) -> None:
     assert received == b"x" * (64 * MIB)
     assert peak < 64 * MIB + 16 * MIB
     assert listener.stats().fast_requests == 2
+
+
+def test_a_listener_that_cannot_bind_leaves_nothing_open(node: Node) -> None:
+    """Also before the garbage collector comes: it would be a cycle that holds it."""
+    url = node.listen().url
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            with pytest.raises(OSError, match="in use"):
+                Listener(node.handlers, url, node.config, node.credentials)
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        gc.enable()
 
 
 def test_memory_of_a_large_body_is_used_again_and_holds_the_new_one(node: Node) -> None:
@@ -958,9 +974,8 @@ class Shaken:
             BodyBudget(node.config.max_buffered_bytes),
             node.credentials,
             make_head=KnownHead,
-            make_body=None,
         )
-        self.sealed = Sealed(self.server, "127.0.0.1:1")
+        self.sealed = Sealed(self.server, "127.0.0.1:1", node.listener._receiver.make_body)
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = node.authority.client(*node.files)
         self.client = context.wrap_bio(self.incoming, self.outgoing, server_hostname="127.0.0.1")

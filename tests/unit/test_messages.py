@@ -389,6 +389,23 @@ def test_a_payload_is_given_back_as_it_was_passed(build: Any, name: str, payload
 
 
 @each_payload
+def test_the_collector_may_break_a_cycle_with_a_memoryview(build: Any, name: str) -> None:
+    """It crashed: CPython before 3.12.7 clears a memoryview that somebody exports from."""
+
+    class Node:
+        part: object
+        itself: object
+
+    view = memoryview(bytearray(b"--payload--"))[2:9]
+    node = Node()  # younger than the view, and so cleared after it
+    node.part, node.itself = build(view), node
+    alive = weakref.ref(node)
+    del node, view
+    gc.collect()
+    assert alive() is None
+
+
+@each_payload
 def test_a_held_bytearray_cannot_be_resized_until_it_is_let_go(build: Any, name: str) -> None:
     data = bytearray(b"payload")
     part = build(data)
