@@ -7,8 +7,7 @@ foreign cores   CPU that other processes used meanwhile
 handover        how long the CPUs take to hand a cache line over and back (``c/handover.c``). A host
                 moves a virtual machine's CPUs between cores that share a last-level cache and cores
                 that do not, for seconds or minutes. What passes between two processes costs up to
-                three times as much in the second state: 64 MiB through loopback 13 ms of CPU or
-                38 ms, in C as in Python.
+                three times as much in the second state, in C as in Python (NOTES.md).
 
 A run that either of them disturbed is made again, and what is known of it kept beside the one that
 was taken (``discarded``).

@@ -235,16 +235,14 @@ class SnapshotLink:
         self._is_written = True
         deadline = time.monotonic() + timeout_s
         has_begun = False
-        while True:
-            answer = self._receive()
-            if answer is not None:
-                return answer
+        while (answer := self._receive()) is None:
             if not has_begun and self._received and not self._received.startswith(b"HTTP/1.1 1"):
                 has_begun = True
                 deadline = min(deadline, time.monotonic() + ANSWER_REST_S)
             if not self._wait(select.POLLIN, deadline):
                 reason = "answer not complete in time" if has_begun else "no answer in time"
                 raise self._unreachable(reason)
+        return answer
 
     def _write(self, write: Callable[[], int]) -> int:
         self._ending.check()
