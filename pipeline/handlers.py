@@ -64,6 +64,8 @@ _APP = int(MessageType.APP)  # compared for every message; dearer as the member 
 # Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
 # who makes up ids can cost us. Of addresses with failures, where asked for, as many are kept.
 _MAX_SENDERS = 128
+# Types past the last we know that are told of in the log: raft has added two or three a release.
+_MAX_TYPES = 32
 
 _WARNING_INTERVAL_S = 1.0
 
@@ -102,6 +104,7 @@ class Received(NamedTuple):
     #: Failures by the caller's ``ip:port``; "" for those not told by address, 0 included.
     received_failures: dict[str, int]
     ignored: int
+    unknown: int
     process_failures: int
 
 
@@ -148,6 +151,8 @@ class Handlers:
         Bodies that could not be read, were refused or could not be decoded.
     ignored : int
         Messages of process-local types, answered 204 and not delivered.
+    unknown : int
+        Messages of types past the last we know, answered 204 and not delivered.
     process_failures : int
         Calls of ``process`` that raised anything but ``RequestRejected``.
     snapshots : SnapshotReceiver
@@ -179,6 +184,7 @@ class Handlers:
         self.received_bytes_others = 0
         self.received_failures = 0
         self.ignored = 0
+        self.unknown = 0
         self.process_failures = 0
         self._raft = raft
         self._cluster_id = format_id(cluster_id)
@@ -193,8 +199,9 @@ class Handlers:
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
         self._failures_by_address: dict[str, int] | None = None
         self.snapshots = SnapshotReceiver(raft, self, self.config)
-        self._lock = threading.Lock()  # guards the counters and the one below
+        self._lock = threading.Lock()  # guards the counters and the two below
         self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
+        self._unknown_types: set[int] = set()  # that the log has been told of
 
     def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
         """Answer a request that needs no body; None if it is a message to be delivered.
@@ -247,11 +254,14 @@ class Handlers:
         ``remote`` is shown in the log when something is wrong.
         """
         kind, sender = message.type, message.from_
-        if kind not in _KNOWN_TYPES:
-            self._warn("refused Raft message from %s: type %d is not known", remote, kind)
+        if kind < 0:
+            self._warn("refused Raft message from %s: type %d is negative", remote, kind)
             self.count_failure(remote)
             return self._answer(400, "error unmarshalling raft message")
         self.count_received(sender, size_bytes)
+        if kind not in _KNOWN_TYPES:
+            self._ignore_unknown(kind, sender, remote)
+            return None
         if kind in _PROCESS_LOCAL:
             with self._lock:
                 self.ignored += 1
@@ -274,6 +284,28 @@ class Handlers:
             # sees an unexpected EOF; to both it is a failure.
             return self._answer(500, "error processing raft message", close=True)
         return None
+
+    def _ignore_unknown(self, kind: int, sender: int, remote: object) -> None:
+        """Count a message of a type that a later raft has; the log hears once of each type.
+
+        A member that is upgraded before us may send it. It is no failure of that member's: answered
+        400, an etcd takes us for unreachable at each one. Differs from etcd: its raft is given the
+        message and does nothing with it.
+        """
+        with self._lock:
+            self.unknown += 1
+            # A stranger can make up types: past so many the log hears of no more.
+            is_news = kind not in self._unknown_types and len(self._unknown_types) < _MAX_TYPES
+            if is_news:
+                self._unknown_types.add(kind)
+        if is_news:
+            logger.warning(
+                "Raft message of type %d from member %s at %s is of a later raft than we know: "
+                "answered 204 and not delivered, like all of this type from now on",
+                kind,
+                format_id(sender),
+                remote,
+            )
 
     def read_failed(self, request: Request) -> Answer:
         """Answer a request whose body broke off or stalled."""
@@ -452,7 +484,7 @@ class Handlers:
                 received[None] = self.received_bytes_others
             failures = dict(self._failures_by_address or {})
             failures[""] = self.received_failures - sum(failures.values())
-            return Received(received, failures, self.ignored, self.process_failures)
+            return Received(received, failures, self.ignored, self.unknown, self.process_failures)
 
     def count_failures_by_address(self) -> None:
         """Tell failures by the caller's address from now on, for the first 128 addresses."""

@@ -131,6 +131,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         ("Local",),
         "Messages of process-local types, answered 204 and not delivered.",
     ),
+    "raft_pipeline_unknown_messages_total": (
+        "counter",
+        ("Local",),
+        "Messages of types past the last we know, answered 204 and not delivered.",
+    ),
     "raft_pipeline_process_failures_total": (
         "counter",
         ("Local",),
@@ -332,6 +337,7 @@ def _received_samples(local: str, handlers: Handlers) -> Iterator[Sample]:
     for address, failures in counts.received_failures.items():
         yield "etcd_network_peer_received_failures_total", (address,), failures
     yield "raft_pipeline_ignored_messages_total", (local,), counts.ignored
+    yield "raft_pipeline_unknown_messages_total", (local,), counts.unknown
     yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
 
 

@@ -210,7 +210,9 @@ ROWS = {
     # Bodies.
     "no message": (framed("content-length: 7", body=b"garbage"), 400, OPEN),
     "cut message": (framed(f"content-length: {SIZE - 1}", body=MESSAGE[:-1]), 400, OPEN),
-    "unknown type": (framed("content-length: 2", body=b"\x08\x18"), 400, OPEN),
+    "type of a later raft": (framed("content-length: 2", body=b"\x08\x18"), 204, OPEN),
+    "negative type": (
+        framed("content-length: 11", body=b"\x08" + b"\xff" * 9 + b"\x01"), 400, OPEN),
     "half a million entries": (
         framed("content-length: 1000000", body=b"\x3a\x00" * 500_000), 400, OPEN),
     "chunk size not hex": (framed(CHUNKED, body=b"x\r\n"), 400, CLOSED),
@@ -334,7 +336,7 @@ def test_an_odd_head_may_be_cut_anywhere(server: Server) -> None:
 
 def test_refusals_and_failures_are_counted(server: Server) -> None:
     before = server.handlers.received_failures
-    for row in ("gzip", "one byte too long", "chunks too large", "no message", "unknown type"):
+    for row in ("gzip", "one byte too long", "chunks too large", "no message", "negative type"):
         with dial(server.listener.url) as sock:
             sock.sendall(ROWS[row][0])
             read_status(sock)

@@ -271,9 +271,8 @@ def test_a_peer_is_let_in_whatever_else_it_says(
     [
         pytest.param(b"malformed garbage", id="garbage"),
         pytest.param(MESSAGE[:-1], id="truncated"),
-        pytest.param(b"\x08\x18", id="type 24"),
         pytest.param(b"\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", id="type -1"),
-        pytest.param(b"\x08\xff\xff\xff\xff\x07", id="type 2**31-1"),
+        pytest.param(b"\x08\x80\x80\x80\x80\x08", id="type -2**31"),
     ],
 )
 def test_what_is_not_a_message_is_answered_400(
@@ -293,6 +292,45 @@ def test_a_process_local_message_is_answered_204_and_not_delivered(
     assert post(ask, Message(type=number, from_=7).marshal()).status == 204
     assert raft.processed == []
     assert handlers.ignored == 1
+
+
+@pytest.mark.parametrize("number", [24, 2**31 - 1])
+def test_a_message_of_a_later_raft_is_answered_204_and_not_delivered(
+    *,
+    raft: FakeRaft,
+    handlers: Handlers,
+    ask: Ask,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    body = Message(type=number, from_=7).marshal()
+    for _ in range(3):
+        assert post(ask, body).status == 204
+    assert raft.processed == []
+    assert (handlers.unknown, handlers.ignored, handlers.received_failures) == (3, 0, 0)
+    assert handlers.received_bytes == {7: 3 * len(body)}
+    (record,) = [record for record in caplog.records if record.name == "pipeline.handlers"]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith(f"Raft message of type {number} from member 7 at 127.")
+
+
+def test_a_message_of_a_later_raft_in_chunks_is_answered_204(
+    raft: FakeRaft, handlers: Handlers, url: str
+) -> None:
+    with dial(url) as sock:
+        sock.sendall(raw_head(CHUNKED) + b"2\r\n\x08\x18\r\n0\r\n\r\n")
+        assert read_status(sock) == 204
+    assert (raft.processed, handlers.unknown) == ([], 1)
+
+
+def test_made_up_types_are_told_of_in_the_log_so_many_times(
+    handlers: Handlers, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(24, 324):
+        body = Message(type=number).marshal()
+        assert reply_of_handlers(handlers, "POST", "/raft", peer_headers(), body).status == 204
+    assert handlers.unknown == 300
+    assert len(caplog.records) == 32
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 18, 23])

@@ -298,6 +298,19 @@ def test_what_the_core_leaves_to_h11_works_as_without_tls(node: Node, way: str) 
     assert len(node.raft.processed) == 2
 
 
+def test_a_message_of_a_later_raft_is_answered_204_and_not_delivered(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    for request in (
+        post(b"\x08\x18"),
+        post(b"\x08\x18"),
+        raw_head("transfer-encoding: chunked") + b"2\r\n\x08\x18\r\n0\r\n\r\n",
+    ):
+        sock.sendall(request)
+        assert read_status(sock) == 204
+    assert (node.raft.processed, node.handlers.unknown) == ([], 3)
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(RequestRejected(404, b"no"), 404), (ValueError("boom"), 500)]
 )

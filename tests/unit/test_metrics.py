@@ -14,6 +14,7 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import (
+    Message,
     MessageType,
     PipelineConfig,
     ReceiverConfig,
@@ -25,7 +26,7 @@ from pipeline import (
 from pipeline.handlers import Request
 from pipeline.metrics import _FAMILIES, MetricsCollector
 from tests.support import LONG_TIMEOUT
-from tests.support.http import HEARTBEAT, post_heartbeat
+from tests.support.http import HEARTBEAT, peer_headers, post_heartbeat, reply_of_socket
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer, always, answer
@@ -108,13 +109,18 @@ def test_what_is_received_is_counted_by_its_sender_and_its_listener() -> None:
         listener = transport.listen("http://127.0.0.1:0")
         collector = transport.metrics_collector()
         assert post_heartbeat(listener.url).status == 204
+        later = Message(type=24, from_=3).marshal()
+        reply = reply_of_socket(listener.url, "POST", "/raft", peer_headers(), later)
+        assert reply.status == 204
         shown = Exposition(collector)
         listener.close()
         closed = Exposition(collector)
     size = HEARTBEAT.byte_size()
     assert shown.value("etcd_network_peer_received_bytes_total", From="1") == size
+    assert shown.value("raft_pipeline_unknown_messages_total", Local="2") == 1
+    assert shown.value("raft_pipeline_ignored_messages_total", Local="2") == 0
     labels = {"Local": "2", "Listener": listener.url}
-    assert shown.value("raft_pipeline_listener_accepted_connections_total", **labels) == 1
+    assert shown.value("raft_pipeline_listener_accepted_connections_total", **labels) == 2
     assert shown.value("raft_pipeline_listener_general_requests_total", **labels) == 1
     assert closed.labels("raft_pipeline_listener_connections") == []
 
