@@ -1,4 +1,4 @@
-"""The extensions and their build modes; everything else is in pyproject.toml.
+"""The extensions, their build modes and the long description; everything else is in pyproject.toml.
 
 Modes are environment variables, so that they work through pip as well:
 
@@ -10,9 +10,13 @@ PIPELINE_ANNOTATE=1         Cython's annotated HTML next to each .pyx
 """
 
 import os
+import re
+import tomllib
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 DEBUG = os.environ.get("PIPELINE_DEBUG") == "1"
 COVERAGE = os.environ.get("PIPELINE_COVERAGE") == "1"
@@ -42,7 +46,8 @@ if DEBUG:
 elif SANITIZE:
     compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG"]
 else:
-    compile_args += ["-O3"]
+    # Debug symbols are three quarters of a module's size and name the folder it was built in.
+    compile_args += ["-O3", "-g0"]
 compile_args += SANITIZERS[SANITIZE]
 
 macros = [("PIPELINE_DEBUG", "1" if DEBUG or SANITIZE else "0")]
@@ -60,6 +65,44 @@ def extension(name: str) -> Extension:
         extra_link_args=link_args,
     )
 
+
+class BuildExt(build_ext):
+    """Leaves out the run paths that a Python of a folder of its own links its modules with."""
+
+    def build_extensions(self) -> None:
+        linker = self.compiler.linker_so
+        self.compiler.set_executable(
+            "linker_so", [word for word in linker if not word.startswith("-Wl,-rpath")]
+        )
+        super().build_extensions()
+
+
+def long_description(repository: str, version: str) -> str:
+    """Return the README for a package index, where a relative link leads nowhere.
+
+    With a repository each link leads to the file of this version there. Without one, links become
+    their texts and pictures are left out.
+    """
+    text = Path(__file__).with_name("README.md").read_text("utf-8")
+    picture = re.compile(r"(!\[[^]]*\])\((?!https?:)([^)]*)\)(\n*)")
+    link = re.compile(r"(?<!!)\[([^]]*)\]\((?!https?:|#)([^)]*)\)")
+    if not repository:
+        return link.sub(r"\1", picture.sub("", text))
+    text = picture.sub(rf"\1({repository}/raw/v{version}/\2)\3", text)
+    return link.sub(rf"[\1]({repository}/blob/v{version}/\2)", text)
+
+
+settings = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text("utf-8"))
+repository = settings["tool"]["raft-pipeline"]["repository"].rstrip("/")
+version = re.search(
+    '"(.+)"', Path(__file__).with_name("pipeline").joinpath("_version.py").read_text("utf-8")
+)[1]
+urls = {
+    "Homepage": repository,
+    "Documentation": f"{repository}/tree/v{version}/docs",
+    "Changelog": f"{repository}/blob/v{version}/CHANGELOG.md",
+    "Issues": f"{repository}/issues",
+}
 
 # A directive line in a .pyx does not reach the functions of a cimported header,
 # so the directives stand here. cdivision: a checked division would need the GIL.
@@ -83,4 +126,8 @@ setup(
         compiler_directives=directives,
         annotate=ANNOTATE,
     ),
+    cmdclass={"build_ext": BuildExt},
+    long_description=long_description(repository, version),
+    long_description_content_type="text/markdown",
+    project_urls=urls if repository else {},
 )

