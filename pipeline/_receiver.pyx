@@ -37,18 +37,18 @@ from pipeline._sync cimport (
     sockaddr_storage, store_int, timespec,
 )
 
-import logging
 import os
 import socket
 from typing import NamedTuple
 
 from pipeline.general import BodyBudget, General, render
 from pipeline.handlers import Request
+from pipeline.logs import get_logger
 from pipeline.sealed import Sealed, SealedServer
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 
-logger = logging.getLogger("pipeline.listener")
+logger = get_logger("pipeline.listener")
 
 cdef enum:
     # Asked for at once; ssl takes an int, and gives one record of at most 16 KiB.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
-import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -27,6 +26,7 @@ from pipeline.asgi import ASGIApp
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, RequestRejected, UsageError
 from pipeline.listener import Listener as ThreadedListener
+from pipeline.logs import get_logger
 from pipeline.peer import PeerStats, Sendable
 from pipeline.probing import ProbeStats
 from pipeline.protocol import format_id
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "Raft", "SnapshotTransfer", "Transport"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -7,7 +7,6 @@ holds up its own worker only, until all threads (``TransportConfig.dispatchers``
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -16,10 +15,11 @@ from collections import deque
 from collections.abc import Callable
 
 from pipeline._core import IOLoop
+from pipeline.logs import get_logger
 
 __all__ = ["Dispatcher"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _all: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 

@@ -6,9 +6,7 @@ call ``deliver``, or ``read_failed`` or ``body_too_large`` when that did not wor
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from pipeline._messages import Message
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError, UsageError
+from pipeline.logs import Throttle, get_logger
 from pipeline.protocol import (
     CLUSTER_ID,
     CLUSTER_ID_MISMATCH,
@@ -41,7 +40,7 @@ from pipeline.types import MessageType, Raft
 
 __all__ = ["Answer", "Handlers", "Received", "Request"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Never on the network between honest members. Differs from etcd: there raft itself ignores them,
 # but a node's own core may not.
@@ -66,8 +65,6 @@ _APP = int(MessageType.APP)  # compared for every message; dearer as the member 
 _MAX_SENDERS = 128
 # Types past the last we know that are told of in the log: raft has added two or three a release.
 _MAX_TYPES = 32
-
-_WARNING_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +196,8 @@ class Handlers:
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
         self._failures_by_address: dict[str, int] | None = None
         self.snapshots = SnapshotReceiver(raft, self, self.config)
-        self._lock = threading.Lock()  # guards the counters and the two below
-        self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
+        self._warn = Throttle(logger).warning
+        self._lock = threading.Lock()  # guards the counters and the one below
         self._unknown_types: set[int] = set()  # that the log has been told of
 
     def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
@@ -521,15 +518,6 @@ class Handlers:
                 counts[sender] = counts.get(sender, 0) + size_bytes
             else:
                 self.received_bytes_others += size_bytes
-
-    def _warn(self, text: str, *args: object, exc_info: BaseException | None = None) -> None:
-        """Log at warning, but at debug within a second of the last warning of this text."""
-        now = time.monotonic()
-        with self._lock:
-            is_due = now >= self._next_warning.get(text, 0.0)
-            if is_due:
-                self._next_warning[text] = now + _WARNING_INTERVAL_S
-        logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args, exc_info=exc_info)
 
 
 def _sender(request: Request) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import socket
 import threading
@@ -17,13 +16,14 @@ from pipeline._receiver import Receiver, ReceiverStats
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.handlers import Handlers
+from pipeline.logs import get_logger
 from pipeline.picker import parse_urls
 from pipeline.snapshot_connections import SnapshotConnections
 from pipeline.tls import Credentials
 
 __all__ = ["Listener"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _all: weakref.WeakSet[Listener] = weakref.WeakSet()  # for fork
 

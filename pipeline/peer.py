@@ -5,9 +5,7 @@ Source: etcd rafthttp/peer.go.
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
@@ -16,6 +14,7 @@ from pipeline._messages import Message
 from pipeline.config import PipelineConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError
+from pipeline.logs import Throttle, get_logger
 from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
 from pipeline.protocol import format_id
@@ -29,11 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Peer", "PeerStats", "Sendable"]
 
-logger = logging.getLogger(__name__)
-
-#: A full channel is told of in the log at most this often per peer.
-FULL_LOG_INTERVAL_S = 1.0
-
+logger = get_logger(__name__)
 
 #: What can be sent (``Sender.send``).
 Sendable: TypeAlias = "Message | EncodedMessage | ProtobufMessage"
@@ -137,10 +132,10 @@ class Peer:
         )
         self._raft = raft
         self._dispatcher = dispatcher
+        self._throttle = Throttle(logger)
         self._lock = threading.Lock()  # guards what follows
         self._refused = 0  # messages, not told to Raft yet
         self._refused_snapshots = 0
-        self._full_logged_at = float("-inf")
         self._is_paused = False
         self._paused_drops = 0
         self.pipeline.start()
@@ -202,24 +197,19 @@ class Peer:
         self.snapshots.stop_end(deadline)
 
     def _note_full(self, message: Sendable, name: str) -> None:
-        now = time.monotonic()
         with self._lock:
             is_first = self._refused == 0
             self._refused += 1
             self._refused_snapshots += message.type == MessageType.SNAP
-            is_logged = now - self._full_logged_at >= FULL_LOG_INTERVAL_S
-            if is_logged:
-                self._full_logged_at = now
         if is_first:
             self._dispatcher.call_soon(self._report_full)
-        if is_logged:
-            logger.warning(
-                "dropped internal Raft message since sending buffer is full "
-                "(overloaded network): type %s, to %s, channel %s",
-                message.type,
-                format_id(self.peer_id),
-                name,
-            )
+        self._throttle.warning(
+            "dropped internal Raft message since sending buffer is full "
+            "(overloaded network): type %s, to %s, channel %s",
+            message.type,
+            format_id(self.peer_id),
+            name,
+        )
 
     def _report_full(self) -> None:
         # Differs from etcd: refusals while a report waits for its thread are told as one.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import http.client
-import logging
 import ssl
 import threading
 import time
@@ -32,6 +31,7 @@ from pipeline._core import (
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
+from pipeline.logs import Throttle, get_logger
 from pipeline.picker import URLPicker, parse_urls
 from pipeline.pool import Line, Pool, parse_answer
 from pipeline.status import PeerStatus
@@ -41,14 +41,11 @@ from pipeline.types import MessageType, Raft, SnapshotStatus
 
 __all__ = ["Pipeline"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 P = ParamSpec("P")
 
 #: ``Pipeline.stop`` returns within this; etcd's tests ask the same of its pipeline.
 STOP_TIMEOUT_S = 1.0
-
-#: Expired messages are told of in the log at most this often per peer.
-EXPIRED_LOG_INTERVAL_S = 1.0
 
 _handling = threading.local()  # .pipeline: whose event this thread is handling
 
@@ -135,9 +132,9 @@ class Pipeline(Sender):
         )
         self._pools: dict[str, Pool] = {}
         self._lines = [Line() for _ in range(self._config.connections)]
+        self._throttle = Throttle(logger)
         self._lock = threading.Lock()  # guards what follows
         self._is_started = False  # or stopped before it was
-        self._expired_logged_at = float("-inf")
         for url in self.picker.urls:
             self._pool(url)  # a URL that cannot be sent to is refused here
         self.picker.subscribe(self.renew)
@@ -505,18 +502,12 @@ class Pipeline(Sender):
             if kind == MessageType.SNAP:
                 self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
         self.finish_expired(len(expired))
-        now = time.monotonic()
-        with self._lock:
-            is_logged = now - self._expired_logged_at >= EXPIRED_LOG_INTERVAL_S
-            if is_logged:
-                self._expired_logged_at = now
-        if is_logged:
-            logger.warning(
-                "dropped %d messages to peer %s that waited longer than %g s",
-                len(expired),
-                self._peer,
-                self._config.max_queue_age,
-            )
+        self._throttle.warning(
+            "dropped %d messages to peer %s that waited longer than %g s",
+            len(expired),
+            self._peer,
+            self._config.max_queue_age,
+        )
 
     def report_not_sent(self, to: int) -> None:
         """Tell Raft that the network was not even tried: the queue was full, or too slow.

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from urllib3.exceptions import HTTPError
 
+from pipeline.logs import get_logger
 from pipeline.pool import Line, Pool, parse_answer
 from pipeline.protocol import format_id, probe_head
 from pipeline.stats import Histogram
@@ -28,7 +29,7 @@ from pipeline.tunnel import tls_reason
 
 __all__ = ["ProbeStats", "Prober"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: To connect, and again to be answered. A probe that takes longer is a failure: round trips
 #: beyond this are beyond any election timeout.

@@ -8,7 +8,6 @@ bounded when it is on. Source: etcd rafthttp/remote.go, ``addRemoteFromRequest``
 from __future__ import annotations
 
 import ipaddress
-import logging
 import socket
 import threading
 import time
@@ -19,7 +18,8 @@ from typing import NamedTuple
 from urllib3.util import parse_url
 
 from pipeline.errors import UsageError
-from pipeline.peer import FULL_LOG_INTERVAL_S, Sendable
+from pipeline.logs import Throttle, get_logger
+from pipeline.peer import Sendable
 from pipeline.picker import parse_urls
 from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
 from pipeline.protocol import format_id
@@ -28,7 +28,7 @@ from pipeline.types import SendResult
 
 __all__ = ["Remote", "RemotePolicy", "RemoteStats", "Remotes"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: Who may become a remote by a request: (X-Server-From, X-PeerURLs, the caller's ``ip:port``).
 RemotePolicy = Callable[[int, tuple[str, ...], str], bool]
@@ -69,7 +69,7 @@ class Remote:
         self._lock = threading.Lock()  # guards what follows
         self._is_paused = False
         self._paused_drops = 0
-        self._full_logged_at = float("-inf")
+        self._throttle = Throttle(logger)
         pipeline.start()
 
     def send(self, message: Sendable) -> None:
@@ -81,15 +81,9 @@ class Remote:
             with self._lock:
                 self._paused_drops += 1
             return
-        self.used_at = now = time.monotonic()
-        if self.pipeline.send(message) is not SendResult.QUEUE_FULL:
-            return
-        with self._lock:
-            is_logged = now - self._full_logged_at >= FULL_LOG_INTERVAL_S
-            if is_logged:
-                self._full_logged_at = now
-        if is_logged:
-            logger.warning(
+        self.used_at = time.monotonic()
+        if self.pipeline.send(message) is SendResult.QUEUE_FULL:
+            self._throttle.warning(
                 "dropped Raft message since sending buffer is full (overloaded network): "
                 "type %s, to remote %s",
                 message.type,
@@ -156,7 +150,7 @@ class Remotes:
         # Replaced, never changed: get reads it without a lock.
         self._remotes: dict[int, Remote] = {}
         self._is_open = False
-        self._next_warning: dict[str, float] = {}  # by text, monotonic seconds
+        self._warn = Throttle(logger).warning
 
     def open(self) -> None:
         """Take remotes from now on."""
@@ -265,15 +259,6 @@ class Remotes:
             remote.pipeline.stop_begin()
             deadline = time.monotonic() + STOP_TIMEOUT_S
             self._call_soon(partial(remote.pipeline.stop_end, deadline))
-
-    def _warn(self, text: str, *args: object) -> None:
-        """Log at warning, but at debug within a second of the last warning of this text."""
-        now = time.monotonic()
-        with self._lock:
-            is_due = now >= self._next_warning.get(text, 0.0)
-            if is_due:
-                self._next_warning[text] = now + FULL_LOG_INTERVAL_S
-        logger.log(logging.WARNING if is_due else logging.DEBUG, text, *args)
 
 
 def _refusal(urls: tuple[str, ...], *, allow_loopback: bool) -> str | None:

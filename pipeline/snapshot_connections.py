@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import socket
 import threading
 import time
@@ -21,12 +20,13 @@ import h11
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.general import General, render
 from pipeline.handlers import Answer, Handlers, Request
+from pipeline.logs import get_logger
 from pipeline.snapshot_receiver import BodyError, ClosingError
 from pipeline.snapshot_store import Saving
 
 __all__ = ["Connection", "SnapshotConnections"]
 
-logger = logging.getLogger("pipeline.listener")
+logger = get_logger("pipeline.listener")
 
 # A chunked body is parsed from so much at once; etcd's chunks are of 32 KiB.
 _PARSE_BYTES = MIB

@@ -10,7 +10,6 @@ Source: etcd ``rafthttp/http.go`` ``snapshotHandler``, ``message_codec.go`` ``de
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from pipeline._messages import Message
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.logs import get_logger
 from pipeline.protocol import format_id
 from pipeline.snapshot_store import Saving, SnapshotStore
 from pipeline.stats import Histogram
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Body", "BodyError", "ClosingError", "SnapshotCounts", "SnapshotReceiver"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 #: The message alone, without the database; etcd ``snapshotLimitByte``.
 MAX_MESSAGE_BYTES = 64 * MIB

@@ -15,7 +15,6 @@ timer.
 from __future__ import annotations
 
 import concurrent.futures
-import logging
 import struct
 import threading
 import time
@@ -38,6 +37,7 @@ from pipeline.errors import (
     SnapshotSourceError,
     UsageError,
 )
+from pipeline.logs import get_logger
 from pipeline.pipeline import Pipeline
 from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
 from pipeline.snapshot_source import (
@@ -61,7 +61,7 @@ __all__ = [
     "SnapshotTransfer",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CONTENT_TYPE = "application/octet-stream"
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 
 from pipeline._core import ActiveFlag
+from pipeline.logs import get_logger
 from pipeline.protocol import format_id
 
 __all__ = ["PeerStatus"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class PeerStatus:

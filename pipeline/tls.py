@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline.errors import UsageError
+from pipeline.logs import get_logger
 
 __all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 StrPath = str | os.PathLike[str]
 

@@ -6,7 +6,6 @@ Source: etcd rafthttp/transport.go.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
+from pipeline.logs import get_logger
 from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.picker import parse_urls
 from pipeline.pipeline import Pipeline
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Transport"]
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
 

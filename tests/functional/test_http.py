@@ -586,7 +586,7 @@ def test_a_flood_of_strangers_is_warned_of_once(
 ) -> None:
     caplog.set_level(logging.DEBUG, "pipeline.handlers")
     now = 100.0
-    monkeypatch.setattr("pipeline.handlers.time.monotonic", lambda: now)
+    monkeypatch.setattr("pipeline.logs.time.monotonic", lambda: now)
 
     def levels() -> list[str]:
         caplog.clear()

@@ -1,0 +1,180 @@
+"""How the library logs: with Python's ``logging``, and without ever raising.
+
+Logging runs the application's code: handlers, filters, formatters, and ``__repr__`` of what is
+shown. A thread that has workers, peers or connections to serve must survive all of it, and a line
+that cannot be written must not hide what it was to tell of.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+__all__ = ["Counter", "Logger", "Throttle", "get_logger", "is_for_caller", "lost_lines", "show"]
+
+#: Between two warnings of one text: what a peer does a thousand times a second is told once.
+INTERVAL_S = 1.0
+
+#: Characters of an object that ``show`` shows: the ``__repr__`` of a message may be megabytes.
+SHOWN_MAX = 200
+
+
+class Counter:
+    """A number that only goes up. Thread-safe; a signal handler may come in between."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # guards the one below
+        self.value = 0
+
+    def add(self) -> None:
+        """Count one more."""
+        with self._lock:
+            self.value += 1
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: a lock another thread may have held is made anew."""
+        self._lock = threading.RLock()
+
+
+_lost = Counter()
+
+
+def get_logger(name: str) -> Logger:
+    """Return the library's face of ``logging.getLogger(name)``."""
+    return Logger(logging.getLogger(name))
+
+
+def lost_lines() -> int:
+    """How many lines of this process' logs were lost because logging raised."""
+    return _lost.value
+
+
+def is_for_caller(error: BaseException) -> bool:
+    """Tell whether what the application's code raised is to be raised on.
+
+    So it is in the main thread with what ends a program: there it may come from a signal handler,
+    as ``KeyboardInterrupt`` does, and the thread is not ours.
+    """
+    is_main = threading.get_ident() == threading.main_thread().ident
+    return is_main and not isinstance(error, Exception)
+
+
+def show(value: object) -> str:
+    """Return ``repr(value)``, cut short; what the application's ``__repr__`` raises is told."""
+    try:
+        text = repr(value)
+    except BaseException as error:
+        if is_for_caller(error):
+            raise
+        return f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
+
+
+class Logger:
+    """Logs as ``logging.Logger`` does, and raises nothing; a line that is lost is counted.
+
+    Parameters
+    ----------
+    logger : logging.Logger
+        Where the lines go.
+
+    Notes
+    -----
+    Thread-safe. In the main thread what ``is_for_caller`` is raised on. A line of a level that is
+    not logged costs what it costs with ``logging``.
+    """
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def debug(self, text: str, *args: object) -> None:
+        """Log what only the library's own people want to know."""
+        if self._logger.isEnabledFor(logging.DEBUG):
+            self.log(logging.DEBUG, text, *args, stacklevel=2)
+
+    def info(self, text: str, *args: object) -> None:
+        """Log a change that was to be expected."""
+        self.log(logging.INFO, text, *args, stacklevel=2)
+
+    def warning(
+        self, text: str, *args: object, exc_info: bool | BaseException | None = None
+    ) -> None:
+        """Log what somebody should look at one day."""
+        self.log(logging.WARNING, text, *args, exc_info=exc_info, stacklevel=2)
+
+    def error(self, text: str, *args: object, exc_info: bool | BaseException | None = None) -> None:
+        """Log what somebody should look at."""
+        self.log(logging.ERROR, text, *args, exc_info=exc_info, stacklevel=2)
+
+    def exception(self, text: str, *args: object) -> None:
+        """Log an error with the exception that is being handled."""
+        self.log(logging.ERROR, text, *args, exc_info=True, stacklevel=2)
+
+    def log(
+        self,
+        level: int,
+        text: str,
+        *args: object,
+        exc_info: bool | BaseException | None = None,
+        stacklevel: int = 1,
+    ) -> None:
+        """Log at a level; ``stacklevel`` frames above is where it is said to come from."""
+        try:
+            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=stacklevel + 1)
+        except BaseException as error:
+            if is_for_caller(error):
+                raise
+            _lost.add()
+
+
+class Throttle:
+    """Lets a text pass at its level once a second; in between it is logged at debug.
+
+    Parameters
+    ----------
+    logger : Logger
+        Where the lines go.
+
+    Notes
+    -----
+    Thread-safe, without a lock: a signal handler may log, and none is found held in a forked
+    child. Of two threads that come with one text at one instant both may be let pass. A text is
+    counted before its arguments are put in, so there are no more of them than the library has.
+    """
+
+    __slots__ = ("_logger", "_next")
+
+    def __init__(self, logger: Logger) -> None:
+        self._logger = logger
+        self._next: dict[str, float] = {}  # by text, time.monotonic()
+
+    def warning(
+        self, text: str, *args: object, exc_info: bool | BaseException | None = None
+    ) -> None:
+        """Log a warning, if it is due."""
+        self._log(logging.WARNING, text, args, exc_info)
+
+    def error(self, text: str, *args: object, exc_info: bool | BaseException | None = None) -> None:
+        """Log an error, if it is due."""
+        self._log(logging.ERROR, text, args, exc_info)
+
+    def _log(
+        self,
+        level: int,
+        text: str,
+        args: tuple[object, ...],
+        exc_info: bool | BaseException | None,
+    ) -> None:
+        now = time.monotonic()
+        if now < self._next.get(text, 0.0):
+            level = logging.DEBUG
+        else:
+            self._next[text] = now + INTERVAL_S
+        self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3)
+
+
+os.register_at_fork(after_in_child=_lost.forget_after_fork)

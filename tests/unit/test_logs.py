@@ -1,0 +1,180 @@
+"""``pipeline.logs``: logging raises nothing, hides nothing, and tells a flood once a second."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.logs import Logger, Throttle, get_logger, lost_lines, show
+
+NAME = "pipeline.tested"
+ENDINGS = [ValueError, RecursionError, SystemExit, KeyboardInterrupt, GeneratorExit]
+
+
+class Rude:
+    """Cannot be shown."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def __repr__(self) -> str:
+        raise self.error
+
+    __str__ = __repr__
+
+
+class _Handler(logging.Handler):
+    """Formats what comes, as handlers do, and lets everything through that this raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture
+def handler() -> Iterator[_Handler]:
+    handler = _Handler()
+    logger = logging.getLogger(NAME)
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield handler
+    logger.propagate = True
+    logger.removeHandler(handler)
+    logger.filters.clear()
+    logger.setLevel(logging.NOTSET)
+
+
+def in_thread(log: Logger, *args: object) -> list[str]:
+    """Log in a thread of its own while it handles something; what it came to."""
+    done: list[str] = []
+
+    def run() -> None:
+        try:
+            int("no number")
+        except ValueError:
+            log.exception("text %r", *args)
+            done.append("went on")
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return done
+
+
+@pytest.mark.parametrize("error", ENDINGS)
+@pytest.mark.parametrize("culprit", ["handler", "filter", "formatter", "argument"])
+def test_a_thread_that_logs_goes_on_whatever_logging_raises(
+    handler: _Handler,
+    monkeypatch: pytest.MonkeyPatch,
+    culprit: str,
+    error: type[BaseException],
+) -> None:
+    def fail(*_: object) -> bool:
+        raise error
+
+    argument: object = 1
+    if culprit == "handler":
+        monkeypatch.setattr(handler, "emit", fail)
+    elif culprit == "filter":
+        logging.getLogger(NAME).addFilter(fail)
+    elif culprit == "formatter":
+        monkeypatch.setattr(handler, "format", fail)
+    else:
+        argument = Rude(error)
+    before = lost_lines()
+    assert in_thread(get_logger(NAME), argument) == ["went on"]
+    assert lost_lines() == before + 1
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_the_main_thread_may_be_interrupted_while_it_logs(
+    handler: _Handler, error: type[BaseException]
+) -> None:
+    before = lost_lines()
+    with pytest.raises(error):
+        get_logger(NAME).warning("%r", Rude(error))
+    get_logger(NAME).warning("%r", Rude(ValueError))
+    assert lost_lines() == before + 1
+
+
+def test_every_module_logs_through_this_one() -> None:
+    folder = Path(pipeline.__file__).parent
+    for path in folder.rglob("*.py*"):
+        if path.suffix in (".py", ".pyx") and path.name != "logs.py":
+            text = path.read_text().replace("logging.getLogger(__name__).addHandler", "")
+            assert "logging.getLogger" not in text, path
+    names = set()
+    for found in pkgutil.iter_modules(pipeline.__path__, "pipeline."):
+        module = importlib.import_module(found.name)
+        if (logger := getattr(module, "logger", None)) is not None:
+            assert isinstance(logger, Logger)
+            names.add(logger._logger.name)
+    assert {"pipeline.transport", "pipeline.status", "pipeline.listener"} <= names
+    assert all(re.fullmatch(r"pipeline\.[a-z_]+", name) for name in names)
+
+
+def test_a_line_names_the_place_it_comes_from(caplog: pytest.LogCaptureFixture) -> None:
+    log = get_logger(NAME)
+    caplog.set_level(logging.DEBUG, NAME)
+    log.debug("%d", 1)
+    log.info("%d", 2)
+    log.warning("%d", 3)
+    log.error("%d", 4)
+    log.exception("%d", 5)
+    log.log(logging.INFO, "%d", 6)
+    Throttle(log).warning("%d", 7)
+    Throttle(log).error("%d", 8)
+    assert caplog.messages == list("12345678")
+    first = caplog.records[0].lineno
+    assert [record.lineno - first for record in caplog.records] == list(range(8))
+    assert {(record.name, record.filename) for record in caplog.records} == {(NAME, "test_logs.py")}
+
+
+def test_a_line_that_is_not_logged_shows_nothing(handler: _Handler) -> None:
+    logging.getLogger(NAME).setLevel(logging.ERROR)
+    before = lost_lines()
+    log = get_logger(NAME)
+    log.debug("%r", Rude(ValueError))
+    log.info("%r", Rude(ValueError))
+    Throttle(log).warning("%r", Rude(ValueError))
+    assert (handler.lines, lost_lines()) == ([], before)
+
+
+def test_a_text_is_let_pass_once_a_second(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG, NAME)
+    now = 100.0
+    monkeypatch.setattr("pipeline.logs.time.monotonic", lambda: now)
+    throttle = Throttle(get_logger(NAME))
+
+    def levels() -> list[str]:
+        caplog.clear()
+        throttle.warning("one %d", 1)
+        throttle.warning("one %d", 2)
+        throttle.error("two")
+        return [record.levelname for record in caplog.records]
+
+    assert levels() == ["WARNING", "DEBUG", "ERROR"]
+    assert levels() == ["DEBUG"] * 3
+    now += 1.0
+    assert levels() == ["WARNING", "DEBUG", "ERROR"]
+    assert len(throttle._next) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, RecursionError])
+def test_whatever_is_shown_is_shown(error: type[BaseException]) -> None:
+    assert show(1) == "1"
+    assert show(Rude(error)) == f"<Rude whose repr raised {error.__name__}>"
+    assert show("x" * 1000) == "'" + "x" * 199 + "..."
