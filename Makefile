@@ -21,6 +21,14 @@ $(VENV)/.built: $(VENV)/.created $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
+# What pip builds with in an environment of its own: for the targets that call setup.py themselves.
+$(VENV)/.builders: $(VENV)/.created pyproject.toml
+	$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+		> $(VENV)/builders.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/builders.txt
+	touch $@
+
 $(VENV)/.linters: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet 'mypy>=1.15' 'ruff>=0.9' 'cython-lint>=0.16' types-protobuf 'grpcio-tools>=1.72'
 	touch $@
@@ -90,7 +98,7 @@ raftpb:
 # Address and undefined-behaviour sanitizers, preloaded into CPython. The build is a copy of its
 # own; -P keeps the tree's modules away. Leaks are the isolated tests' business: the interpreter
 # itself does not free everything.
-asan: build
+asan: build $(VENV)/.builders
 	rm -rf build/asan
 	PIPELINE_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/asan --build-lib $(ASAN_SITE)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
