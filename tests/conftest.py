@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.support import tls_use
 
 tls_use.watch()
+
+# The same examples everywhere, every time: what is new comes from `make fuzz`. A busy machine makes
+# a deadline per example meaningless. HYPOTHESIS_PROFILE=ci takes ten times as many.
+settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
+settings.register_profile("ci", settings.get_profile("default"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # A thread told to end may need a moment to do so; only a leak takes this long.
 GRACE_S = 5.0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import http.client
 import io
 
-from hypothesis import event, example, given, settings
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from pipeline._core import recognise_204
@@ -115,7 +115,6 @@ def check(data: bytes) -> None:
     assert recognise_204(data[: end - 1]) == 0
 
 
-@settings(max_examples=3000)
 @given(mutated())
 @example(ANSWERS[0])
 @example(b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n")
@@ -123,13 +122,11 @@ def test_mutated_answers(data: bytes) -> None:
     check(data)
 
 
-@settings(max_examples=1000)
 @given(LINES)
 def test_answers_of_well_formed_lines(data: bytes) -> None:
     check(data)
 
 
-@settings(max_examples=500)
 @given(st.binary(max_size=64), st.integers(0, 120))
 def test_anything_behind_the_beginning_of_an_answer(data: bytes, kept: int) -> None:
     check(ANSWERS[0][:kept] + data)

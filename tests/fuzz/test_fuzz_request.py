@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import h11
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline._receiver import KnownHead, recognise_post
@@ -177,14 +177,12 @@ def test_no_single_byte_makes_the_core_and_h11_differ(seed: bytes) -> None:
 @example(raw_head("content-length: 5", "x: a\rb"))
 @example(raw_head("content-length: 5", "x: a\r\n\tb"))
 @example(raw_head("content-length : 5"))
-@settings(max_examples=1000, deadline=None)
 def test_what_the_core_accepts_h11_reads_the_same_way(data: bytes) -> None:
     if data and check(data):
         assert is_let_through(data)
 
 
 @given(mutated() | st.sampled_from(SEEDS), st.sampled_from(SEEDS), st.integers(0, 400))
-@settings(max_examples=500, deadline=None)
 def test_what_is_like_a_known_head_the_core_reads_the_same_way(
     data: bytes, seed: bytes, cut: int
 ) -> None:

@@ -2,22 +2,19 @@
 
 Invariant: what one of the two reads, the other reads, and as the same message, but for the
 differences listed at ``explained``; what we write is what protobuf writes when it is given the
-fields of the profile. Runs are derandomized: the same examples everywhere, every time.
+fields of the profile.
 """
 
 import contextlib
 from typing import Any
 
 from google.protobuf.message import DecodeError
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata, _gather
 from pipeline.errors import UnmarshalError
 from pipeline.raftpb import raft_pb2
-
-few = settings(max_examples=200, derandomize=True, deadline=None)
-many = settings(max_examples=1000, derandomize=True, deadline=None)
 
 PROFILES = ["3.5", "3.6", "3.7"]
 SCALARS = {
@@ -130,7 +127,6 @@ def from_protobuf(parsed: raft_pb2.Message) -> Message:
     )
 
 
-@many
 @given(messages, st.sampled_from(PROFILES))
 def test_we_write_the_bytes_protobuf_writes(message: Message, profile: str) -> None:
     encoded = message.marshal(profile)
@@ -138,13 +134,11 @@ def test_we_write_the_bytes_protobuf_writes(message: Message, profile: str) -> N
     assert message.byte_size(profile) == len(encoded)
 
 
-@many
 @given(messages, st.sampled_from(PROFILES))
 def test_every_profile_is_read_back_as_the_same_message(message: Message, profile: str) -> None:
     assert Message.unmarshal(message.marshal(profile)) == message
 
 
-@few
 @given(messages, st.sampled_from(PROFILES), st.integers(0, 320))
 def test_gathered_segments_are_the_encoded_message(
     message: Message, profile: str, borrow_min: int
@@ -237,7 +231,6 @@ message_soup = soup(
 )
 
 
-@many
 @given(message_soup)
 def test_a_soup_of_fields_is_read_as_protobuf_reads_it(data: bytes) -> None:
     message = Message.unmarshal(data)
@@ -285,7 +278,6 @@ def explained(data: bytes, error: UnmarshalError | None) -> bool:
     return b"\x72" in data or b"\xf2\x80" in data or b"\x80\x80\x80\x80" in data
 
 
-@many
 @given(damaged())
 @example(b"malformed garbage")
 @example(b"\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f")
@@ -303,7 +295,6 @@ def test_damaged_bytes_are_read_or_refused_as_protobuf_does(data: bytes) -> None
         assert explained(data, error)
 
 
-@many
 @given(st.binary(max_size=64))
 def test_any_bytes_at_all_are_read_or_refused(data: bytes) -> None:
     message, error = unmarshal(data)
