@@ -25,7 +25,7 @@ from pipeline._conn cimport (
     REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
     answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
     conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t, server_detach,
-    server_learn, server_limits_t, server_recycle, server_reuse_body, server_t, server_take,
+    server_learn, server_limits_t, server_recycle, server_reuse_body, server_take,
 )
 from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
@@ -34,7 +34,7 @@ from pipeline._server cimport (
 from pipeline._sync cimport (
     MADV_HUGEPAGE, add_int, clock_ns, close, deadline_timespec, madvise, pthread_cond_timedwait,
     pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
-    sockaddr_storage, store_int, timespec,
+    store_int, timespec,
 )
 
 import os
@@ -100,9 +100,6 @@ def recognise_post(const uint8_t[::1] data not None):
 cdef class KnownHead:
     """A head that Python has accepted; recognises those that differ from it in the length only."""
 
-    cdef bytes head
-    cdef http_post_t post
-
     def __init__(self, bytes head not None):
         if http_recognise_post(<const uint8_t*>PyBytes_AS_STRING(head), len(head),
                                &self.post) != HTTP_POST:
@@ -121,9 +118,6 @@ cdef class KnownHead:
 @cython.no_gc_clear             # __dealloc__ needs the receiver
 cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
-
-    cdef body_t c               # owned
-    cdef Receiver receiver      # may use the memory again; None while it is not a message's yet
 
     def __dealloc__(self):
         if self.receiver is None:
@@ -168,8 +162,6 @@ cdef class Body:
 cdef class Remote:
     """A caller's address; made into text only when it is shown."""
 
-    cdef sockaddr_storage address
-
     def __str__(self):
         cdef const uint8_t* raw = <const uint8_t*>&self.address
         # sockaddr_in and sockaddr_in6: port at 2, address at 4 and at 8, in network order.
@@ -203,16 +195,6 @@ cdef class Receiver:
     ``wait_closed``, in this order. ``start`` makes a native thread, which runs the loop while no
     handler thread does.
     """
-
-    cdef server_t server
-    cdef bint is_made
-    cdef bint is_running
-    cdef object handlers
-    cdef object config
-    cdef dict generals          # id of the connection -> General or Sealed
-    cdef object budget
-    cdef object take
-    cdef object sealed          # SealedServer; None without TLS
 
     def __cinit__(self, handlers, config, bytes cluster_header not None, take, credentials=None):
         cdef server_limits_t limits

@@ -1,0 +1,41 @@
+"""The classes of the receiving core and who owns what they hold. For the core, and for the fuzz
+targets in tests/fuzz, which run a receiver's loop and its requests in one thread.
+"""
+
+from pipeline._conn cimport answer_204_t, body_t, conn_t, handler_t, server_t
+from pipeline._http cimport http_post_t
+from pipeline._sync cimport sockaddr_storage
+
+
+cdef class KnownHead:
+    cdef bytes head
+    cdef http_post_t post       # of the head
+
+
+cdef class Body:
+    cdef body_t c               # owned
+    cdef Receiver receiver      # may use the memory again; None while it is not a message's yet
+
+
+cdef class Remote:
+    cdef sockaddr_storage address
+
+
+cdef class Receiver:
+    cdef server_t server
+    cdef bint is_made
+    cdef bint is_running
+    cdef object handlers
+    cdef object config
+    cdef dict generals          # id of the connection -> General or Sealed
+    cdef object budget
+    cdef object take
+    cdef object sealed          # SealedServer; None without TLS
+
+    # Needs the GIL. ``handler`` and ``answer`` are NULL for the thread of odd requests.
+    cdef int run(self, handler_t* handler, answer_204_t* answer) except -1
+    # These need the GIL and a connection that the calling thread has taken from the queue.
+    cdef int handle(self, conn_t* conn) except -1
+    cdef object message(self, conn_t* conn, Remote remote)
+    cdef int go_on(self, conn_t* conn, object general, bytes out, int then) except -1
+    cdef int detach(self, conn_t* conn, object general) except -1
