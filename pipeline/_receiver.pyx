@@ -341,26 +341,32 @@ cdef class Receiver:
                     conn = server_wait(&self.server, handler)
                 if conn is NULL:
                     return 0
-            if handler is not NULL:
-                add_int(&self.server.busy, 1)
-            try:
-                self.handle(conn)
-            except BaseException:
-                logger.exception("internal error, please report: a connection is closed")
-                general = self.generals.pop(conn.id, None)
-                if general is not None:
-                    general.close()
-                conn.then = THEN_CLOSE
-            if handler is not NULL:
-                add_int(&self.server.busy, -1)
-                conn_answer_here(conn, answer)
-            if pthread_mutex_trylock(&self.server.lock) == 0:
-                conn_give_back_locked(conn, handler)
-                pthread_mutex_unlock(&self.server.lock)
-            else:
-                with nogil:
-                    # The lock's owner is at work. Only C state is touched.
-                    conn_give_back(conn, handler)
+            self.serve_request(conn, handler, answer)
+
+    cdef int serve_request(self, conn_t* conn, handler_t* handler,
+                           answer_204_t* answer) except -1:
+        """Answer one request, whatever happens, and give its connection back to the loop."""
+        if handler is not NULL:
+            add_int(&self.server.busy, 1)
+        try:
+            self.handle(conn)
+        except BaseException:
+            logger.exception("internal error, please report: a connection is closed")
+            general = self.generals.pop(conn.id, None)
+            if general is not None:
+                general.close()
+            conn.then = THEN_CLOSE
+        if handler is not NULL:
+            add_int(&self.server.busy, -1)
+            conn_answer_here(conn, answer)
+        if pthread_mutex_trylock(&self.server.lock) == 0:
+            conn_give_back_locked(conn, handler)
+            pthread_mutex_unlock(&self.server.lock)
+        else:
+            with nogil:
+                # The lock's owner is at work. Only C state is touched.
+                conn_give_back(conn, handler)
+        return 0
 
     cdef int handle(self, conn_t* conn) except -1:
         """Answer the request of a connection that this thread holds, or go on with it."""
