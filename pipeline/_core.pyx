@@ -856,6 +856,7 @@ cdef class Sender:
         worker.sealed = NULL
         worker.sealed_len = worker.sealed_written = 0
         worker.is_odd = False
+        worker.text_deadline_ns = 0
         worker.is_reused = False
         worker.is_ended = False
         worker.last_used_ns = clock_ns()
@@ -872,10 +873,16 @@ cdef class Sender:
         worker.sealed_len = worker.sealed_written = 0
         worker.generation = load_int(&self.pipe.generation)
 
-    def read_on(self, int index):
-        """Have the loop read more of an answer, for Python, when the worker is given back."""
+    def read_on(self, int index, double text_timeout_s=0.0):
+        """Have the loop read more of an answer, for Python, when the worker is given back.
+
+        With ``text_timeout_s`` only its text is missing, and waited for no longer than so. What
+        comes of it meanwhile does not put that off.
+        """
         cdef worker_t* worker = self.worker(index)
         worker.is_odd = True
+        if text_timeout_s > 0 and worker.text_deadline_ns == 0:
+            worker.text_deadline_ns = clock_ns() + <int64_t>(text_timeout_s * 1e9)
         if worker.seal == SEAL_WRITING:     # answered early: the rest is not worth writing
             worker.seal = SEAL_READING
             worker.sealed_deadline_ns = clock_ns() + self.pipe.limits.response_timeout_ns

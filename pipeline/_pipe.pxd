@@ -150,6 +150,7 @@ cdef struct worker_t:
     int64_t link_check_ns   # when to look whether the peer still acknowledges
     int generation          # of the pipe when the connection was dialled
     int64_t answer_deadline_ns      # of the whole answer, however often Python looks at it
+    int64_t text_deadline_ns        # of the text of an answer whose head has come; 0 is none
     bint is_odd             # http.client reads the answer: whatever comes goes to Python
     int seal                # SEAL_*
     const uint8_t* sealed   # ciphertext to write; borrowed from the Line until it gives more

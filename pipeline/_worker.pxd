@@ -36,6 +36,14 @@ cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noex
     loop_look_at(worker.pipe.loop, worker.link_check_ns)
 
 
+cdef inline void worker_await_answer(worker_t* worker, int64_t answer_deadline_ns) noexcept nogil:
+    """Set the deadline of an answer. The peer may take its time over a snapshot's."""
+    cdef int64_t deadline_ns = 0 if worker.job.type == TYPE_SNAP else answer_deadline_ns
+    if worker.text_deadline_ns and (deadline_ns == 0 or worker.text_deadline_ns < deadline_ns):
+        deadline_ns = worker.text_deadline_ns
+    worker_set_deadline(worker, deadline_ns)
+
+
 cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
     """Tell whether the peer has not acknowledged anything for too long although it should have.
 
@@ -156,8 +164,7 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
     worker.state = WORKER_READING
     # Differs from etcd: it waits for ever, and a black hole keeps its worker.
     worker.answer_deadline_ns = loop.now_ns + worker.pipe.limits.response_timeout_ns
-    # The peer may take its time over a snapshot.
-    worker_set_deadline(worker, 0 if job.type == TYPE_SNAP else worker.answer_deadline_ns)
+    worker_await_answer(worker, worker.answer_deadline_ns)
 
 
 cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
@@ -213,8 +220,8 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
         worker.seal = SEAL_READING
         worker.sealed_deadline_ns = now_ns + worker.pipe.limits.response_timeout_ns
     worker.state = WORKER_READING
-    if worker.seal == SEAL_READING and worker.job.type == TYPE_SNAP:
-        worker_set_deadline(worker, 0)
+    if worker.seal == SEAL_READING:
+        worker_await_answer(worker, worker.sealed_deadline_ns)
     else:
         worker_set_deadline(worker, worker.sealed_deadline_ns)
 
@@ -248,6 +255,7 @@ cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil
     worker.written = 0
     worker.answer_len = 0
     worker.is_odd = False
+    worker.text_deadline_ns = 0
     worker.deadline_ns = 0
     worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns
 
@@ -505,8 +513,7 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
     elif worker.is_odd:
         worker.state = WORKER_READING
         worker.answer_len = 0
-        if worker.job.type != TYPE_SNAP:
-            worker_set_deadline(worker, worker.answer_deadline_ns)
+        worker_await_answer(worker, worker.answer_deadline_ns)
     else:
         worker.state = WORKER_CONNECTING
         worker.link_check_ns = 0

@@ -32,8 +32,9 @@ from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.logs import Throttle, get_logger
+from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker, parse_urls
-from pipeline.pool import Line, Pool, parse_answer
+from pipeline.pool import Line, Pool
 from pipeline.status import PeerStatus
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
@@ -131,8 +132,8 @@ class Pipeline(Sender):
             min_cluster_version=min_cluster_version,
         )
         self._pools: dict[str, Pool] = {}
-        self._lines = [Line() for _ in range(self._config.connections)]
         self._throttle = Throttle(logger)
+        self._lines = [Line(protocol.TELLING_STATUS) for _ in range(self._config.connections)]
         self._lock = threading.Lock()  # guards what follows
         self._is_started = False  # or stopped before it was
         for url in self.picker.urls:
@@ -276,6 +277,8 @@ class Pipeline(Sender):
         elif event is Event.HANDSHAKE:
             self.begin_handshake(index, HANDSHAKE_TIMEOUT_S)
             self._shake(index, self._lines[index].begin_tls(), b"")
+        elif event is Event.FAILED and self._lines[index].odd.is_text_due:
+            self._judge(index, *self.answer(index), is_ended=True)
         elif event is Event.FAILED:
             self._fail(index, self._unreachable(index, self._reason(index, error)))
         elif event is Event.SUCCEEDED:
@@ -376,7 +379,7 @@ class Pipeline(Sender):
             return
         if tunnel.is_ended:
             error = error or CLOSED
-        if text or self._lines[index].received:
+        if text or self._lines[index].odd.has_begun:
             self._judge_opened(index, text, is_written=is_written, is_ended=error != 0)
         elif error == 0:
             self._give_back(index)
@@ -387,7 +390,7 @@ class Pipeline(Sender):
 
     def _judge_opened(self, index: int, text: bytes, *, is_written: bool, is_ended: bool) -> None:
         """Do as the loop does with a plain answer: a 204 is recognised, the rest judged."""
-        is_first = not self._lines[index].received
+        is_first = not self._lines[index].odd.has_begun
         if is_first and is_written and not is_ended and recognise_204(text) == len(text):
             self.keep(index)
             self._succeed(index)
@@ -406,18 +409,16 @@ class Pipeline(Sender):
     def _judge(self, index: int, data: bytes, is_written: bool, *, is_ended: bool) -> None:
         """Have http.client read the answer, and decide by spec section 2.5."""
         line = self._lines[index]
-        line.received += data
         try:
-            answer = parse_answer(line.received, is_ended=is_ended, is_written=is_written)
+            answer = line.odd.feed(data, is_ended=is_ended, is_written=is_written)
         except (http.client.HTTPException, ValueError) as error:
             reason = f"malformed or incomplete answer: {error!r}"
             self._fail(index, self._unreachable(index, reason, error))
             return
         if answer is None:
-            self.read_on(index)
+            self.read_on(index, TEXT_TIMEOUT_S if line.odd.is_text_due else 0.0)
             self._give_back(index)
             return
-        line.received = b""
         if answer.keep:
             self.keep(index)
         else:
@@ -482,7 +483,7 @@ class Pipeline(Sender):
 
     def _disconnect(self, index: int) -> None:
         self.disconnect(index)
-        self._lines[index].received = b""
+        self._lines[index].odd.clear()
         self._lines[index].close()
 
     def _give_back(self, index: int) -> None:

@@ -1,22 +1,18 @@
-"""Connections: urllib3's pools, dialled without blocking, and the general path for answers.
+"""Connections: urllib3's pools, dialled without blocking.
 
 urllib3 owns the connections; a worker has one checked out for as long as it lives. What is ours
-is the dial (so that waiting for a connect costs no thread and ``stop`` can end it), TLS on top of
-it as a ``Tunnel``, for the same reason, and reading an answer the core did not recognise (parsed by
-``http.client``, waited for together with ``stop``).
+is the dial (so that waiting for a connect costs no thread and ``stop`` can end it), and TLS on top
+of it as a ``Tunnel``, for the same reason.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import io
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from http.client import NO_CONTENT, SWITCHING_PROTOCOLS
-from typing import Any, NamedTuple, Self, cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 from urllib3 import HTTPConnectionPool
 from urllib3.connection import HTTPConnection
@@ -25,15 +21,11 @@ from urllib3.util import connection as urllib3_connection
 from urllib3.util import parse_url
 
 from pipeline.errors import UsageError
+from pipeline.odd_answer import OddAnswer
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
 
-__all__ = ["Answer", "DialConnection", "Line", "Pool", "parse_answer", "socket_options"]
-
-#: What is read of an answer's body; the texts that mean something are under 30 bytes.
-ANSWER_BODY_MAX = 64 * 1024
-#: What is received before an answer that is not complete is given up.
-ANSWER_MAX = 128 * 1024
+__all__ = ["DialConnection", "Line", "Pool", "socket_options"]
 
 
 class DialConnection(HTTPConnection):
@@ -150,7 +142,7 @@ class Line:
     """What a worker sends through: one connection checked out of a pool, or none.
 
     Used by the dispatcher thread that holds the worker; ``close`` by ``stop`` as well, after the
-    worker ended.
+    worker ended. ``telling``: see :class:`OddAnswer`.
     """
 
     __slots__ = (
@@ -158,16 +150,16 @@ class Line:
         "_lock",
         "_pool",
         "deadline",
+        "odd",
         "outgoing",
-        "received",
         "tunnel",
         "url",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, telling: int) -> None:
         self.url = ""
-        #: What has been received of an answer that ``http.client`` reads.
-        self.received = b""
+        #: The answer, where the core does not recognise it.
+        self.odd = OddAnswer(telling)
         #: The TLS of the connection, once it is connected.
         self.tunnel: Tunnel | None = None
         #: What the loop is writing of it, and so must not go away.
@@ -260,106 +252,3 @@ class Line:
         if connection is not None and self._pool is not None:
             connection.close()
             self._pool._put_conn(connection)
-
-
-class Answer(NamedTuple):
-    """An answer read by the general path; ``keep`` says that the connection is fit for another."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    keep: bool
-
-
-class _MoreNeededError(Exception):
-    """The bytes end within the answer, and the connection has not ended."""
-
-
-class _Received(io.BytesIO):
-    """What has been received of an answer, as the file ``http.client`` reads from."""
-
-    def __init__(self, data: bytes, *, is_ended: bool) -> None:
-        super().__init__(data)
-        self.is_cut = False  # the connection ended where http.client wanted more
-        self._is_ended = is_ended
-
-    def makefile(self, _mode: str) -> Self:
-        return self
-
-    def close(self) -> None:
-        """Stay open for the answer that follows an interim one."""
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        line = super().readline(size)
-        if not line.endswith(b"\n") and len(line) != size:
-            self._end()
-        return line
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
-        if size is None or size < 0 or len(data) < size:
-            self._end()
-        return data
-
-    def _end(self) -> None:
-        if not self._is_ended:
-            raise _MoreNeededError
-        self.is_cut = True
-
-
-def parse_answer(data: bytes, *, is_ended: bool, is_written: bool) -> Answer | None:
-    """Have ``http.client`` read an answer that the core did not recognise.
-
-    Parameters
-    ----------
-    data : bytes
-        What has been received, from the first byte of the answer on.
-    is_ended : bool
-        Whether the peer has ended the stream behind ``data``.
-    is_written : bool
-        Whether the request was written whole; otherwise the connection is not fit for another.
-
-    Returns
-    -------
-    Answer or None
-        None when more has to be read first. Interim answers (1xx) are passed over.
-
-    Raises
-    ------
-    http.client.HTTPException
-        If it is malformed, cut off or too long.
-    """
-    received = _Received(data, is_ended=is_ended)
-    try:
-        response = _read_final_head(received)
-        # A 204 has no body, whatever its headers say (RFC 9112 6.3).
-        body = b"" if response.status == NO_CONTENT else response.read(ANSWER_BODY_MAX)
-    except _MoreNeededError:
-        if len(data) > ANSWER_MAX:
-            raise http.client.HTTPException("answer too long") from None
-        return None
-    is_plain = response.status != NO_CONTENT or not (
-        response.chunked or response.getheader("Content-Length", "0") != "0"
-    )
-    is_whole = response.status == NO_CONTENT or response.isclosed()
-    keep = (
-        is_written
-        and is_plain
-        and is_whole
-        and not is_ended
-        and not response.will_close
-        and received.tell() == len(data)
-    )
-    headers = {name.lower(): value for name, value in response.getheaders()}
-    return Answer(response.status, headers, body, keep)
-
-
-def _read_final_head(received: _Received) -> http.client.HTTPResponse:
-    while True:
-        # HTTPResponse wants a socket only to call makefile on it.
-        response = http.client.HTTPResponse(cast(socket.socket, received), method="POST")
-        response.begin()
-        if received.is_cut:
-            raise http.client.HTTPException("the connection ended within the head of the answer")
-        if response.status >= 200 or response.status == SWITCHING_PROTOCOLS:
-            return response

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from urllib3.exceptions import HTTPError
 
 from pipeline.logs import get_logger
-from pipeline.pool import Line, Pool, parse_answer
+from pipeline.pool import Line, Pool
 from pipeline.protocol import format_id, probe_head
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
@@ -34,6 +34,8 @@ logger = get_logger(__name__)
 #: To connect, and again to be answered. A probe that takes longer is a failure: round trips
 #: beyond this are beyond any election timeout.
 STEP_TIMEOUT_S = 1.0
+#: Read of a peer at once: an answer has 300 bytes, and whoever sends more waits for the others.
+READ_BYTES = 4096
 #: Weight of a new round trip in the smoothed one; as TCP (RFC 6298) and xiang90/probing.
 RTT_WEIGHT = 0.125
 #: Seconds, 0.1 ms to 3.3 s; those of etcd's peer_round_trip_time_seconds.
@@ -73,7 +75,7 @@ class _Target:
         self.urls = urls
         self.picked = 0
         self.pools: dict[str, Pool] = {}
-        self.line = Line()
+        self.line = Line(200)
         self.is_open = False  # the line is
         self.is_busy = False
         self.is_sent = False
@@ -337,21 +339,19 @@ class Prober:
         if not target.is_busy:
             self._close(target)  # between probes there is nothing to be said
             return
-        if not data and not target.line.received:
+        if not data and not target.line.odd.has_begun:
             self._broken(target, "the connection ended before an answer")
             return
-        if not target.line.received:
+        if not target.line.odd.has_begun:
             first_byte_s = time.monotonic() - target.sent_at
             target.stats = target.stats._replace(last_first_byte_s=first_byte_s)
-        target.line.received += data
         try:
-            answer = parse_answer(target.line.received, is_ended=not data, is_written=True)
+            answer = target.line.odd.feed(data, is_ended=not data, is_written=True)
         except (http.client.HTTPException, ValueError) as error:
             self._fail(target, f"malformed or incomplete answer: {error!r}")
             return
         if answer is None:
             return
-        target.line.received = b""
         if answer.status != 200:
             self._fail(target, f"answered with status {answer.status}")
         elif not _says_ok(answer.body):
@@ -363,7 +363,7 @@ class Prober:
 
     def _receive(self, target: _Target) -> bytes | None:
         """Return what came, b"" at the end of the stream; None if that was no part of an answer."""
-        data = target.line.sock.recv(65536)
+        data = target.line.sock.recv(READ_BYTES)
         tunnel = target.line.tunnel
         if tunnel is None or not data:
             return data
@@ -375,7 +375,7 @@ class Prober:
 
     def _broken(self, target: _Target, reason: str) -> None:
         """Fail, unless the connection was an old one, which may have ended meanwhile."""
-        if not target.is_busy or not target.is_reused or target.line.received:
+        if not target.is_busy or not target.is_reused or target.line.odd.has_begun:
             self._fail(target, reason)
             return
         target.is_reused = False
@@ -420,7 +420,7 @@ class Prober:
             target.is_open = False
             self._selector.unregister(target.line.sock)
             target.line.close()
-        target.line.received = b""
+        target.line.odd.clear()
 
 
 def _says_ok(body: bytes) -> bool:

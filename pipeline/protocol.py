@@ -55,6 +55,9 @@ PEER_URLS = "X-Peerurls"
 SERVER_FROM = "X-Server-From"
 SERVER_VERSION = "X-Server-Version"
 
+#: The status of a POST whose text means something: which of two refusals it is.
+TELLING_STATUS = 412
+
 CONTENT_TYPE = "application/protobuf"
 
 #: The lowest cluster version we can take part in; etcd ``version.MinClusterVersion`` of every 3.x.
@@ -284,7 +287,8 @@ def check_answer(
     Returns
     -------
     PostError or None
-        Not raised, so that the caller chooses the moment. Texts are etcd's to the letter.
+        Not raised, so that the caller chooses the moment. Texts are etcd's to the letter, but for
+        what a 500 says besides.
 
     Notes
     -----
@@ -314,6 +318,9 @@ def check_answer(
             f"unexpected http status {_reason_phrase(status)} "
             f"while posting to {_go_quote(url.encode())}"
         )
+        if status == 500:
+            # What an etcd answers whose process fails: it breaks the answer off after this line.
+            reason += " (500: the member could not process it)"
     return UnexpectedStatusError(reason, peer_id=peer_id, url=url, status=status)
 
 

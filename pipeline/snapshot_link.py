@@ -21,7 +21,9 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
 from pipeline.errors import PeerUnreachableError, SnapshotCancelledError
-from pipeline.pool import Answer, DialConnection, parse_answer, socket_options
+from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
+from pipeline.pool import DialConnection, socket_options
+from pipeline.protocol import TELLING_STATUS
 from pipeline.snapshot_source import FileSource
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import tls_reason
@@ -34,7 +36,7 @@ LINK_CHECK_S = 1.0
 LINK_ANSWER_MS = 500
 #: Written at once over TLS: a record.
 TLS_BYTES = 16 * 1024
-#: For the rest of an answer that has begun; etcd gives its body as long.
+#: For the rest of the head of an answer that has begun.
 ANSWER_REST_S = 5.0
 
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
@@ -139,7 +141,7 @@ class SnapshotLink:
             socket_options=socket_options(dead_link_timeout_s),
         )
         self._sock: socket.socket | None = None
-        self._received = b""
+        self._odd = OddAnswer(TELLING_STATUS)
         self._is_written = False
         self._wake = ending.open()
 
@@ -233,13 +235,23 @@ class SnapshotLink:
     def read_answer(self, timeout_s: float) -> Answer:
         """Wait for the answer; everything has been written."""
         self._is_written = True
+        return self._await_answer(timeout_s)
+
+    def _await_answer(self, timeout_s: float) -> Answer:
         deadline = time.monotonic() + timeout_s
-        has_begun = False
+        has_begun = has_text_begun = False
         while (answer := self._receive()) is None:
-            if not has_begun and self._received and not self._received.startswith(b"HTTP/1.1 1"):
+            if not has_begun and self._odd.is_final:
                 has_begun = True
                 deadline = min(deadline, time.monotonic() + ANSWER_REST_S)
+            if not has_text_begun and self._odd.is_text_due:
+                has_text_begun = True
+                deadline = min(deadline, time.monotonic() + TEXT_TIMEOUT_S)
             if not self._wait(select.POLLIN, deadline):
+                if has_text_begun:
+                    answer = self._odd.feed(b"", is_ended=True, is_written=False)
+                    assert answer is not None
+                    return answer
                 reason = "answer not complete in time" if has_begun else "no answer in time"
                 raise self._unreachable(reason)
         return answer
@@ -268,6 +280,8 @@ class SnapshotLink:
     def _read_early(self) -> None:
         """Take what the peer says before it has everything, most likely that it wants none."""
         answer = self._receive()
+        if answer is None and self._odd.is_text_due:
+            answer = self._await_answer(TEXT_TIMEOUT_S)
         if answer is not None:
             raise AnsweredError(answer)
 
@@ -275,9 +289,9 @@ class SnapshotLink:
         """Raise what the peer answered before it closed, or else what writing failed with."""
         try:
             while True:
-                before = len(self._received)
+                before = self._odd.total
                 self._read_early()
-                if len(self._received) == before:
+                if self._odd.total == before:
                     break
         except PeerUnreachableError as failure:
             if isinstance(failure.__cause__, ssl.SSLError):
@@ -298,11 +312,10 @@ class SnapshotLink:
         self._ending.check()
         if data is None:
             return None
-        self._received += data
-        if not data and not self._received:
+        if not data and not self._odd.has_begun:
             raise self._unreachable("the connection ended before an answer")
         try:
-            return parse_answer(self._received, is_ended=not data, is_written=self._is_written)
+            return self._odd.feed(data, is_ended=not data, is_written=self._is_written)
         except (http.client.HTTPException, ValueError) as error:
             reason = f"malformed or incomplete answer: {error!r}"
             raise self._unreachable(reason, error) from error

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import pytest
 
 from pipeline import EncodedMessage, MessageType
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, message, pipeline_to, settle
+from tests.support.senders import (
+    FRAMINGS,
+    INTERIMS,
+    PEER,
+    ParsedHeads,
+    many_interims,
+    message,
+    pipeline_to,
+    settle,
+    unfinished,
+)
 from tests.support.server import (
     OK,
     Connection,
@@ -24,6 +35,10 @@ from tests.support.server import (
 
 CLOSING = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 PADDED = b"HTTP/1.1 204 No Content\r\nX-Pad: " + b"p" * 4096 + b"\r\n\r\n"
+CHUNKED_412 = (
+    b"HTTP/1.1 412 Precondition Failed\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"14\r\ncluster ID mismatch\n\r\n0\r\n\r\n"
+)
 CHUNKED_500 = (
     b"HTTP/1.1 500 Internal Server Error\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"4\r\noops\r\n0\r\n\r\n"
@@ -89,8 +104,11 @@ def test_every_answer_has_one_outcome(
 
 @pytest.mark.parametrize(
     "data",
-    [OK, b"HTTP/1.1 100 Continue\r\n\r\n" + CHUNKED_500],
-    ids=["204", "100 and a chunked 500"],
+    [
+        OK,
+        b"HTTP/1.1 100 Continue\r\n\r\n" + CHUNKED_412,
+    ],
+    ids=["204", "100 and a chunked 412"],
 )
 def test_an_answer_may_come_in_two_parts_cut_anywhere(data: bytes) -> None:
     cuts = iter(range(1, len(data)))
@@ -246,10 +264,76 @@ def test_a_snapshot_is_waited_for_without_a_timeout() -> None:
 def test_an_odd_answer_that_never_ends_fails_at_the_response_timeout() -> None:
     raft = FakeRaft()
     with (
-        ScriptedServer(always(b"HTTP/1.1 500 Oops\r\nContent-Length: 10\r\n\r\nabc")) as server,
+        ScriptedServer(always(b"HTTP/1.1 500 Oops\r\nContent-Length")) as server,
         pipeline_to(server, raft, connections=1, response_timeout_s=0.2) as pipeline,
     ):
         pipeline.send(message())
         raft.wait_unreachable(1)
         settle(pipeline)
         server.wait_for(lambda: server.ended == 1)
+
+
+@pytest.mark.parametrize("type_", [MessageType.HEARTBEAT, MessageType.SNAP])
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        ("500 Internal Server Error", "500: the member could not process it"),
+        ("503 Service Unavailable", "unexpected http status Service Unavailable"),
+        ("403 Forbidden", "the member has been permanently removed from the cluster"),
+        ("200 OK", "unexpected http status OK"),
+        ("412 Precondition Failed", 'unhandled error "" when precondition failed'),
+    ],
+)
+def test_the_status_line_decides_and_the_worker_is_free_at_once(
+    *,
+    status: str,
+    text: str,
+    framing: str,
+    type_: MessageType,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "pipeline")
+    raft = FakeRaft()
+    with (
+        ScriptedServer(in_turn(unfinished(status, framing), OK)) as server,
+        # Nothing here ends by this one.
+        pipeline_to(server, raft, connections=1, response_timeout_s=86400.0) as pipeline,
+    ):
+        pipeline.send(message(type_))
+        raft.wait_unreachable(1)
+        pipeline.send(message())
+        books = settle(pipeline)
+        assert (books.sent, books.failed) == (1, 1)
+        # Who answers so has the rest of its answer to itself.
+        assert [request.connection for request in server.requests] == [0, 1]
+    assert text in caplog.text
+    assert "IncompleteRead" not in caplog.text
+
+
+def test_the_text_of_a_412_may_come_after_its_head(caplog: pytest.LogCaptureFixture) -> None:
+    def in_two_parts(connection: Connection, request: Request) -> None:
+        connection.send(CHUNKED_412[:-20])
+        time.sleep(0.05)  # nothing tells when the first part was read
+        connection.send(CHUNKED_412[-20:])
+
+    caplog.set_level(logging.DEBUG, "pipeline")
+    with ScriptedServer(in_two_parts) as server, pipeline_to(server, connections=1) as pipeline:
+        for _ in range(2):
+            pipeline.send(message())
+            assert settle(pipeline).sent == 0
+        assert len(server.connections) == 1
+    assert "cluster ID mismatch" in caplog.text
+
+
+@pytest.mark.parametrize("type_", [MessageType.HEARTBEAT, MessageType.SNAP])
+def test_interim_answers_are_read_once(type_: MessageType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, the last one costs no more than the first."""
+    parsed = ParsedHeads(monkeypatch)
+    with (
+        ScriptedServer(many_interims(OK)) as server,
+        pipeline_to(server, connections=1) as pipeline,
+    ):
+        pipeline.send(message(type_))
+        assert settle(pipeline).sent == 1
+    assert INTERIMS < parsed.count <= 2 * (INTERIMS + 1)

@@ -77,7 +77,7 @@ def test_a_black_hole_is_a_failure_at_the_dial_timeout() -> None:
 
 def test_answers_that_never_end_hold_up_their_peer_only() -> None:
     """Peers that begin an odd answer and fall silent: more of them than dispatcher threads."""
-    unfinished = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 100\r\n\r\n"
+    unfinished = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 100\r\n"
     with (
         ScriptedServer(always(unfinished)) as bad,
         ScriptedServer() as good,

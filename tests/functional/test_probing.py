@@ -14,7 +14,15 @@ from pipeline import probing as probing_module
 from pipeline.protocol import probe_head
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import (
+    FRAMINGS,
+    INTERIMS,
+    ParsedHeads,
+    eventually,
+    many_interims,
+    message,
+    unfinished,
+)
 from tests.support.server import (
     PROBED,
     Connection,
@@ -150,6 +158,30 @@ def test_a_bad_answer_is_a_loss_and_told_once(
         assert stats.lost == stats.total
         assert reason in stats.last_error
     assert [r.levelname for r in caplog.records if "probe of" in r.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_the_status_line_decides_although_the_body_does_not_come(framing: str) -> None:
+    with ScriptedServer() as server, prober() as transport:
+        server.on_probe = unfinished("500 Oops", framing)
+        transport.add_peer(2, [server.url])
+        eventually(lambda: transport.probe_stats()[2].total >= 1)
+        assert transport.probe_stats()[2].last_error == "answered with status 500"
+
+
+def test_interim_answers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing_module, "STEP_TIMEOUT_S", LONG_TIMEOUT)
+    parsed = ParsedHeads(monkeypatch)
+    config = TransportConfig(probe_interval_s=LONG_TIMEOUT)
+    with ScriptedServer() as server, prober(config) as transport:
+        assert transport._prober is not None
+        server.on_probe = many_interims(PROBED)
+        transport.add_peer(2, [server.url])
+        transport._prober._targets[2].due = 0.0  # now, and not again
+        transport._prober._wake_up()
+        eventually(lambda: transport.probe_stats()[2].total >= 1)
+        assert transport.probe_stats()[2].is_healthy
+    assert INTERIMS < parsed.count <= 2 * (INTERIMS + 1)
 
 
 def test_health_comes_and_goes_and_each_change_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,14 +43,22 @@ from pipeline import (
     UsageError,
 )
 from pipeline import snapshot_sender as module
-from pipeline.pool import Answer
+from pipeline.odd_answer import Answer
 from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from tests.support import LONG_TIMEOUT
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import (
+    FRAMINGS,
+    INTERIMS,
+    ParsedHeads,
+    eventually,
+    many_interims,
+    message,
+    unfinished,
+)
 from tests.support.server import (
     ERROR,
     OK,
@@ -509,6 +517,56 @@ def test_failure_has_etcd_s_side_effects_in_order(
         ]
         assert counts(transport) == (0, 1, 0, 0)
         assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("is_early", [False, True], ids=["at the end", "before the end"])
+@pytest.mark.parametrize(
+    ("status", "error", "text"),
+    [
+        ("500 Oops", UnexpectedStatusError, "500: the member could not process it"),
+        ("403 Forbidden", MemberRemovedError, "permanently removed"),
+        ("412 Precondition Failed", UnexpectedStatusError, 'unhandled error "" when'),
+    ],
+    ids=["500", "403", "412"],
+)
+def test_the_status_line_decides_although_the_body_does_not_come(
+    *,
+    server: ScriptedServer,
+    raft: FakeRaft,
+    make: Make,
+    status: str,
+    error: type[Exception],
+    text: str,
+    framing: str,
+    is_early: bool,
+) -> None:
+    script = unfinished(status, framing)
+
+    def early(connection: Connection, head: bytes) -> bool:
+        script(connection, Request(head, b"", 0))
+        return False
+
+    if is_early:
+        server.on_head = early
+    else:
+        server.script = script
+    database = bytes(64 << 20) if is_early else b"x"
+    with make(raft) as transport:
+        transport.add_peer(PEER, [server.url])
+        transfer = transport.send_snapshot(snapshot_message(), database)
+        with pytest.raises(error, match=text):
+            transfer.result(LONG_TIMEOUT)
+    assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)]
+
+
+def test_interim_answers_are_read_once(
+    server: ScriptedServer, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = ParsedHeads(monkeypatch)
+    server.script = many_interims(OK)
+    transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
+    assert INTERIMS < parsed.count <= 2 * (INTERIMS + 1)
 
 
 def test_nobody_listens(raft: FakeRaft, make: Make) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import time
 from collections.abc import Callable, Iterable
+
+import pytest
 
 from pipeline import (
     Entry,
@@ -18,7 +21,7 @@ from pipeline import (
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
-from tests.support.server import ScriptedServer
+from tests.support.server import Connection, Request, Script, ScriptedServer
 
 MEMBER, PEER, CLUSTER = 1, 2, 1
 
@@ -78,3 +81,45 @@ def assert_balanced(books: PipelineStats) -> None:
     assert books.offered == books.accepted + books.refused, books
     outcomes = books.sent + books.failed + books.dropped
     assert books.accepted == outcomes + books.queued + books.in_flight, books
+
+
+def unfinished(status: str, framing: str) -> Script:
+    """Answer as an etcd does that breaks its answer off: the head, and then for long nothing."""
+
+    def script(connection: Connection, request: Request) -> None:
+        connection.send(f"HTTP/1.1 {status}\r\n{framing}\r\n\r\n".encode())
+        connection.server.release.wait(LONG_TIMEOUT)
+
+    return script
+
+
+#: How an answer may promise a body that does not come.
+FRAMINGS = ["Content-Length: 29", "Transfer-Encoding: chunked", "X-To: the end of the stream"]
+
+INTERIMS = 60
+
+
+def many_interims(final: bytes) -> Script:
+    """Answer with 60 interim answers, each by itself, and then ``final``."""
+
+    def script(connection: Connection, request: Request) -> None:
+        for _ in range(INTERIMS):
+            connection.send(b"HTTP/1.1 102 Processing\r\n\r\n")
+            time.sleep(0.002)  # nothing tells when it was read
+        connection.send(final)
+
+    return script
+
+
+class ParsedHeads:
+    """Counts the heads that http.client is asked to read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        begin = http.client.HTTPResponse.begin
+
+        def counting(response: http.client.HTTPResponse) -> None:
+            self.count += 1
+            begin(response)
+
+        monkeypatch.setattr(http.client.HTTPResponse, "begin", counting)
