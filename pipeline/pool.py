@@ -232,7 +232,7 @@ class Line:
         """Send the tunnel's last words, an alert: to the peer they are what went wrong."""
         if self.tunnel is not None:
             with contextlib.suppress(OSError):
-                self.sock.send(self.tunnel.outgoing())
+                self.sock.send(self.tunnel.outgoing(), socket.MSG_NOSIGNAL)
 
     def fileno(self) -> int:
         return self.sock.fileno()

@@ -309,7 +309,8 @@ class Prober:
             self._send(target)
             return
         try:
-            target.line.sock.send(target.line.take_outgoing())  # a few KB: they fit
+            # A few KB: they fit.
+            target.line.sock.send(target.line.take_outgoing(), socket.MSG_NOSIGNAL)
         except OSError as error:
             self._broken(target, str(error))
 
@@ -324,7 +325,7 @@ class Prober:
         try:
             # Some 100 bytes, or with the end of a handshake a few KB; and nothing else was ever
             # left unsent: they fit.
-            target.line.sock.send(data)
+            target.line.sock.send(data, socket.MSG_NOSIGNAL)
         except OSError as error:
             self._broken(target, str(error))
 

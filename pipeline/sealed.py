@@ -487,8 +487,8 @@ class SealedSocket:
                 self._incoming.write(self._buffer[:got])
         return n
 
-    def sendall(self, data: bytes, /) -> None:
-        """Write all of ``data``."""
+    def sendall(self, data: bytes, _flags: int = 0, /) -> None:
+        """Write all of ``data``, as ``MSG_NOSIGNAL`` does."""
         self._tls.write(data)
         self._flush()
 
@@ -519,4 +519,4 @@ class SealedSocket:
 
     def _flush(self) -> None:
         if self._outgoing.pending:
-            self._sock.sendall(self._outgoing.read())
+            self._sock.sendall(self._outgoing.read(), socket.MSG_NOSIGNAL)

@@ -44,7 +44,7 @@ class Connection(Protocol):
     """
 
     def recv_into(self, buffer: memoryview, /) -> int: ...
-    def sendall(self, data: bytes, /) -> None: ...
+    def sendall(self, data: bytes, flags: int, /) -> None: ...
     def settimeout(self, value: float, /) -> None: ...
     def shutdown(self, how: int, /) -> None: ...
     def close(self) -> None: ...
@@ -194,7 +194,7 @@ class _Receiving:
     def answer(self, answer: Answer) -> None:
         """Write the answer. If the sender is gone or does not read, so be it."""
         with contextlib.suppress(OSError):
-            self._connection.sendall(render(replace(answer, close=True)))
+            self._connection.sendall(render(replace(answer, close=True)), socket.MSG_NOSIGNAL)
             if not self._is_whole and not self._is_stopped:
                 self._linger()
 
@@ -252,7 +252,7 @@ class _Receiving:
     def _recv_into(self, view: memoryview) -> int:
         if self._http.they_are_waiting_for_100_continue:
             go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-            self._connection.sendall(self._http.send(go_on) or b"")
+            self._connection.sendall(self._http.send(go_on) or b"", socket.MSG_NOSIGNAL)
         begin = time.monotonic()
         n = self._connection.recv_into(view)
         # What the disk takes is not the sender's fault.

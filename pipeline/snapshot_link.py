@@ -6,6 +6,7 @@ an eventfd, by which ``Ending.end`` ends the wait at once, from any thread.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import select
@@ -26,7 +27,7 @@ from pipeline.pool import DialConnection, socket_options
 from pipeline.protocol import TELLING_STATUS
 from pipeline.snapshot_source import FileSource
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
-from pipeline.tunnel import tls_reason
+from pipeline.tunnel import Tunnel, tls_reason
 
 __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 
@@ -34,8 +35,8 @@ __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 LINK_CHECK_S = 1.0
 #: What is sent on a live link is acknowledged within this: a round trip, a delayed ACK.
 LINK_ANSWER_MS = 500
-#: Written at once over TLS: a record.
-TLS_BYTES = 16 * 1024
+#: Enciphered at once: four records.
+TLS_BYTES = 64 * 1024
 #: For the rest of the head of an answer that has begun.
 ANSWER_REST_S = 5.0
 
@@ -141,6 +142,7 @@ class SnapshotLink:
             socket_options=socket_options(dead_link_timeout_s),
         )
         self._sock: socket.socket | None = None
+        self._tunnel: Tunnel | None = None
         self._odd = OddAnswer(TELLING_STATUS)
         self._is_written = False
         self._wake = ending.open()
@@ -185,40 +187,47 @@ class SnapshotLink:
         return not error
 
     def _secure(self, credentials: Credentials) -> None:
-        assert self._sock is not None
+        sock = self._sock
+        assert sock is not None
         # As an address: without brackets and zone.
         host = self._connection.host.strip("[]").partition("%")[0]
         credentials.poll()
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        tunnel = Tunnel(credentials, credentials.info.server_name or host)
+        data = b""
         try:
-            tls = credentials.client_context.wrap_socket(
-                self._sock,
-                server_hostname=credentials.info.server_name or host,
-                do_handshake_on_connect=False,
-            )
-            self._sock = self._connection.sock = tls
-            while (events := _handshake(tls)) and self._wait(events, deadline):
-                pass
+            while True:
+                is_done = tunnel.shake(data)
+                # A few KB, and nothing was left unsent before: they fit.
+                sock.send(tunnel.outgoing(), socket.MSG_NOSIGNAL)
+                if is_done:
+                    break
+                if not self._wait(select.POLLIN, deadline):
+                    raise self._unreachable("TLS: handshake timeout")
+                data = sock.recv(65536)
+                if not data:
+                    raise self._unreachable("TLS: the connection ended during the handshake")
         except OSError as error:
+            if isinstance(error, ssl.SSLError):
+                with contextlib.suppress(OSError):
+                    # An alert: to the peer it is what went wrong.
+                    sock.send(tunnel.outgoing(), socket.MSG_NOSIGNAL)
             raise self._unreachable(_text(error), error) from error
-        if events:
-            raise self._unreachable("TLS: handshake timeout")
-        refusal = credentials.refusal(tls.getpeercert() or {})
-        if refusal:
-            raise self._unreachable(refusal)
+        self._tunnel = tunnel
 
     def write(self, data: memoryview) -> int:
         """Write some of ``data``; how many bytes. Waits until there is room.
 
         Raises ``AnsweredError`` when the peer answers instead of reading.
         """
-        sock = self._sock
-        assert sock is not None
-        if not self.is_plain:
-            # OpenSSL says nothing of what it has written before it has written all: what is
-            # moving would look stalled.
-            data = data[:TLS_BYTES]
-        return self._write(lambda: sock.send(data))
+        if self._tunnel is None:
+            return self._send(data)
+        data = data[:TLS_BYTES]
+        self._tunnel.seal(data)
+        sealed = memoryview(self._tunnel.outgoing())
+        while sealed:
+            sealed = sealed[self._send(sealed) :]
+        return len(data)
 
     def write_file(self, file: FileSource, done: int, count: int) -> int:
         """As :meth:`write`, ``count`` bytes of a file from byte ``done`` on, by ``sendfile``."""
@@ -256,22 +265,25 @@ class SnapshotLink:
                 raise self._unreachable(reason)
         return answer
 
+    def _send(self, data: memoryview) -> int:
+        """Write some bytes as they are; how many."""
+        sock = self._sock
+        assert sock is not None
+        return self._write(lambda: sock.send(data, socket.MSG_NOSIGNAL))
+
     def _write(self, write: Callable[[], int]) -> int:
         self._ending.check()
         deadline = 0.0
         while True:
-            events = select.POLLOUT
             try:
                 return write()
-            except (BlockingIOError, ssl.SSLWantWriteError):
+            except BlockingIOError:
                 pass
-            except ssl.SSLWantReadError:
-                events = 0
             except OSError as error:
                 self._last_words(error)
             if not deadline:
                 deadline = time.monotonic() + self._stall_timeout_s
-            found = self._wait(events | select.POLLIN, deadline)
+            found = self._wait(select.POLLOUT | select.POLLIN, deadline)
             if not found:
                 raise self._unreachable("stalled")
             if found & _READABLE:
@@ -302,20 +314,24 @@ class SnapshotLink:
         """Receive what there is, without waiting; the answer, when it is complete."""
         assert self._sock is not None
         data: bytes | None = None
+        is_ended = False
         try:
-            data = self._sock.recv(65536)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
+            with contextlib.suppress(BlockingIOError):
+                data = self._sock.recv(65536)
+                is_ended = not data
+                if data and self._tunnel is not None:
+                    data = self._tunnel.open(data)
+                    is_ended = self._tunnel.is_ended
         except OSError as error:
             raise self._unreachable(_text(error), error) from error
         # Also of an answer that is there: who cancels before it was read has cancelled.
         self._ending.check()
-        if data is None:
+        if not data and not is_ended:
             return None
         if not data and not self._odd.has_begun:
             raise self._unreachable("the connection ended before an answer")
         try:
-            return self._odd.feed(data, is_ended=not data, is_written=self._is_written)
+            return self._odd.feed(data or b"", is_ended=is_ended, is_written=self._is_written)
         except (http.client.HTTPException, ValueError) as error:
             reason = f"malformed or incomplete answer: {error!r}"
             raise self._unreachable(reason, error) from error
@@ -358,14 +374,3 @@ class SnapshotLink:
 
 def _text(error: OSError) -> str:
     return tls_reason(error) if isinstance(error, ssl.SSLError) else error.strerror or str(error)
-
-
-def _handshake(tls: ssl.SSLSocket) -> int:
-    """Go on with a handshake; what has to be waited for, 0 when it is done."""
-    try:
-        tls.do_handshake()
-    except ssl.SSLWantReadError:
-        return select.POLLIN
-    except ssl.SSLWantWriteError:
-        return select.POLLOUT
-    return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -73,7 +74,8 @@ class FileSource:
 
         Raises ``OSError`` for the socket's reasons, ``SnapshotSourceError`` if the file is short.
         """
-        n = os.sendfile(sock_fd, self.fd, self.offset + done, count)
+        with sigpipe_blocked():
+            n = os.sendfile(sock_fd, self.fd, self.offset + done, count)
         if n == 0:
             raise _short(done, self.size)
         return n
@@ -130,6 +132,23 @@ class ChunkSource:
         except BaseException as error:  # also sys.exit(): nobody else's business in our thread
             raise SnapshotSourceError(f"the source raised {error!r}") from error
         return None
+
+
+@contextlib.contextmanager
+def sigpipe_blocked() -> Iterator[None]:
+    """Have this thread spared the SIGPIPE of a ``sendfile``, which takes no MSG_NOSIGNAL.
+
+    Python ignores the signal, but an application may have put it back to ending the process. It is
+    blocked for the one call only: a mask that stays would be inherited by what a callback starts.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+    try:
+        yield
+    finally:
+        if signal.SIGPIPE not in before:
+            # Sent also where the call wrote something before the peer was gone, and did not fail.
+            signal.sigtimedwait({signal.SIGPIPE}, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _short(got: int, size: int) -> SnapshotSourceError:

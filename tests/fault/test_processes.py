@@ -120,6 +120,28 @@ def test_a_forked_child_closes_its_copies_of_the_connections() -> None:
     assert "unclosed" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "a worker's alert",
+        "a probe",
+        "a probe's handshake",
+        "a snapshot's bytes",
+        "a snapshot's file",
+        "a snapshot's ciphertext",
+        "a snapshot's answer",
+        "a snapshot's answer over TLS",
+        "a snapshot's 100",
+        "a snapshot's 100 over TLS",
+    ],
+)
+def test_a_peer_that_is_gone_does_not_end_a_process_that_wants_sigpipe(
+    place: str, tmp_path: Path
+) -> None:
+    result = run("sigpipe.py", place, str(tmp_path))
+    assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
+
+
 def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> None:
     """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
     result = run("stale.py")

@@ -1,0 +1,207 @@
+"""Writing to a peer that is gone, with SIGPIPE as command-line tools set it: it ends the process.
+
+``sigpipe.py PLACE DIRECTORY`` prints "ok". Each place writes once what the peer cannot take any
+more: it has ended its side and reset the connection, and the kernel knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import ssl
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import h11
+import pytest
+
+from pipeline.config import ReceiverConfig
+from pipeline.errors import PeerUnreachableError
+from pipeline.general import BodyBudget, General
+from pipeline.handlers import Answer, Handlers
+from pipeline.pool import Line, Pool
+from pipeline.probing import Prober, _Target
+from pipeline.sealed import SealedSocket
+from pipeline.snapshot_connections import _Receiving
+from pipeline.snapshot_link import Ending, SnapshotLink
+from pipeline.snapshot_source import FileSource
+from pipeline.stats import Histogram
+from pipeline.tls import Credentials
+from tests.support.raft import FakeRaft
+from tests.support.tls import Authority
+
+place, directory = sys.argv[1], Path(sys.argv[2])
+authority = Authority(directory)
+credentials = Credentials(authority.info())
+listener = socket.create_server(("127.0.0.1", 0))
+port = listener.getsockname()[1]
+
+
+def kill(mine: socket.socket, peer: socket.socket) -> None:
+    """End ``peer`` in order, then with RST, and wait until our side has heard of both."""
+    with contextlib.suppress(OSError):
+        mine.send(b"unread", socket.MSG_NOSIGNAL)
+    peer.shutdown(socket.SHUT_WR)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    poll = select.poll()
+    poll.register(mine, 0)  # POLLERR and POLLHUP come all the same
+    found = dict(poll.poll(10_000))[mine.fileno()]
+    assert found & select.POLLERR, found
+
+
+@contextlib.contextmanager
+def line(scheme: str) -> Iterator[tuple[Line, socket.socket]]:
+    """A worker's connection to a peer, and the peer's end."""
+    url = f"{scheme}://127.0.0.1:{port}"
+    pool = Pool(
+        url, b"GET / HTTP/1.1\r\n\r\n", size=1, dead_link_timeout_s=5, credentials=credentials
+    )
+    found = Line()
+    found.dial(pool, 10)
+    peer, _ = listener.accept()
+    yield found, peer
+    found.close()
+
+
+def alert() -> None:
+    """A worker tells a server why its certificate is refused."""
+    with line("https") as (found, peer):
+        tunnel = found.begin_tls()
+        tunnel.shake(b"")
+        kill(found.sock, peer)
+        found.say_why()
+
+
+def probe(scheme: str) -> None:
+    """The prober asks; over TLS it shakes hands first."""
+    prober = Prober("1", interval_s=1, credentials=credentials)
+    target = _Target(2, (f"{scheme}://127.0.0.1:{port}",), 0.0, Histogram((1.0,)))
+    target.is_busy = True
+    with line(scheme) as (target.line, peer):
+        kill(target.line.sock, peer)
+        if scheme == "https":
+            target.line.begin_tls()
+            prober._shake(target, b"")
+        else:
+            prober._send(target)
+        assert "Broken pipe" in target.stats.last_error, target.stats
+
+
+def snapshot(scheme: str, write: Callable[[SnapshotLink], int]) -> None:
+    """A snapshot is sent: bytes, ciphertext, or a file by the kernel."""
+    link = SnapshotLink(
+        f"{scheme}://127.0.0.1:{port}",
+        Ending(),
+        peer_id=2,
+        credentials=credentials,
+        stall_timeout_s=5,
+        dead_link_timeout_s=5,
+    )
+    accepted: list[socket.socket] = []
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        if scheme == "https":
+            context = authority.server()
+            context.num_tickets = 0
+            sock = context.wrap_socket(sock, server_side=True)
+        accepted.append(sock)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    link.dial(10)
+    thread.join()
+    assert link._sock is not None
+    kill(link._sock, accepted[0])
+    with pytest.raises(PeerUnreachableError, match="Broken pipe"):
+        write(link)
+    link.close()
+
+
+def file(link: SnapshotLink) -> int:
+    path = directory / "database"
+    path.write_bytes(bytes(1 << 20))
+    fd = os.open(path, os.O_RDONLY)
+    return link.write_file(FileSource(fd, 0, 1 << 20, lambda: os.close(fd)), 0, 1 << 20)
+
+
+def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
+    """A snapshot is received, or refused."""
+    peer = socket.create_connection(("127.0.0.1", port))
+    mine: socket.socket | SealedSocket
+    mine, _ = listener.accept()
+    sock = mine
+    if scheme == "https":
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = credentials.server_context.wrap_bio(incoming, outgoing, server_side=True)
+        theirs = authority.client(*authority.issue("client"))
+        wrapped = theirs.wrap_socket(
+            peer, server_hostname="127.0.0.1", do_handshake_on_connect=False
+        )
+        thread = threading.Thread(target=wrapped.do_handshake)
+        thread.start()
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                mine.sendall(outgoing.read())
+                incoming.write(mine.recv(65536))
+        mine.sendall(outgoing.read())
+        thread.join()
+        peer = wrapped
+        mine = SealedSocket(sock, tls, incoming, outgoing)
+    config = ReceiverConfig()
+    handlers = Handlers(FakeRaft(), cluster_id=1, server_version="3.5.1")
+    general = General(handlers, config, "here", BodyBudget(1 << 20), lambda _: False)
+    general.http.receive_data(
+        b"POST /raft/snapshot HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 9\r\n\r\n"
+    )
+    event = general.http.next_event()
+    assert isinstance(event, h11.Request)
+    receiver = _Receiving(mine, general, config)
+    receiver.left = 9
+    kill(sock, peer)
+    write(receiver)
+    receiver.close()
+
+
+def go_on(receiver: _Receiving) -> object:
+    try:
+        return receiver._recv_into(memoryview(bytearray(9)))
+    except BrokenPipeError as error:
+        return error
+
+
+PLACES: dict[str, Callable[[], None]] = {
+    "a worker's alert": alert,
+    "a probe": lambda: probe("http"),
+    "a probe's handshake": lambda: probe("https"),
+    "a snapshot's bytes": lambda: snapshot(
+        "http", lambda link: link.write(memoryview(b"x" * 1024))
+    ),
+    "a snapshot's file": lambda: snapshot("http", file),
+    "a snapshot's ciphertext": lambda: snapshot(
+        "https", lambda link: link.write(memoryview(b"x" * 1024))
+    ),
+    "a snapshot's answer": lambda: receiving("http", lambda to: to.answer(Answer(500))),
+    "a snapshot's answer over TLS": lambda: receiving("https", lambda to: to.answer(Answer(500))),
+    "a snapshot's 100": lambda: receiving("http", go_on),
+    "a snapshot's 100 over TLS": lambda: receiving("https", go_on),
+}
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    with listener:
+        PLACES[place]()
+    assert signal.SIGPIPE not in cast(set[int], signal.pthread_sigmask(signal.SIG_BLOCK, []))
+    print("ok", flush=True)
