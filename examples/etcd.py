@@ -348,9 +348,9 @@ class EtcdMember:
 def _tls_flags(tls: TLSInfo) -> list[str]:
     assert tls.trusted_ca_file is not None
     return [
-        *("--peer-cert-file", os.fspath(tls.cert_file)),
-        *("--peer-key-file", os.fspath(tls.key_file)),
-        *("--peer-trusted-ca-file", os.fspath(tls.trusted_ca_file)),
+        *("--peer-cert-file", os.fsdecode(tls.cert_file)),
+        *("--peer-key-file", os.fsdecode(tls.key_file)),
+        *("--peer-trusted-ca-file", os.fsdecode(tls.trusted_ca_file)),
         "--peer-client-cert-auth",
     ]
 

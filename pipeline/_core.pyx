@@ -9,7 +9,8 @@ messages, the calls a dispatcher thread makes for a worker, and the Python owner
     ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
 """
 
-from cpython.buffer cimport PyBUF_READ, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+cimport cython
+from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
@@ -34,8 +35,8 @@ from pipeline._pipe cimport (
 )
 from pipeline._worker cimport worker_give_back, worker_may_retry, worker_take_sealed
 from pipeline._messages cimport (
-    Message, gather_plan_t, message_gather, message_gather_plan, message_size, message_write,
-    profile_index,
+    Message, as_int32, as_owner, as_uint64, gather_plan_t, message_gather, message_gather_plan,
+    message_size, message_write, owner_source, profile_index,
 )
 from pipeline._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
@@ -48,10 +49,10 @@ from pipeline._sync cimport (
 )
 
 import enum
-import operator
 import os
 
 from pipeline.errors import InternalError, MarshalError, UsageError
+from pipeline.logs import show
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
@@ -229,10 +230,10 @@ cdef job_t* job_from_message(Message message, int profile) except NULL:
 
 cdef job_t* job_from_encoded(EncodedMessage message) except NULL:
     cdef job_t* job
-    if <size_t>message.buffer.len <= COPY_LIMIT:
-        job = job_copy(message.buffer.buf, message.buffer.len)
+    if message.size <= COPY_LIMIT:
+        job = job_copy(message.payload, message.size)
     else:
-        job = job_borrow(message.buffer.buf, message.buffer.len, message)
+        job = job_borrow(message.payload, message.size, message)
     job.type = message._type
     job.to = message._to
     return job
@@ -246,10 +247,10 @@ cdef job_t* job_from_protobuf(object message) except NULL:
     try:
         serialize, kind, member = message.SerializeToString, message.type, message.to
     except AttributeError:
-        raise UsageError(f"message: {message!r} is not a Message, an EncodedMessage "
+        raise UsageError(f"message: {show(message)} is not a Message, an EncodedMessage "
                          "or a raftpb protobuf object") from None
-    type_ = checked_type(kind)
-    to = checked_id(member)
+    type_ = as_int32(kind, "message.type")
+    to = as_uint64(member, "message.to")
     data = serialize()
     if type(data) is not bytes:
         raise UsageError(f"message: its SerializeToString returned {type(data).__name__}, "
@@ -263,28 +264,7 @@ cdef job_t* job_from_protobuf(object message) except NULL:
     return job
 
 
-cdef int32_t checked_type(object value) except? -1:
-    """Check a message type."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise MarshalError(f"type: {value!r} is not a whole number") from None
-    if not 0 <= number <= 0x7fffffff:
-        raise MarshalError(f"type: {value!r} is not in 0..2147483647")
-    return number
-
-
-cdef uint64_t checked_id(object value) except? 0:
-    """Check a member ID."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise MarshalError(f"to: {value!r} is not a whole number") from None
-    if not 0 <= number <= 0xffffffffffffffff:
-        raise MarshalError(f"to: {value!r} is not in 0..18446744073709551615")
-    return number
-
-
+@cython.no_gc_clear     # payload points into owner
 cdef class EncodedMessage:
     """A message that is already encoded; sent as it is, and never looked into.
 
@@ -294,38 +274,36 @@ cdef class EncodedMessage:
         The raftpb encoding, at most 2**31 - 1 bytes. Up to 16 KiB are copied at ``send``; more
         is borrowed until the message has its outcome, so do not change a mutable buffer.
     type : MessageType or int
-        Decides what is reported and counted; 0 to 2**31 - 1.
+        An int of 32 bits, as of a ``Message``; decides what is reported and counted.
     to : int
         The member it is for; unsigned 64-bit.
 
     Raises
     ------
     MarshalError
-        If a field is out of range or ``data`` is no contiguous buffer.
+        If a field is out of range or ``data`` is no C-contiguous buffer.
     """
 
-    cdef Py_buffer buffer       # owned from __cinit__ on; buf is NULL before
+    cdef const uint8_t* payload     # borrowed from owner
+    cdef size_t size
+    cdef object owner               # bytes or HeldBuffer
     cdef int32_t _type
     cdef uint64_t _to
 
     def __cinit__(self, data, *, type, to):
-        try:
-            PyObject_GetBuffer(data, &self.buffer, PyBUF_SIMPLE)
-        except (TypeError, BufferError) as error:
-            raise MarshalError(f"data: {data.__class__.__name__} is not a contiguous "
-                               "bytes-like object") from error
-        if self.buffer.len > MESSAGE_MAX:
-            raise MarshalError(f"data: {self.buffer.len} bytes is not in 0..{MESSAGE_MAX}")
-        self._type = checked_type(type)
-        self._to = checked_id(to)
-
-    def __dealloc__(self):
-        PyBuffer_Release(&self.buffer)
+        if data is None:
+            raise MarshalError("EncodedMessage.data: None is not a C-contiguous buffer")
+        self.owner = as_owner(data, "EncodedMessage.data", &self.payload, &self.size)
+        if self.size > MESSAGE_MAX:
+            raise MarshalError(
+                f"EncodedMessage.data: {self.size} bytes is not in 0..{MESSAGE_MAX}")
+        self._type = as_int32(type, "EncodedMessage.type")
+        self._to = as_uint64(to, "EncodedMessage.to")
 
     @property
     def data(self):
         """The bytes-like object given."""
-        return <object>self.buffer.obj
+        return owner_source(self.owner)
 
     @property
     def type(self):
@@ -338,10 +316,10 @@ cdef class EncodedMessage:
         return self._to
 
     def __len__(self):
-        return self.buffer.len
+        return self.size
 
     def __repr__(self):
-        return f"EncodedMessage(<{self.buffer.len} bytes>, type={self._type}, to={self._to})"
+        return f"EncodedMessage(<{self.size} bytes>, type={self._type}, to={self._to})"
 
 
 cdef class ActiveFlag:

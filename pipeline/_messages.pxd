@@ -6,7 +6,7 @@ being written while the caller holds the GIL. All of them need the GIL.
 
 from cpython.buffer cimport Py_buffer
 from cpython.object cimport PyObject
-from libc.stdint cimport uint8_t
+from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.uio cimport iovec
 
 from pipeline._wire cimport (
@@ -61,6 +61,17 @@ cdef struct gather_plan_t:
     int segments
     int owners
 
+
+# Checks of what a field may hold; MarshalError, with the field's dotted name, for anything else.
+cdef uint64_t as_uint64(object value, str field) except? 0xFFFFFFFFFFFFFFFF
+cdef int32_t as_int32(object value, str field) except? -1
+
+# What keeps the bytes of a payload alive and in place, and where they are. None, an absent payload,
+# has a NULL address; an empty one has not.
+cdef object as_owner(object value, str field, const uint8_t** data, size_t* size)
+
+# What the user passed to as_owner.
+cdef object owner_source(object owner)
 
 # Index into ("3.5", "3.6", "3.7"); UsageError for anything else.
 cdef int profile_index(object profile) except -1

@@ -5,7 +5,9 @@ from typing_extensions import Buffer
 
 from pipeline.types import EntryType, MessageType
 
-__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata"]
+__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata", "byte_view"]
+
+def byte_view(value: Buffer) -> memoryview: ...
 
 @final
 class ConfState:

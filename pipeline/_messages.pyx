@@ -4,7 +4,12 @@ Everything a field may hold is checked when it is assigned, so encoding cannot f
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_Check,
@@ -68,9 +73,10 @@ from pipeline._wire cimport (
 import operator
 
 from pipeline.errors import MarshalError, UnmarshalError, UsageError
+from pipeline.logs import show
 from pipeline.types import EntryType, MessageType
 
-__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata"]
+__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata", "byte_view"]
 
 # Position is the profile's number in C. config.PROFILES names them for settings.
 cdef tuple PROFILE_NAMES = ("3.5", "3.6", "3.7")
@@ -124,28 +130,19 @@ cdef int profile_index(object profile) except -1:
         return WIRE_PROFILE_36
     if profile == "3.7":
         return WIRE_PROFILE_37
-    raise UsageError(f"profile: {shown(profile)} is not one of {', '.join(PROFILE_NAMES)}")
+    raise UsageError(f"profile: {show(profile)} is not one of {', '.join(PROFILE_NAMES)}")
 
 
 # Checks. Each takes the field's dotted name for the error.
 
-cdef str shown(object value):
-    """repr for an error text: short, and never an error of its own."""
-    try:
-        text = repr(value)
-    except Exception:
-        return f"an object of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 cdef object as_int(object value, str field, str rule):
     # True is an int in Python, but never an ID or a term.
     if isinstance(value, bool):
-        raise MarshalError(f"{field}: {shown(value)} is not {rule}")
+        raise MarshalError(f"{field}: {show(value)} is not {rule}")
     try:
         return operator.index(value)
-    except TypeError:
-        raise MarshalError(f"{field}: {shown(value)} is not {rule}") from None
+    except Exception:       # also whatever an object's own __index__ raises
+        raise MarshalError(f"{field}: {show(value)} is not {rule}") from None
 
 
 cdef uint64_t as_uint64(object value, str field) except? 0xFFFFFFFFFFFFFFFF:
@@ -154,7 +151,7 @@ cdef uint64_t as_uint64(object value, str field) except? 0xFFFFFFFFFFFFFFFF:
     try:
         return PyLong_AsUnsignedLongLong(value)
     except OverflowError:
-        raise MarshalError(f"{field}: {shown(value)} is not in 0..2**64-1") from None
+        raise MarshalError(f"{field}: {show(value)} is not in 0..2**64-1") from None
 
 
 cdef int32_t as_int32(object value, str field) except? -1:
@@ -164,7 +161,7 @@ cdef int32_t as_int32(object value, str field) except? -1:
     try:
         return <int32_t>value
     except OverflowError:
-        raise MarshalError(f"{field}: {shown(value)} is not in -2**31..2**31-1") from None
+        raise MarshalError(f"{field}: {show(value)} is not in -2**31..2**31-1") from None
 
 
 cdef bint as_bool(object value, str field) except -1:
@@ -172,7 +169,7 @@ cdef bint as_bool(object value, str field) except -1:
         return True
     if value is False:
         return False
-    raise MarshalError(f"{field}: {shown(value)} is not True or False")
+    raise MarshalError(f"{field}: {show(value)} is not True or False")
 
 
 cdef tuple as_tuple(object value, str field, str what, Py_ssize_t limit):
@@ -180,7 +177,7 @@ cdef tuple as_tuple(object value, str field, str what, Py_ssize_t limit):
         try:
             value = tuple(value)
         except TypeError:
-            raise MarshalError(f"{field}: {shown(value)} is not an iterable of {what}") from None
+            raise MarshalError(f"{field}: {show(value)} is not an iterable of {what}") from None
     if PyTuple_GET_SIZE(value) > limit:
         raise MarshalError(f"{field}: {PyTuple_GET_SIZE(value)} items, more than {limit}")
     return value
@@ -197,8 +194,39 @@ cdef enum:
 @cython.final
 @cython.no_gc_clear     # the memory may be in use until the very end
 cdef class HeldBuffer:
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, <void*>self.data, <Py_ssize_t>self.size, 1, flags)
+
     def __dealloc__(self):
         PyBuffer_Release(&self.view)
+
+
+cdef HeldBuffer hold_buffer(object value):
+    """Hold the buffer of ``value``; TypeError, BufferError or ValueError if it has none."""
+    cdef HeldBuffer held = HeldBuffer.__new__(HeldBuffer)
+    PyObject_GetBuffer(value, &held.view, PyBUF_SIMPLE)
+    held.source = value
+    held.data = <const uint8_t*>held.view.buf
+    if held.data == NULL:   # an exporter of nothing need not have an address
+        held.data = <const uint8_t*><const char*>b""
+    held.size = <size_t>held.view.len
+    if PyMemoryView_Check(value):
+        hold_exporter(held, value.obj)
+    return held
+
+
+def byte_view(value):
+    """Return a read-only memoryview of the bytes of any C-contiguous buffer.
+
+    Whatever its items are: ``memoryview.cast`` takes no big-endian numbers, no structures, and
+    nothing of which a dimension is 0. ``value`` is held as long as the view is.
+
+    Raises
+    ------
+    TypeError, BufferError, ValueError
+        If ``value`` is not such a buffer, or not any more.
+    """
+    return memoryview(hold_buffer(value))
 
 
 cdef object as_owner(object value, str field, const uint8_t** data, size_t* size):
@@ -215,20 +243,12 @@ cdef object as_owner(object value, str field, const uint8_t** data, size_t* size
         data[0] = <const uint8_t*>PyBytes_AS_STRING(value)
         size[0] = <size_t>PyBytes_GET_SIZE(value)
         return value
-    held = HeldBuffer.__new__(HeldBuffer)
     try:
-        PyObject_GetBuffer(value, &held.view, PyBUF_SIMPLE)
+        held = hold_buffer(value)
     except (TypeError, BufferError, ValueError) as error:
         raise MarshalError(
-            f"{field}: {shown(value)} is not None, bytes or a C-contiguous buffer: {error}"
+            f"{field}: {show(value)} is not None, bytes or a C-contiguous buffer: {error}"
         ) from None
-    held.source = value
-    held.data = <const uint8_t*>held.view.buf
-    if held.data == NULL:   # an exporter of nothing need not have an address
-        held.data = <const uint8_t*><const char*>b""
-    held.size = <size_t>held.view.len
-    if PyMemoryView_Check(value):
-        hold_exporter(held, value.obj)
     data[0] = held.data
     size[0] = held.size
     return held
@@ -481,7 +501,7 @@ cdef class SnapshotMetadata:
     @conf_state.setter
     def conf_state(self, value):
         if type(value) is not ConfState:
-            raise MarshalError(f"SnapshotMetadata.conf_state: {shown(value)} is not a ConfState")
+            raise MarshalError(f"SnapshotMetadata.conf_state: {show(value)} is not a ConfState")
         self._conf_state = <ConfState>value
 
     @property
@@ -583,7 +603,7 @@ cdef class Snapshot:
     @metadata.setter
     def metadata(self, value):
         if type(value) is not SnapshotMetadata:
-            raise MarshalError(f"Snapshot.metadata: {shown(value)} is not a SnapshotMetadata")
+            raise MarshalError(f"Snapshot.metadata: {show(value)} is not a SnapshotMetadata")
         self._metadata = <SnapshotMetadata>value
 
     def __eq__(self, other):
@@ -878,7 +898,7 @@ cdef class Message:
         cdef tuple entries = as_tuple(value, "Message.entries", "Entry", WIRE_MAX_ENTRIES)
         for entry in entries:
             if type(entry) is not Entry:
-                raise MarshalError(f"Message.entries: {shown(entry)} is not an Entry")
+                raise MarshalError(f"Message.entries: {show(entry)} is not an Entry")
         self._entries = entries
 
     @property
@@ -898,7 +918,7 @@ cdef class Message:
     @snapshot.setter
     def snapshot(self, value):
         if value is not None and type(value) is not Snapshot:
-            raise MarshalError(f"Message.snapshot: {shown(value)} is not a Snapshot or None")
+            raise MarshalError(f"Message.snapshot: {show(value)} is not a Snapshot or None")
         self._snapshot = <Snapshot>value
 
     @property
@@ -1010,7 +1030,7 @@ cdef class Message:
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         except (TypeError, BufferError, ValueError) as error:
-            raise UsageError(f"data: {shown(data)} is not a C-contiguous buffer: {error}") from None
+            raise UsageError(f"data: {show(data)} is not a C-contiguous buffer: {error}") from None
         try:
             return message_unmarshal(<const uint8_t*>view.buf, <size_t>view.len)
         finally:

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias, cast
 
+from pipeline.arguments import (
+    absolute_path,
+    require_instance,
+    require_number,
+    require_one_of,
+    require_whole,
+)
 from pipeline.errors import UsageError
+from pipeline.logs import show
+from pipeline.protocol import require_versions
 
 __all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig", "require_rate"]
 
 MIB = 1 << 20
+
+#: A path as Python's own functions take it.
+AnyPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 #: Messages up to this size are copied at ``send``; larger payloads are borrowed (design R3).
 #: Copying 16 KiB costs about 1 us, less than keeping and giving back a reference.
@@ -24,20 +36,17 @@ PROFILES = ("3.5", "3.6", "3.7")
 UNREACHABLE_REPORTS = ("every", "change")
 
 
-def _require(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise UsageError(f"{name}: {value!r} is not in {low:g}..{high:g}")
-
-
-def _require_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise UsageError(f"{name}: {value!r} is not a whole number in {low}..{high}")
-
-
 def require_rate(name: str, value: object) -> None:
     """Raise ``UsageError`` unless ``value`` is None or a rate in bytes a second."""
     if value is not None:
-        _require(name, value, 1.0, 1e15)
+        require_number(name, value, 1.0, 1e15)
+
+
+def _require_time_or_zero(name: str, value: object) -> None:
+    """Raise ``UsageError`` unless ``value`` is a time in seconds, or 0 for none."""
+    require_number(name, value, 0.0, 86400.0)
+    if 0 < cast(float, value) < 0.001:
+        raise UsageError(f"{name}: {show(value)} is neither 0 nor at least 0.001")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,21 +81,16 @@ class PipelineConfig:
     unreachable_reports: Literal["every", "change"] = "every"
 
     def __post_init__(self) -> None:
-        _require_int("connections", self.connections, 1, 64)
-        _require_int("queue_length", self.queue_length, 1, 1 << 16)
-        _require_int("queue_bytes", self.queue_bytes, 1, 1 << 50)
-        if self.profile not in PROFILES:
-            raise UsageError(f"profile: {self.profile!r} is not one of {', '.join(PROFILES)}")
+        require_whole("connections", self.connections, 1, 64)
+        require_whole("queue_length", self.queue_length, 1, 1 << 16)
+        require_whole("queue_bytes", self.queue_bytes, 1, 1 << 50)
+        require_one_of("profile", self.profile, PROFILES)
         for name in ("dial_timeout_s", "response_timeout_s", "stall_timeout_s", "idle_timeout_s"):
-            _require(name, getattr(self, name), 0.001, 86400.0)
-        _require("dead_link_timeout_s", self.dead_link_timeout_s, 1.0, 86400.0)
-        if self.max_queue_age is not None and self.max_queue_age != 0:
-            _require("max_queue_age", self.max_queue_age, 0.001, 86400.0)
-        if self.unreachable_reports not in UNREACHABLE_REPORTS:
-            allowed = ", ".join(UNREACHABLE_REPORTS)
-            raise UsageError(
-                f"unreachable_reports: {self.unreachable_reports!r} is not one of {allowed}"
-            )
+            require_number(name, getattr(self, name), 0.001, 86400.0)
+        require_number("dead_link_timeout_s", self.dead_link_timeout_s, 1.0, 86400.0)
+        if self.max_queue_age is not None:
+            _require_time_or_zero("max_queue_age", self.max_queue_age)
+        require_one_of("unreachable_reports", self.unreachable_reports, UNREACHABLE_REPORTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,8 +120,9 @@ class ReceiverConfig:
     min_body_rate: int = 1024
     #: From the connection to the end of its TLS handshake, on an https listener.
     handshake_timeout_s: float = 10.0
-    #: Where the databases of received snapshots are stored; None takes no snapshots.
-    snapshot_dir: str | os.PathLike[str] | None = None
+    #: Where the databases of received snapshots are stored; None takes no snapshots. A relative
+    #: path is made absolute here, so it is read back as an absolute ``str``.
+    snapshot_dir: AnyPath | None = None
     #: Snapshots received at once, each on a thread of its own; 503 above it.
     snapshot_receives: int = 4
     #: Bytes of one database; None is no limit.
@@ -126,21 +131,22 @@ class ReceiverConfig:
     snapshot_dir_max_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        _require_int("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
-        _require_int("max_head_bytes", self.max_head_bytes, 256, 32 * 1024)
-        _require_int("handlers", self.handlers, 1, 256)
-        _require_int("max_connections", self.max_connections, 1, 1 << 20)
-        _require_int("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
-        _require_int("min_body_rate", self.min_body_rate, 0, 1_000_000_000)
-        _require_int("snapshot_receives", self.snapshot_receives, 1, 64)
+        require_whole("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
+        require_whole("max_head_bytes", self.max_head_bytes, 256, 32 * 1024)
+        require_whole("handlers", self.handlers, 1, 256)
+        require_whole("max_connections", self.max_connections, 1, 1 << 20)
+        require_whole("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
+        require_whole("min_body_rate", self.min_body_rate, 0, 1_000_000_000)
+        require_whole("snapshot_receives", self.snapshot_receives, 1, 64)
         for name in ("snapshot_max_bytes", "snapshot_dir_max_bytes"):
             if getattr(self, name) is not None:
-                _require_int(name, getattr(self, name), 1, 1 << 62)
-        is_path = isinstance(self.snapshot_dir, (str, os.PathLike)) and self.snapshot_dir != ""
-        if self.snapshot_dir is not None and not is_path:
-            raise UsageError(f"snapshot_dir: {self.snapshot_dir!r} is not a path")
+                require_whole(name, getattr(self, name), 1, 1 << 62)
+        if self.snapshot_dir is not None:
+            # The class is frozen; nobody has seen it yet.
+            directory = absolute_path("snapshot_dir", self.snapshot_dir)
+            object.__setattr__(self, "snapshot_dir", directory)
         for name in ("idle_timeout_s", "head_timeout_s", "stall_timeout_s", "handshake_timeout_s"):
-            _require(name, getattr(self, name), 0.001, 86400.0)
+            require_number(name, getattr(self, name), 0.001, 86400.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +157,10 @@ class TransportConfig:
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
     #: Bytes queued for all peers together.
     queue_bytes: int = 512 * MIB
-    #: The etcd version we claim in X-Server-Version.
-    server_version: str = "3.5.1"
+    #: The etcd version we claim, in X-Server-Version and to ``GET /version``: ``X.Y.0`` of the
+    #: etcd members beside us, of the lowest while they differ. It has nothing to do with
+    #: ``profile``: members of every version read all three encodings.
+    server_version: str = "3.5.0"
     #: X-Min-Cluster-Version; etcd's own value in every 3.x.
     min_cluster_version: str = "3.0.0"
     #: Python threads for dialling, odd answers and callbacks, started as they are needed.
@@ -167,14 +175,12 @@ class TransportConfig:
     stop_timeout_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pipeline, PipelineConfig):
-            raise UsageError(f"pipeline: {self.pipeline!r} is not a PipelineConfig")
-        if not isinstance(self.receiver, ReceiverConfig):
-            raise UsageError(f"receiver: {self.receiver!r} is not a ReceiverConfig")
-        _require_int("queue_bytes", self.queue_bytes, 1, 1 << 50)
-        _require_int("dispatchers", self.dispatchers, 1, 256)
-        if self.probe_interval_s != 0:
-            _require("probe_interval_s", self.probe_interval_s, 0.001, 86400.0)
+        require_instance("pipeline", self.pipeline, PipelineConfig)
+        require_instance("receiver", self.receiver, ReceiverConfig)
+        require_whole("queue_bytes", self.queue_bytes, 1, 1 << 50)
+        require_whole("dispatchers", self.dispatchers, 1, 256)
+        require_versions(self.server_version, self.min_cluster_version)
+        _require_time_or_zero("probe_interval_s", self.probe_interval_s)
         require_rate("snapshot_rate_limit", self.snapshot_rate_limit)
-        _require("snapshot_answer_timeout_s", self.snapshot_answer_timeout_s, 0.001, 86400.0)
-        _require("stop_timeout_s", self.stop_timeout_s, 0.01, 3600.0)
+        require_number("snapshot_answer_timeout_s", self.snapshot_answer_timeout_s, 0.001, 86400.0)
+        require_number("stop_timeout_s", self.stop_timeout_s, 0.01, 3600.0)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.logs import show
+
 __all__ = [
     "ClusterIDMismatchError",
     "IncompatibleVersionError",
@@ -177,11 +179,13 @@ class RequestRejected(PipelineError):
         self, status: int, body: bytes = b"", content_type: str = "text/plain; charset=utf-8"
     ) -> None:
         if isinstance(status, bool) or not isinstance(status, int) or not 200 <= status <= 599:
-            raise UsageError(f"status: {status!r} is not a whole number in 200..599")
+            raise UsageError(f"status: {show(status)} is not a whole number in 200..599")
         if not isinstance(body, bytes):
-            raise UsageError(f"body: {body!r} is not bytes")
-        if not (content_type.isascii() and content_type.isprintable()):
-            raise UsageError(f"content_type: {content_type!r} is not printable ASCII")
+            raise UsageError(f"body: {show(body)} is not bytes")
+        if not isinstance(content_type, str) or not (
+            content_type.isascii() and content_type.isprintable()
+        ):
+            raise UsageError(f"content_type: {show(content_type)} is not printable ASCII")
         super().__init__(f"rejected with status {status}")
         self.status = status
         self.body = body

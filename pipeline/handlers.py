@@ -28,11 +28,11 @@ from pipeline.protocol import (
     SNAPSHOT_PATH,
     STREAM_PREFIX,
     VERSION_PATH,
-    Version,
     check_version_compatibility,
     format_id,
     min_cluster_version,
     parse_id,
+    require_versions,
     server_version,
 )
 from pipeline.snapshot_receiver import SnapshotReceiver
@@ -185,8 +185,7 @@ class Handlers:
         self.process_failures = 0
         self._raft = raft
         self._cluster_id = format_id(cluster_id)
-        self._local = Version.parse(server_version)
-        self._local_min = Version.parse(min_cluster_version)
+        self._local, self._local_min = require_versions(server_version, min_cluster_version)
         # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
         # Differs from etcd: we do not know what version the cluster has; it has at least this.
         versions = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'

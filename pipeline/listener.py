@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from urllib3.util import parse_url
 
 from pipeline._receiver import Receiver, ReceiverStats
+from pipeline.arguments import require_iterable, require_number
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.handlers import Handlers
@@ -75,9 +76,12 @@ class Listener:
         config: ReceiverConfig,
         credentials: Credentials | None = None,
     ) -> None:
-        given = [parse_urls((url,))[0] for url in ((urls,) if isinstance(urls, str) else urls)]
+        if isinstance(urls, str):
+            urls = (urls,)
+        # One by one, for parse_urls sorts.
+        given = [parse_urls((url,), "url")[0] for url in require_iterable("url", urls, "URLs")]
         if not given:
-            raise UsageError("urls: none given")
+            raise UsageError("url: at least one URL is needed")
         for url in given:
             if not url.startswith(("http://", "https://")):
                 raise UsageError(f"url: {url!r}: only http and https can be listened on")
@@ -160,6 +164,7 @@ class Listener:
         When it returns the ports are free. A second call does nothing. Called from
         ``raft.process``, it does not wait for requests: that call's own could not end first.
         """
+        require_number("deadline_s", deadline_s, 0.0, 86400.0)
         with self._lock:
             if self._is_closed:
                 return

@@ -64,6 +64,8 @@ def is_for_caller(error: BaseException) -> bool:
 def show(value: object) -> str:
     """Return ``repr(value)``, cut short; what the application's ``__repr__`` raises is told."""
     try:
+        if isinstance(value, (str, bytes, bytearray)):
+            value = value[:SHOWN_MAX]  # all of it may be a gigabyte
         text = repr(value)
     except BaseException as error:
         if is_for_caller(error):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from pipeline.arguments import require_bool
 from pipeline.errors import UsageError
 from pipeline.protocol import format_id
 
@@ -248,6 +249,7 @@ class MetricsCollector(Collector):
         self._transports = tuple(transports)
         if not self._transports:
             raise UsageError("transports: none given")
+        require_bool("received_failures_by_address", received_failures_by_address)
         if received_failures_by_address:
             for transport in self._transports:
                 transport.handlers.count_failures_by_address()

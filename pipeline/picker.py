@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
+from pipeline.arguments import require_iterable
 from pipeline.errors import UsageError
+from pipeline.logs import show
 
 __all__ = ["URLPicker", "parse_urls"]
 
@@ -18,14 +20,20 @@ _PRINTABLE = re.compile(r"[\x21-\x7e]+")
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?\]")
 
 
-def parse_urls(urls: Iterable[str]) -> tuple[str, ...]:
+def parse_urls(
+    urls: Iterable[str], name: str = "urls", *, may_be_empty: bool = False
+) -> tuple[str, ...]:
     """Check peer URLs and put them into etcd's form: trimmed, scheme in lower case, sorted.
 
     Parameters
     ----------
     urls : iterable of str
-        At least one. ``http`` and ``https`` need ``host:port`` and nothing after it, not even
-        a slash; ``unix`` and ``unixs`` need an address.
+        ``http`` and ``https`` need ``host:port`` and nothing after it, not even a slash; ``unix``
+        and ``unixs`` need an address.
+    name : str
+        The argument's, for errors.
+    may_be_empty : bool
+        Otherwise at least one is needed.
 
     Raises
     ------
@@ -38,39 +46,41 @@ def parse_urls(urls: Iterable[str]) -> tuple[str, ...]:
     Differs from etcd: user names, queries, fragments and empty hosts are refused as well.
     """
     if isinstance(urls, (str, bytes)):
-        raise UsageError(f"urls: {urls!r} is one URL, not a list of URLs")
-    parsed = sorted(_parse_url(url) for url in urls)
-    if not parsed:
-        raise UsageError("urls: at least one URL is needed")
+        raise UsageError(f"{name}: {show(urls)} is one URL, not a list of URLs")
+    parsed = sorted(_parse_url(name, url) for url in require_iterable(name, urls, "URLs"))
+    if not parsed and not may_be_empty:
+        raise UsageError(f"{name}: at least one URL is needed")
     return tuple(parsed)
 
 
-def _parse_url(url: str) -> str:
+def _parse_url(name: str, url: str) -> str:
     if not isinstance(url, str):
-        raise UsageError(f"urls: {url!r} is not a str")
+        raise UsageError(f"{name}: {show(url)} is not a str")
     text = url.strip()
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in ("http", "https", "unix", "unixs"):
-        raise UsageError(f"urls: {url!r}: the scheme must be http, https, unix or unixs")
+        raise UsageError(f"{name}: {show(url)}: the scheme must be http, https, unix or unixs")
     if not _PRINTABLE.fullmatch(rest):
-        raise UsageError(f"urls: {url!r}: an address of printable ASCII must follow the scheme")
+        raise UsageError(
+            f"{name}: {show(url)}: an address of printable ASCII must follow the scheme"
+        )
     if scheme in ("http", "https"):
-        _require_host_and_port(url, text)
+        _require_host_and_port(f"{name}: {show(url)}", text)
     return f"{scheme}://{rest}"
 
 
-def _require_host_and_port(url: str, text: str) -> None:
+def _require_host_and_port(what: str, text: str) -> None:
     try:
         parsed = parse_url(text)
     except LocationParseError as error:
-        raise UsageError(f"urls: {url!r}: must be host:port: {error}") from None
+        raise UsageError(f"{what}: must be host:port: {error}") from None
     if parsed.auth is not None:
-        raise UsageError(f"urls: {url!r}: must not hold a user name")
+        raise UsageError(f"{what}: must not hold a user name")
     if parsed.path or parsed.query is not None or parsed.fragment is not None:
-        raise UsageError(f"urls: {url!r}: must end after the port, without path or slash")
+        raise UsageError(f"{what}: must end after the port, without path or slash")
     if not parsed.host or not _HOST.fullmatch(parsed.host) or parsed.port is None:
-        raise UsageError(f"urls: {url!r}: must be host:port")
+        raise UsageError(f"{what}: must be host:port")
 
 
 class URLPicker:

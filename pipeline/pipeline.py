@@ -28,6 +28,7 @@ from pipeline._core import (
     error_text,
     recognise_204,
 )
+from pipeline.arguments import require_id, require_instance
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
@@ -109,6 +110,18 @@ class Pipeline(Sender):
         dispatcher: Dispatcher | None = None,
     ) -> None:
         defaults = TransportConfig()
+        require_id("peer_id", peer_id)
+        require_id("member_id", member_id)
+        require_id("cluster_id", cluster_id)
+        for name, given, kind in (
+            ("config", config, PipelineConfig),
+            ("credentials", credentials, Credentials),
+            ("picker", picker, URLPicker),
+            ("status", status, PeerStatus),
+            ("dispatcher", dispatcher, Dispatcher),
+        ):
+            if given is not None:
+                require_instance(name, given, kind)
         self.peer_id = peer_id
         self.picker = picker or URLPicker(urls)
         self.status = status or PeerStatus(member_id, peer_id, ActiveFlag())
@@ -127,8 +140,8 @@ class Pipeline(Sender):
             protocol.request_head,
             member_id=member_id,
             cluster_id=cluster_id,
-            peer_urls=tuple(peer_urls),
-            server_version=server_version or defaults.server_version,
+            peer_urls=parse_urls(peer_urls, "peer_urls", may_be_empty=True),
+            server_version=defaults.server_version if server_version is None else server_version,
             min_cluster_version=min_cluster_version,
         )
         self._pools: dict[str, Pool] = {}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from pipeline._version import __version__
+from pipeline.arguments import require_id
 from pipeline.errors import (
     ClusterIDMismatchError,
     IncompatibleVersionError,
@@ -19,6 +20,7 @@ from pipeline.errors import (
     UnexpectedStatusError,
     UsageError,
 )
+from pipeline.logs import show
 from pipeline.picker import parse_urls
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "post_url",
     "probe_head",
     "request_head",
+    "require_versions",
     "server_version",
 ]
 
@@ -67,7 +70,6 @@ INCOMPATIBLE_VERSION = "incompatible version"
 CLUSTER_ID_MISMATCH = "cluster ID mismatch"
 MEMBER_REMOVED = "the member has been permanently removed from the cluster"
 
-_MAX_ID = (1 << 64) - 1
 _ID = re.compile(r"[0-9A-Fa-f]+")
 _TOKEN = re.compile(r"[!-~]+(?: [!-~]+)*")
 
@@ -77,10 +79,7 @@ def format_id(member_id: int) -> str:
 
     Raises ``UsageError`` if it does not fit 64 bits.
     """
-    if isinstance(member_id, bool) or not isinstance(member_id, int):
-        raise UsageError(f"id: {member_id!r} is not an int")
-    if not 0 <= member_id <= _MAX_ID:
-        raise UsageError(f"id: {member_id!r} is not in 0..2**64-1")
+    require_id("id", member_id)
     return f"{member_id:x}"
 
 
@@ -126,9 +125,28 @@ _VERSION = re.compile(
     r"v?([0-9]{1,18})(?:\.([0-9]{1,18}))?(?:\.[0-9]{1,18})?"
     r"(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?"
 )
+_STRICT_VERSION = re.compile(
+    r"(?:0|[1-9][0-9]{0,8})(?:\.(?:0|[1-9][0-9]{0,8})){2}(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?"
+)
 
 # What a peer that does not say is taken for: etcd 2.0 had no version headers.
 _UNSTATED = Version(2, 0, "2.0.0")
+
+
+def require_versions(server: str, min_cluster: str) -> tuple[Version, Version]:
+    """Return the versions we claim; ``UsageError`` for those that an etcd would not bear.
+
+    In the strict form: etcd up to 3.7 panics at any other in a header.
+    """
+    versions = []
+    for name, text in (("server_version", server), ("min_cluster_version", min_cluster)):
+        if not isinstance(text, str) or not _STRICT_VERSION.fullmatch(text):
+            raise UsageError(f"{name}: {show(text)} is not major.minor.patch[-pre][+meta]")
+        versions.append(Version.parse(text))
+    ours, lowest = versions
+    if compare_major_minor(lowest, ours) > 0:
+        raise UsageError(f"min_cluster_version: {show(min_cluster)} is above our own, {server}")
+    return ours, lowest
 
 
 def server_version(headers: Mapping[str, str]) -> Version | None:
@@ -231,6 +249,7 @@ def request_head(
         raise UsageError(f"content_type: {content_type!r} is not printable ASCII")
     if path not in (RAFT_PATH, SNAPSHOT_PATH):
         raise UsageError(f"path: {path!r} is neither {RAFT_PATH} nor {SNAPSHOT_PATH}")
+    ours, lowest = require_versions(server_version, min_cluster_version)
     urls = tuple(peer_urls)
     lines = [
         f"POST {path} HTTP/1.1",
@@ -238,13 +257,13 @@ def request_head(
         f"User-Agent: raft-pipeline/{__version__}",
         f"Content-Type: {content_type}",
         f"{CLUSTER_ID}: {format_id(cluster_id)}",
-        f"{MIN_CLUSTER}: {Version.parse(min_cluster_version)}",
+        f"{MIN_CLUSTER}: {lowest}",
     ]
     if urls:
         lines.append(f"{PEER_URLS}: {','.join(parse_urls(urls))}")
     lines += [
         f"{SERVER_FROM}: {format_id(member_id)}",
-        f"{SERVER_VERSION}: {Version.parse(server_version)}",
+        f"{SERVER_VERSION}: {ours}",
         # A refusal is a line of text: nothing to compress, and nothing to inflate.
         "Accept-Encoding: identity",
         "Content-Length: ",

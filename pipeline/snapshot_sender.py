@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from pipeline import protocol
 from pipeline._core import EncodedMessage
 from pipeline._messages import Message
+from pipeline.arguments import require_number
 from pipeline.config import PipelineConfig, require_rate
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import (
@@ -37,7 +38,7 @@ from pipeline.errors import (
     SnapshotSourceError,
     UsageError,
 )
-from pipeline.logs import get_logger
+from pipeline.logs import get_logger, show
 from pipeline.pipeline import Pipeline
 from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
 from pipeline.snapshot_source import (
@@ -134,7 +135,7 @@ class RateLimiter:
 
     def set_rate(self, rate: float | None) -> None:
         """Change the limit, for running transfers too. ``UsageError`` if it is not one."""
-        require_rate("snapshot_rate_limit", rate)
+        require_rate("rate", rate)
         with self._lock:
             self._rate = rate
             self._free_at = 0.0
@@ -240,6 +241,8 @@ class SnapshotTransfer:
         TimeoutError
             If it has not ended after ``timeout`` seconds.
         """
+        if timeout is not None:
+            require_number("timeout", timeout, 0.0, threading.TIMEOUT_MAX)
         self.future.result(timeout)
 
     def add_done_callback(self, callback: Callable[[SnapshotTransfer], object]) -> None:
@@ -318,7 +321,7 @@ def _encode(message: Sendable, profile: str) -> bytes:
     try:
         kind, to = message.type, message.to
     except AttributeError:
-        raise UsageError(f"message: {message!r} is not a message") from None
+        raise UsageError(f"message: {show(message)} is not a message") from None
     if kind != MessageType.SNAP:
         raise UsageError(f"message: is of type {kind}, not a MsgSnap")
     if not to:

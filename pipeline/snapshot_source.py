@@ -15,7 +15,9 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, TypeAlias, cast
 
+from pipeline.arguments import absolute_path, require_whole
 from pipeline.errors import SnapshotSourceError, UsageError
+from pipeline.logs import show
 
 __all__ = ["ChunkSource", "FileSource", "SnapshotSource", "close_quietly", "open_source"]
 
@@ -32,6 +34,8 @@ SnapshotSource: TypeAlias = (
 
 #: What is read at once of a file that cannot go out by ``sendfile``.
 CHUNK_BYTES = 256 * 1024
+#: Of a file, and so of a source.
+SIZE_MAX = (1 << 63) - 1
 
 
 class FileSource:
@@ -169,8 +173,8 @@ def open_source(source: SnapshotSource, size: int | None) -> FileSource | ChunkS
     OSError
         If the file cannot be opened.
     """
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-        raise UsageError(f"size: {size!r} is not a whole number of bytes")
+    if size is not None:
+        require_whole("size", size, 0, SIZE_MAX)
     if isinstance(source, (str, os.PathLike)):
         return _open_path(source, size)
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -179,7 +183,7 @@ def open_source(source: SnapshotSource, size: int | None) -> FileSource | ChunkS
     if hasattr(source, "read"):
         return _open_file(source, size)
     if not isinstance(source, Iterable):
-        raise UsageError(f"source: {source!r} is no path, binary file or iterable of bytes")
+        raise UsageError(f"source: {show(source)} is no path, binary file or iterable of bytes")
     if size is None:
         raise UsageError("size: is needed for an iterable")
     iterator = iter(source)
@@ -192,13 +196,14 @@ def close_quietly(source: object) -> None:
         _closing(source)()
 
 
-def _open_path(path: str | os.PathLike[str], size: int | None) -> FileSource:
+def _open_path(given: str | os.PathLike[str], size: int | None) -> FileSource:
+    path = absolute_path("source", given)
     # Not blocking: a FIFO would wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     found = os.fstat(fd)
     if not stat.S_ISREG(found.st_mode):
         os.close(fd)
-        raise UsageError(f"source: {path!r} is not a regular file")
+        raise UsageError(f"source: {show(given)} is not a regular file")
     file = io.FileIO(fd, "rb")
     return FileSource(fd, 0, found.st_size if size is None else size, file.close)
 

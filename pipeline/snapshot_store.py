@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.config import ReceiverConfig
+from pipeline.config import AnyPath, ReceiverConfig
 from pipeline.stats import Histogram
 
 __all__ = ["Saving", "SnapshotStore"]
@@ -44,8 +44,8 @@ class SnapshotStore:
     removed: moving it away when it is applied, or removing it, is for the node to do.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], config: ReceiverConfig) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: AnyPath, config: ReceiverConfig) -> None:
+        self.directory = Path(os.fsdecode(directory))
         self._config = config
         self._lock = threading.Lock()  # guards names becoming final, and the histograms
         self._saves = Histogram(_SAVE_BOUNDS_S)

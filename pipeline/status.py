@@ -6,6 +6,7 @@ import threading
 import time
 
 from pipeline._core import ActiveFlag
+from pipeline.arguments import require_id
 from pipeline.logs import get_logger
 from pipeline.protocol import format_id
 
@@ -41,6 +42,8 @@ class PeerStatus:
     """
 
     def __init__(self, member_id: int, peer_id: int, flag: ActiveFlag) -> None:
+        require_id("member_id", member_id)
+        require_id("peer_id", peer_id)
         self.member_id = member_id
         self.peer_id = peer_id
         self.active_since: float | None = None

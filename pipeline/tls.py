@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pipeline.arguments import absolute_path, require_bool, require_instance, require_one_of
+from pipeline.config import AnyPath
 from pipeline.errors import UsageError
-from pipeline.logs import get_logger
+from pipeline.logs import get_logger, show
 
 __all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo"]
 
 logger = get_logger(__name__)
-
-StrPath = str | os.PathLike[str]
 
 #: Of a handshake, in both directions; Go's default.
 HANDSHAKE_TIMEOUT_S = 10.0
@@ -49,6 +49,8 @@ class TLSInfo:
     ----------
     cert_file, key_file : path
         Our certificate, followed by its intermediates, and its key, which must not be encrypted.
+        Each path may be ``str``, ``bytes`` or ``os.PathLike``. A relative one is made absolute
+        here, so it is read back as an absolute ``str``.
     trusted_ca_file : path, optional
         Who may sign the others' certificates. Without it servers are checked against the
         system's authorities, and no client can be.
@@ -80,14 +82,14 @@ class TLSInfo:
         If settings contradict each other. Files are first opened by ``Transport``.
     """
 
-    cert_file: StrPath
-    key_file: StrPath
-    trusted_ca_file: StrPath | None = None
+    cert_file: AnyPath
+    key_file: AnyPath
+    trusted_ca_file: AnyPath | None = None
     client_cert_auth: bool = True
     allowed_cn: tuple[str, ...] = ()
     allowed_hostnames: tuple[str, ...] = ()
     allowed_uris: tuple[str, ...] = ()
-    crl_file: StrPath | None = None
+    crl_file: AnyPath | None = None
     server_name: str | None = None
     min_version: str = "1.2"
     allow_member: Callable[[Mapping[str, Any], int], bool] | None = None
@@ -108,25 +110,23 @@ class TLSInfo:
     def _check_kinds(self) -> None:
         for name in ("cert_file", "key_file", "trusted_ca_file", "crl_file"):
             path = getattr(self, name)
-            is_needed = name in ("cert_file", "key_file")
-            if (path is not None or is_needed) and not (
-                isinstance(path, (str, os.PathLike)) and os.fspath(path)
-            ):
-                raise UsageError(f"{name}: {path!r} is not a path")
+            if path is not None or name in ("cert_file", "key_file"):
+                # The class is frozen; nobody has seen it yet.
+                object.__setattr__(self, name, absolute_path(name, path))
+        require_bool("client_cert_auth", self.client_cert_auth)
         for name in ("allowed_cn", "allowed_hostnames", "allowed_uris"):
             names = getattr(self, name)
             if not isinstance(names, tuple) or not all(isinstance(v, str) and v for v in names):
-                raise UsageError(f"{name}: {names!r} is not a tuple of names")
+                raise UsageError(f"{name}: {show(names)} is not a tuple of names")
         if self.server_name is not None and not (
             isinstance(self.server_name, str) and self.server_name
         ):
-            raise UsageError(f"server_name: {self.server_name!r} is not a name")
+            raise UsageError(f"server_name: {show(self.server_name)} is not a name")
         if self.server_name is not None and not _can_be_proven(self.server_name):
-            raise UsageError(f"server_name: {self.server_name!r} is not a host name")
-        if self.min_version not in _VERSIONS:
-            raise UsageError(f"min_version: {self.min_version!r} is not one of 1.2, 1.3")
+            raise UsageError(f"server_name: {show(self.server_name)} is not a host name")
+        require_one_of("min_version", self.min_version, tuple(_VERSIONS))
         if self.allow_member is not None and not callable(self.allow_member):
-            raise UsageError(f"allow_member: {self.allow_member!r} is not callable")
+            raise UsageError(f"allow_member: {show(self.allow_member)} is not callable")
 
 
 class _Set(NamedTuple):
@@ -151,9 +151,7 @@ class Credentials:
     """
 
     def __init__(self, info: TLSInfo) -> None:
-        if not isinstance(info, TLSInfo):
-            raise UsageError(f"tls: {info!r} is not a TLSInfo")
-        self.info = info
+        self.info = require_instance("tls", info, TLSInfo)
         self.generation = 0
         self._lock = threading.Lock()  # one load at a time; guards what follows
         self._seen = _seen(info)
@@ -296,7 +294,7 @@ class Credentials:
                 logger.exception("internal error, please report: a rotation was not followed")
 
 
-def _files(info: TLSInfo) -> Iterable[StrPath]:
+def _files(info: TLSInfo) -> Iterable[AnyPath]:
     files = (info.cert_file, info.key_file, info.trusted_ca_file, info.crl_file)
     return (file for file in files if file is not None)
 
@@ -371,7 +369,7 @@ def _load_chain(context: ssl.SSLContext, info: TLSInfo) -> None:
     context.load_cert_chain(info.cert_file, info.key_file, refuse)
 
 
-def _load_crl(context: ssl.SSLContext, file: StrPath) -> None:
+def _load_crl(context: ssl.SSLContext, file: AnyPath) -> None:
     """Load revocation lists, and nothing else: a certificate among them would be trusted."""
     before = context.cert_store_stats()
     context.load_verify_locations(file)

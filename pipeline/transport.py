@@ -16,13 +16,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from wsgiref.types import WSGIApplication
 
+from pipeline.arguments import require_bool, require_id, require_instance, require_iterable
 from pipeline.asgi import ASGIApp, asgi_app
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.logs import get_logger
+from pipeline.logs import get_logger, show
 from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.picker import parse_urls
 from pipeline.pipeline import Pipeline
@@ -106,12 +107,15 @@ class Transport:
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
     ) -> None:
-        urls = tuple(peer_urls)
+        require_id("member_id", member_id)
+        require_id("cluster_id", cluster_id)
+        require_bool("allow_loopback_remotes", allow_loopback_remotes)
         self.member_id = member_id
         self.cluster_id = cluster_id
-        self.config = config or TransportConfig()
-        self.peer_urls = parse_urls(urls) if urls else ()
-        format_id(member_id)  # UsageError for what is not an ID
+        self.config = TransportConfig()
+        if config is not None:
+            self.config = require_instance("config", config, TransportConfig)
+        self.peer_urls = parse_urls(peer_urls, "peer_urls", may_be_empty=True)
         #: What ``tls`` is made of; handed to everything that speaks TLS.
         self.credentials = None if tls is None else Credentials(tls)
         self._server_stats = ServerStats(member_id)
@@ -261,12 +265,12 @@ class Transport:
         Never waits, and raises nothing for the network's reasons. Source: etcd ``Transport.Send``.
         """
         peers, remotes = self._peers, self._remotes
-        for message in messages:
+        for message in require_iterable("messages", messages, "messages"):
             try:
                 to = message.to
-            except AttributeError:
-                raise UsageError(f"messages: {message!r} is not a message") from None
-            peer = peers.get(to)
+                peer = peers.get(to)
+            except (AttributeError, TypeError):  # an ID can be looked up
+                raise UsageError(f"messages: {show(message)} is not a message") from None
             if peer is not None:
                 peer.send(message)
                 if message.type == _APP:
@@ -357,14 +361,15 @@ class Transport:
         UsageError
             If a URL or the ID is not valid, or the transport is not running.
         """
-        format_id(peer_id)  # UsageError for what is not an ID
+        require_id("peer_id", peer_id)
+        checked = parse_urls(urls)
         with self._lock:
             self._require_running("add_peer")
             if peer_id in self._peers:
                 return
             peer = Peer(
                 peer_id,
-                urls,
+                checked,
                 self._raft,
                 limiter=self._limiter,
                 snapshot_answer_timeout_s=self.config.snapshot_answer_timeout_s,
@@ -386,18 +391,21 @@ class Transport:
         UsageError
             If a URL or the ID is not valid, or the transport was not started.
         """
-        format_id(member_id)  # UsageError for what is not an ID
+        require_id("member_id", member_id)
         if not self._is_started:
             raise UsageError("add_remote: the transport was not started")
+        checked = parse_urls(urls)
         if member_id not in self._peers:
-            self._remotes.add(member_id, urls)
+            self._remotes.add(member_id, checked)
 
     def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
+        require_id("peer_id", peer_id)
+        checked = parse_urls(urls)
         with self._lock:
             peer = self._peers.get(peer_id)
             if peer is not None:
-                peer.pipeline.update(urls)
+                peer.pipeline.update(checked)
                 self._probe(peer)
         if peer is not None:
             logger.info("updated remote peer %s", format_id(peer_id))
@@ -410,6 +418,7 @@ class Transport:
         int
             How many queued messages were dropped; 0 for an unknown member, with a warning.
         """
+        require_id("peer_id", peer_id)
         with self._lock:
             peers = dict(self._peers)
             peer = peers.pop(peer_id, None)
@@ -459,12 +468,14 @@ class Transport:
 
     def cut_peer(self, peer_id: int) -> None:
         """Do what :meth:`pause` does, for one peer or remote; nothing for an unknown one."""
+        require_id("peer_id", peer_id)
         for node in (self._peers.get(peer_id), self._remotes.get(peer_id)):
             if node is not None:
                 node.pause()
 
     def mend_peer(self, peer_id: int) -> None:
         """Undo :meth:`cut_peer` and :meth:`pause` for one peer or remote, if there is one."""
+        require_id("peer_id", peer_id)
         for node in (self._peers.get(peer_id), self._remotes.get(peer_id)):
             if node is not None:
                 node.resume()
@@ -473,6 +484,7 @@ class Transport:
 
     def active_since(self, peer_id: int) -> float | None:
         """When the peer last became active, seconds since the epoch; None if it is not."""
+        require_id("peer_id", peer_id)
         peer = self._peers.get(peer_id)
         return None if peer is None else peer.status.active_since
 
@@ -517,6 +529,7 @@ class Transport:
         -----
         Several transports in one registry share one :class:`pipeline.metrics.MetricsCollector`.
         """
+        require_bool("received_failures_by_address", received_failures_by_address)
         from pipeline.metrics import MetricsCollector
 
         return MetricsCollector((self,), received_failures_by_address=received_failures_by_address)
@@ -610,7 +623,7 @@ class Transport:
         UsageError
             If ``config.receiver.snapshot_dir`` is not set, or the index is not one.
         """
-        format_id(index)  # 64 bits, too
+        require_id("index", index)
         store = self.handlers.snapshots.store
         if store is None:
             raise UsageError("snapshot_path: config.receiver.snapshot_dir is not set")

@@ -129,7 +129,7 @@ def test_pipeline_post() -> None:
         assert headers["Content-Length"] == "9"
         assert headers["X-Etcd-Cluster-Id"] == "1"
         assert headers["X-Server-From"] == "8e9e05c52164694d"
-        assert headers["X-Server-Version"] == "3.5.1"
+        assert headers["X-Server-Version"] == "3.5.0"
         assert headers["X-Min-Cluster-Version"] == "3.0.0"
         assert headers["X-Peerurls"] == "http://10.0.0.1:2380"
         assert "X-Raft-To" not in headers

@@ -223,7 +223,7 @@ def test_the_transport_says_where_the_database_is(tmp_path: Path) -> None:
         path = transport.snapshot_path(INDEX)
         assert path == tmp_path / "a" / "snap" / FILE
         assert path.read_bytes() == DATABASE
-        with pytest.raises(UsageError, match="id: -1"):
+        with pytest.raises(UsageError, match="index: -1"):
             transport.snapshot_path(-1)
 
 
@@ -231,7 +231,7 @@ def test_the_transport_says_where_the_database_is(tmp_path: Path) -> None:
     "setting",
     [
         {"snapshot_dir": ""},
-        {"snapshot_dir": b"snap"},
+        {"snapshot_dir": b""},
         {"snapshot_receives": 0},
         {"snapshot_max_bytes": 0},
         {"snapshot_dir_max_bytes": 1.5},

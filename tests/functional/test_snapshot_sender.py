@@ -283,7 +283,7 @@ def test_the_request_is_etcd_s_with_the_length_known(
         "X-Min-Cluster-Version": "3.0.0",
         "X-Peerurls": "http://10.0.0.1:2380",
         "X-Server-From": "1",
-        "X-Server-Version": "3.5.1",
+        "X-Server-Version": "3.5.0",
         "Accept-Encoding": "identity",
         "Content-Length": str(len(request.body)),
     }

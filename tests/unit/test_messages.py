@@ -2,7 +2,9 @@
 
 import array
 import copy
+import ctypes
 import gc
+import mmap
 import pickle
 import sys
 import weakref
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import EncodedMessage
 from pipeline._messages import (
     ConfState,
     Entry,
@@ -17,6 +20,7 @@ from pipeline._messages import (
     Snapshot,
     SnapshotMetadata,
     _gather,
+    byte_view,
 )
 from pipeline.errors import MarshalError, UsageError
 from pipeline.types import EntryType, MessageType
@@ -236,7 +240,7 @@ def test_a_value_whose_repr_raises_is_refused_all_the_same() -> None:
         def __repr__(self) -> str:
             raise RuntimeError
 
-    with pytest.raises(MarshalError, match="an object of type Rude"):
+    with pytest.raises(MarshalError, match="<Rude whose repr raised"):
         Message(type=MessageType.APP, to=Rude())  # type: ignore[arg-type]
 
 
@@ -352,6 +356,19 @@ PAYLOAD_OWNERS = [
 each_payload = pytest.mark.parametrize(
     ("build", "name"), [owner[1:] for owner in PAYLOAD_OWNERS], ids=[o[0] for o in PAYLOAD_OWNERS]
 )
+HOLDERS = [
+    *PAYLOAD_OWNERS,
+    ("EncodedMessage.data", lambda data: EncodedMessage(data, type=3, to=2), "data"),
+]
+each_holder = pytest.mark.parametrize(
+    ("build", "name"), [holder[1:] for holder in HOLDERS], ids=[holder[0] for holder in HOLDERS]
+)
+
+
+def mapped(data: bytes) -> mmap.mmap:
+    memory = mmap.mmap(-1, len(data))
+    memory[:] = data
+    return memory
 
 
 def encode(part: Any) -> bytes:
@@ -374,6 +391,12 @@ def encode(part: Any) -> bytes:
         memoryview(b"--payload--")[2:9],
         array.array("B", b"payload"),
         memoryview(b"payload!").cast("B", (2, 4)),
+        memoryview(array.array("I", range(5000))),
+        array.array("d", [1.0, -0.0]),
+        (ctypes.c_int16.__ctype_be__ * 3)(1, 2, 3),
+        ((ctypes.c_double * 3) * 2)(),
+        (ctypes.c_int * 0)(),
+        mapped(b"payload"),
         b"",
         bytearray(),
         None,
@@ -387,7 +410,39 @@ def test_a_payload_is_given_back_as_it_was_passed(build: Any, name: str, payload
     assert encode(part) == encode(build(None if payload is None else bytes(payload)))
 
 
-@each_payload
+def released() -> memoryview:
+    view = memoryview(b"payload")
+    view.release()
+    return view
+
+
+def closed() -> mmap.mmap:
+    memory = mapped(b"payload")
+    memory.close()
+    return memory
+
+
+@each_holder
+@pytest.mark.parametrize(
+    "payload",
+    [
+        memoryview(b"payload")[::2],
+        memoryview(b"payload")[::-1],
+        memoryview(array.array("I", [1, 2, 3]))[::2],
+        released(),
+        closed(),
+        "text",
+        7,
+        [1, 2],
+    ],
+    ids=["strided", "reversed", "strided ints", "released", "closed", "str", "int", "list"],
+)
+def test_what_is_no_contiguous_buffer_is_no_payload(build: Any, name: str, payload: Any) -> None:
+    with pytest.raises(MarshalError, match=rf"{name}: .* is not None, bytes or a C-contiguous"):
+        build(payload)
+
+
+@each_holder
 def test_the_collector_may_break_a_cycle_with_a_memoryview(build: Any, name: str) -> None:
     """It crashed: CPython before 3.12.7 clears a memoryview that somebody exports from."""
 
@@ -402,6 +457,30 @@ def test_the_collector_may_break_a_cycle_with_a_memoryview(build: Any, name: str
     del node, view
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.parametrize("size", [100, 100_000], ids=["copied", "borrowed"])
+def test_an_encoded_message_is_the_bytes_of_any_contiguous_buffer(size: int) -> None:
+    payload = memoryview(array.array("i", range(size)))
+    message = EncodedMessage(payload, type=3, to=2)
+    assert (len(message), message.type, message.to) == (payload.nbytes, 3, 2)
+    assert message.data is payload
+
+
+def test_a_view_of_bytes_is_of_any_contiguous_buffer_and_holds_it() -> None:
+    words = (ctypes.c_int16.__ctype_be__ * 3)(1, 2, 3)
+    view = byte_view(words)
+    assert (view.format, view.itemsize, view.readonly, bytes(view)) == ("B", 1, True, bytes(words))
+    assert bytes(byte_view((ctypes.c_int * 0)())) == b""
+    memory = mapped(b"payload")
+    view = byte_view(memory)
+    with pytest.raises(BufferError):
+        memory.close()
+    view.release()
+    memory.close()
+    for bad in (memoryview(b"payload")[::2], released(), closed(), "text", None):
+        with pytest.raises((TypeError, BufferError, ValueError)):
+            byte_view(bad)  # type: ignore[arg-type]
 
 
 @each_payload
