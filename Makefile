@@ -52,6 +52,7 @@ lint: build $(VENV)/.linters typecheck
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
+	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py
 	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
 
 benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
@@ -109,3 +110,22 @@ asan: build $(VENV)/.builders
 
 clean:
 	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin
+
+# The release: an sdist and a wheel for each Python at hand and each platform, in dist/; then each as
+# a user gets it. make wheels WHEELS='--python 3.11 --platform manylinux_2_28_x86_64'; make test-wheel WHEELS='-- tests/unit'
+.PHONY: wheels test-wheel
+wheels:
+	$(PYTHON) tools/wheels.py $(WHEELS)
+
+test-wheel:
+	$(PYTHON) tools/test_wheels.py $(WHEELS)
+
+# What a public CI is to run, as its own linters see it; the workflow has not run anywhere yet.
+.PHONY: lint-release
+lint-release: $(VENV)/.created
+	$(BIN)/python -m pip install --quiet 'cibuildwheel>=3.2'
+	$(BIN)/cibuildwheel --print-build-identifiers --platform linux --archs x86_64,aarch64 .
+	@if command -v go > /dev/null; then \
+		GOBIN=$(CURDIR)/build/bin go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12 && \
+		build/bin/actionlint .github/workflows/*.yml; \
+	else echo 'actionlint is skipped: no Go'; fi
