@@ -38,6 +38,7 @@ __all__ = [
     "free_port",
     "member_id",
     "put_of",
+    "put_request",
     "puts_in",
     "version_of",
 ]
@@ -375,6 +376,32 @@ def put_of(entry: Entry) -> tuple[bytes, bytes] | None:
     fields = dict(_fields(put))
     key, value = fields.get(1, b""), fields.get(2, b"")
     return (key, value) if isinstance(key, bytes) and isinstance(value, bytes) else None
+
+
+def put_request(key: bytes, value: bytes) -> bytes:
+    """Return the data of an entry that puts a value, as etcd proposes it; see :func:`put_of`.
+
+    The ID of its header (field 1) tells etcd which of its own clients waits for the entry: here
+    none does.
+    """
+    header = _field(1 << 3, random.getrandbits(63))
+    put = _bytes_field(1, key) + _bytes_field(2, value)
+    return _bytes_field(4, put) + _bytes_field(100, header)
+
+
+def _bytes_field(number: int, data: bytes) -> bytes:
+    return _field(number << 3 | 2, len(data)) + data
+
+
+def _field(tag: int, value: int) -> bytes:
+    """Encode a tag and the number behind it: a value, or a length."""
+    return _varint(tag) + _varint(value)
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return bytes([number])
+    return bytes([number & 0x7F | 0x80]) + _varint(number >> 7)
 
 
 def puts_in(database: Path) -> set[tuple[bytes, bytes]]:

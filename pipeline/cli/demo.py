@@ -153,7 +153,8 @@ def _run(
 ) -> Report:
     our_url = f"http://127.0.0.1:{free_port()}"
     etcd = EtcdMember(binary, directory, our_url)
-    follower = Follower(etcd.other_id, etcd.id)
+    # etcd leads, so that each write comes in as a MsgApp and is answered by a MsgAppResp.
+    follower = Follower(etcd.other_id, etcd.id, campaigns=False)
     config = config_beside(etcd.version)
     transport = Transport(
         etcd.other_id, etcd.cluster_id, follower, peer_urls=[our_url], config=config

@@ -175,8 +175,12 @@ def test_the_cluster_goes_on_when_etcd_is_killed_and_started_again(
 
 def test_etcd_shutting_down_in_good_order_leaves_the_leadership_to_us(cluster: Cluster) -> None:
     cluster.etcd.put(b"before", b"1")
+    term = cluster.follower.state().term
     cluster.etcd.stop(graceful=True)
-    assert cluster.follower.state().role is Role.LEADER
+    assert cluster.follower.received[MessageType.TIMEOUT_NOW] == 1
+    # Alone we lead for a second, until we look whether a majority is there.
+    assert cluster.follower.wait_for(lambda s: s.term > term, 0)
+    assert cluster.follower.received[MessageType.VOTE_RESP] == 1
     cluster.etcd.start()
     cluster.etcd.wait_ready()
     cluster.etcd.put(b"after", b"2")
@@ -326,7 +330,7 @@ def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout
     pipeline = PipelineConfig(idle_timeout_s=idle_timeout_s)
     # Probes have a connection of their own, which they keep warm.
     config = TransportConfig(pipeline=pipeline, probe_interval_s=0)
-    cluster = Cluster(tmp_path, config=config)
+    cluster = Cluster(tmp_path, config=config, campaigns=False)
     heartbeat = Message(
         type=MessageType.HEARTBEAT_RESP, to=cluster.etcd.id, from_=cluster.follower.member_id
     )
@@ -350,7 +354,7 @@ def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout
 def test_a_wrong_cluster_id_is_refused_on_both_sides(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cluster = Cluster(tmp_path, has_right_cluster_id=False)
+    cluster = Cluster(tmp_path, has_right_cluster_id=False, campaigns=False)
     try:
         with caplog.at_level(logging.DEBUG, logger="pipeline"):
             cluster.start_ours()

@@ -36,8 +36,10 @@ def assert_balanced(stats: PipelineStats) -> None:
 class RecordingFollower(Follower):
     """The example member; keeps what it is given."""
 
-    def __init__(self, member_id: int, peer_id: int, *, takes_snapshots: bool = False) -> None:
-        super().__init__(member_id, peer_id, takes_snapshots=takes_snapshots)
+    def __init__(
+        self, member_id: int, *peer_ids: int, takes_snapshots: bool = False, campaigns: bool = True
+    ) -> None:
+        super().__init__(member_id, *peer_ids, takes_snapshots=takes_snapshots, campaigns=campaigns)
         self.messages: list[Message] = []
 
     def process(self, message: Message) -> None:
@@ -58,6 +60,8 @@ class Cluster:
         False gives our Transport another cluster's.
     flags : sequence of str
         More flags for etcd.
+    campaigns : bool
+        False: our member leads only if the leadership is handed to it.
     authority : Authority, optional
         Each member gets a certificate of it, and mTLS is spoken both ways.
     """
@@ -69,6 +73,7 @@ class Cluster:
         config: TransportConfig | None = None,
         has_right_cluster_id: bool = True,
         flags: Sequence[str] = (),
+        campaigns: bool = True,
         authority: Authority | None = None,
     ) -> None:
         self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
@@ -76,16 +81,22 @@ class Cluster:
         if authority is not None:
             self.tls, theirs = authority.info("ours"), authority.info("etcd")
         self.etcd = EtcdMember(find_etcd(), directory, self.our_url, flags=flags, tls=theirs)
-        self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id)
+        self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id, campaigns=campaigns)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config_beside(self.etcd.version, config)
         self.transport: Transport | None = None
 
     def start(self) -> None:
-        """Start both members and wait until they have a leader."""
+        """Start both members and wait until etcd leads."""
         self.start_ours()
         self.etcd.start()
         self.etcd.wait_ready()
+
+        def etcd_leads() -> bool:
+            self.follower.transfer_leadership()  # on a busy machine we may have been first
+            return self.follower.state().leader == self.etcd.id
+
+        wait_until(etcd_leads, "etcd leads")
 
     def start_ours(self, *, listening: bool = True) -> None:
         """Start our member, with the log it had when it was stopped."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +18,17 @@ from pipeline import (
     Snapshot,
     SnapshotMetadata,
 )
-from pipeline.examples.follower import Follower, Role
+from pipeline.examples.follower import CAMPAIGN_TICKS, LEASE_TICKS, Follower, Role
+from pipeline.examples.storage import Storage
 
-US, PEER = 1, 2
+US, PEER, THIRD = 1, 2, 3
 
 
 class Bench:
     """A member whose messages stay on the bench."""
 
-    def __init__(self, member: int = US, peer: int = PEER) -> None:
-        self.follower = Follower(member, peer)
+    def __init__(self, *peers: int, storage: Storage | None = None) -> None:
+        self.follower = Follower(US, *(peers or (PEER,)), storage=storage)
         self.out: list[Message] = []
         self.follower.start(self.out.extend, heartbeat_interval_s=3600.0)
 
@@ -47,6 +50,28 @@ class Bench:
             commit=commit,
             entries=[Entry(term=t, index=at + 1 + i, data=b"%d" % t) for i, t in enumerate(terms)],
         )
+
+    def give(self, kind: MessageType, from_: int = PEER, **fields: Any) -> list[Message]:
+        """Give it one message and return what it says to that."""
+        self.out.clear()
+        self.follower.process(Message(type=kind, to=US, from_=from_, **fields))
+        return list(self.out)
+
+    def tick(self, times: int) -> list[Message]:
+        """Let time pass and return what it says meanwhile."""
+        self.out.clear()
+        for _ in range(times):
+            self.follower.tick()
+        return list(self.out)
+
+    def lead(self) -> int:
+        """Have it elected; its term."""
+        self.tick(2 * CAMPAIGN_TICKS)
+        term = self.follower.state().term + 1
+        self.give(MessageType.PRE_VOTE_RESP, term=term)
+        self.give(MessageType.VOTE_RESP, term=term)
+        assert self.follower.state().role is Role.LEADER
+        return term
 
     def terms(self) -> list[int]:
         state = self.follower.state()
@@ -82,6 +107,7 @@ def test_only_a_log_as_good_as_ours_gets_our_vote(
     bench: Bench, kind: MessageType, log_term: int, index: int, granted: bool
 ) -> None:
     bench.append(2, 3)
+    bench.tick(LEASE_TICKS)
     answer = bench.answer(kind, term=10, log_term=log_term, index=index)
     assert answer.reject is not granted
 
@@ -163,81 +189,422 @@ def test_a_snapshot_replaces_a_log_that_is_behind_it(bench: Bench) -> None:
 
 
 def test_a_stranger_is_not_listened_to(bench: Bench) -> None:
-    bench.follower.process(Message(type=MessageType.VOTE, to=US, from_=3, term=5))
+    bench.follower.process(Message(type=MessageType.VOTE, to=US, from_=THIRD, term=5))
     assert bench.out == []
     assert bench.follower.state().term == 0
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_two_members_agree_over_a_network_that_loses_and_reorders(seed: int) -> None:
-    """Whatever happens to messages: no committed entry ever changes, and the logs end equal."""
-    dice = random.Random(seed)
-    network: list[Message] = []
-    members = {US: Follower(US, PEER), PEER: Follower(PEER, US)}
-    seen: dict[int, bytes | None] = {}  # index to data, of everything ever committed
+# Elections
 
-    def check() -> None:
-        for member in members.values():
-            for index, entry in enumerate(member.committed(), 1):
-                assert seen.setdefault(index, entry.data) == entry.data
 
-    def deliver(loss: float) -> None:
-        message = network.pop(dice.randrange(len(network)))
-        if dice.random() >= loss:
-            members[message.to].process(message)
-        check()
+@pytest.fixture
+def three() -> Iterator[Bench]:
+    """One of three."""
+    bench = Bench(PEER, THIRD)
+    yield bench
+    bench.follower.stop()
 
-    def leader() -> Follower | None:
-        leading = [m for m in members.values() if m.state().role is Role.LEADER]
-        return max(leading, key=lambda m: m.state().term, default=None)
 
-    def make_somebody_lead() -> None:
-        term = max(m.state().term for m in members.values())
-        chosen = members[dice.choice([US, PEER])]
-        chosen.process(
-            Message(
-                type=MessageType.TIMEOUT_NOW,
-                to=chosen.member_id,
-                from_=chosen.peer_id,
-                term=term,
-            )
-        )
+def kinds(messages: list[Message]) -> list[tuple[MessageType | int, int, int]]:
+    return [(message.type, message.to, message.term) for message in messages]
 
-    for member in members.values():
-        member.start(network.extend, heartbeat_interval_s=3600.0)
+
+def test_who_hears_of_no_leader_asks_whether_it_would_be_elected_before_it_campaigns(
+    three: Bench,
+) -> None:
+    assert three.tick(CAMPAIGN_TICKS - 1) == []
+    asked = three.tick(CAMPAIGN_TICKS + 1)
+    polls = [(MessageType.PRE_VOTE, PEER, 1), (MessageType.PRE_VOTE, THIRD, 1)]
+    assert kinds(asked)[:2] == polls
+    assert three.follower.state().term == 0
+    campaign = three.give(MessageType.PRE_VOTE_RESP, THIRD, term=1)
+    assert kinds(campaign) == [(MessageType.VOTE, PEER, 1), (MessageType.VOTE, THIRD, 1)]
+    appends = three.give(MessageType.VOTE_RESP, THIRD, term=1)
+    assert kinds(appends) == [(MessageType.APP, PEER, 1), (MessageType.APP, THIRD, 1)]
+    assert three.follower.state().role is Role.LEADER
+    assert three.give(MessageType.VOTE_RESP, PEER, term=1) == []  # one too many
+
+
+def test_a_poll_that_two_of_three_refuse_changes_nothing(three: Bench) -> None:
+    three.tick(2 * CAMPAIGN_TICKS)
+    for voter in (PEER, THIRD):
+        assert three.follower.state().role is Role.PRE_CANDIDATE
+        three.give(MessageType.PRE_VOTE_RESP, voter, term=0, reject=True)
+    assert three.follower.state().role is Role.FOLLOWER
+    assert three.follower.state().term == 0
+
+
+def test_a_no_of_one_who_knows_a_higher_term_moves_ours(three: Bench) -> None:
+    three.tick(2 * CAMPAIGN_TICKS)
+    three.give(MessageType.PRE_VOTE_RESP, term=7, reject=True)
+    assert (three.follower.state().role, three.follower.state().term) == (Role.FOLLOWER, 7)
+
+
+def test_a_leader_s_heartbeats_keep_us_from_campaigning(bench: Bench) -> None:
+    for _ in range(4):
+        assert bench.tick(CAMPAIGN_TICKS - 1) == []
+        bench.give(MessageType.HEARTBEAT, term=1)
+
+
+def test_who_does_not_campaign_waits_for_ever() -> None:
+    follower = Follower(US, PEER, campaigns=False)
+    out: list[Message] = []
+    follower.start(out.extend, heartbeat_interval_s=3600.0)
     try:
-        for step in range(600):
-            if (at_top := leader()) is None and dice.random() < 0.1:
-                make_somebody_lead()
-            elif at_top and dice.random() < 0.2:
-                data = b"%d" % step
-                at_top.process(
-                    Message(
-                        type=MessageType.PROP,
-                        to=at_top.member_id,
-                        from_=at_top.peer_id,
-                        entries=[Entry(data=data)],
-                    )
-                )
-            elif at_top and dice.random() < 0.1:
-                dice.choice([at_top.tick, at_top.transfer_leadership, make_somebody_lead])()
-            if network:
-                deliver(loss=0.2)
-
-        def settled() -> bool:
-            a, b = (m.state() for m in members.values())
-            return a.commit == a.last_index == b.commit == b.last_index and leader() is not None
-
-        for _ in range(1000):
-            while network:
-                deliver(loss=0.0)
-            if settled():
-                break
-            (at_top := leader()) and at_top.tick()
-            if not network:
-                make_somebody_lead()
-        assert settled()
-        assert len(seen) > 10
+        for _ in range(10 * CAMPAIGN_TICKS):
+            follower.tick()
+        assert out == []
     finally:
-        for member in members.values():
-            member.stop()
+        follower.stop()
+
+
+@pytest.mark.parametrize("kind", [MessageType.PRE_VOTE, MessageType.VOTE])
+def test_nobody_is_voted_for_while_a_leader_is_heard_of(three: Bench, kind: MessageType) -> None:
+    three.give(MessageType.HEARTBEAT, term=1)
+    three.tick(LEASE_TICKS - 1)
+    candidate = {"term": 2, "index": 0, "log_term": 0}
+    assert three.give(kind, THIRD, **candidate) == []
+    assert three.follower.state().term == 1
+    three.tick(1)
+    (answer,) = three.give(kind, THIRD, **candidate)
+    assert not answer.reject
+
+
+def test_a_leader_does_not_vote_for_another_either(three: Bench) -> None:
+    term = three.lead()
+    three.tick(LEASE_TICKS - 1)
+    assert three.give(MessageType.VOTE, THIRD, term=term + 1, index=9, log_term=term) == []
+
+
+def test_who_is_handed_the_leadership_is_voted_for_at_once(three: Bench) -> None:
+    three.give(MessageType.HEARTBEAT, term=1)
+    (answer,) = three.give(MessageType.VOTE, THIRD, term=2, context=b"CampaignTransfer")
+    assert (answer.type, answer.reject) == (MessageType.VOTE_RESP, False)
+
+
+def test_a_leader_that_hears_of_no_majority_steps_down(three: Bench) -> None:
+    three.lead()
+    three.tick(LEASE_TICKS)  # they have just voted
+    for _ in range(3):
+        assert three.follower.state().role is Role.LEADER
+        three.give(MessageType.HEARTBEAT_RESP, THIRD, term=1)
+        three.tick(LEASE_TICKS)
+    three.tick(LEASE_TICKS)
+    assert three.follower.state().role is Role.FOLLOWER
+
+
+# Leading three
+
+
+def test_two_of_three_commit_and_the_third_is_told(three: Bench) -> None:
+    term = three.lead()
+    assert three.follower.propose(b"data")
+    assert three.follower.state().commit == 0
+    told = three.give(MessageType.APP_RESP, THIRD, term=term, index=1)
+    assert three.follower.state().commit == 1
+    assert [(m.to, m.commit) for m in told] == [(THIRD, 1)]  # PEER's append is on its way
+    told = three.give(MessageType.APP_RESP, THIRD, term=term, index=2)
+    assert three.follower.state().commit == 2
+    three.follower.report_unreachable(PEER)
+    (again,) = three.give(MessageType.HEARTBEAT_RESP, PEER, term=term)
+    assert (again.to, again.index, again.commit) == (PEER, 0, 2)
+    assert len(again.entries) == 2
+
+
+def test_entries_of_an_older_term_are_not_committed_by_counting_them(three: Bench) -> None:
+    """Raft 5.4.2: a majority may hold them, and another leader may still replace them."""
+    three.append(1, 1, term=1)
+    term = three.lead()
+    three.give(MessageType.APP_RESP, THIRD, term=term, index=2)
+    assert three.follower.state().commit == 0
+    three.give(MessageType.APP_RESP, THIRD, term=term, index=3)
+    assert three.follower.state().commit == 3
+
+
+def test_who_does_not_lead_proposes_nothing(three: Bench) -> None:
+    assert not three.follower.propose(b"data")
+    assert three.follower.state().last_index == 0
+
+
+def test_the_leadership_is_handed_to_one_that_holds_the_whole_log(three: Bench) -> None:
+    term = three.lead()
+    assert not three.follower.transfer_leadership()
+    three.give(MessageType.APP_RESP, THIRD, term=term, index=1)
+    assert not three.follower.transfer_leadership(PEER)
+    three.out.clear()
+    assert three.follower.transfer_leadership()
+    assert kinds(three.out) == [(MessageType.TIMEOUT_NOW, THIRD, term)]
+
+
+def test_who_needs_a_snapshot_makes_us_hand_over_to_one_that_sends_them(three: Bench) -> None:
+    three.follower.takes_snapshots = True
+    snapshot = Snapshot(metadata=SnapshotMetadata(index=10, term=4))
+    three.give(MessageType.SNAP, term=4, snapshot=snapshot)
+    term = three.lead()
+    reject = {"term": term, "index": 10, "reject": True, "reject_hint": 3}
+    assert three.give(MessageType.APP_RESP, PEER, **reject) == []
+    three.give(MessageType.APP_RESP, THIRD, term=term, index=11)
+    told = three.give(MessageType.HEARTBEAT_RESP, PEER, term=term)
+    assert kinds(told) == [(MessageType.TIMEOUT_NOW, THIRD, term)]
+
+
+def read_index(three: Bench, context: bytes, from_: int = PEER) -> list[Message]:
+    return three.give(MessageType.READ_INDEX, from_, entries=[Entry(data=context)])
+
+
+def test_a_read_waits_until_a_majority_says_that_we_lead(three: Bench) -> None:
+    term = three.lead()
+    assert read_index(three, b"early") == []  # nothing of our term is committed
+    three.give(MessageType.APP_RESP, THIRD, term=term, index=1)
+    asked = read_index(three, b"one")
+    assert [(m.type, m.to, m.context) for m in asked] == [
+        (MessageType.HEARTBEAT, PEER, b"one"),
+        (MessageType.HEARTBEAT, THIRD, b"one"),
+    ]
+    read_index(three, b"two", THIRD)
+    read_index(three, b"three")
+    # What confirms a read confirms those before it.
+    told = three.give(MessageType.HEARTBEAT_RESP, THIRD, term=term, context=b"two")
+    answers = [m for m in told if m.type == MessageType.READ_INDEX_RESP]
+    assert [(m.to, m.index, m.entries[0].data) for m in answers] == [
+        (PEER, 1, b"one"),
+        (THIRD, 1, b"two"),
+    ]
+    told = three.give(MessageType.HEARTBEAT_RESP, THIRD, term=term, context=b"one")
+    assert [m for m in told if m.type == MessageType.READ_INDEX_RESP] == []
+
+
+def test_one_of_five_is_no_majority() -> None:
+    bench = Bench(2, 3, 4, 5)
+    try:
+        bench.tick(2 * CAMPAIGN_TICKS)
+        term = bench.follower.state().term + 1
+        for kind in (MessageType.PRE_VOTE_RESP, MessageType.VOTE_RESP):
+            for voter in (2, 3):
+                assert bench.follower.state().role is not Role.LEADER
+                bench.give(kind, voter, term=term)
+        assert bench.follower.state().role is Role.LEADER
+        bench.give(MessageType.APP_RESP, 2, term=term, index=1)
+        assert bench.follower.state().commit == 0
+        bench.give(MessageType.APP_RESP, 3, term=term, index=1)
+        assert bench.follower.state().commit == 1
+        read_index(bench, b"read")
+        confirm = {"term": term, "context": b"read"}
+        for _ in range(2):
+            told = bench.give(MessageType.HEARTBEAT_RESP, 5, **confirm)
+            assert MessageType.READ_INDEX_RESP not in [m.type for m in told]
+        told = bench.give(MessageType.HEARTBEAT_RESP, 4, **confirm)
+        assert MessageType.READ_INDEX_RESP in [m.type for m in told]
+    finally:
+        bench.follower.stop()
+
+
+def test_reads_of_a_leader_that_was_replaced_are_never_answered(three: Bench) -> None:
+    term = three.lead()
+    three.give(MessageType.APP_RESP, THIRD, term=term, index=1)
+    read_index(three, b"read")
+    three.give(MessageType.HEARTBEAT, PEER, term=term + 1)
+    assert three.give(MessageType.HEARTBEAT_RESP, THIRD, term=term + 1, context=b"read") == []
+
+
+# Storage
+
+
+def test_a_member_goes_on_with_what_it_had_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with Storage(path) as storage:
+        bench = Bench(storage=storage)
+        bench.append(2, 2, 3, 3, commit=2)
+        bench.append(4, at=2)
+        bench.tick(LEASE_TICKS)
+        bench.answer(MessageType.VOTE, term=10, index=9, log_term=9)
+        before = bench.follower.state()
+        bench.follower.stop()
+    with Storage(path) as storage:
+        again = Follower(US, PEER, storage=storage)
+    state = again.state()
+    assert (state.term, state.vote, state.last_index) == (10, PEER, before.last_index)
+    assert [entry.data for entry in storage.entries] == [b"2", b"2", b"4"]
+    assert [again._term_at(i) for i in (1, 2, 3)] == [2, 2, 4]
+    assert state.commit == 0  # the leader says anew what is committed
+
+
+def test_a_vote_in_a_term_that_we_know_is_on_disk(tmp_path: Path) -> None:
+    with Storage(tmp_path / "log") as storage:
+        bench = Bench(storage=storage)
+        bench.give(MessageType.HEARTBEAT_RESP, term=7)
+        bench.answer(MessageType.VOTE, term=7)
+        bench.follower.stop()
+    with Storage(tmp_path / "log") as storage:
+        assert (storage.term, storage.vote) == (7, PEER)
+
+
+def test_a_snapshot_stands_for_the_log_on_disk_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with Storage(path) as storage:
+        bench = Bench(storage=storage)
+        bench.follower.takes_snapshots = True
+        bench.append(1, 1, 1, term=5)
+        snapshot = Snapshot(metadata=SnapshotMetadata(index=10, term=4))
+        bench.answer(MessageType.SNAP, term=5, snapshot=snapshot)
+        bench.append(5, 5, at=10, commit=12, term=5)
+        bench.follower.stop()
+    with Storage(path) as storage:
+        state = Follower(US, PEER, storage=storage).state()
+    assert (state.snapshot_index, state.commit, state.last_index) == (10, 10, 12)
+
+
+def test_nothing_is_said_of_what_is_not_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    on_disk: list[tuple[int, int, int]] = []
+
+    def send(messages: list[Message]) -> None:
+        with Storage(path) as seen:
+            on_disk.append((seen.term, seen.vote, len(seen.entries)))
+
+    with Storage(path) as storage:
+        follower = Follower(US, PEER, storage=storage)
+        follower.start(send, heartbeat_interval_s=3600.0)
+        try:
+            entry = Entry(term=1, index=1, data=b"x")
+            follower.process(
+                Message(type=MessageType.APP, to=US, from_=PEER, term=1, entries=[entry])
+            )
+            for _ in range(2 * CAMPAIGN_TICKS):
+                follower.tick()
+            follower.process(Message(type=MessageType.PRE_VOTE_RESP, to=US, from_=PEER, term=2))
+            follower.process(Message(type=MessageType.VOTE_RESP, to=US, from_=PEER, term=2))
+        finally:
+            follower.stop()
+    assert on_disk[0] == (1, 0, 1)
+    assert on_disk[-2:] == [(2, US, 1), (2, US, 2)]
+
+
+@pytest.mark.parametrize("cut", [1, 9, 20])
+def test_what_a_crash_has_cut_short_is_left_out(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "log"
+    with Storage(path) as storage:
+        storage.save(1, 2, [Entry(term=1, index=1, data=b"whole")])
+        storage.save(3, 2, [Entry(term=3, index=2, data=b"cut")])
+    path.write_bytes(path.read_bytes()[:-cut])
+    with Storage(path) as storage:
+        assert (storage.term, [e.data for e in storage.entries]) == (3, [b"whole"])
+        storage.save(4, 0, [Entry(term=4, index=2)])
+    with Storage(path) as storage:
+        assert [e.data for e in storage.entries] == [b"whole", None]
+        assert storage.term == 4
+
+
+def test_a_record_that_was_damaged_ends_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with Storage(path) as storage:
+        storage.save(1, 2, [Entry(term=1, index=1, data=b"whole")])
+        size = path.stat().st_size
+        storage.save(1, 2, [Entry(term=1, index=2, data=b"damaged")])
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with Storage(path) as storage:
+        assert [e.data for e in storage.entries] == [b"whole"]
+    assert path.stat().st_size > size  # its term and vote, written again, are whole
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(10))
+def test_members_agree_over_a_network_that_loses_and_reorders(
+    seed: int, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever happens to messages, and whoever dies: no committed entry ever changes, no two lead
+    in one term, and the logs end equal."""
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None)  # members die here, machines do not
+    random.seed(seed)  # the members' patience is by chance as well
+    cluster = Lossy(random.Random(seed), range(1, count + 1), tmp_path)
+    try:
+        for step in range(1000 * count):
+            cluster.disturb(step)
+        cluster.settle()
+    finally:
+        cluster.close()
+    assert len(cluster.seen) > 10
+
+
+class Lossy:
+    """Members whose messages and lives are in the hands of chance."""
+
+    def __init__(self, dice: random.Random, ids: range, directory: Path) -> None:
+        self.dice = dice
+        self.ids = ids
+        self.directory = directory
+        self.network: list[Message] = []
+        self.seen: dict[int, bytes | None] = {}  # index to data, of everything ever committed
+        self.leaders: dict[int, int] = {}  # term to who leads in it
+        self.storages: dict[int, Storage] = {}
+        self.members: dict[int, Follower] = {}
+        for member_id in ids:
+            self.start(member_id)
+
+    def start(self, member_id: int) -> None:
+        self.storages[member_id] = storage = Storage(self.directory / str(member_id))
+        peers = [peer_id for peer_id in self.ids if peer_id != member_id]
+        self.members[member_id] = member = Follower(member_id, *peers, storage=storage)
+        member.start(self.network.extend, heartbeat_interval_s=3600.0)
+
+    def stop(self, member_id: int) -> None:
+        self.members.pop(member_id).stop()
+        self.storages.pop(member_id).close()
+
+    def close(self) -> None:
+        for member_id in list(self.members):
+            self.stop(member_id)
+
+    def check(self) -> None:
+        for member in self.members.values():
+            for entry in member.committed():
+                assert self.seen.setdefault(entry.index, entry.data) == entry.data
+            state = member.state()
+            if state.role is Role.LEADER:
+                assert self.leaders.setdefault(state.term, member.member_id) == member.member_id
+
+    def deliver(self, loss: float) -> None:
+        message = self.network.pop(self.dice.randrange(len(self.network)))
+        if self.dice.random() >= loss:
+            self.members[message.to].process(message)
+        self.check()
+
+    def disturb(self, step: int) -> None:
+        member = self.dice.choice(list(self.members.values()))
+        chance = self.dice.random()
+        if chance < 0.15:
+            member.propose(b"%d" % step)
+        elif chance < 0.17:
+            member.transfer_leadership()
+        elif chance < 0.18:
+            self.stop(member.member_id)
+            self.start(member.member_id)
+        elif chance < 0.3:
+            member.tick()
+        elif chance < 0.32:
+            for _ in range(2 * CAMPAIGN_TICKS):
+                member.tick()
+        for _ in range(len(self.ids)):
+            if self.network:
+                self.deliver(loss=0.2)
+
+    def settle(self) -> None:
+        def is_settled() -> bool:
+            states = [member.state() for member in self.members.values()]
+            return (
+                len({(state.term, state.commit, state.last_index) for state in states}) == 1
+                and states[0].commit == states[0].last_index
+                and [state.role for state in states].count(Role.LEADER) == 1
+            )
+
+        for _ in range(100 * CAMPAIGN_TICKS):
+            while self.network:
+                self.deliver(loss=0.0)
+            if is_settled():
+                return
+            for member in list(self.members.values()):
+                member.tick()
+                while self.network:
+                    self.deliver(loss=0.0)
+        pytest.fail(f"not settled: {[member.state() for member in self.members.values()]}")
