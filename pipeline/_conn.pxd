@@ -19,11 +19,12 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
+from pipeline._descriptors cimport descriptors_shut, descriptors_t
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._sync cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MADV_HUGEPAGE,
     MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
-    MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, cas_ptr, clock_ns, close, epoll_ctl, errno,
+    MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, cas_ptr, clock_ns, epoll_ctl, errno,
     format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_signal,
     pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
     pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage, store_int, swap_int,
@@ -216,6 +217,7 @@ cdef struct queue_t:
     conn_t* tail
 
 cdef struct server_t:
+    descriptors_t* descriptors  # the process's: what a forked child closes
     int epfd
     int wakefd
     int timerfd             # wakes the stand-in
@@ -518,7 +520,7 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     invariant((conn.fd < 0 or server.is_ended) and not conn.is_runnable)
     if conn.fd >= 0:
-        close(conn.fd)
+        descriptors_shut(server.descriptors, conn.fd)
     request_free(&conn.request)
     free(conn.buffer)
     free(conn.known)
@@ -639,7 +641,7 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
     if conn.fd >= 0:
         # Told to, for a forked child's copy of the descriptor would keep it in the epoll set.
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
-        close(conn.fd)
+        descriptors_shut(server.descriptors, conn.fd)
         conn.fd = -1
         if conn.state == CONN_BODY:
             server.buffered_bytes -= <int64_t>conn.request.body.len

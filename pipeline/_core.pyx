@@ -22,7 +22,9 @@ from posix.uio cimport iovec
 
 from pipeline._counters cimport books_check, books_t, follower_stddev_ms, follower_t
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
-from pipeline._loop cimport loop_free, loop_init, loop_start, loop_stop, pipe_free, pipe_init
+from pipeline._loop cimport (
+    loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop, pipe_free, pipe_init,
+)
 from pipeline._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED,
@@ -534,6 +536,7 @@ cdef class IOLoop:
         cond_init_monotonic(&self.loop.event_cond)
         self.loop.events_closed = True
         self.loop.is_sleeping = 0
+        loop_close_descriptors(&self.loop)      # the copies
         self.is_running = False
         for sender in self.senders:
             sender.forget_after_fork()

@@ -35,8 +35,8 @@ cdef class Receiver:
     # Needs the GIL. ``handler`` and ``answer`` are NULL for the thread of odd requests.
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1
     # These need the GIL and a connection that the calling thread has taken from the queue.
-    cdef int serve_request(self, conn_t* conn, handler_t* handler,
-                           answer_204_t* answer) except -1
+    cdef bint serve_request(self, conn_t* conn, handler_t* handler,
+                            answer_204_t* answer) except -1
     cdef int handle(self, conn_t* conn) except -1
     cdef object message(self, conn_t* conn, Remote remote)
     cdef int go_on(self, conn_t* conn, object general, bytes out, int then) except -1

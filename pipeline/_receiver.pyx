@@ -18,6 +18,9 @@ from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
+from pipeline._descriptors cimport (
+    descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
+)
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport message_from_decoded
 from pipeline._conn cimport (
@@ -31,10 +34,11 @@ from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
     server_retire_soon, server_start, server_stop, server_wait,
 )
+from pipeline._sync cimport socket as c_socket
 from pipeline._sync cimport (
-    MADV_HUGEPAGE, add_int, clock_ns, close, deadline_timespec, madvise, pthread_cond_timedwait,
-    pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock,
-    store_int, timespec,
+    MADV_HUGEPAGE, SOCK_CLOEXEC, SOCK_NONBLOCK, add_int, clock_ns, deadline_timespec, errno,
+    madvise, pthread_cond_timedwait, pthread_join, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_trylock, pthread_mutex_unlock, store_int, timespec,
 )
 
 import os
@@ -46,13 +50,79 @@ from pipeline.handlers import Request
 from pipeline.logs import get_logger
 from pipeline.sealed import Sealed, SealedServer
 
-__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
+__all__ = ["OwnSocket", "Receiver", "ReceiverStats", "open_socket", "recognise_post"]
 
 logger = get_logger("pipeline.listener")
 
 cdef enum:
     # Asked for at once; ssl takes an int, and gives one record of at most 16 KiB.
     BODY_STEP_BYTES = 1 << 20
+
+
+# What all receivers of the process have open, and what a forked child closes.
+cdef descriptors_t descriptors
+pthread_mutex_init(&descriptors.lock, NULL)
+
+# How often this process was forked from one that had the module: a thread that came here with its
+# stack in the middle of a request is not to go on with it.
+cdef int n_forks = 0
+
+
+def _before_fork():
+    with nogil:
+        # A descriptor is being made or closed. Only C state is touched.
+        pthread_mutex_lock(&descriptors.lock)
+
+
+def _after_fork_in_parent():
+    pthread_mutex_unlock(&descriptors.lock)
+
+
+def _after_fork_in_child():
+    global n_forks
+    n_forks += 1
+    descriptors_forked(&descriptors)
+
+
+# Before the listeners' own: they find their descriptors closed.
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
+                    after_in_child=_after_fork_in_child)
+
+
+class OwnSocket(socket.socket):
+    """A socket of the receiving side, whose descriptor a forked child closes.
+
+    To close it ends the connection, or listening, whoever has a copy of the descriptor.
+    """
+
+    __slots__ = ()
+
+    def close(self):
+        """Shut the socket and close its descriptor."""
+        cdef int fd = self.detach()
+        if fd >= 0:
+            with nogil:
+                # A fork may be under way. Only C state is touched.
+                descriptors_shut(&descriptors, fd)
+
+    def forget_after_fork(self):
+        """In a forked child, where the descriptor is closed already."""
+        self.detach()
+
+
+def open_socket(int family, int kind, int protocol):
+    """Make a socket that does not block: an OwnSocket. Raises ``OSError``."""
+    cdef int fd, error
+    with nogil:
+        # A fork may be under way. Only C state is touched.
+        pthread_mutex_lock(&descriptors.lock)
+        fd = descriptors_add(
+            &descriptors, c_socket(family, kind | SOCK_CLOEXEC | SOCK_NONBLOCK, protocol))
+        error = errno
+        pthread_mutex_unlock(&descriptors.lock)
+    if fd < 0:
+        raise OSError(error, os.strerror(error))
+    return OwnSocket(family, kind, protocol, fileno=fd)
 
 
 class ReceiverStats(NamedTuple):
@@ -212,7 +282,7 @@ cdef class Receiver:
         limits.handshake_timeout_ns = <int64_t>(config.handshake_timeout_s * 1e9)
         if len(fixed) + 64 > ANSWER_204_MAX:
             raise ValueError("cluster_header: too long")
-        error = server_init(&self.server, &limits)
+        error = server_init(&self.server, &limits, &descriptors)
         if error != 0:
             raise OSError(error, os.strerror(error))
         self.is_made = True
@@ -239,7 +309,7 @@ cdef class Receiver:
             server_free(&self.server)
 
     def start(self, list plain not None, list sealed not None):
-        """Serve on listening sockets, http and https, whose descriptors it takes over."""
+        """Serve on listening sockets, http and https, of ``open_socket``; it takes them over."""
         cdef int i, error
         descriptors = [*plain, *sealed]
         self.server.listening = <int*>calloc(len(descriptors), sizeof(int))
@@ -289,12 +359,12 @@ cdef class Receiver:
         return is_whole
 
     def forget_after_fork(self):
-        """In a forked child, which has no thread of ours: let go of the ports, end nothing."""
-        cdef int i
-        for i in range(self.server.n_listening):
-            close(self.server.listening[i])
+        """In a forked child, which has no thread of ours: end nothing.
+
+        All descriptors are closed already, those of connections that a handler has included.
+        """
         self.server.n_listening = 0
-        server_close_descriptors(&self.server)
+        self.server.epfd = self.server.wakefd = self.server.timerfd = -1
         store_int(&self.server.is_stopping, 1)  # nothing is kept to be used again
         # is_running stays: what the parent's thread was at work on when it was copied is not
         # touched, nor freed.
@@ -316,6 +386,7 @@ cdef class Receiver:
         """
         cdef handler_t handler
         cdef answer_204_t answer = self.server.answer_204
+        cdef int forks = n_forks
         answer.second = 0
         if is_general:
             self.run(NULL, NULL)
@@ -324,7 +395,8 @@ cdef class Receiver:
         try:
             self.run(&handler, &answer)
         finally:
-            server_remove_handler(&self.server, &handler)
+            if forks == n_forks:
+                server_remove_handler(&self.server, &handler)
 
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1:
         cdef conn_t* conn
@@ -341,11 +413,16 @@ cdef class Receiver:
                     conn = server_wait(&self.server, handler)
                 if conn is NULL:
                     return 0
-            self.serve_request(conn, handler, answer)
+            if not self.serve_request(conn, handler, answer):
+                return 0
 
-    cdef int serve_request(self, conn_t* conn, handler_t* handler,
-                           answer_204_t* answer) except -1:
-        """Answer one request, whatever happens, and give its connection back to the loop."""
+    cdef bint serve_request(self, conn_t* conn, handler_t* handler,
+                            answer_204_t* answer) except -1:
+        """Answer one request, whatever happens, and give its connection back to the loop.
+
+        False in a child that was forked meanwhile, in a callback: the connection is the parent's.
+        """
+        cdef int forks = n_forks
         if handler is not NULL:
             add_int(&self.server.busy, 1)
         try:
@@ -356,6 +433,8 @@ cdef class Receiver:
             if general is not None:
                 general.close()
             conn.then = THEN_CLOSE
+        if forks != n_forks:
+            return False
         if handler is not NULL:
             add_int(&self.server.busy, -1)
             conn_answer_here(conn, answer)
@@ -366,7 +445,7 @@ cdef class Receiver:
             with nogil:
                 # The lock's owner is at work. Only C state is touched.
                 conn_give_back(conn, handler)
-        return 0
+        return True
 
     cdef int handle(self, conn_t* conn) except -1:
         """Answer the request of a connection that this thread holds, or go on with it."""
@@ -477,7 +556,7 @@ cdef class Receiver:
         connection = None
         try:
             if fd >= 0:
-                connection = socket.socket(fileno=fd)
+                connection = OwnSocket(fileno=fd)
                 fd = -1
                 if conn.is_sealed:
                     connection, general = general.detach(connection)
@@ -485,7 +564,7 @@ cdef class Receiver:
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
             if fd >= 0:
-                close(fd)
+                descriptors_shut(&descriptors, fd)
             if connection is not None:
                 connection.close()
             self.take(None, general)

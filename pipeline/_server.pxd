@@ -24,10 +24,13 @@ from pipeline._conn cimport (
     conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t, queue_take,
     server_limits_t, server_look_at, server_may_propose, server_t, server_take, server_take_spare,
 )
+from pipeline._descriptors cimport (
+    descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
+)
 from pipeline._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
-    MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns, close,
+    MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
     cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
     invariant, itimerspec, load_int, load_ptr, pthread_cond_broadcast, pthread_cond_destroy,
     pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
@@ -220,9 +223,12 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
             return
         size = sizeof(conn.address)
-        conn.fd = accept4(listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)
+        pthread_mutex_lock(&server.descriptors.lock)
+        conn.fd = descriptors_add(server.descriptors, accept4(
+            listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC))
+        error = errno
+        pthread_mutex_unlock(&server.descriptors.lock)
         if conn.fd < 0:
-            error = errno
             free(conn)
             if error == EAGAIN:
                 return
@@ -354,7 +360,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     cdef int i
     for i in range(server.n_listening):
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)    # see conn_close
-        close(server.listening[i])
+        descriptors_shut(server.descriptors, server.listening[i])
     server.n_listening = 0
     while conn is not NULL:
         following = conn.next
@@ -575,30 +581,38 @@ cdef inline void server_end(server_t* server) noexcept nogil:
 
 # -- making and ending, called from Python
 
-cdef inline int server_init(server_t* server, const server_limits_t* limits) noexcept nogil:
+cdef inline int server_init(server_t* server, const server_limits_t* limits,
+                            descriptors_t* descriptors) noexcept nogil:
     """Make a server that neither listens nor runs yet; 0 or an errno."""
     cdef epoll_event event
     cdef int error
     memset(server, 0, sizeof(server_t))
     server.limits = limits[0]
+    server.descriptors = descriptors
     server.epfd = server.wakefd = server.timerfd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
             or cond_init_monotonic(&server.handlers_queued) != 0 \
             or cond_init_monotonic(&server.general_queued) != 0 \
             or cond_init_monotonic(&server.ended) != 0:
         return EAGAIN
-    server.epfd = epoll_create1(EPOLL_CLOEXEC)
+    pthread_mutex_lock(&descriptors.lock)
+    server.epfd = descriptors_add(descriptors, epoll_create1(EPOLL_CLOEXEC))
     if server.epfd >= 0:
-        server.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        server.wakefd = descriptors_add(descriptors, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))
     if server.wakefd >= 0:
-        server.timerfd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC)
+        server.timerfd = descriptors_add(
+            descriptors, timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC))
+    error = errno
+    pthread_mutex_unlock(&descriptors.lock)
     event.events = EPOLLIN | EPOLLET
     event.data.ptr = NULL
-    if server.timerfd < 0 or epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event) != 0:
-        error = errno
+    if server.timerfd >= 0:
+        error = epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event)
+        if error != 0:
+            error = errno
+    if error != 0:
         server_free(server)
-        return error
-    return 0
+    return error
 
 
 cdef inline void server_free(server_t* server) noexcept nogil:
@@ -606,7 +620,7 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     cdef int i
     invariant(server.live == 0)
     for i in range(server.n_listening):
-        close(server.listening[i])
+        descriptors_shut(server.descriptors, server.listening[i])
     free(server.listening)
     for i in range(server.n_heads):
         free(server.heads[i].data)
@@ -620,11 +634,11 @@ cdef inline void server_free(server_t* server) noexcept nogil:
 
 cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
     if server.epfd >= 0:
-        close(server.epfd)
+        descriptors_close(server.descriptors, server.epfd)
     if server.wakefd >= 0:
-        close(server.wakefd)
+        descriptors_close(server.descriptors, server.wakefd)
     if server.timerfd >= 0:
-        close(server.timerfd)
+        descriptors_close(server.descriptors, server.timerfd)
     server.epfd = server.wakefd = server.timerfd = -1
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from urllib3.util import parse_url
 
-from pipeline._receiver import Receiver, ReceiverStats
+from pipeline._receiver import OwnSocket, Receiver, ReceiverStats, open_socket
 from pipeline.arguments import require_iterable, require_number
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
@@ -196,9 +196,9 @@ class Listener:
         self.close()
 
 
-def _bind(urls: Iterable[str], backlog: int) -> list[socket.socket]:
+def _bind(urls: Iterable[str], backlog: int) -> list[OwnSocket]:
     """Listen before the loop runs: from here on nobody is refused."""
-    sockets: list[socket.socket] = []
+    sockets: list[OwnSocket] = []
     try:
         for url in urls:
             parsed = parse_url(url)
@@ -207,9 +207,8 @@ def _bind(urls: Iterable[str], backlog: int) -> list[socket.socket]:
             family, kind, protocol, _, address = socket.getaddrinfo(
                 host, parsed.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
             )[0]
-            sock = socket.socket(family, kind, protocol)
+            sock = open_socket(family, kind, protocol)
             sockets.append(sock)
-            sock.setblocking(False)
             # The port of a listener just closed is free although its connections linger.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # Both are inherited by what is accepted. An answer is one write, not to be delayed;

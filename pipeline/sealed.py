@@ -14,12 +14,15 @@ import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline.config import ReceiverConfig
 from pipeline.general import BodyBudget, General, Then, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.tls import Credentials
+
+if TYPE_CHECKING:
+    from pipeline._receiver import OwnSocket
 
 __all__ = ["Sealed", "SealedServer", "SealedSocket"]
 
@@ -216,7 +219,7 @@ class Sealed:
         assert body is not None
         return body
 
-    def detach(self, sock: socket.socket) -> tuple[SealedSocket, General]:
+    def detach(self, sock: OwnSocket) -> tuple[SealedSocket, General]:
         """Go on without the loop, after ``Then.DETACH``: a connection, and who read the head."""
         general = self._general
         assert general is not None
@@ -443,7 +446,7 @@ class SealedSocket:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: OwnSocket,
         tls: ssl.SSLObject,
         incoming: ssl.MemoryBIO,
         outgoing: ssl.MemoryBIO,
@@ -509,6 +512,11 @@ class SealedSocket:
             self._sock.setblocking(False)
             self._say_goodbye()
         self._sock.close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: say nothing, for the session is the parent's."""
+        self._is_said = True
+        self._sock.forget_after_fork()
 
     def _say_goodbye(self) -> None:
         if not self._is_said:

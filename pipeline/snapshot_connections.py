@@ -48,6 +48,7 @@ class Connection(Protocol):
     def settimeout(self, value: float, /) -> None: ...
     def shutdown(self, how: int, /) -> None: ...
     def close(self) -> None: ...
+    def forget_after_fork(self) -> None: ...
 
 
 class SnapshotConnections:
@@ -113,21 +114,29 @@ class SnapshotConnections:
         return own is None and not any(thread.is_alive() for thread in threads)
 
     def forget_after_fork(self) -> None:
-        """In a forked child, which has none of the threads: end nothing."""
+        """In a forked child, which has none of the threads: let go of what is the parent's."""
         self._lock = threading.Lock()
         self._is_closing = True
+        receives, self._threads = self._threads, {}
+        for receiving in receives.values():
+            receiving.forget_after_fork()
 
     def _start(self, connection: Connection, general: General) -> bool:
         try:
             receiving = _Receiving(connection, general, self._config)
             name = f"{self.name}-{next(self._numbers)}"
             thread = threading.Thread(target=self._serve, args=(receiving,), name=name, daemon=True)
-            # Started under the lock: what is in the dictionary can be joined.
+            # Started under the lock: what is in the dictionary can be joined. It is there first:
+            # a child that is forked meanwhile looks there for what it has to close.
             with self._lock:
                 if self._is_closing:
                     return False
-                thread.start()
                 self._threads[thread] = receiving
+                try:
+                    thread.start()
+                except BaseException:
+                    del self._threads[thread]
+                    raise
         except (RuntimeError, MemoryError, OSError) as error:
             logger.warning("no thread for a snapshot from %s: %s", general.request.remote, error)
             return False
@@ -142,7 +151,7 @@ class SnapshotConnections:
             receiving.close()
             self._handlers.snapshots.end()
             with self._lock:
-                del self._threads[threading.current_thread()]
+                self._threads.pop(threading.current_thread(), None)  # a forked child has none
 
 
 class _Receiving:
@@ -215,6 +224,14 @@ class _Receiving:
         with self._lock:
             self._is_closed = True
             self._connection.close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: the connection and the file are the parent's."""
+        self._lock = threading.Lock()
+        self._is_closed = self._is_stopped = True
+        self._connection.forget_after_fork()
+        if self.saving is not None:
+            self.saving.forget_after_fork()
 
     def _shutdown(self, how: int) -> None:
         with self._lock, contextlib.suppress(OSError):

@@ -182,6 +182,14 @@ class Saving:
     def close(self) -> None:
         """Discard what was not committed, and let go of the file."""
         self.discard()
+        self._close()
+
+    def forget_after_fork(self) -> None:
+        """In a forked child: leave the file, which is the parent's, and let go of its lock."""
+        self._is_temporary = False
+        self._close()
+
+    def _close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

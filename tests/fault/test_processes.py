@@ -146,3 +146,12 @@ def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> Non
     """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
     result = run("stale.py")
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_callers_hear_of_the_end_of_a_node_although_its_forked_worker_lives(
+    end: str, tmp_path: Path
+) -> None:
+    """The child has closed its copies of all our descriptors, and what we close is shut first."""
+    result = run("fork_listener.py", end, str(tmp_path))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr

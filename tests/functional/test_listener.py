@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.errors import RequestRejected, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from tests.support import LONG_TIMEOUT
+from tests.support.descriptors import copies_of_sockets
 from tests.support.http import (
     CLUSTER_ID,
     HEARTBEAT,
@@ -415,3 +417,45 @@ def test_a_blocked_process_does_not_hang_interpreter_exit() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert (done.returncode, done.stdout) == (0, "blocked\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sent", "limits"),
+    [
+        pytest.param(b"", {"head_timeout_s": 0.1}, id="nothing sent"),
+        pytest.param(GOOD[:-1], {"stall_timeout_s": 0.1}, id="a body that stalls"),
+        pytest.param(GOOD, {"idle_timeout_s": 0.1}, id="idle"),
+        pytest.param(b"GET / HTTP/1.0\r\n\r\n", {}, id="an odd request, answered"),
+        pytest.param(b"\x00\r\n\r\n", {}, id="no request at all"),
+        pytest.param(GOOD, {"max_connections": 1}, id="closed to make room"),
+    ],
+)
+def test_the_end_of_a_connection_is_heard_of_whoever_has_a_copy(
+    sent: bytes, limits: dict[str, Any]
+) -> None:
+    """A forked child has copies of our sockets, and to close ours does not end the connection."""
+    config = ReceiverConfig(**limits)
+    with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
+        deadline = time.monotonic() + LONG_TIMEOUT
+        while listener.stats().accepted == 0 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        with copies_of_sockets():
+            sock.sendall(sent)
+            if "max_connections" in limits:
+                assert read_status(sock) == 204
+                dial(listener.url).close()
+            assert is_closed(sock)
+
+
+@pytest.mark.parametrize("sent", [b"", GOOD[:20], GOOD[:-1], GOOD], ids=len)
+def test_close_is_heard_of_whoever_has_a_copy_of_a_socket(sent: bytes) -> None:
+    listener = listen(FakeRaft())
+    with dial(listener.url) as sock:
+        sock.sendall(sent)
+        post_heartbeat(listener.url)  # so that the other connection has been read from
+        with copies_of_sockets():
+            listener.close()
+            assert is_closed(sock)
+            with pytest.raises(ConnectionRefusedError):
+                dial(listener.url)
+            listen(FakeRaft(), listener.url).close()

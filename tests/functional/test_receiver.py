@@ -32,6 +32,7 @@ from tests.functional.test_listener import (
     listener_threads,
 )
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.descriptors import copies_of_sockets
 from tests.support.http import (
     HEARTBEAT,
     dial,
@@ -165,17 +166,12 @@ def test_a_connection_whose_descriptor_is_copied_touches_nothing_freed() -> None
     with listen(FakeRaft(), config=ReceiverConfig(head_timeout_s=0.05)) as listener:
         sock = dial(listener.url)
         wait_until(lambda: listener.stats().connections == 1)
-        copies = []
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                    copies.append(os.dup(int(name)))
-        wait_until(lambda: listener.stats().connections == 0)
-        for _ in range(50):
-            sock.send(b"x")
-            settle(listener)
-        for copy in copies:
-            os.close(copy)
+        with copies_of_sockets():
+            wait_until(lambda: listener.stats().connections == 0)
+            for _ in range(50):
+                with contextlib.suppress(ConnectionError):  # it has been shut
+                    sock.send(b"x")
+                settle(listener)
         sock.close()
 
 
