@@ -7,14 +7,12 @@ not be delivered, receives what peers send and hands it to the node's :class:`Ra
 import logging
 
 try:
-    from pipeline import _core as _core
+    from pipeline._core import EncodedMessage
 except ImportError as error:
-    raise ImportError(
-        f"pipeline's compiled core cannot be imported ({error}). Either it was not built (run "
-        "'make build', or 'pip install .' with a C compiler), or it was built for another Python."
-    ) from error
+    from pipeline._unbuilt import reason
 
-from pipeline._core import EncodedMessage
+    raise ImportError(reason(error), name=error.name, path=error.path) from error
+
 from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from pipeline._version import __version__
 from pipeline.config import PipelineConfig, ReceiverConfig, TransportConfig
