@@ -23,6 +23,7 @@ from pipeline import transport as threaded
 from pipeline._messages import Message
 from pipeline._receiver import ReceiverStats
 from pipeline.asgi import ASGIApp
+from pipeline.callbacks import Callbacks, require_callable, require_no_awaitable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, RequestRejected, UsageError
 from pipeline.listener import Listener as ThreadedListener
@@ -33,7 +34,7 @@ from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.snapshot_sender import SnapshotProgress
 from pipeline.snapshot_sender import SnapshotTransfer as ThreadedTransfer
-from pipeline.snapshot_source import SnapshotSource
+from pipeline.snapshot_source import SnapshotSource, close_quietly
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.tls import TLSInfo
 from pipeline.types import SnapshotStatus
@@ -88,12 +89,17 @@ class _Refused(Exception):
 class _Call:
     """One callback to be made on the loop, and the thread that waits for its outcome."""
 
-    __slots__ = ("function", "is_given_up", "is_report", "outcome")
+    __slots__ = ("callbacks", "function", "is_given_up", "is_report", "outcome")
 
     def __init__(
-        self, function: Callable[[], Awaitable[object] | object], *, is_report: bool
+        self,
+        function: Callable[[], Awaitable[object] | object],
+        callbacks: Callbacks,
+        *,
+        is_report: bool,
     ) -> None:
         self.function = function
+        self.callbacks = callbacks
         #: Of a report nobody needs the outcome.
         self.is_report = is_report
         #: Set when nobody waits for it and it was not begun: it is not made any more.
@@ -114,13 +120,15 @@ class _Call:
         if not self.outcome.done():
             self.outcome.set_exception(error)
         else:  # let go before it ended
-            logger.error("a callback raised that is not waited for any more", exc_info=error)
+            self.callbacks.failed("a callback that is not waited for any more", "nobody", error)
 
 
 class _Deliveries:
     """Calls by member: a queue each, emptied by a task each. Used on the loop, but for ``call``."""
 
     def __init__(self) -> None:
+        #: Counts what is raised when no thread waits any more; the transport's, once there is one.
+        self.callbacks = Callbacks(logger)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread_id = 0
         self._is_closed = False
@@ -149,7 +157,7 @@ class _Deliveries:
             raise _Refused
         if threading.get_ident() == self._thread_id:
             raise UsageError("called on the event loop: it would wait for itself")
-        call = _Call(function, is_report=is_report)
+        call = _Call(function, self.callbacks, is_report=is_report)
         try:
             loop.call_soon_threadsafe(self._take, member_id, call)
         except RuntimeError:  # closed
@@ -227,6 +235,7 @@ class _Deliveries:
             result = call.function()
             if inspect.isawaitable(result):
                 result = await result
+            require_no_awaitable("a callback", result)  # one that was wrapped in another
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             assert task is not None
@@ -377,7 +386,7 @@ class Transport:
     Raises
     ------
     UsageError
-        If an ID, a URL or a setting is not valid, or a TLS file cannot be loaded.
+        As ``pipeline.Transport`` raises it, but for what may be ``async`` here.
 
     Notes
     -----
@@ -407,6 +416,8 @@ class Transport:
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
     ) -> None:
+        require_raft(raft, is_async_taken=True)
+        require_callable("on_critical_error", on_critical_error, is_async_taken=True)
         bridge = _Bridge(raft, on_critical_error)
         self._deliveries = bridge.deliveries
         self._transport = threaded.Transport(
@@ -420,6 +431,7 @@ class Transport:
             remote_policy=remote_policy,
             allow_loopback_remotes=allow_loopback_remotes,
         )
+        self._deliveries.callbacks = self._transport.callbacks
         self._stopping: asyncio.Task[int] | None = None
         self.member_id = member_id
         self.cluster_id = cluster_id
@@ -504,8 +516,14 @@ class Transport:
         """Do what :meth:`send_snapshot` does, but return when the source is open."""
         report: Callable[[SnapshotProgress], object] | None = None
         if on_progress is not None:
-            loop = asyncio.get_running_loop()
-            report = lambda progress: loop.call_soon_threadsafe(on_progress, progress)  # noqa: E731
+            try:
+                require_callable("on_progress", on_progress)
+            except UsageError:
+                close_quietly(source)
+                raise
+            # Called on the loop, where nobody else takes care of what it raises or returns.
+            call = partial(self._transport.callbacks.call, "on_progress", "a snapshot", on_progress)
+            report = partial(asyncio.get_running_loop().call_soon_threadsafe, call)
         begin = partial(
             self._transport.send_snapshot, message, source, size=size, on_progress=report
         )

@@ -131,7 +131,7 @@ class Dispatcher:
     def _try_add_thread(self) -> None:
         try:
             self._add_thread()
-        except RuntimeError:
+        except Exception:
             # No more threads to be had: the ones there are go on, one event after another.
             logger.warning("cannot start another dispatcher thread", exc_info=True)
 
@@ -144,7 +144,7 @@ class Dispatcher:
                 self._run_chores()
             else:
                 sender, index, kind, error = event
-                sender.on_event(index, kind, error)
+                logger.survive("an event was not handled", sender.on_event, index, kind, error)
                 del sender  # keep nothing alive while waiting
             del event
         self._run_chores()
@@ -157,10 +157,7 @@ class Dispatcher:
                 chore = self._chores.popleft()
             except IndexError:
                 return
-            try:
-                chore()
-            except BaseException:  # also sys.exit(): this thread has workers to serve
-                logger.exception("internal error, please report: a chore failed")
+            logger.survive("a chore failed", chore)
 
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 
 from pipeline._messages import Message
+from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError, UsageError
 from pipeline.logs import Throttle, get_logger
@@ -137,6 +138,8 @@ class Handlers:
     allow_member : callable, optional
         ``TLSInfo.allow_member``: asked with the certificate and X-Server-From of each request
         that comes with a certificate.
+    callbacks : Callbacks, optional
+        How the application is called; counts what it raises.
 
     Attributes
     ----------
@@ -172,10 +175,12 @@ class Handlers:
         senders: Senders | None = None,
         on_append: Callable[[int, int], None] | None = None,
         allow_member: Callable[[Mapping[str, Any], int], bool] | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self._senders = senders
         self._on_append = on_append
         self._allow_member = allow_member
+        self._callbacks = callbacks or Callbacks(logger)
         self.config = config or ReceiverConfig()
         self.received_bytes: dict[int, int] = {}
         self.received_bytes_others = 0
@@ -183,7 +188,7 @@ class Handlers:
         self.ignored = 0
         self.unknown = 0
         self.process_failures = 0
-        self._raft = raft
+        self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._cluster_id = format_id(cluster_id)
         self._local, self._local_min = require_versions(server_version, min_cluster_version)
         # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
@@ -265,21 +270,23 @@ class Handlers:
         if kind == _APP and self._on_append is not None:
             self._on_append(sender, size_bytes)
         try:
-            self._raft.process(message)
-        except RequestRejected as rejected:
-            return self.rejected(rejected)
+            result = self._raft.process(message)
+            if result is not None:  # a coroutine has not processed anything
+                require_no_awaitable("process", result)
         except BaseException as error:  # whatever a node raises, its listener goes on
-            self.count_process_failure()
-            self._warn(
-                "failed to process Raft message of %s from %s",
-                format_id(sender),
-                remote,
-                exc_info=error,
-            )
+            return self._not_processed(error, sender, remote)
+        return None
+
+    def _not_processed(self, error: BaseException, sender: int, remote: object) -> Answer:
+        answer = self.rejected(error)
+        if answer is None:
+            text = "failed to process Raft message of %s from %s"
+            trace = None if isinstance(error, NotAwaitedError) else error  # it is told elsewhere
+            self._warn(text, format_id(sender), remote, exc_info=trace)
             # Differs from etcd: the answer is complete. etcd breaks it off, so that a Go sender
             # sees an unexpected EOF; to both it is a failure.
-            return self._answer(500, "error processing raft message", close=True)
-        return None
+            answer = self._answer(500, "error processing raft message", close=True)
+        return answer
 
     def _ignore_unknown(self, kind: int, sender: int, remote: object) -> None:
         """Count a message of a type that a later raft has; the log hears once of each type.
@@ -401,11 +408,11 @@ class Handlers:
         if self._allow_member is None or request.certificate is None:
             return None
         sender = _sender(request)
-        try:
-            if sender is not None and self._allow_member(request.certificate, sender):
+        if sender is not None:
+            about, certificate = f"{request.remote}", request.certificate
+            ask = self._callbacks.ask
+            if ask("allow_member", about, self._allow_member, certificate, sender):
                 return None
-        except Exception as error:  # the application's
-            self._warn("allow_member raised for %s", request.remote, exc_info=error)
         name = request.headers.get(SERVER_FROM.lower(), "")[:64]
         self._warn("refused Raft message from %s: not the certificate of %r", request.remote, name)
         return self._answer(412, "certificate not allowed for this member")
@@ -458,12 +465,26 @@ class Handlers:
             return self.body_too_large(request)
         return None
 
-    def rejected(self, rejected: RequestRejected) -> Answer:
-        """Answer as ``process`` has chosen."""
-        if rejected.status in (204, 205, 304):
-            return Answer(rejected.status, self._cluster_header)
-        headers = (*self._cluster_header, ("Content-Type", rejected.content_type))
-        return Answer(rejected.status, headers, rejected.body)
+    def rejected(self, error: BaseException) -> Answer | None:
+        """Answer as ``process`` has chosen by what it raised.
+
+        None if it has not: then it has failed, which is counted.
+        """
+        if isinstance(error, RequestRejected):
+            try:
+                # Whatever the node's own subclass made of it: made anew, it is checked again.
+                chosen = RequestRejected(error.status, error.body, error.content_type)
+            except BaseException as failure:
+                error = failure
+            else:
+                if chosen.status in (204, 205, 304):
+                    return Answer(chosen.status, self._cluster_header)
+                headers = (*self._cluster_header, ("Content-Type", chosen.content_type))
+                return Answer(chosen.status, headers, chosen.body)
+        with self._lock:
+            self.process_failures += 1
+        self._callbacks.count("process", error)
+        return None
 
     def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
         return _error(status, text, self._cluster_header, close=close)
@@ -503,11 +524,6 @@ class Handlers:
                 address = str(remote)
                 if address in counts or len(counts) < _MAX_SENDERS:
                     counts[address] = counts.get(address, 0) + 1
-
-    def count_process_failure(self) -> None:
-        """Count a call of ``process`` that raised."""
-        with self._lock:
-            self.process_failures += 1
 
     def count_received(self, sender: int, size_bytes: int) -> None:
         """Count bytes of a member."""

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 
 __all__ = ["Counter", "Logger", "Throttle", "get_logger", "is_for_caller", "lost_lines", "show"]
 
@@ -61,16 +62,19 @@ def is_for_caller(error: BaseException) -> bool:
     return is_main and not isinstance(error, Exception)
 
 
-def show(value: object) -> str:
-    """Return ``repr(value)``, cut short; what the application's ``__repr__`` raises is told."""
+def show(value: object, how: Callable[[object], str] = repr) -> str:
+    """Return ``repr(value)``, cut short; that the application's ``__repr__`` raises is told.
+
+    ``how`` may be ``str``, for what is an error of the application's.
+    """
     try:
         if isinstance(value, (str, bytes, bytearray)):
             value = value[:SHOWN_MAX]  # all of it may be a gigabyte
-        text = repr(value)
+        text = how(value)
     except BaseException as error:
         if is_for_caller(error):
             raise
-        return f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
+        return f"<{type(value).__name__} that raises {type(error).__name__} when it is shown>"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
 
 
@@ -131,6 +135,19 @@ class Logger:
             if is_for_caller(error):
                 raise
             _lost.add()
+
+    def survive(self, what: str, work: Callable[..., object], *args: object) -> bool:
+        """Do a thread's own work, so that the thread goes on whatever it raises.
+
+        What the application raises is caught where it is called (``Callbacks``); what comes here
+        is a fault of ours. ``what`` tells in the log what did not happen. False if it raised.
+        """
+        try:
+            work(*args)
+        except BaseException as error:
+            self.log(logging.ERROR, f"internal error, please report: {what}", exc_info=error)
+            return False
+        return True
 
 
 class Throttle:

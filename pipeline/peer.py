@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from pipeline._core import ActiveFlag, EncodedMessage
 from pipeline._messages import Message
+from pipeline.callbacks import Callbacks
 from pipeline.config import PipelineConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError
@@ -68,7 +69,7 @@ class Peer:
     dispatcher : Dispatcher
         Runs the pipeline's workers and calls Raft.
     member_id, cluster_id, config, peer_urls, server_version, min_cluster_version
-    on_critical_error, credentials
+    on_critical_error, credentials, callbacks
         As for :class:`pipeline.Pipeline`.
     limiter, snapshot_answer_timeout_s
         As for :class:`pipeline.snapshot_sender.SnapshotSender`.
@@ -100,6 +101,7 @@ class Peer:
         limiter: RateLimiter,
         snapshot_answer_timeout_s: float,
         credentials: Credentials | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.picker = URLPicker(urls)
@@ -119,10 +121,10 @@ class Peer:
             picker=self.picker,
             status=self.status,
             dispatcher=dispatcher,
+            callbacks=callbacks,
         )
         self.snapshots = SnapshotSender(
             self.pipeline,
-            raft,
             dispatcher=dispatcher,
             config=config,
             answer_timeout_s=snapshot_answer_timeout_s,
@@ -130,7 +132,6 @@ class Peer:
             credentials=credentials,
             on_critical_error=on_critical_error,
         )
-        self._raft = raft
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
         self._lock = threading.Lock()  # guards what follows
@@ -218,4 +219,4 @@ class Peer:
             snapshots, self._refused_snapshots = self._refused_snapshots, 0
         self.pipeline.report_not_sent(self.peer_id)
         for _ in range(snapshots):
-            self.pipeline.call(self._raft.report_snapshot, self.peer_id, SnapshotStatus.FAILURE)
+            self.pipeline.report_snapshot(self.peer_id, SnapshotStatus.FAILURE)

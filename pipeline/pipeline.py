@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec, Self
+from typing import Self
 
 from urllib3.exceptions import HTTPError
 
@@ -29,10 +29,11 @@ from pipeline._core import (
     recognise_204,
 )
 from pipeline.arguments import require_id, require_instance
+from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
-from pipeline.logs import Throttle, get_logger
+from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker, parse_urls
 from pipeline.pool import Line, Pool
@@ -44,7 +45,6 @@ from pipeline.types import MessageType, Raft, SnapshotStatus
 __all__ = ["Pipeline"]
 
 logger = get_logger(__name__)
-P = ParamSpec("P")
 
 #: ``Pipeline.stop`` returns within this; etcd's tests ask the same of its pipeline.
 STOP_TIMEOUT_S = 1.0
@@ -78,11 +78,13 @@ class Pipeline(Sender):
         For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
     picker, status, dispatcher
         Shared with the peer's other channels; a pipeline on its own makes its own.
+    callbacks : Callbacks, optional
+        Counts callbacks that raise for the whole transport.
 
     Raises
     ------
     UsageError
-        If a URL or an ID is not valid.
+        If a URL or an ID is not valid, ``raft`` lacks a method, or a callback is ``async``.
 
     Notes
     -----
@@ -108,7 +110,10 @@ class Pipeline(Sender):
         picker: URLPicker | None = None,
         status: PeerStatus | None = None,
         dispatcher: Dispatcher | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
+        require_raft(raft)
+        require_callable("on_critical_error", on_critical_error)
         defaults = TransportConfig()
         require_id("peer_id", peer_id)
         require_id("member_id", member_id)
@@ -125,7 +130,8 @@ class Pipeline(Sender):
         self.peer_id = peer_id
         self.picker = picker or URLPicker(urls)
         self.status = status or PeerStatus(member_id, peer_id, ActiveFlag())
-        self.callback_errors = 0
+        #: How the application is called on behalf of this peer.
+        self.callbacks = Callbacks(logger, callbacks)
         self._peer = protocol.format_id(peer_id)
         self._raft = raft
         self._config = config or defaults.pipeline
@@ -152,6 +158,11 @@ class Pipeline(Sender):
         for url in self.picker.urls:
             self._pool(url)  # a URL that cannot be sent to is refused here
         self.picker.subscribe(self.renew)
+
+    @property
+    def callback_errors(self) -> int:
+        """Calls of Raft and of ``on_critical_error`` that raised; the log has each."""
+        return self.callbacks.errors
 
     def start(self) -> None:
         """Start the workers. A pipeline can be started once.
@@ -255,6 +266,7 @@ class Pipeline(Sender):
     def forget_after_fork(self) -> None:
         """Cut loose in a forked child: close its copies of the connections, which are not its."""
         self._lock = threading.Lock()
+        self.callbacks.forget_after_fork()
         for line in self._lines:
             line.forget_after_fork()
 
@@ -269,7 +281,7 @@ class Pipeline(Sender):
             # Ours to fix, not the worker's to die of: its message fails like any other.
             logger.exception("internal error, please report: event %s", event.name)
             if self.has_job(index):
-                self._fail(index, self._unreachable(index, f"internal error: {failure!r}"))
+                self._fail(index, self._unreachable(index, f"internal error: {show(failure)}"))
             else:
                 self._disconnect(index)
                 self._give_back(index)
@@ -450,7 +462,7 @@ class Pipeline(Sender):
         if not self.status.is_active:
             self.status.activate()
         if kind == MessageType.SNAP:
-            self.call(self._raft.report_snapshot, to, SnapshotStatus.FINISH)
+            self.report_snapshot(to, SnapshotStatus.FINISH)
         self._finish(index, True)
         tunnel = self._lines[index].tunnel
         if tunnel is not None and self.take(index):
@@ -466,12 +478,12 @@ class Pipeline(Sender):
             self._disconnect(index)
         self.picker.unreachable(self._lines[index].url)
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
-            self.call(self._on_critical_error, error)
+            self.callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
         is_news = self.status.deactivate("pipeline", "write", error.reason)
         self.count_failed_append(index)
         self.report_unreachable(to, is_news=is_news)
         if kind == MessageType.SNAP:
-            self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
+            self.report_snapshot(to, SnapshotStatus.FAILURE)
         self._finish(index, False)
         self._give_back(index)
 
@@ -514,7 +526,7 @@ class Pipeline(Sender):
         for kind, to in expired:
             self.report_not_sent(to)
             if kind == MessageType.SNAP:
-                self.call(self._raft.report_snapshot, to, SnapshotStatus.FAILURE)
+                self.report_snapshot(to, SnapshotStatus.FAILURE)
         self.finish_expired(len(expired))
         self._throttle.warning(
             "dropped %d messages to peer %s that waited longer than %g s",
@@ -535,13 +547,8 @@ class Pipeline(Sender):
     def report_unreachable(self, to: int, *, is_news: bool) -> None:
         """Tell Raft of a failure; with ``unreachable_reports="change"`` only if it is news."""
         if is_news or self._config.unreachable_reports == "every":
-            self.call(self._raft.report_unreachable, to)
+            self.callbacks.tell(self._raft, "report_unreachable", self._peer, to)
 
-    def call(self, callback: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call the application; what it raises is logged and counted, and ends nothing."""
-        try:
-            callback(*args, **kwargs)
-        except BaseException:  # also sys.exit(): this thread has other workers to serve
-            with self._lock:
-                self.callback_errors += 1
-            logger.exception("%r raised for peer %s", callback, self._peer)
+    def report_snapshot(self, to: int, status: SnapshotStatus) -> None:
+        """Tell Raft how a MsgSnap ended."""
+        self.callbacks.tell(self._raft, "report_snapshot", self._peer, to, status)

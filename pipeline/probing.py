@@ -203,10 +203,7 @@ class Prober:
 
     def _run(self) -> None:
         while not self._is_stopped:
-            try:
-                self._turn()
-            except BaseException:  # also sys.exit() in a log handler
-                logger.exception("internal error, please report: probing fails")
+            if not logger.survive("probing fails", self._turn):
                 time.sleep(STEP_TIMEOUT_S)  # not in a busy loop
         for target in self._known:
             self._close(target)

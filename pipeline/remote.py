@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from urllib3.util import parse_url
 
+from pipeline.callbacks import Callbacks
 from pipeline.errors import UsageError
 from pipeline.logs import Throttle, get_logger
 from pipeline.peer import Sendable
@@ -124,6 +125,8 @@ class Remotes:
         have shown a certificate that we trust, and nobody else.
     allow_loopback : bool
         Whether loopback URLs may be learned.
+    callbacks : Callbacks
+        How the policy is called.
 
     Notes
     -----
@@ -139,12 +142,14 @@ class Remotes:
         call_soon: Callable[[Callable[[], None]], None],
         policy: RemotePolicy | None,
         allow_loopback: bool,
+        callbacks: Callbacks,
     ) -> None:
         self._member_id = member_id
         self._make = make
         self._is_peer = is_peer
         self._call_soon = call_soon
         self._policy = policy
+        self._callbacks = callbacks
         self._allow_loopback = allow_loopback
         self._lock = threading.Lock()  # guards changes of what follows
         # Replaced, never changed: get reads it without a lock.
@@ -224,12 +229,14 @@ class Remotes:
         if reason is not None:
             self._warn("did not learn remote %s from %s: %s", format_id(sender), caller, reason)
             return
-        try:
-            if self._policy is not None and not self._policy(sender, checked, str(caller)):
+        if self._policy is not None:
+            about, ask = f"{format_id(sender)} at {caller}", self._callbacks.ask
+            if not ask("remote_policy", about, self._policy, sender, checked, str(caller)):
                 return
+        try:
             self.add(sender, checked, is_learned=True)
-        except BaseException as error:  # the application's policy; or https, not to be dialled
-            self._warn("did not learn remote %s from %s: %r", format_id(sender), caller, error)
+        except UsageError as error:  # https, not to be dialled
+            self._warn("did not learn remote %s from %s: %s", format_id(sender), caller, error)
 
     def retire_connections(self) -> None:
         """Have every remote dial anew before its next message."""

@@ -143,15 +143,14 @@ class SnapshotConnections:
         return True
 
     def _serve(self, receiving: _Receiving) -> None:
-        try:
-            receiving.answer(self._handlers.snapshots.receive(receiving.request, receiving))
-        except Exception:
-            logger.exception("internal error, please report: a connection is closed")
-        finally:
-            receiving.close()
-            self._handlers.snapshots.end()
-            with self._lock:
-                self._threads.pop(threading.current_thread(), None)  # a forked child has none
+        logger.survive("a connection is closed", self._receive, receiving)
+        logger.survive("a connection is not closed", receiving.close)
+        self._handlers.snapshots.end()
+        with self._lock:
+            self._threads.pop(threading.current_thread(), None)  # a forked child has none
+
+    def _receive(self, receiving: _Receiving) -> None:
+        receiving.answer(self._handlers.snapshots.receive(receiving.request, receiving))
 
 
 class _Receiving:

@@ -14,12 +14,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline._messages import Message
+from pipeline.callbacks import require_no_awaitable
 from pipeline.config import MIB, ReceiverConfig
-from pipeline.errors import RequestRejected, UnmarshalError
-from pipeline.logs import get_logger
+from pipeline.errors import UnmarshalError
+from pipeline.logs import get_logger, show
 from pipeline.protocol import format_id
 from pipeline.snapshot_store import Saving, SnapshotStore
 from pipeline.stats import Histogram
@@ -112,7 +113,7 @@ class SnapshotReceiver:
         self.store: SnapshotStore | None = None
         if config.snapshot_dir is not None:
             self.store = SnapshotStore(config.snapshot_dir, config)
-        self._raft = raft
+        self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._handlers = handlers
         self._lock = threading.Lock()  # guards what follows
         self._free = config.snapshot_receives
@@ -180,12 +181,13 @@ class SnapshotReceiver:
             seconds = time.monotonic() - begin
             logger.info(text, index, sender, request.remote, saved, seconds)
             try:
-                self._raft.process(message)
-            except RequestRejected as rejected:
-                return handlers.rejected(rejected)
+                result = self._raft.process(message)
+                if result is not None:  # a coroutine has not processed anything
+                    require_no_awaitable("process", result)
             except BaseException as error:  # whatever a node raises, its listener goes on
-                handlers.count_process_failure()
-                return self._failed(sender, request, 500, "failed to process raft message", error)
+                return handlers.rejected(error) or self._failed(
+                    sender, request, 500, "failed to process raft message", error
+                )
         with self._lock:
             counts = self._sender(sender)
             counts.success += 1
@@ -265,8 +267,8 @@ def _read_exactly(body: Body, buffer: memoryview, size: int) -> bytearray:
 
 def _text_of(error: BaseException) -> str:
     """Return a line for an answer; of the operating system's errors without the path."""
-    try:
-        text = str((isinstance(error, OSError) and error.strerror) or error)
-    except Exception:  # it is the node's class
-        text = type(error).__name__
-    return text[:256].encode("utf-8", "replace").decode()
+    return show(error, _say).encode("utf-8", "replace").decode()
+
+
+def _say(error: object) -> str:
+    return str((isinstance(error, OSError) and error.strerror) or error)

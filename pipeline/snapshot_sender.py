@@ -21,12 +21,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from pipeline import protocol
 from pipeline._core import EncodedMessage
 from pipeline._messages import Message
 from pipeline.arguments import require_number
+from pipeline.callbacks import Callbacks, require_callable
 from pipeline.config import PipelineConfig, require_rate
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import (
@@ -49,7 +50,7 @@ from pipeline.snapshot_source import (
 )
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
-from pipeline.types import MessageType, Raft, SnapshotStatus
+from pipeline.types import MessageType, SnapshotStatus
 
 if TYPE_CHECKING:
     from pipeline.peer import Sendable
@@ -173,8 +174,10 @@ class SnapshotTransfer:
         size: int | None,
         on_progress: Callable[[SnapshotProgress], object] | None,
         profile: str,
+        callbacks: Callbacks,
     ) -> None:
         try:
+            require_callable("on_progress", on_progress)
             self.message = _encode(message, profile)
             self.peer_id = message.to
             self.source = open_source(source, size)
@@ -191,7 +194,7 @@ class SnapshotTransfer:
         self._began_at = 0.0  # to write
         self._rate: float | None = None  # when everything was written
         self._sender: SnapshotSender | None = None
-        self._call: Callable[..., None] = _call
+        self._callbacks = callbacks
         #: For asyncio; completed when it has ended.
         self.future: concurrent.futures.Future[None] = concurrent.futures.Future()
         # It is not for a waiting thread to cancel: only ``cancel`` of this class ends a transfer.
@@ -250,14 +253,15 @@ class SnapshotTransfer:
 
         It is called by the library's thread, or by the caller's. What it raises is logged.
         """
-        self.future.add_done_callback(lambda _: self._call(callback, self))
+        require_callable("callback", callback)
+        self.future.add_done_callback(lambda _: self._call("a transfer's callback", callback, self))
 
     # What follows is the sender's.
 
-    def attach(self, sender: SnapshotSender, call: Callable[..., None]) -> None:
-        """Belong to a peer from now on; the application is called through ``call``."""
+    def attach(self, sender: SnapshotSender, callbacks: Callbacks) -> None:
+        """Belong to a peer from now on; the application is called through ``callbacks``."""
         self._sender = sender
-        self._call = call
+        self._callbacks = callbacks
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase."""
@@ -285,7 +289,7 @@ class SnapshotTransfer:
             logger.exception("the source of a snapshot for %x cannot be closed", self.peer_id)
             if error is None:
                 # As in etcd, which then tells the node that it failed.
-                error = SnapshotSourceError(f"the source cannot be closed: {failure!r}")
+                error = SnapshotSourceError(f"the source cannot be closed: {show(failure)}")
                 error.__cause__ = failure
         if self._rate is None:
             self._rate = 0.0
@@ -307,14 +311,10 @@ class SnapshotTransfer:
 
     def _report(self) -> None:
         if self._on_progress is not None:
-            self._call(self._on_progress, self.progress)
+            self._call("on_progress", self._on_progress, self.progress)
 
-
-def _call(callback: Callable[..., object], *args: Any) -> None:
-    try:
-        callback(*args)
-    except BaseException:
-        logger.exception("%r raised", callback)
+    def _call(self, name: str, callback: Callable[..., object], *args: object) -> None:
+        self._callbacks.call(name, protocol.format_id(self.peer_id), callback, *args)
 
 
 def _encode(message: Sendable, profile: str) -> bytes:
@@ -341,8 +341,6 @@ class SnapshotSender:
     pipeline : Pipeline
         The peer's; its picker, status and heads are shared, and the application is called
         through it.
-    raft : Raft
-        Told how each snapshot ended.
     dispatcher : Dispatcher
         Tells Raft of those that were given up before their turn.
     config : PipelineConfig
@@ -362,7 +360,6 @@ class SnapshotSender:
     def __init__(
         self,
         pipeline: Pipeline,
-        raft: Raft,
         *,
         dispatcher: Dispatcher,
         config: PipelineConfig,
@@ -373,7 +370,6 @@ class SnapshotSender:
     ) -> None:
         self._pipeline = pipeline
         self._peer = protocol.format_id(pipeline.peer_id)
-        self._raft = raft
         self._dispatcher = dispatcher
         self._head = partial(pipeline.head, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE)
         self._config = config
@@ -391,7 +387,7 @@ class SnapshotSender:
 
     def send(self, transfer: SnapshotTransfer) -> bool:
         """Take a transfer: it begins now, or after the one that runs. False after ``stop``."""
-        transfer.attach(self, self._pipeline.call)
+        transfer.attach(self, self._pipeline.callbacks)
         with self._lock:
             if self._is_stopped:
                 return False
@@ -489,10 +485,7 @@ class SnapshotSender:
         _here.sender = self
         transfer = self._running
         while transfer is not None:
-            try:
-                self._transfer(transfer)
-            except BaseException:  # also sys.exit() in a log handler: another one may wait
-                logger.exception("internal error, please report: a snapshot's end was not told")
+            logger.survive("a snapshot's end was not told", self._transfer, transfer)
             with self._lock:
                 transfer, self._waiting = self._waiting, None
                 self._running = transfer
@@ -518,7 +511,7 @@ class SnapshotSender:
         except BaseException as failure:
             logger.exception("internal error, please report: a snapshot was not sent")
             error = PeerUnreachableError(
-                f"internal error: {failure!r}", peer_id=transfer.peer_id, url=url
+                f"internal error: {show(failure)}", peer_id=transfer.peer_id, url=url
             )
         try:
             if error is None:
@@ -541,9 +534,10 @@ class SnapshotSender:
 
     def _fail(self, url: str, error: PipelineError) -> None:
         logger.warning("failed to send database snapshot to %s: %s", self._peer, error)
-        call, pipeline = self._pipeline.call, self._pipeline
+        pipeline = self._pipeline
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
-            call(self._on_critical_error, error)
+            callbacks = pipeline.callbacks
+            callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
         # Differs from etcd, where only a stop ends a transfer: that the node changed its mind
         # says nothing of the peer.
         if not isinstance(error, SnapshotCancelledError) or self._is_stopped:
@@ -555,7 +549,7 @@ class SnapshotSender:
             self._failures += 1
 
     def _tell_raft(self, status: SnapshotStatus) -> None:
-        self._pipeline.call(self._raft.report_snapshot, self._pipeline.peer_id, status)
+        self._pipeline.report_snapshot(self._pipeline.peer_id, status)
 
     def _post(self, transfer: SnapshotTransfer, url: str) -> None:
         config = self._config

@@ -134,7 +134,7 @@ class ChunkSource:
                 if view:
                     return view
         except BaseException as error:  # also sys.exit(): nobody else's business in our thread
-            raise SnapshotSourceError(f"the source raised {error!r}") from error
+            raise SnapshotSourceError(f"the source raised {show(error)}") from error
         return None
 
 

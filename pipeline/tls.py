@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pipeline.arguments import absolute_path, require_bool, require_instance, require_one_of
+from pipeline.callbacks import require_callable
 from pipeline.config import AnyPath
 from pipeline.errors import UsageError
 from pipeline.logs import get_logger, show
@@ -125,8 +126,7 @@ class TLSInfo:
         if self.server_name is not None and not _can_be_proven(self.server_name):
             raise UsageError(f"server_name: {show(self.server_name)} is not a host name")
         require_one_of("min_version", self.min_version, tuple(_VERSIONS))
-        if self.allow_member is not None and not callable(self.allow_member):
-            raise UsageError(f"allow_member: {show(self.allow_member)} is not callable")
+        require_callable("allow_member", self.allow_member)
 
 
 class _Set(NamedTuple):
@@ -259,10 +259,7 @@ class Credentials:
 
     def _run(self) -> None:
         while not self._stopping.wait(POLL_INTERVAL_S):
-            try:
-                self.poll()
-            except BaseException:  # also sys.exit() in a log handler
-                logger.exception("internal error, please report: polling TLS files fails")
+            logger.survive("polling TLS files fails", self.poll)
 
     # -- loading
 
@@ -288,10 +285,7 @@ class Credentials:
 
     def _tell(self) -> None:
         for callback in tuple(self._subscribers):
-            try:
-                callback()
-            except BaseException:
-                logger.exception("internal error, please report: a rotation was not followed")
+            logger.survive("a rotation was not followed", callback)
 
 
 def _files(info: TLSInfo) -> Iterable[AnyPath]:

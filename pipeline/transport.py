@@ -18,6 +18,7 @@ from wsgiref.types import WSGIApplication
 
 from pipeline.arguments import require_bool, require_id, require_instance, require_iterable
 from pipeline.asgi import ASGIApp, asgi_app
+from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
@@ -86,7 +87,8 @@ class Transport:
     Raises
     ------
     UsageError
-        If an ID, a URL or a setting is not valid, or a TLS file cannot be loaded.
+        If an ID, a URL or a setting is not valid, a TLS file cannot be loaded, ``raft`` lacks a
+        method of ``Raft``, or a callback is not callable or ``async``.
 
     Notes
     -----
@@ -110,6 +112,9 @@ class Transport:
         require_id("member_id", member_id)
         require_id("cluster_id", cluster_id)
         require_bool("allow_loopback_remotes", allow_loopback_remotes)
+        require_raft(raft)
+        require_callable("on_critical_error", on_critical_error)
+        require_callable("remote_policy", remote_policy)
         self.member_id = member_id
         self.cluster_id = cluster_id
         self.config = TransportConfig()
@@ -120,6 +125,8 @@ class Transport:
         self.credentials = None if tls is None else Credentials(tls)
         self._server_stats = ServerStats(member_id)
         self._raft = raft
+        #: How the application is called on behalf of all of it.
+        self.callbacks = Callbacks(logger)
         self._dispatcher = Dispatcher(
             format_id(member_id),
             queue_bytes=self.config.queue_bytes,
@@ -135,6 +142,7 @@ class Transport:
             "min_cluster_version": self.config.min_cluster_version,
             "on_critical_error": on_critical_error,
             "credentials": self.credentials,
+            "callbacks": self.callbacks,
         }
         self._limiter = RateLimiter(self.config.snapshot_rate_limit)
         self._remotes = Remotes(
@@ -144,6 +152,7 @@ class Transport:
             call_soon=self._dispatcher.call_soon,
             policy=remote_policy,
             allow_loopback=allow_loopback_remotes,
+            callbacks=self.callbacks,
         )
         self.handlers = Handlers(
             raft,
@@ -155,6 +164,7 @@ class Transport:
             senders=None if remote_policy is None and tls is None else self._remotes,
             on_append=self._server_stats.received_append,
             allow_member=None if tls is None else tls.allow_member,
+            callbacks=self.callbacks,
         )
         self._prober: Prober | None = None
         if self.config.probe_interval_s:
@@ -337,6 +347,7 @@ class Transport:
             size=size,
             on_progress=on_progress,
             profile=self.config.pipeline.profile,
+            callbacks=self.callbacks,
         )
         peer = self._peers.get(transfer.peer_id)
         if peer is None or not peer.snapshots.send(transfer):
@@ -662,6 +673,7 @@ class Transport:
         self._lock = threading.Lock()
         for peer in self._peers.values():
             peer.forget_after_fork()
+        self.callbacks.forget_after_fork()
         self._server_stats.forget_after_fork()
         self._remotes.forget_after_fork()
         if self._prober is not None:

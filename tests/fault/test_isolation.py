@@ -10,8 +10,11 @@ import time
 import pytest
 
 from pipeline import MessageType, PipelineConfig, SnapshotStatus, Transport, TransportConfig
+from pipeline.logs import lost_lines
+from tests.support.callbacks import RudeError
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, message, pipeline_to, settle
+from tests.support.senders import PEER, eventually, message, pipeline_to, settle
 from tests.support.server import ERROR, OK, ScriptedServer, always, answer, black_hole, in_turn
 
 HEALTHY = 9
@@ -114,7 +117,10 @@ class Boom(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [Boom, SystemExit, KeyboardInterrupt], ids=lambda e: e.__name__)
+ERRORS = [Boom, SystemExit, KeyboardInterrupt, GeneratorExit]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: e.__name__)
 def test_a_callback_that_raises_is_logged_and_counted_and_kills_nothing(
     error: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,7 +142,33 @@ def test_a_callback_that_raises_is_logged_and_counted_and_kills_nothing(
         assert "from a callback" in caplog.text
 
 
-@pytest.mark.parametrize("error", [Boom, SystemExit], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("error", [*ERRORS, RudeError], ids=lambda e: e.__name__)
+@pytest.mark.parametrize("log_error", [SystemExit, RecursionError], ids=lambda e: e.__name__)
+def test_dispatchers_survive_callbacks_and_log_handlers_that_raise_together(
+    error: type[BaseException], log_error: type[BaseException]
+) -> None:
+    raft = FakeRaft(report_error=error())
+    config = TransportConfig(pipeline=PipelineConfig(queue_length=1), dispatchers=1)
+    with (
+        ScriptedServer(in_turn(*[ERROR] * 6, OK)) as server,
+        Transport(1, 1, raft, config=config) as transport,
+    ):
+        transport.add_peer(PEER, [server.url])
+        before = lost_lines()
+        # Not while the main thread logs: there it would be raised on.
+        with handler_that_raises("", log_error) as handler:
+            for count in range(1, 7):
+                transport.send([message(MessageType.SNAP)])
+                raft.wait_for(lambda count=count: len(raft.snapshots) == count)  # type: ignore[misc]
+                eventually(lambda: transport.stats()[PEER].in_flight == 0)
+            transport.send([message()])
+            eventually(lambda: transport.stats()[PEER].sent == 1)
+        assert transport.stats()[PEER].failed == 6
+        assert transport.callbacks.errors == 12
+        assert lost_lines() - before == handler.raised > 0
+
+
+@pytest.mark.parametrize("error", [*ERRORS, RudeError], ids=lambda e: e.__name__)
 def test_a_critical_error_callback_may_raise(error: type[BaseException]) -> None:
     """``on_critical_error=lambda error: sys.exit(1)`` is what people write first."""
 

@@ -32,6 +32,7 @@ from pipeline import (
 )
 from pipeline.aio import Transport, _Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, Reply, peer_headers, reply_of_socket
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer, always, answer, refused_port
@@ -611,6 +612,65 @@ def test_has_every_public_name_of_the_threaded_transport() -> None:
 
 def snapshot_to(peer_id: int) -> Message:
     return Message(type=MessageType.SNAP, to=peer_id, from_=2, term=1)
+
+
+def test_what_a_progress_callback_raises_or_returns_is_counted_and_ends_nothing(
+    run: Callable[[Main], None],
+) -> None:
+    def fail(_: object) -> None:
+        raise ValueError
+
+    async def main() -> None:
+        problems: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, about: problems.append(about))
+        with ScriptedServer() as server:
+            async with transport_of(Node()) as transport:
+                transport.add_peer(1, [server.url])
+                callbacks = transport._transport.callbacks
+                await transport.send_snapshot(snapshot_to(1), b"x", on_progress=fail)
+                await until(lambda: callbacks.errors == 4)
+                await transport.send_snapshot(snapshot_to(1), b"x", on_progress=Unawaited())
+                await until(lambda: callbacks.errors == 8)
+        assert problems == []
+
+    run(main())
+
+
+def test_a_callback_that_awaits_to_no_end_is_not_believed(run: Callable[[Main], None]) -> None:
+    """One coroutine that returns another, as of a decorator that has forgotten to await."""
+
+    async def process(message: Message) -> Any:
+        return asyncio.sleep(0)
+
+    async def main() -> None:
+        node = Node(process)
+        async with transport_of(node) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            assert (await posting(url)).status == 500
+            assert transport._transport.callbacks.errors == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("error", [ValueError, GeneratorExit, RecursionError])
+def test_a_report_that_raises_on_the_loop_is_counted_and_ends_nothing(
+    run: Callable[[Main], None], error: type[BaseException]
+) -> None:
+    async def report() -> None:
+        raise error
+
+    async def main() -> None:
+        node = Node(on_report=report)
+        with ScriptedServer(always(answer("500 Internal Server Error"))) as server:
+            async with transport_of(node) as transport:
+                transport.add_peer(1, [server.url])
+                for count in range(1, 4):
+                    transport.send([message(to=1)])
+                    await until(lambda count=count: len(node.reports) == count)  # type: ignore[misc]
+                    await until(lambda: transport.stats()[1].in_flight == 0)
+                assert transport._transport.callbacks.errors == 3
+
+    run(main())
 
 
 def test_a_snapshot_is_awaited_and_told_of_on_the_loop(run: Callable[[Main], None]) -> None:

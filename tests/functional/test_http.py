@@ -14,6 +14,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from pipeline.listener import Listener
 from pipeline.types import MessageType
 from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
+from tests.support.callbacks import RudeError, Unawaited
 from tests.support.fronts import AsgiFront, WsgiFront, running
 from tests.support.http import (
     CLUSTER_ID,
@@ -46,6 +48,7 @@ from tests.support.http import (
     reply_of_handlers,
     reply_of_socket,
 )
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 
 CONFIG = ReceiverConfig(max_body_bytes=1000, max_head_bytes=2000, handlers=2)
@@ -113,7 +116,9 @@ def wsgi_front() -> Iterator[WsgiFront]:
 def ask(request: pytest.FixtureRequest, handlers: Handlers) -> Iterator[Ask]:
     """Ask the handlers, directly or on a front: (method, path, headers, body) -> Reply."""
     if request.param == "handlers":
-        yield lambda *arguments: reply_of_handlers(handlers, *arguments)
+        # In a thread, as all servers do, but some WSGI servers.
+        with ThreadPoolExecutor(1) as pool:
+            yield lambda *arguments: pool.submit(reply_of_handlers, handlers, *arguments).result()
     elif request.param == "listener":
         listener_url = request.getfixturevalue("url")
         yield lambda *arguments: reply_of_socket(listener_url, *arguments)
@@ -345,7 +350,24 @@ def test_an_empty_body_is_a_valid_hup(raft: FakeRaft, handlers: Handlers, ask: A
     assert handlers.ignored == 1
 
 
-@pytest.mark.parametrize("error", [RuntimeError("secret"), KeyboardInterrupt(), SystemExit(1)])
+class BrokenRejection(RequestRejected):
+    """A subclass that has forgotten its base class."""
+
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("secret"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+        GeneratorExit(),
+        RudeError(),
+        BrokenRejection(),
+    ],
+)
 def test_a_raising_process_is_answered_500_and_the_connection_closed(
     raft: FakeRaft,
     handlers: Handlers,
@@ -366,6 +388,51 @@ def test_a_raising_process_is_answered_500_and_the_connection_closed(
     assert record.getMessage().startswith("failed to process Raft message of 1 from 127.0.0.1:")
     raft.process_error = None
     assert post(ask).status == 204
+
+
+@pytest.mark.parametrize("log_error", [SystemExit, RecursionError])
+def test_no_thread_ends_of_a_process_and_a_log_handler_that_raise_together(
+    raft: FakeRaft, handlers: Handlers, ask: Ask, log_error: type[BaseException]
+) -> None:
+    raft.process_error = RudeError()
+    with handler_that_raises("", log_error) as handler:
+        for _ in range(CONFIG.handlers + 1):
+            assert post(ask).status == 500
+        assert ask("POST", "/raft", peer_headers(x_etcd_cluster_id="1"), MESSAGE).status == 412
+    assert handler.raised >= CONFIG.handlers + 2
+    raft.process_error = None
+    assert post(ask).status == 204
+    assert handlers.process_failures == CONFIG.handlers + 1
+
+
+def test_a_process_that_only_makes_a_coroutine_has_processed_nothing(
+    raft: FakeRaft, handlers: Handlers, ask: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    raft.process = Unawaited()  # type: ignore[method-assign]
+    for _ in range(3):
+        reply = post(ask)
+        assert (reply.status, reply.body) == (500, b"error processing raft message\n")
+    assert handlers.process_failures == 3
+    (text,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert text.startswith("process: returned <coroutine object ")
+
+
+def test_a_process_that_only_makes_a_coroutine_of_a_chunked_message_is_answered_500(
+    raft: FakeRaft, url: str
+) -> None:
+    raft.process = Unawaited()  # type: ignore[method-assign]
+    with dial(url) as sock:
+        sock.sendall(raw_head(CHUNKED) + b"2\r\n\x08\x08\r\n0\r\n\r\n")
+        assert read_status(sock) == 500
+
+
+def test_a_server_that_processes_in_its_main_thread_can_be_interrupted(
+    raft: FakeRaft, handlers: Handlers
+) -> None:
+    raft.process_error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        reply_of_handlers(handlers, "POST", "/raft", peer_headers(), MESSAGE)
+    assert handlers.process_failures == 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from pipeline import ProbeStats, Transport, TransportConfig
 from pipeline import probing as probing_module
 from pipeline.protocol import probe_head
 from tests.support import LONG_TIMEOUT
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
     FRAMINGS,
@@ -326,3 +327,14 @@ def test_two_transports_answer_each_other_s_probes() -> None:
         two.add_peer(1, [one.listen("http://127.0.0.1:0").url])
         eventually(lambda: one.probe_stats()[2].total >= 3 and two.probe_stats()[1].total >= 3)
         assert one.probe_stats()[2].lost == two.probe_stats()[1].lost == 0
+
+
+@pytest.mark.parametrize("log_error", [SystemExit, KeyboardInterrupt, RecursionError])
+def test_the_prober_survives_a_log_handler_that_raises(log_error: type[BaseException]) -> None:
+    bad = answer("500 Internal Server Error")
+    with ScriptedServer() as server, prober() as transport:
+        server.on_probe = in_turn(PROBED, bad, PROBED, bad, PROBED)
+        transport.add_peer(2, [server.url])
+        with handler_that_raises("", log_error) as handler:
+            eventually(lambda: transport.probe_stats()[2].total >= 8)
+        assert handler.raised > 0

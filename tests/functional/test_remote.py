@@ -11,6 +11,7 @@ import pytest
 from pipeline import MessageType, PipelineConfig, Transport, TransportConfig, UsageError
 from pipeline import remote as remote_module
 from tests.support import LONG_TIMEOUT
+from tests.support.callbacks import Unawaited
 from tests.support.http import (
     CLUSTER_ID,
     HEARTBEAT,
@@ -19,7 +20,9 @@ from tests.support.http import (
     raw_head,
     read_status,
     reply_of_handlers,
+    reply_of_socket,
 )
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer
@@ -269,6 +272,33 @@ def test_a_policy_that_raises_allows_nobody_and_the_message_is_taken(
         assert transport.remote_stats() == {}
         assert len(raft.processed) == 1
     assert "undecided" in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, RecursionError])
+def test_the_thread_that_asks_the_policy_survives_whatever_it_raises(
+    error: type[BaseException],
+) -> None:
+    def policy(*_: object) -> bool:
+        raise error
+
+    raft = FakeRaft()
+    with Transport(2, CLUSTER_ID, raft, remote_policy=policy) as transport:
+        url = transport.listen("http://127.0.0.1:0").url
+        headers = peer_headers(x_server_from="7", x_peerurls="http://10.0.0.7:2380")
+        with handler_that_raises("remote_policy", RecursionError):
+            for _ in range(2):
+                assert reply_of_socket(url, "POST", "/raft", headers, BODY).status == 204
+        assert transport.remote_stats() == {}
+        assert transport.callbacks.errors == 2
+
+
+def test_a_policy_that_only_makes_a_coroutine_allows_nobody() -> None:
+    raft = FakeRaft()
+    with Transport(2, CLUSTER_ID, raft, remote_policy=Unawaited(True)) as transport:
+        assert post(transport) == 204
+        assert transport.remote_stats() == {}
+        assert transport.callbacks.errors == 1
+        assert len(raft.processed) == 1
 
 
 def test_learned_remotes_are_bounded_and_the_unused_are_forgotten(

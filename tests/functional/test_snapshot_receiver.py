@@ -27,7 +27,9 @@ from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.snapshot_receiver import SnapshotCounts
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import (
     FILE,
@@ -375,7 +377,11 @@ class Unprintable(Exception):
 
 @pytest.mark.parametrize(
     ("error", "text"),
-    [(ValueError("no \udc80"), "no ?"), (SystemExit("out"), "out"), (Unprintable(), "Unprintable")],
+    [
+        (ValueError("no \udc80"), "no ?"),
+        (SystemExit("out"), "out"),
+        (Unprintable(), "<Unprintable that raises ValueError when it is shown>"),
+    ],
 )
 def test_a_raising_process_is_answered_500(node: Node, error: BaseException, text: str) -> None:
     node.raft.process_error = error
@@ -388,6 +394,30 @@ def test_a_raising_process_is_answered_500(node: Node, error: BaseException, tex
     assert node.handlers.process_failures == 1
     node.raft.process_error = None
     assert ask(node.url, post(BODY)).status == 204
+
+
+def test_a_process_that_only_makes_a_coroutine_is_answered_500(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node.raft, "process", Unawaited())
+    for _ in range(2):
+        assert ask(node.url, post(BODY)).status == 500
+    assert node.handlers.process_failures == 2
+    assert node.results() == {"1": (0, 2)}
+    assert caplog.text.count("which is not awaited here") >= 1
+
+
+@pytest.mark.parametrize("log_error", [SystemExit, RecursionError])
+def test_a_snapshot_s_thread_survives_a_log_handler_that_raises(
+    node: Node, log_error: type[BaseException]
+) -> None:
+    node.raft.process_error = Unprintable()
+    with handler_that_raises("", log_error) as handler:
+        assert ask(node.url, post(BODY)).status == 500
+        node.raft.process_error = None
+        for _ in range(node.handlers.config.snapshot_receives + 1):
+            assert ask(node.url, post(BODY)).status == 204
+    assert handler.raised > 0
 
 
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])

@@ -36,7 +36,9 @@ from pipeline.sealed import Sealed, SealedServer
 from pipeline.tls import Credentials
 from tests.functional.test_listener import GOOD, listener_threads
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
+from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually
@@ -478,6 +480,41 @@ def test_a_member_is_bound_to_its_certificate_by_a_callback(
     assert len(node.raft.processed) == before + 1
     assert asked[-1] == ("member-1", 1)
     assert "not the certificate of '2'" in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, RecursionError])
+def test_a_callback_for_certificates_that_raises_lets_nobody_in_and_ends_no_thread(
+    node: Node, error: type[BaseException]
+) -> None:
+    is_failing = True
+
+    def allow(*_: object) -> bool:
+        if is_failing:
+            raise error
+        return True
+
+    node.listen(allow_member=allow)
+    sock = node.call()
+    with handler_that_raises("", RecursionError) as handler:
+        for _ in range(3):
+            sock.sendall(GOOD)
+            assert read_status(sock) == 412
+    assert handler.raised > 0
+    is_failing = False
+    sock.sendall(GOOD)
+    assert read_status(sock) == 204
+
+
+def test_a_callback_for_certificates_that_only_makes_a_coroutine_lets_nobody_in(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.listen(allow_member=Unawaited(True))
+    sock = node.call()
+    for _ in range(2):
+        sock.sendall(GOOD)
+        assert read_status(sock) == 412
+    assert node.raft.processed == []
+    assert caplog.text.count("allow_member: returned <coroutine") == 1
 
 
 def test_a_member_refused_later_is_refused_on_the_connection_it_has(node: Node) -> None:

@@ -8,21 +8,22 @@ from collections.abc import Iterator
 
 
 class _Raising(logging.Handler):
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, error: type[BaseException]) -> None:
         super().__init__(logging.DEBUG)
         self.text = text
+        self.error = error
         self.raised = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.text in record.getMessage():
             self.raised += 1
-            raise SystemExit("the log handler")
+            raise self.error("the log handler")
 
 
 @contextlib.contextmanager
-def handler_that_raises(text: str) -> Iterator[_Raising]:
+def handler_that_raises(text: str, error: type[BaseException] = SystemExit) -> Iterator[_Raising]:
     """Log to a handler that raises at records with ``text`` in them; it counts how often."""
-    handler = _Raising(text)
+    handler = _Raising(text, error)
     logger = logging.getLogger("pipeline")
     level = logger.level
     logger.setLevel(logging.DEBUG)

@@ -176,5 +176,5 @@ def test_a_text_is_let_pass_once_a_second(
 @pytest.mark.parametrize("error", [ValueError, RecursionError])
 def test_whatever_is_shown_is_shown(error: type[BaseException]) -> None:
     assert show(1) == "1"
-    assert show(Rude(error)) == f"<Rude whose repr raised {error.__name__}>"
+    assert show(Rude(error)) == f"<Rude that raises {error.__name__} when it is shown>"
     assert show("x" * 1000) == "'" + "x" * 199 + "..."

@@ -16,6 +16,8 @@ import pytest
 from pipeline import TLSInfo, UsageError
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
+from tests.support.logs import handler_that_raises
+from tests.support.senders import eventually
 from tests.support.tls import DAY, Authority
 
 FILES = {"cert_file": "c", "key_file": "k", "trusted_ca_file": "t"}
@@ -333,6 +335,28 @@ def test_a_subscriber_that_raises_does_not_keep_others_from_hearing(authority: A
     credentials.subscribe(lambda: told.append(None))
     assert credentials.reload()
     assert told == [None]
+
+
+@pytest.mark.parametrize("log_error", [SystemExit, RecursionError])
+def test_the_thread_that_polls_survives_a_log_handler_that_raises(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, log_error: type[BaseException]
+) -> None:
+    monkeypatch.setattr("pipeline.tls.POLL_INTERVAL_S", 0.01)
+    info = authority.info()
+    credentials = Credentials(info)
+    path = Path(info.trusted_ca_file or "")
+    good = path.read_bytes()
+    credentials.watch("test")
+    try:
+        with handler_that_raises("TLS files", log_error) as handler:
+            for count in (1, 2):
+                overwrite(path, b"broken")
+                eventually(lambda count=count: handler.raised == 2 * count - 1)  # type: ignore[misc]
+                overwrite(path, good)
+                eventually(lambda count=count: credentials.generation == count)  # type: ignore[misc]
+                eventually(lambda count=count: handler.raised == 2 * count)  # type: ignore[misc]
+    finally:
+        credentials.stop(time.monotonic() + LONG_TIMEOUT)
 
 
 def test_poll_looks_at_the_files_once_a_second(
