@@ -160,25 +160,33 @@ def main() -> None:
     arguments = parser.parse_args()
     pythons = find_pythons()
     rows = [("wheel", "size", "tried")]
+    failures = 0
     for wheel in sorted(DIST.glob("*.whl")):
         _, tag, _, target = wheel.stem.rsplit("-", 3)
         version = re.sub(r"cp3(\d+)", r"3.\1", tag)
         if arguments.python and version not in arguments.python:
             continue
         is_ours = target.endswith(f"_{platform.machine()}")
-        if is_ours and target.startswith("musllinux"):
-            seen = "built, not run: no Python on musl here"
-        elif is_ours and version in pythons:
-            seen = try_here(wheel, pythons[version], arguments.tests)
-        elif is_ours:
-            seen = f"built, not run: no CPython {version} at hand"
-        else:
-            seen = try_emulated(wheel)
+        try:
+            if is_ours and target.startswith("musllinux"):
+                seen = "built, not run: no Python on musl here"
+            elif is_ours and version in pythons:
+                seen = try_here(wheel, pythons[version], arguments.tests)
+            elif is_ours:
+                seen = f"built, not run: no CPython {version} at hand"
+            else:
+                seen = try_emulated(wheel)
+        except SystemExit as failure:
+            failures += 1
+            print(failure, file=sys.stderr)
+            seen = f"FAILED: {last_line(str(failure))}"
         print(f"{wheel.name}: {seen}", flush=True)
         rows.append((wheel.name, f"{wheel.stat().st_size / 1024:.0f} KiB", seen))
     if len(rows) == 1:
         raise SystemExit("no wheel in dist/: make wheels")
     print(table(rows))
+    if failures:
+        raise SystemExit(f"{failures} of {len(rows) - 1} wheels failed")
 
 
 if __name__ == "__main__":
