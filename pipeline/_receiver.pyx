@@ -48,6 +48,7 @@ from typing import NamedTuple
 from pipeline.general import BodyBudget, General, render
 from pipeline.handlers import Request
 from pipeline.logs import get_logger
+from pipeline.names import show_address
 from pipeline.sealed import Sealed, SealedServer
 
 __all__ = ["OwnSocket", "Receiver", "ReceiverStats", "open_socket", "recognise_post"]
@@ -238,8 +239,8 @@ cdef class Remote:
         cdef int family = (<const unsigned short*>raw)[0]
         port = raw[2] << 8 | raw[3]
         if family == socket.AF_INET:
-            return f"{socket.inet_ntop(family, raw[4:8])}:{port}"
-        return f"[{socket.inet_ntop(family, raw[8:24])}]:{port}"
+            return show_address(socket.inet_ntop(family, raw[4:8]), port)
+        return show_address(socket.inet_ntop(family, raw[8:24]), port)
 
 
 cdef class Receiver:

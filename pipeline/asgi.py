@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
 from pipeline.handlers import Answer, Handlers, Request
+from pipeline.names import show_address
 
 __all__ = ["ASGIApp", "asgi_app"]
 
@@ -114,8 +115,7 @@ def _first_values(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
 def _remote(client: tuple[str, int] | None) -> str:
     if client is None:
         return "unknown"
-    host, port = client
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return show_address(*client)
 
 
 class _BodyTooLargeError(Exception):

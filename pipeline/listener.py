@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
 import os
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from urllib3.util import parse_url
 
@@ -18,6 +21,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.handlers import Handlers
 from pipeline.logs import get_logger
+from pipeline.names import is_wildcard, show_address
 from pipeline.picker import parse_urls
 from pipeline.snapshot_connections import SnapshotConnections
 from pipeline.tls import Credentials
@@ -25,6 +29,9 @@ from pipeline.tls import Credentials
 __all__ = ["Listener"]
 
 logger = get_logger(__name__)
+
+#: Ports that are tried for several addresses of a name: each is free at the first of them.
+PORT_TRIES = 100
 
 _all: weakref.WeakSet[Listener] = weakref.WeakSet()  # for fork
 
@@ -37,8 +44,8 @@ class Listener:
     handlers : Handlers
         What is served.
     urls : str or iterable of str
-        ``http://host:port`` or ``https://host:port``; port 0 takes a free one. ``[::]`` takes
-        IPv4 as well.
+        ``http://host:port`` or ``https://host:port``. All addresses of a name are listened at.
+        Port 0 takes one that is free at all of them. ``[::]`` takes IPv4 as well.
     config : ReceiverConfig
         Limits and timeouts.
     credentials : Credentials, optional
@@ -56,8 +63,8 @@ class Listener:
     UsageError
         If a URL is not valid, neither ``http`` nor ``https``, or ``https`` without credentials.
     OSError
-        If an address cannot be bound, there are no descriptors left, or ``config.snapshot_dir``
-        cannot be made.
+        If a name cannot be resolved, an address cannot be bound, or there are no descriptors left:
+        the text has URL and address. If ``config.snapshot_dir`` cannot be made.
 
     Notes
     -----
@@ -93,8 +100,8 @@ class Listener:
         self._receiver = Receiver(
             handlers, config, handlers.cluster_header, self._snapshots.take, credentials
         )
-        sockets = _bind(given, config.max_connections)
-        ports = [sock.getsockname()[1] for sock in sockets]
+        bound = _bind(given, config.max_connections)
+        ports = [sockets[0].getsockname()[1] for sockets in bound]
         self._snapshots.name = f"pipeline-snapshot-{ports[0]}"
         self.urls = tuple(
             f"{url.rpartition(':')[0]}:{port}" for url, port in zip(given, ports, strict=True)
@@ -117,8 +124,8 @@ class Listener:
             )
         )
         listening: dict[bool, list[int]] = {False: [], True: []}
-        for url, sock in zip(given, sockets, strict=True):
-            listening[url.startswith("https://")].append(sock.detach())
+        for url, sockets in zip(given, bound, strict=True):
+            listening[url.startswith("https://")] += [sock.detach() for sock in sockets]
         self._receiver.start(listening[False], listening[True])
         try:
             for thread in self._threads:
@@ -196,34 +203,105 @@ class Listener:
         self.close()
 
 
-def _bind(urls: Iterable[str], backlog: int) -> list[OwnSocket]:
-    """Listen before the loop runs: from here on nobody is refused."""
-    sockets: list[OwnSocket] = []
-    try:
+def _bind(urls: Iterable[str], backlog: int) -> list[list[OwnSocket]]:
+    """Listen before the loop runs: from here on nobody is refused. One list for each URL."""
+    with contextlib.ExitStack() as undo:
+        bound: list[list[OwnSocket]] = []
         for url in urls:
-            parsed = parse_url(url)
-            assert parsed.host is not None  # parse_urls has seen to it
-            host = parsed.host.strip("[]")
-            family, kind, protocol, _, address = socket.getaddrinfo(
-                host, parsed.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-            )[0]
-            sock = open_socket(family, kind, protocol)
-            sockets.append(sock)
-            # The port of a listener just closed is free although its connections linger.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Both are inherited by what is accepted. An answer is one write, not to be delayed;
-            # a caller that is gone is found even when it is not expected to speak.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
-            sock.bind(address)
-            sock.listen(backlog)
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
+            bound.append(_bind_url(url, backlog))
+            for sock in bound[-1]:
+                undo.enter_context(sock)
+        undo.pop_all()
+    return bound
+
+
+def _bind_url(url: str, backlog: int) -> list[OwnSocket]:
+    """Listen at all addresses of the URL's host, at one port.
+
+    Differs from etcd: Go's ``net.Listen`` takes one address of a name, and who resolves the name
+    to the other one is refused.
+    """
+    parsed = parse_url(url)
+    host = cast(str, parsed.host).strip("[]")  # parse_urls has seen to it
+    try:
+        found = socket.getaddrinfo(
+            host, parsed.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+        )
+    except UnicodeError as error:
+        raise UsageError(f"url: {url!r}: {host!r} is not a host name: {error}") from error
+    except OSError as error:
+        raise _blame(error, f"cannot listen at {url}: {host!r} cannot be resolved") from error
+    # A name may be given twice in /etc/hosts.
+    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    for _ in range(PORT_TRIES):
+        sockets = _bind_addresses(url, addresses, backlog)
+        if sockets:
+            return sockets
+    raise OSError(
+        errno.EADDRINUSE, f"cannot listen at {url}: no port is free at all of its addresses"
+    )
+
+
+def _bind_addresses(
+    url: str, addresses: Sequence[tuple[int, tuple[Any, ...]]], backlog: int
+) -> list[OwnSocket]:
+    """Listen at the addresses; empty if a port that the kernel chose for one is taken at another.
+
+    What of a name is no address of this machine is passed over, unless nothing is left: where the
+    kernel has no IPv6, ``localhost`` may be ``::1`` all the same.
+    """
+    sockets: list[OwnSocket] = []
+    absent: list[tuple[int, str]] = []  # no errors: they would hold this frame, and it them
+    chosen: int | None = None
+    with contextlib.ExitStack() as undo:
+        for family, (host, port, *more) in addresses:
+            try:
+                sock = _bind_address(family, (host, chosen or port, *more), backlog)
+            except OSError as error:
+                if chosen is not None and error.errno == errno.EADDRINUSE:
+                    return []
+                what = f"cannot listen at {url} ({show_address(host, port)})"
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise _blame(error, what) from error
+                absent.append((error.errno, f"{what}: {error.strerror}"))
+                continue
+            sockets.append(undo.enter_context(sock))
+            if port == 0:
+                chosen = sock.getsockname()[1]
+        if not sockets:
+            raise OSError(*absent[0])
+        undo.pop_all()
+    for _, text in absent:
+        logger.warning("%s", text)
     return sockets
+
+
+def _bind_address(family: int, address: tuple[Any, ...], backlog: int) -> OwnSocket:
+    sock = open_socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        # The port of a listener just closed is free although its connections linger.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Both are inherited by what is accepted. An answer is one write, not to be delayed;
+        # a caller that is gone is found even when it is not expected to speak.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if family == socket.AF_INET6:
+            is_dual = is_wildcard(address[0])  # [::] takes IPv4 as well, as Go's does
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not is_dual)
+        sock.bind(address)
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _blame(error: OSError, what: str) -> OSError:
+    """Return an error of the same class and number that says what it is about."""
+    text = f"{what}: {error.strerror or error}"
+    if error.errno is None:
+        return OSError(text)
+    return (socket.gaierror if isinstance(error, socket.gaierror) else OSError)(error.errno, text)
 
 
 def _after_fork_in_child() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
@@ -12,8 +13,9 @@ from urllib3.util import parse_url
 from pipeline.arguments import require_iterable
 from pipeline.errors import UsageError
 from pipeline.logs import show
+from pipeline.names import is_wildcard
 
-__all__ = ["URLPicker", "parse_urls"]
+__all__ = ["URLPicker", "parse_peer_urls", "parse_urls"]
 
 # A URL ends up in a request line, in Host and, joined by commas, in X-PeerURLs.
 _PRINTABLE = re.compile(r"[\x21-\x7e]+")
@@ -51,6 +53,30 @@ def parse_urls(
     if not parsed and not may_be_empty:
         raise UsageError(f"{name}: at least one URL is needed")
     return tuple(parsed)
+
+
+def parse_peer_urls(
+    urls: Iterable[str], name: str = "urls", *, may_be_empty: bool = False
+) -> tuple[str, ...]:
+    """Check URLs that a member is to be reached at, as :func:`parse_urls` does.
+
+    Raises
+    ------
+    UsageError
+        Also of a wildcard address: who dials that reaches itself.
+
+    Notes
+    -----
+    Differs from etcd: it advertises whatever it is told to.
+    """
+    parsed = parse_urls(urls, name, may_be_empty=may_be_empty)
+    for url in parsed:
+        if url.startswith(("http://", "https://")) and is_wildcard(cast(str, parse_url(url).host)):
+            raise UsageError(
+                f"{name}: {url!r}: a wildcard address can be listened at but not reached; "
+                "give the address or the name that the other members dial"
+            )
+    return parsed
 
 
 def _parse_url(name: str, url: str) -> str:
@@ -92,7 +118,7 @@ class URLPicker:
     Parameters
     ----------
     urls : iterable of str
-        See :func:`parse_urls`.
+        See :func:`parse_peer_urls`.
 
     Notes
     -----
@@ -101,7 +127,7 @@ class URLPicker:
 
     def __init__(self, urls: Iterable[str]) -> None:
         self._lock = threading.Lock()  # guards the two below
-        self._urls = parse_urls(urls)
+        self._urls = parse_peer_urls(urls)
         self._picked = 0
         self._on_change: list[Callable[[], object]] = []
 
@@ -136,7 +162,7 @@ class URLPicker:
 
     def update(self, urls: Iterable[str]) -> None:
         """Replace the URLs and start from the first. After ``UsageError`` nothing has changed."""
-        parsed = parse_urls(urls)
+        parsed = parse_peer_urls(urls)
         with self._lock:
             self._urls = parsed
             self._picked = 0

@@ -35,7 +35,7 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
-from pipeline.picker import URLPicker, parse_urls
+from pipeline.picker import URLPicker, parse_peer_urls
 from pipeline.pool import Line, Pool
 from pipeline.status import PeerStatus
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
@@ -146,7 +146,7 @@ class Pipeline(Sender):
             protocol.request_head,
             member_id=member_id,
             cluster_id=cluster_id,
-            peer_urls=parse_urls(peer_urls, "peer_urls", may_be_empty=True),
+            peer_urls=parse_peer_urls(peer_urls, "peer_urls", may_be_empty=True),
             server_version=defaults.server_version if server_version is None else server_version,
             min_cluster_version=min_cluster_version,
         )
@@ -243,7 +243,7 @@ class Pipeline(Sender):
 
     def update(self, urls: Iterable[str]) -> None:
         """Send to other URLs from the next message on; ``UsageError`` for a bad one."""
-        urls = parse_urls(urls)
+        urls = parse_peer_urls(urls)
         for url in urls:
             self._pool(url)
         self.picker.update(urls)
@@ -300,8 +300,7 @@ class Pipeline(Sender):
         elif event is Event.UNSEAL:
             self._unseal(index, error)
         elif event is Event.HANDSHAKE:
-            self.begin_handshake(index, HANDSHAKE_TIMEOUT_S)
-            self._shake(index, self._lines[index].begin_tls(), b"")
+            self._begin_tls(index)
         elif event is Event.FAILED and self._lines[index].odd.is_text_due:
             self._judge(index, *self.answer(index), is_ended=True)
         elif event is Event.FAILED:
@@ -358,6 +357,15 @@ class Pipeline(Sender):
     # What a connection that carries TLS needs besides. The loop writes and reads; it waits, and
     # knows when to stop waiting.
 
+    def _begin_tls(self, index: int) -> None:
+        self.begin_handshake(index, HANDSHAKE_TIMEOUT_S)
+        try:
+            tunnel = self._lines[index].begin_tls()
+        except ssl.SSLError as error:
+            self._refuse_server(index, error)
+        else:
+            self._shake(index, tunnel, b"")
+
     def _shake(self, index: int, tunnel: Tunnel, data: bytes) -> None:
         """Go on with the handshake; the message follows without another visit."""
         try:
@@ -365,11 +373,14 @@ class Pipeline(Sender):
                 self.end_handshake(index)
                 self.seal(index, tunnel.seal)
         except ssl.SSLError as error:
-            self._lines[index].say_why()
-            reason = f"TLS handshake: {tls_reason(error)}"
-            self._fail(index, self._unreachable(index, reason, error))
+            self._refuse_server(index, error)
         else:
             self._post(index)
+
+    def _refuse_server(self, index: int, error: ssl.SSLError) -> None:
+        self._lines[index].say_why()
+        reason = f"TLS handshake: {tls_reason(error)}"
+        self._fail(index, self._unreachable(index, reason, error))
 
     def _seal(self, index: int) -> None:
         """Encrypt the message, or more of it; but first what came while the worker was idle."""

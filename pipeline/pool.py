@@ -127,15 +127,13 @@ class Pool(HTTPConnectionPool):
         )
         self.url = url
         self.head = head
-        # As an address: without brackets and zone.
-        self._proven_host = cast(str, parsed.host).strip("[]").partition("%")[0]
+        self._url_host = cast(str, parsed.host)
 
     def tunnel(self) -> Tunnel:
-        """Make the TLS of a new connection."""
+        """Make the TLS of a new connection; ``ssl.SSLError`` if the host cannot prove itself."""
         assert self.credentials is not None
         self.credentials.poll()
-        host = self.credentials.info.server_name or self._proven_host
-        return Tunnel(self.credentials, host)
+        return Tunnel(self.credentials, self._url_host)
 
 
 class Line:

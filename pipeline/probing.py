@@ -277,8 +277,7 @@ class Prober:
             if target.line.is_sealed:
                 target.connected_at = time.monotonic()
                 target.due = target.connected_at + STEP_TIMEOUT_S
-                target.line.begin_tls()
-                self._shake(target, b"")
+                self._begin_tls(target)
             else:
                 self._send(target)
             return
@@ -290,6 +289,14 @@ class Prober:
             self._fail(target, str(failure))
             return
         self._selector.register(target.line.fileno(), selectors.EVENT_WRITE, target)
+
+    def _begin_tls(self, target: _Target) -> None:
+        try:
+            target.line.begin_tls()
+        except ssl.SSLError as error:
+            self._fail(target, f"TLS handshake: {tls_reason(error)}")
+        else:
+            self._shake(target, b"")
 
     def _shake(self, target: _Target, data: bytes) -> None:
         tunnel = target.line.tunnel

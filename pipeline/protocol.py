@@ -21,7 +21,8 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.logs import show
-from pipeline.picker import parse_urls
+from pipeline.names import zoneless
+from pipeline.picker import parse_peer_urls
 
 __all__ = [
     "MIN_CLUSTER_VERSION",
@@ -222,7 +223,7 @@ def request_head(
     Parameters
     ----------
     url : str
-        The peer's URL, ``http`` or ``https``, as :func:`pipeline.picker.parse_urls` takes it.
+        The peer's URL, ``http`` or ``https``, as :func:`pipeline.picker.parse_peer_urls` takes it.
     member_id, cluster_id : int
         Ours, 64 bits.
     peer_urls : iterable of str
@@ -241,8 +242,8 @@ def request_head(
     etcd: Content-Length comes last, for it is what changes from message to message; User-Agent is
     ours; nothing compressed is asked for.
     """
-    (checked,) = parse_urls((url,))
-    scheme, _, host = checked.partition("://")
+    (checked,) = parse_peer_urls((url,))
+    scheme, _, host = zoneless(checked).partition("://")
     if scheme not in ("http", "https"):
         raise UsageError(f"url: {url!r}: must be http or https to be posted to")
     if not _TOKEN.fullmatch(content_type):
@@ -260,7 +261,7 @@ def request_head(
         f"{MIN_CLUSTER}: {lowest}",
     ]
     if urls:
-        lines.append(f"{PEER_URLS}: {','.join(parse_urls(urls))}")
+        lines.append(f"{PEER_URLS}: {','.join(map(zoneless, parse_peer_urls(urls)))}")
     lines += [
         f"{SERVER_FROM}: {format_id(member_id)}",
         f"{SERVER_VERSION}: {ours}",
@@ -273,10 +274,10 @@ def request_head(
 
 def probe_head(url: str) -> bytes:
     """Build a whole probe: ``GET /raft/probing`` at an ``http`` or ``https`` peer URL."""
-    (checked,) = parse_urls((url,))
+    (checked,) = parse_peer_urls((url,))
     lines = [
         f"GET {PROBING_PATH} HTTP/1.1",
-        f"Host: {checked.partition('://')[2]}",
+        f"Host: {zoneless(checked).partition('://')[2]}",
         f"User-Agent: raft-pipeline/{__version__}",
         "Accept-Encoding: identity",
         "",

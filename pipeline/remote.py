@@ -8,7 +8,6 @@ bounded when it is on. Source: etcd rafthttp/remote.go, ``addRemoteFromRequest``
 from __future__ import annotations
 
 import ipaddress
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from urllib3.util import parse_url
 from pipeline.callbacks import Callbacks
 from pipeline.errors import UsageError
 from pipeline.logs import Throttle, get_logger
+from pipeline.names import literal_address
 from pipeline.peer import Sendable
 from pipeline.picker import parse_urls
 from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
@@ -273,22 +273,19 @@ def _refusal(urls: tuple[str, ...], *, allow_loopback: bool) -> str | None:
     if len(urls) > URLS_MAX:
         return f"more than {URLS_MAX} URLs"
     for url in urls:
-        host = (parse_url(url).host or "").strip("[]")
-        try:
-            # Not ipaddress alone: what dials takes 127.1 and 0x7f000001 as well. Asks no DNS.
-            found = socket.getaddrinfo(
-                host, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-            )
-        except (OSError, UnicodeError):
+        host = parse_url(url).host or ""
+        address = literal_address(host)
+        if address is None:
             name = host.lower().rstrip(".")
-            if (name == "localhost" or name.endswith(".localhost")) and not allow_loopback:
-                return f"{url} is loopback"
-            continue  # what a name stands for is for the policy to know
-        address = ipaddress.ip_address(str(found[0][4][0]).partition("%")[0])
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-        if address.is_loopback and not allow_loopback:
+            is_loopback = name == "localhost" or name.endswith(".localhost")
+        else:
+            is_loopback = address.is_loopback
+        if is_loopback and not allow_loopback:
             return f"{url} is loopback"
+        if address is None:
+            continue  # what a name stands for is for the policy to know
+        if "%" in host:
+            return f"{url} has a zone, which is one of its sender's interfaces and not of ours"
         if address.is_link_local or address.is_multicast or address.is_unspecified:
             return f"{url} is link-local, multicast or unspecified"
         if address == ipaddress.IPv4Address("255.255.255.255"):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pipeline.config import ReceiverConfig
 from pipeline.general import BodyBudget, General, Then, render
 from pipeline.handlers import Answer, Handlers, Request
-from pipeline.tls import Credentials
+from pipeline.tls import Credentials, read_certificate
+from pipeline.tunnel import tls_reason
 
 if TYPE_CHECKING:
     from pipeline._receiver import OwnSocket
@@ -271,7 +272,11 @@ class Sealed:
         the caller sees the end of the connection where etcd's sees an alert.
         """
         self._is_shaken = self._is_idle = True
-        self._certificate = self._tls.getpeercert() or None
+        try:
+            self._certificate = read_certificate(self._tls)
+        except ssl.SSLError as error:
+            self._refuse(tls_reason(error))
+            return False
         if self._certificate is not None:
             reason = self._server.credentials.refusal(self._certificate)
             # Of a resumed session the certificate was verified when the session was made. OpenSSL

@@ -189,13 +189,12 @@ class SnapshotLink:
     def _secure(self, credentials: Credentials) -> None:
         sock = self._sock
         assert sock is not None
-        # As an address: without brackets and zone.
-        host = self._connection.host.strip("[]").partition("%")[0]
         credentials.poll()
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
-        tunnel = Tunnel(credentials, credentials.info.server_name or host)
+        tunnel: Tunnel | None = None
         data = b""
         try:
+            tunnel = Tunnel(credentials, self._connection.host)
             while True:
                 is_done = tunnel.shake(data)
                 # A few KB, and nothing was left unsent before: they fit.
@@ -208,7 +207,7 @@ class SnapshotLink:
                 if not data:
                     raise self._unreachable("TLS: the connection ended during the handshake")
         except OSError as error:
-            if isinstance(error, ssl.SSLError):
+            if tunnel is not None and isinstance(error, ssl.SSLError):
                 with contextlib.suppress(OSError):
                     # An alert: to the peer it is what went wrong.
                     sock.send(tunnel.outgoing(), socket.MSG_NOSIGNAL)

@@ -23,8 +23,9 @@ from pipeline.callbacks import require_callable
 from pipeline.config import AnyPath
 from pipeline.errors import UsageError
 from pipeline.logs import get_logger, show
+from pipeline.names import proven_name
 
-__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo"]
+__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo", "read_certificate"]
 
 logger = get_logger(__name__)
 
@@ -35,6 +36,9 @@ POLL_INTERVAL_S = 1.0
 #: A set that could not be loaded is tried again after this, changed or not: what was wrong may
 #: not show in the files' dates, as when descriptors ran out.
 RETRY_INTERVAL_S = 10.0
+
+#: Of a host name (RFC 1035 section 2.3.4), which SNI holds as well.
+NAME_MAX = 253
 
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
@@ -123,7 +127,7 @@ class TLSInfo:
             isinstance(self.server_name, str) and self.server_name
         ):
             raise UsageError(f"server_name: {show(self.server_name)} is not a name")
-        if self.server_name is not None and not _can_be_proven(self.server_name):
+        if self.server_name is not None and not _can_be_proven(proven_name(self.server_name)):
             raise UsageError(f"server_name: {show(self.server_name)} is not a host name")
         require_one_of("min_version", self.min_version, tuple(_VERSIONS))
         require_callable("allow_member", self.allow_member)
@@ -213,6 +217,31 @@ class Credentials:
     def subscribe(self, callback: Callable[[], None]) -> None:
         """Have ``callback`` called after each rotation, by the thread that noticed it."""
         self._subscribers.append(callback)
+
+    def name_of(self, host: str) -> str:
+        """Return the name that the server at ``host``, of a URL, must prove; also sent as SNI.
+
+        Raises
+        ------
+        ssl.SSLError
+            If no certificate can prove it: it is no host's.
+        """
+        name = proven_name(self.info.server_name or host)
+        if not _can_be_proven(name):
+            raise ssl.SSLError(f"{name!r} is not a name that a certificate can prove")
+        return name
+
+    def check_server(self, tls: ssl.SSLObject | ssl.SSLSocket) -> None:
+        """Apply the rules to the server's certificate, after the handshake that verified it.
+
+        Raises
+        ------
+        ssl.SSLError
+            If they refuse it, or it cannot be read.
+        """
+        refusal = self.refusal(read_certificate(tls) or {})
+        if refusal:
+            raise ssl.SSLError(refusal)
 
     def refusal(self, certificate: Mapping[str, Any]) -> str:
         """Tell why the rules refuse a verified certificate; empty if they do not.
@@ -376,13 +405,26 @@ def _load_crl(context: ssl.SSLContext, file: AnyPath) -> None:
 
 
 def _can_be_proven(name: str) -> bool:
-    """Tell whether ``ssl`` takes the name; one it does not would fail every handshake, oddly."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    """Tell whether ``ssl`` takes the name; of one it does not it raises what is no TLS error."""
     try:
-        context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=name)
-    except (ValueError, TypeError, ssl.SSLError):
+        length = len(name.encode("idna"))
+    except UnicodeError:
         return False
-    return True
+    return 0 < length <= NAME_MAX and not name.startswith(".") and "\0" not in name
+
+
+def read_certificate(tls: ssl.SSLObject | ssl.SSLSocket) -> Mapping[str, Any] | None:
+    """Return the certificate that the other side has shown, if it has and it was verified.
+
+    Raises
+    ------
+    ssl.SSLError
+        If it cannot be read: OpenSSL verifies names that are no text.
+    """
+    try:
+        return tls.getpeercert() or None
+    except ValueError as error:  # UnicodeDecodeError
+        raise ssl.SSLError(f"certificate refused: it cannot be read: {error}") from error
 
 
 def _common_name(certificate: Mapping[str, Any]) -> str:

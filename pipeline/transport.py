@@ -26,7 +26,7 @@ from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.logs import get_logger, show
 from pipeline.peer import Peer, PeerStats, Sendable
-from pipeline.picker import parse_urls
+from pipeline.picker import parse_peer_urls
 from pipeline.pipeline import Pipeline
 from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
@@ -65,7 +65,7 @@ class Transport:
     raft : Raft
         Takes what peers send and hears what could not be delivered, from our threads.
     peer_urls : iterable of str
-        Where peers reach us; sent as X-PeerURLs.
+        Where peers reach us, so no wildcard addresses; sent as X-PeerURLs.
     tls : TLSInfo, optional
         Our certificate and whom we trust; ``https`` URLs need it. The files are looked at once a
         second, and connections made with an old set are replaced.
@@ -120,7 +120,7 @@ class Transport:
         self.config = TransportConfig()
         if config is not None:
             self.config = require_instance("config", config, TransportConfig)
-        self.peer_urls = parse_urls(peer_urls, "peer_urls", may_be_empty=True)
+        self.peer_urls = parse_peer_urls(peer_urls, "peer_urls", may_be_empty=True)
         #: What ``tls`` is made of; handed to everything that speaks TLS.
         self.credentials = None if tls is None else Credentials(tls)
         self._server_stats = ServerStats(member_id)
@@ -373,7 +373,7 @@ class Transport:
             If a URL or the ID is not valid, or the transport is not running.
         """
         require_id("peer_id", peer_id)
-        checked = parse_urls(urls)
+        checked = parse_peer_urls(urls)
         with self._lock:
             self._require_running("add_peer")
             if peer_id in self._peers:
@@ -405,14 +405,14 @@ class Transport:
         require_id("member_id", member_id)
         if not self._is_started:
             raise UsageError("add_remote: the transport was not started")
-        checked = parse_urls(urls)
+        checked = parse_peer_urls(urls)
         if member_id not in self._peers:
             self._remotes.add(member_id, checked)
 
     def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
         require_id("peer_id", peer_id)
-        checked = parse_urls(urls)
+        checked = parse_peer_urls(urls)
         with self._lock:
             peer = self._peers.get(peer_id)
             if peer is not None:
@@ -593,7 +593,8 @@ class Transport:
         ----------
         url : str or iterable of str, optional
             ``http://host:port``, or ``https://host:port``, which needs ``tls``; port 0 takes a
-            free one. By default all of ``peer_urls``.
+            free one. By default all of ``peer_urls``. All addresses of a name are listened at;
+            ``0.0.0.0`` and ``[::]`` are all of the machine's, the latter with IPv4.
 
         Returns
         -------
@@ -605,7 +606,8 @@ class Transport:
         UsageError
             If there is no URL, or the transport is not running.
         OSError
-            If the address cannot be bound, or ``snapshot_dir`` cannot be made.
+            If a name cannot be resolved or an address bound, which the text names, or
+            ``snapshot_dir`` cannot be made.
         """
         if url is None:
             if not self.peer_urls:

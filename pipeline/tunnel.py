@@ -23,11 +23,11 @@ class Tunnel:
     credentials : Credentials
         The set in force now is used for as long as the tunnel lives.
     host : str
-        The name or address the server must prove.
+        The host dialled, as in the URL.
 
     Notes
     -----
-    Not thread-safe. Nothing here waits. Its errors are ``ssl.SSLError``.
+    Not thread-safe. Nothing here waits. Its errors, also when it is made, are ``ssl.SSLError``.
     """
 
     def __init__(self, credentials: Credentials, host: str) -> None:
@@ -38,7 +38,7 @@ class Tunnel:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = credentials.client_context.wrap_bio(
-            self._incoming, self._outgoing, server_hostname=host
+            self._incoming, self._outgoing, server_hostname=credentials.name_of(host)
         )
 
     def shake(self, data: bytes) -> bool:
@@ -54,9 +54,7 @@ class Tunnel:
             self._tls.do_handshake()
         except ssl.SSLWantReadError:
             return False
-        refusal = self._credentials.refusal(self._tls.getpeercert() or {})
-        if refusal:
-            raise ssl.SSLError(refusal)
+        self._credentials.check_server(self._tls)
         self.is_established = True
         return True
 

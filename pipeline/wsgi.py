@@ -9,6 +9,7 @@ from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvir
 
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Answer, Handlers, Request
+from pipeline.names import show_address
 
 __all__ = ["wsgi_app"]
 
@@ -117,8 +118,7 @@ def _remote(environ: WSGIEnvironment) -> str:
     host = environ.get("REMOTE_ADDR")
     if not host:
         return "unknown"
-    port = environ.get("REMOTE_PORT", "")
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return show_address(host, environ.get("REMOTE_PORT", ""))
 
 
 def _phrase(status: int) -> str:

@@ -894,6 +894,11 @@ def test_asgi_serves_servers_that_give_no_raw_path_and_no_client(raft: FakeRaft,
     assert raft.processed == [HEARTBEAT]
 
 
+def test_asgi_shows_a_caller_of_ipv4_as_one(app: Any, caplog: pytest.LogCaptureFixture) -> None:
+    drive(app, http_scope(client=("::ffff:10.0.0.9", 5)), [part(b"no message")])
+    assert "from 10.0.0.9:5" in caplog.text
+
+
 def test_asgi_takes_the_first_of_repeated_headers_as_go_does(app: Any) -> None:
     scope = http_scope()
     scope["headers"].append((b"x-etcd-cluster-id", b"1"))

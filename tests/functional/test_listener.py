@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -17,11 +18,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from pipeline import listener as listener_module
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UsageError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from tests.support import LONG_TIMEOUT
+from tests.support import LONG_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets
 from tests.support.http import (
     CLUSTER_ID,
@@ -90,17 +92,6 @@ def is_closed(sock: socket.socket) -> bool:
     return True
 
 
-def has_ipv6() -> bool:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        return False
-    return True
-
-
-ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
-
-
 @pytest.mark.parametrize(
     "url",
     [
@@ -125,6 +116,111 @@ def test_the_ipv6_wildcard_takes_ipv4_as_gos_does() -> None:
         port = urlsplit(listener.url).port
         assert post_heartbeat(f"http://127.0.0.1:{port}").status == 204
         assert post_heartbeat(f"http://[::1]:{port}").status == 204
+
+
+def resolve(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]]) -> None:
+    """Have the names stand for these addresses."""
+    real = socket.getaddrinfo
+
+    def getaddrinfo(host: str, *args: Any, **kwargs: Any) -> list[Any]:
+        found = [real(address, *args, **kwargs) for address in names.get(host, [host])]
+        return [entry for entries in found for entry in entries]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+@pytest.mark.parametrize(
+    "addresses",
+    [
+        pytest.param(["127.0.0.1", "127.0.0.2"], id="two"),
+        pytest.param(["::1", "127.0.0.1"], marks=ipv6, id="two families"),
+        pytest.param(["127.0.0.1", "127.0.0.1"], id="one twice"),
+        pytest.param(["192.0.2.7", "127.0.0.1"], id="one of another machine"),
+    ],
+)
+def test_all_addresses_of_a_name_are_listened_at(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    raft = FakeRaft()
+    resolve(monkeypatch, {"both.test": addresses})
+    with listen(raft, "http://both.test:0") as listener:
+        prefix, _, port = listener.url.rpartition(":")
+        assert prefix == "http://both.test"
+        ours = [address for address in addresses if address != "192.0.2.7"]
+        for address in ours:
+            host = f"[{address}]" if ":" in address else address
+            assert post_heartbeat(f"http://{host}:{port}").status == 204
+        has_told = "(192.0.2.7:0): Cannot assign requested address" in caplog.text
+        assert has_told == (len(ours) < len(addresses))
+        again = listener.url
+    with listen(raft, again) as listener:  # all of it was let go of
+        assert listener.url == again
+
+
+def test_a_free_port_is_free_at_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel chooses one that is free at the first address only."""
+    resolve(monkeypatch, {"both.test": ["127.0.0.1", "127.0.0.2"]})
+    chosen: list[int] = []
+    real = listener_module._bind_address
+
+    def bind(family: int, address: tuple[Any, ...], backlog: int) -> socket.socket:
+        if address[0] == "127.0.0.2" and len(chosen) < 3:
+            chosen.append(address[1])
+            raise OSError(errno.EADDRINUSE, "Address already in use")
+        return real(family, address, backlog)
+
+    monkeypatch.setattr(listener_module, "_bind_address", bind)
+    with listen(FakeRaft(), "http://both.test:0") as listener:
+        port = urlsplit(listener.url).port
+        for host in ("127.0.0.1", "127.0.0.2"):
+            assert post_heartbeat(f"http://{host}:{port}").status == 204
+    assert len(chosen) == 3
+    monkeypatch.setattr(listener_module, "PORT_TRIES", 2)
+    chosen.clear()
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match=r"http://both\.test:0: no port is free at all of its"):
+        listen(FakeRaft(), "http://both.test:0")
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "failure", ["in use", "at one of two", "another machine's", "no name", "resolver", "no text"]
+)
+def test_an_address_that_cannot_be_listened_at_is_named(
+    monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    taken = socket.create_server(("127.0.0.2", 0))
+    port = taken.getsockname()[1]
+    resolve(monkeypatch, {"both.test": ["127.0.0.1", "127.0.0.2"]})
+    url, text, kind = {
+        "in use": (f"http://127.0.0.2:{port}", f"(127.0.0.2:{port}): Address already", OSError),
+        "at one of two": (f"http://both.test:{port}", f"(127.0.0.2:{port}): Addr", OSError),
+        "another machine's": ("http://192.0.2.7:1", "(192.0.2.7:1): Cannot assign", OSError),
+        "no name": ("http://no-such.invalid:1", "'no-such.invalid' cannot", socket.gaierror),
+        "resolver": ("http://busy.test:1", "resolved: Device or resource busy", OSError),
+        "no text": (f"http://{'a' * 64}.test:1", "is not a host name", UsageError),
+    }[failure]
+    config = ReceiverConfig()
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    free = "http://127.0.0.3:0"
+    if failure == "resolver":
+        free = url
+        monkeypatch.setattr(socket, "getaddrinfo", busy)
+    before = sorted(os.listdir("/proc/self/fd"))
+    with pytest.raises(kind) as caught:
+        Listener(handlers, [free, url], config)
+    assert url in str(caught.value)
+    assert text in str(caught.value)
+    if isinstance(caught.value, OSError):
+        assert caught.value.errno
+    del caught  # it holds what could not be made
+    assert listener_threads() == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    taken.close()
+
+
+def busy(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import MessageType, PipelineConfig, Transport, TransportConfig, UsageError
 from pipeline import remote as remote_module
-from tests.support import LONG_TIMEOUT
+from tests.support import LONG_TIMEOUT, ipv6
 from tests.support.callbacks import Unawaited
 from tests.support.http import (
     CLUSTER_ID,
@@ -209,6 +209,7 @@ def test_the_policy_decides(allows: bool) -> None:
         "http://0.0.0.0:2380",
         "http://0:2380",
         "http://[::]:2380",
+        "http://[2001:db8::7%25eth0]:2380",
         "http://10.0.0.7:2380,http://127.0.0.1:2380",
         ",".join(f"http://10.0.0.{i}:2380" for i in range(9)),
         "http://10.0.0.7",
@@ -236,6 +237,27 @@ def test_loopback_is_asked_about_when_it_is_allowed(urls: str) -> None:
         assert post(transport, x_peerurls=urls) == 204
         assert len(asked) == 1
         assert list(transport.remote_stats()) == [7]
+
+
+@ipv6
+def test_a_caller_of_ipv4_is_shown_as_one_by_a_listener_that_takes_both(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To the kernel it is ::ffff:127.0.0.1, in which no rule for IPv4 addresses finds it."""
+    with learning() as (transport, asked), transport.listen("http://[::]:0") as listener:
+        transport.metrics_collector(received_failures_by_address=True)
+        port = listener.url.rpartition(":")[2]
+        headers = peer_headers(x_server_from="7", x_peerurls="http://10.0.0.7:2380")
+        for body, status in ((BODY, 204), (b"no message", 400)):
+            length = f"content-length: {len(body)}"
+            with dial(f"http://127.0.0.1:{port}") as sock:
+                ours = f"127.0.0.1:{sock.getsockname()[1]}"
+                sock.sendall(raw_head(length, headers=headers) + body)
+                assert read_status(sock) == status
+            if status == 204:
+                assert [caller for _, _, caller in asked] == [ours]
+        assert f"from {ours}" in caplog.text
+        assert transport.handlers.counts().received_failures == {ours: 1, "": 0}
 
 
 @pytest.mark.parametrize(

@@ -428,6 +428,20 @@ RULES = [
 ]
 
 
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_a_certificate_with_a_name_that_is_no_text_is_refused(
+    node: Node, caplog: pytest.LogCaptureFixture, version: str
+) -> None:
+    """OpenSSL verifies it, and Python cannot read it."""
+    node.listen()
+    files = node.authority.issue("odd", "127.0.0.1", "xx-odd.test")
+    node.authority.rename(files[0], b"xx-odd", b"\xff\xfe-odd")
+    assert end_of(node.call(*files, version=version)) == "close_notify"
+    assert node.listener.stats().handshake_failures == 1
+    assert "certificate refused: it cannot be read" in caplog.text
+    assert "internal error" not in caplog.text
+
+
 @pytest.mark.parametrize(("rule", "allowed", "reason"), RULES, ids=[rule[0] for rule in RULES])
 def test_the_rules_for_names_choose_among_valid_certificates(
     node: Node,

@@ -28,7 +28,7 @@ from pipeline import (
 )
 from pipeline.pipeline import STOP_TIMEOUT_S
 from pipeline.tls import Credentials
-from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
     CLUSTER,
@@ -167,14 +167,85 @@ def test_server_name_is_what_the_server_must_prove(authority: Authority) -> None
         assert settle(pipeline).sent == 1
 
 
+@ipv6
 def test_an_ipv6_address_is_proven_without_its_brackets(authority: Authority) -> None:
-    try:
-        server = ScriptedServer(host="::1", tls=authority.server("six", "::1"))
-    except OSError:
-        pytest.skip("no ::1 here")
+    server = ScriptedServer(host="::1", tls=authority.server("six", "::1"))
     with server, sender(f"https://[::1]:{server.port}", authority.info()) as pipeline:
         pipeline.send(message())
         assert settle(pipeline).sent == 1
+
+
+@pytest.mark.parametrize("server_name", [None, "node.test."])
+@pytest.mark.parametrize("channel", ["message", "snapshot", "probe"])
+def test_an_absolute_name_is_proven_without_its_dot(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, channel: str, server_name: str | None
+) -> None:
+    """RFC 6066 section 3: SNI has none, and certificates have none."""
+    context = authority.server("server", "node.test")
+    asked: list[str | None] = []
+    context.sni_callback = lambda tls, name, context: asked.append(name)
+    host = "127.0.0.1" if server_name else "node.test."
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    with ScriptedServer(tls=context) as server:
+        found = [(*entry[:4], ("127.0.0.1", server.port)) for entry in found]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        assert failure_by(channel, f"https://{host}:{server.port}", authority, server_name) == ""
+    assert asked == ["node.test"]
+
+
+@pytest.mark.parametrize("channel", ["message", "snapshot", "probe"])
+def test_a_certificate_with_a_name_that_is_no_text_is_refused(
+    authority: Authority, caplog: pytest.LogCaptureFixture, channel: str
+) -> None:
+    """OpenSSL verifies it, and Python cannot read it."""
+    cert, key = authority.issue("odd", "127.0.0.1", "xx-odd.test")
+    authority.rename(cert, b"xx-odd", b"\xff\xfe-odd")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    with ScriptedServer(tls=context) as server:
+        failure = failure_by(channel, server.url, authority)
+        assert server.requests == []
+    assert "certificate refused: it cannot be read" in failure
+    assert "internal error" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a..test", ".test", f"{'a' * 64}.test"])
+@pytest.mark.parametrize("channel", ["message", "snapshot", "probe"])
+def test_a_host_that_no_certificate_can_prove_is_a_failure_like_another(
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    channel: str,
+    name: str,
+) -> None:
+    found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+    with ScriptedServer(tls=authority.server()) as server:
+        found = [(*entry[:4], ("127.0.0.1", server.port)) for entry in found]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: found)
+        failure = failure_by(channel, f"https://{name}:{server.port}", authority)
+    assert f"'{name}' is not a name that a certificate can prove" in failure
+    assert "internal error" not in caplog.text
+
+
+def failure_by(channel: str, url: str, authority: Authority, server_name: str | None = None) -> str:
+    """Say why a message, a snapshot or a probe did not reach ``url``; empty if it did."""
+    raft = FakeRaft()
+    config = TransportConfig(probe_interval_s=0.01 if channel == "probe" else 0)
+    info = authority.info(server_name=server_name)
+    with Transport(MEMBER, CLUSTER, raft, tls=info, config=config) as transport:
+        transport.add_peer(PEER, [url])
+        if channel == "probe":
+            eventually(lambda: transport.probe_stats()[PEER].total > 0)
+            return transport.probe_stats()[PEER].last_error
+        if channel == "snapshot":
+            error = transport.send_snapshot(message(SNAP), b"x").future.exception(LONG_TIMEOUT)
+            return str(error or "")
+        reasons: list[str] = []
+        status = transport._peers[PEER].status
+        status.deactivate = lambda source, action, reason: reasons.append(reason)  # type: ignore[method-assign, assignment, return-value]
+        transport.send([message()])
+        eventually(lambda: transport.stats()[PEER].in_flight + transport.stats()[PEER].queued == 0)
+        return "".join(reasons)
 
 
 def test_an_expired_certificate_is_refused(

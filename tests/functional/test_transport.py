@@ -98,6 +98,27 @@ def test_transport_update() -> None:
             transport.update_peer(2, ["ftp://127.0.0.1:1"])
 
 
+@pytest.mark.parametrize("wildcard", ["http://0.0.0.0:1", "http://[::]:1"])
+def test_a_wildcard_is_refused_where_a_member_is_reached(wildcard: str) -> None:
+    """Who is told of it dials itself; ``listen`` takes it."""
+    reason = "wildcard address can be listened at but not reached"
+    with pytest.raises(UsageError, match=reason):
+        Transport(1, 1, FakeRaft(), peer_urls=["http://10.0.0.1:2380", wildcard])
+    with Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, ["http://127.0.0.1:1"])
+        for use in (
+            lambda: transport.add_peer(3, [wildcard]),
+            lambda: transport.update_peer(2, [wildcard]),
+            lambda: transport.add_remote(4, [wildcard]),
+        ):
+            with pytest.raises(UsageError, match=reason):
+                use()
+        assert transport.stats().keys() == {2}
+        assert transport.remote_stats() == {}
+        with transport.listen("http://0.0.0.0:0"):
+            pass
+
+
 def test_transport_errorc() -> None:
     """The pipeline's half: a 403 to a post is critical, once."""
     critical: list[MemberRemovedError] = []

@@ -1,7 +1,24 @@
 """Fakes, servers and builders shared by the tests."""
 
+from __future__ import annotations
+
+import socket
+
+import pytest
+
 # An event that is expected: long enough for a busy machine, reached only when a test fails.
 LONG_TIMEOUT = 30.0
 
 # An event that must not happen: how long a test watches for it.
 SHORT_TIMEOUT = 0.05
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 loopback")

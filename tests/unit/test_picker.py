@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.picker import URLPicker, parse_urls
+from pipeline.picker import URLPicker, parse_peer_urls, parse_urls
 
 A, B, C = "http://127.0.0.1:2380", "http://127.0.0.1:7001", "http://127.0.0.1:9001"
 
@@ -138,3 +138,15 @@ def test_refuses_naming_value_and_rule(url: str, rule: str) -> None:
 def test_refuses_what_is_not_a_list_of_urls(urls: list[str]) -> None:
     with pytest.raises(UsageError, match="urls: "):
         parse_urls(urls)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://0.0.0.0:1", "https://[::]:1", "http://0:1", "http://[::ffff:0.0.0.0]:1"]
+)
+def test_a_wildcard_can_be_listened_at_but_is_no_address_of_a_peer(url: str) -> None:
+    assert parse_urls([url]) == (url,)
+    picker = URLPicker([A])
+    for use in (parse_peer_urls, URLPicker, picker.update):
+        with pytest.raises(UsageError, match="wildcard address can be listened at but not reached"):
+            use([B, url])
+    assert picker.urls == (A,)

@@ -24,6 +24,7 @@ from pipeline.protocol import (
     min_cluster_version,
     parse_id,
     post_url,
+    probe_head,
     request_head,
     server_version,
 )
@@ -186,6 +187,21 @@ def test_request_head_leaves_out_peer_urls_if_there_are_none() -> None:
 @pytest.mark.parametrize("url", ["http://[::1]:2380", "https://[::1]:2380"])
 def test_request_head_keeps_the_brackets_of_ipv6(url: str) -> None:
     assert b"\r\nHost: [::1]:2380\r\n" in request_head(url, **HEAD)
+
+
+@pytest.mark.parametrize("url", ["http://[fe80::1%25eth0]:2380", "http://[fe80::1%eth0]:2380"])
+def test_heads_have_no_zone(url: str) -> None:
+    """It is the sender's own name for one of its interfaces (RFC 6874 section 4)."""
+    head = request_head(url, **HEAD | {"peer_urls": [url, "http://a:1"]})
+    assert b"\r\nHost: [fe80::1]:2380\r\n" in head
+    assert b"\r\nX-Peerurls: http://[fe80::1]:2380,http://a:1\r\n" in head
+    assert b"\r\nHost: [fe80::1]:2380\r\n" in probe_head(url)
+
+
+@pytest.mark.parametrize("change", [{"url": "http://[::]:1"}, {"peer_urls": ["http://0.0.0.0:1"]}])
+def test_request_head_refuses_a_wildcard(change: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match="wildcard"):
+        request_head(**{"url": "http://a:1", **HEAD, **change})
 
 
 def test_request_head_of_a_snapshot() -> None:
