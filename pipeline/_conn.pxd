@@ -30,7 +30,7 @@ from pipeline._sync cimport (
     pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage, store_int, swap_int,
     time, time_t, write,
 )
-from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_free, wire_decoded_t
+from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_t
 
 cdef enum:
     SERVER_EVENTS = 256
@@ -72,7 +72,7 @@ cdef enum:
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
     REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
-    REQUEST_UNDECODED       # a whole body that is no message
+    REQUEST_MALFORMED       # a whole body that is no message; decoded.error says why
     REQUEST_BROKEN          # the body of a request did not come
     REQUEST_GENERAL         # bytes for Python
     REQUEST_GONE            # a general connection has ended; Python forgets it
@@ -129,8 +129,7 @@ cdef struct request_t:
     conn_t* next
     int kind
     body_t body
-    wire_decoded_t decoded  # points into body.data; its arrays are freed with it
-    bint is_decoded
+    wire_decoded_t decoded  # points into body.data
 
 cdef struct conn_t:
     server_t* server
@@ -309,14 +308,6 @@ cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
     return body.data is not NULL
 
 
-cdef inline void request_free(request_t* request) noexcept nogil:
-    """Free what a request holds."""
-    if request.is_decoded:
-        wire_decoded_free(&request.decoded)
-        request.is_decoded = False
-    body_free(&request.body)
-
-
 cdef inline bint conn_save(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
     """Keep bytes for later; ``data`` may lie within the buffer."""
     cdef uint8_t* copy = NULL
@@ -449,7 +440,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     cdef queue_t* queue = &server.queues[QUEUE_GENERAL]
     if kind == REQUEST_PROPOSAL:
         queue = &server.queues[QUEUE_PROPOSALS]
-    elif kind == REQUEST_MESSAGE or kind == REQUEST_UNDECODED:
+    elif kind == REQUEST_MESSAGE or kind == REQUEST_MALFORMED:
         queue = &server.queues[QUEUE_MESSAGES]
     elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
         queue = &server.queues[QUEUE_HANDSHAKES]
@@ -521,7 +512,7 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     invariant((conn.fd < 0 or server.is_ended) and not conn.is_runnable)
     if conn.fd >= 0:
         descriptors_shut(server.descriptors, conn.fd)
-    request_free(&conn.request)
+    body_free(&conn.request.body)
     free(conn.buffer)
     free(conn.known)
     free(conn.answer)
@@ -690,12 +681,11 @@ cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noe
 cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
     """A message is complete: decode it and queue it."""
     cdef request_t* request = &conn.request
-    request.is_decoded = True
     if request.body.len > SERVER_SCRATCH:
         conn.held_bytes = <int64_t>request.body.len
         conn.server.held_bytes += conn.held_bytes
     if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
-        conn_to_handler(conn, REQUEST_UNDECODED)
+        conn_to_handler(conn, REQUEST_MALFORMED)
     elif request.decoded.message.type == TYPE_PROP:
         conn_to_handler(conn, REQUEST_PROPOSAL)
     else:
@@ -1049,7 +1039,7 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
         conn.head_deadline_ns = 0
         conn_deliver(conn)
         return
-    request_free(&conn.request)
+    body_free(&conn.request.body)
     if conn.is_answered:
         conn.is_answered = False
     elif conn.then == THEN_FREE:

@@ -98,7 +98,10 @@ cdef void message_gather(
     PyObject** owners,
 ) noexcept
 
-# Make the Message of what wire_decode read. Payloads are copied out of the input; with a `body`, an
-# object whose buffer is the input, large ones are views of it instead. Arrays of the ConfState are
-# moved, not copied: call it once. The caller still calls wire_decoded_free.
+# Make the Message of what wire_decode read, once. Payloads are copied out of the input; with a
+# `body`, an object whose buffer is the input, large ones are views of it instead. The GIL is let go
+# of now and then when there are many entries.
 cdef Message message_from_decoded(wire_decoded_t* decoded, object body)
+
+# Make the exception for what stopped wire_decode.
+cdef object decode_error(const wire_decoded_t* decoded)

@@ -25,6 +25,7 @@ from libc.stdint cimport SIZE_MAX, int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 from posix.uio cimport iovec
+from posix.unistd cimport usleep
 
 from pipeline._wire cimport (
     WIRE_END_GROUP,
@@ -48,21 +49,22 @@ from pipeline._wire cimport (
     wire_conf_state_free,
     wire_conf_state_size,
     wire_decode,
-    wire_decoded_free,
     wire_decoded_t,
     wire_entry_size,
-    wire_entry_t,
     wire_field_size,
+    wire_has_ids,
     wire_head_size,
     wire_ids_free,
     wire_ids_reserve,
     wire_ids_t,
+    wire_next_entry,
     wire_put_entry,
     wire_put_field,
     wire_put_head,
     wire_put_length,
     wire_put_metadata,
     wire_put_reject,
+    wire_read_ids,
     wire_reject_size,
     wire_snapshot_measure,
     wire_snapshot_sizes_t,
@@ -189,6 +191,12 @@ cdef enum:
     # A received payload of this size is worth a view: copying 64 KiB costs several microseconds,
     # making the objects of a view less than one.
     VIEW_MIN = 64 * 1024
+    # From here on a message is checked without the GIL, which takes longer than to take it again.
+    NOGIL_MIN = 64 * 1024
+    # After so many entries have been made of a message, which takes a millisecond, the GIL is let
+    # go of for so long: whoever waits for it is awake by then.
+    ENTRIES_STEP = 4096
+    TURN_US = 50
 
 
 @cython.final
@@ -1306,7 +1314,8 @@ def _gather(Message message, profile, size_t borrow_min):
         free(owners)
 
 
-# Decoding: wire_decode needs no GIL and makes C structs; what follows makes objects of them.
+# Decoding: wire_decode needs no GIL and fills C structs; what follows makes objects of them, and
+# reads the entries once more as it does so.
 
 cdef object payload_bytes(const uint8_t* data, size_t size):
     if data == NULL:
@@ -1333,58 +1342,73 @@ cdef object payload_of(
     return as_owner(memoryview(body)[start:start + <Py_ssize_t>size], "data", address, &size)
 
 
-cdef Entry entry_from_decoded(const wire_entry_t* decoded, const uint8_t* input, object body):
-    cdef Entry entry = Entry.__new__(Entry)
-    entry.c = decoded[0]
-    entry.owner = payload_of(decoded.data, decoded.data_len, input, body, &entry.c.data)
-    return entry
+cdef tuple entries_from_decoded(wire_decoded_t* decoded, object body):
+    cdef tuple entries = PyTuple_New(<Py_ssize_t>decoded.entries_len)
+    cdef const uint8_t* at = decoded.entries
+    cdef Entry entry
+    cdef Py_ssize_t i
+    for i in range(<Py_ssize_t>decoded.entries_len):
+        if i % ENTRIES_STEP == ENTRIES_STEP - 1:
+            with nogil:
+                # Others have their turn: of the most entries there may be this takes 30 ms.
+                usleep(TURN_US)
+        entry = Entry.__new__(Entry)
+        if wire_next_entry(decoded, &at, &entry.c) != WIRE_OK:
+            entry.c.data = NULL
+            raise decode_error(decoded)
+        entry.owner = payload_of(
+            entry.c.data, entry.c.data_len, decoded.input, body, &entry.c.data)
+        Py_INCREF(entry)    # PyTuple_SET_ITEM takes a reference over
+        PyTuple_SET_ITEM(entries, i, entry)
+    return entries
 
 
-cdef Snapshot snapshot_from_decoded(
-    wire_snapshot_t* decoded, const uint8_t* input, object body
-):
+cdef Snapshot snapshot_from_decoded(wire_decoded_t* decoded, object body):
     cdef Snapshot snapshot = Snapshot.__new__(Snapshot)
     cdef SnapshotMetadata metadata = snapshot._metadata
+    cdef wire_snapshot_t* read = &decoded.snapshot
+    cdef int code = WIRE_OK
+    if wire_has_ids(&read.conf_state):
+        code = wire_read_ids(decoded)
+    metadata._conf_state.c = read.conf_state
+    memset(&read.conf_state, 0, sizeof(read.conf_state))
+    if code != WIRE_OK:
+        raise decode_error(decoded)
     snapshot.owner = payload_of(
-        decoded.data, decoded.data_len, input, body, &snapshot.payload)
-    snapshot.payload_len = decoded.data_len
-    metadata._index = decoded.index
-    metadata._term = decoded.term
-    metadata._conf_state.c = decoded.conf_state
-    memset(&decoded.conf_state, 0, sizeof(decoded.conf_state))
+        read.data, read.data_len, decoded.input, body, &snapshot.payload)
+    snapshot.payload_len = read.data_len
+    metadata._index = read.index
+    metadata._term = read.term
     return snapshot
 
 
 cdef Message message_from_decoded(wire_decoded_t* decoded, object body):
     cdef Message message = Message.__new__(Message)
-    cdef wire_snapshot_sizes_t sizes
-    cdef tuple entries
-    cdef Entry entry
-    cdef Py_ssize_t i
+    cdef wire_snapshot_t* snapshot = &decoded.snapshot
     message.owner = payload_bytes(decoded.message.context, decoded.message.context_len)
     message.c = decoded.message
     message.c.context = bytes_address(message.owner)
     if decoded.entries_len:
-        entries = PyTuple_New(<Py_ssize_t>decoded.entries_len)
-        for i in range(<Py_ssize_t>decoded.entries_len):
-            entry = entry_from_decoded(&decoded.entries[i], decoded.input, body)
-            Py_INCREF(entry)    # PyTuple_SET_ITEM takes a reference over
-            PyTuple_SET_ITEM(entries, i, entry)
-        message._entries = entries
-    wire_snapshot_measure(&decoded.snapshot, True, &sizes)
-    if sizes.snapshot:
-        message._snapshot = snapshot_from_decoded(&decoded.snapshot, decoded.input, body)
+        message._entries = entries_from_decoded(decoded, body)
+    if snapshot.data is not NULL or snapshot.index or snapshot.term \
+            or snapshot.conf_state.auto_leave or wire_has_ids(&snapshot.conf_state):
+        message._snapshot = snapshot_from_decoded(decoded, body)
     return message
 
 
 cdef Message message_unmarshal(const uint8_t* data, size_t size):
     cdef wire_decoded_t decoded
-    try:
-        if wire_decode(data, size, &decoded) != WIRE_OK:
-            raise decode_error(&decoded)
-        return message_from_decoded(&decoded, None)
-    finally:
-        wire_decoded_free(&decoded)
+    cdef int code
+    if size < NOGIL_MIN:
+        code = wire_decode(data, size, &decoded)
+    else:
+        with nogil:
+            # Others go on meanwhile. The caller holds the buffer, but its bytes may be changed by
+            # now: whatever is read of them, then and later, is compared with its end.
+            code = wire_decode(data, size, &decoded)
+    if code != WIRE_OK:
+        raise decode_error(&decoded)
+    return message_from_decoded(&decoded, None)
 
 
 cdef object decode_error(const wire_decoded_t* decoded):

@@ -22,12 +22,12 @@ from pipeline._descriptors cimport (
     descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
 )
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
-from pipeline._messages cimport message_from_decoded
+from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
     ANSWER_204_MAX, BODY_HUGE_MIN, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL,
-    REQUEST_GONE, REQUEST_UNDECODED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
+    REQUEST_GONE, REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
     answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
-    conn_give_back_locked, conn_save, conn_t, handler_t, request_free, request_t, server_detach,
+    conn_give_back_locked, conn_save, conn_t, handler_t, request_t, server_detach,
     server_learn, server_limits_t, server_recycle, server_reuse_body, server_take,
 )
 from pipeline._server cimport (
@@ -503,9 +503,12 @@ cdef class Receiver:
         cdef size_t size = request.body.len
         if request.kind == REQUEST_BROKEN:
             return self.handlers.read_failed(Request("POST", "/raft", {}, remote))
-        if request.kind == REQUEST_UNDECODED:
-            data = PyBytes_FromStringAndSize(<char*>request.body.data, size)
-            return self.handlers.deliver(Request("POST", "/raft", {}, remote), data)
+        if request.kind == REQUEST_MALFORMED:
+            error = decode_error(&request.decoded)
+            with nogil:
+                # To give large memory back takes a while. Only C state is touched.
+                body_free(&request.body)
+            return self.handlers.undecodable(remote, error)
         if request.body.size >= BODY_MAPPED_MIN:
             body = Body.__new__(Body)
             body.receiver = self
@@ -513,7 +516,7 @@ cdef class Receiver:
             memset(&request.body, 0, sizeof(body_t))
         message = message_from_decoded(&request.decoded, body)
         # The message keeps what it needs of the body; what it does not is not held while it waits.
-        request_free(request)
+        body_free(&request.body)
         del body
         return self.handlers.process(message, size, remote)
 

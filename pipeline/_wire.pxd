@@ -56,7 +56,7 @@ cdef enum wire_scope:
 
 
 cdef enum wire_limits:
-    # An entry takes 2 bytes or more on the wire and 40 here. etcd's own messages hold 1 MiB
+    # An entry takes 2 bytes or more on the wire and 96 as an object. etcd's own messages hold 1 MiB
     # of entries (raft MaxSizePerMsg), and of 3.4's and 3.5's no more than this fit into that.
     WIRE_MAX_ENTRIES = 131072
     # Of each of the four lists. A cluster has seven members, not sixty thousand.
@@ -88,7 +88,7 @@ cdef struct wire_entry_t:
 
 
 cdef struct wire_ids_t:
-    uint64_t* ids               # owned, malloc'ed; NULL while empty
+    uint64_t* ids               # owned, malloc'ed; NULL while empty, or counted only
     size_t len
     size_t cap
 
@@ -123,15 +123,18 @@ cdef struct wire_error_t:
     size_t offset               # of the tag when that is wrong, else of the value after it
 
 
-# A whole message, read. Its pointers into the input live as long as the input does;
-# the arrays are its own until wire_decoded_free.
+# A whole message, checked and read but for its lists, of which only the lengths are known: while it
+# waits it holds nothing but its bytes, of which the lists may be forty times as much. They are read
+# from the input when they are needed, entry by entry. Its pointers live as long as the input does.
 cdef struct wire_decoded_t:
     const uint8_t* input        # borrowed
+    const uint8_t* end          # of the input
     wire_message_t message
-    wire_entry_t* entries       # owned, malloc'ed; NULL while there is none
+    const uint8_t* entries      # the tag of the first; NULL while there is none
     size_t entries_len
-    size_t entries_cap
     wire_snapshot_t snapshot    # all zero when there was none
+    const uint8_t* snapshots    # the tag of its first piece; NULL while there is none
+    bint keeps_ids              # the lists of the ConfState are filled, not counted only
     wire_error_t error
 
 
@@ -330,14 +333,6 @@ cdef inline void wire_conf_state_free(wire_conf_state_t* state) noexcept nogil:
     wire_ids_free(&state.learners_next)
 
 
-cdef inline void wire_decoded_free(wire_decoded_t* decoded) noexcept nogil:
-    """Free the arrays; may be called again."""
-    free(decoded.entries)
-    decoded.entries = NULL
-    decoded.entries_len = decoded.entries_cap = 0
-    wire_conf_state_free(&decoded.snapshot.conf_state)
-
-
 # The decoder. Every reader advances `at`, never past `end`, and returns a wire_code; the first
 # that is not WIRE_OK is described in `decoded.error` and ends the decoding.
 
@@ -499,9 +494,10 @@ cdef inline int wire_get_ids(
             return wire_fail(decoded, WIRE_TOO_MANY_IDS, WIRE_CONF_STATE, tag >> 3, start)
         if wire_get_value(decoded, WIRE_CONF_STATE, tag, &start, run_end, &value) != WIRE_OK:
             return decoded.error.code
-        if ids.len == ids.cap and not wire_ids_reserve(ids, 2 * ids.cap if ids.cap else 8):
-            return wire_fail(decoded, WIRE_NO_MEMORY, WIRE_CONF_STATE, tag >> 3, start)
-        ids.ids[ids.len] = value
+        if decoded.keeps_ids:
+            if ids.len == ids.cap and not wire_ids_reserve(ids, 2 * ids.cap if ids.cap else 8):
+                return wire_fail(decoded, WIRE_NO_MEMORY, WIRE_CONF_STATE, tag >> 3, start)
+            ids.ids[ids.len] = value
         ids.len += 1
     return WIRE_OK
 
@@ -619,46 +615,29 @@ cdef inline int wire_get_entry(
     return WIRE_OK
 
 
-cdef inline int wire_add_entry(
-    wire_decoded_t* decoded, const uint8_t* at, const uint8_t* end
-) noexcept nogil:
-    cdef size_t cap
-    cdef void* grown
-    cdef int code
-    if decoded.entries_len == decoded.entries_cap:
-        if decoded.entries_len == WIRE_MAX_ENTRIES:
-            return wire_fail(decoded, WIRE_TOO_MANY_ENTRIES, WIRE_MESSAGE, 7, at)
-        cap = 2 * decoded.entries_cap if decoded.entries_cap else 4
-        grown = realloc(decoded.entries, cap * sizeof(wire_entry_t))
-        if grown == NULL:
-            return wire_fail(decoded, WIRE_NO_MEMORY, WIRE_MESSAGE, 7, at)
-        decoded.entries = <wire_entry_t*>grown
-        decoded.entries_cap = cap
-    code = wire_get_entry(decoded, at, end, &decoded.entries[decoded.entries_len])
-    if code == WIRE_OK:
-        decoded.entries_len += 1
-    return code
-
-
 cdef inline int wire_decode(
     const uint8_t* data, size_t size, wire_decoded_t* decoded
 ) noexcept nogil:
-    """Read a whole message. Call wire_decoded_free afterwards, whatever the result.
+    """Check a whole message and read it, its lists excepted. It takes no memory.
 
-    ``decoded`` may be uninitialised memory; it must not hold arrays of an earlier message.
+    ``decoded`` may be uninitialised memory.
     The depth of calls is fixed by the schema: nothing recurses on what arrives.
     """
     cdef wire_message_t* message = &decoded.message
     cdef const uint8_t* at = data
     cdef const uint8_t* end = data + size
+    cdef const uint8_t* start
     cdef const uint8_t* span = NULL
+    cdef wire_entry_t entry
     cdef size_t length = 0
     cdef uint32_t tag = 0
     cdef uint64_t value = 0
     cdef int code
     memset(decoded, 0, sizeof(wire_decoded_t))
     decoded.input = data
+    decoded.end = end
     while at < end:
+        start = at
         code = wire_get_tag(decoded, WIRE_MESSAGE, &at, end, &tag)
         if code != WIRE_OK:
             return code
@@ -678,14 +657,21 @@ cdef inline int wire_decode(
             code = wire_get_value(decoded, WIRE_MESSAGE, tag, &at, end, &message.index)
         elif tag == 0x3A:
             code = wire_get_span(decoded, WIRE_MESSAGE, tag, &at, end, &span, &length)
+            if code == WIRE_OK and decoded.entries_len == WIRE_MAX_ENTRIES:
+                code = wire_fail(decoded, WIRE_TOO_MANY_ENTRIES, WIRE_MESSAGE, 7, span)
             if code == WIRE_OK:
-                code = wire_add_entry(decoded, span, span + length)
+                code = wire_get_entry(decoded, span, span + length, &entry)
+            if decoded.entries is NULL:
+                decoded.entries = start
+            decoded.entries_len += 1
         elif tag == 0x40:
             code = wire_get_value(decoded, WIRE_MESSAGE, tag, &at, end, &message.commit)
         elif tag == 0x4A:
             code = wire_get_span(decoded, WIRE_MESSAGE, tag, &at, end, &span, &length)
             if code == WIRE_OK:
                 code = wire_get_snapshot(decoded, span, span + length)
+            if decoded.snapshots is NULL:
+                decoded.snapshots = start
         elif tag == 0x50:
             code = wire_get_value(decoded, WIRE_MESSAGE, tag, &at, end, &value)
             message.reject = value != 0
@@ -702,3 +688,79 @@ cdef inline int wire_decode(
         if code != WIRE_OK:
             return code
     return WIRE_OK
+
+
+cdef inline int wire_find(
+    wire_decoded_t* decoded, uint32_t tag, const uint8_t** at, const uint8_t** data, size_t* length
+) noexcept nogil:
+    """Go on from ``at`` to the value of the next ``tag`` of the message.
+
+    What wire_decode has checked fails only if somebody has changed the input since; it is not
+    read past its end for that.
+    """
+    cdef uint32_t found = 0
+    cdef int code
+    while True:
+        if at[0] >= decoded.end:
+            return wire_fail(decoded, WIRE_TRUNCATED, WIRE_MESSAGE, tag >> 3, at[0])
+        code = wire_get_tag(decoded, WIRE_MESSAGE, at, decoded.end, &found)
+        if code == WIRE_OK and found == tag:
+            return wire_get_span(decoded, WIRE_MESSAGE, tag, at, decoded.end, data, length)
+        if code == WIRE_OK:
+            code = wire_skip(decoded, WIRE_MESSAGE, found, at, decoded.end)
+        if code != WIRE_OK:
+            return code
+
+
+cdef inline int wire_next_entry(
+    wire_decoded_t* decoded, const uint8_t** at, wire_entry_t* entry
+) noexcept nogil:
+    """Read the next entry, ``entries_len`` times in all; ``at`` begins at ``decoded.entries``."""
+    cdef const uint8_t* data = NULL
+    cdef size_t length = 0
+    cdef int code = wire_find(decoded, 0x3A, at, &data, &length)
+    if code == WIRE_OK:
+        code = wire_get_entry(decoded, data, data + length, entry)
+    return code
+
+
+cdef inline bint wire_has_ids(const wire_conf_state_t* state) noexcept nogil:
+    return (state.voters.len | state.learners.len | state.voters_outgoing.len
+            | state.learners_next.len) != 0
+
+
+cdef inline int wire_read_ids(wire_decoded_t* decoded) noexcept nogil:
+    """Fill the lists of the ConfState, whose lengths are known. Once.
+
+    Whatever the result, they are the caller's: wire_conf_state_free.
+    """
+    cdef wire_snapshot_t* snapshot = &decoded.snapshot
+    cdef wire_snapshot_t read = snapshot[0]     # which its first pieces are not to undo
+    cdef wire_ids_t* lists[4]
+    cdef const uint8_t* at = decoded.snapshots
+    cdef const uint8_t* data = NULL
+    cdef size_t length = 0, left = 0
+    cdef int code = WIRE_OK, i
+    lists[0] = &snapshot.conf_state.voters
+    lists[1] = &snapshot.conf_state.learners
+    lists[2] = &snapshot.conf_state.voters_outgoing
+    lists[3] = &snapshot.conf_state.learners_next
+    decoded.keeps_ids = True
+    for i in range(4):
+        length, lists[i].len = lists[i].len, 0
+        left += length
+        if length > 0 and not wire_ids_reserve(lists[i], length):
+            code = WIRE_NO_MEMORY
+    if code != WIRE_OK:
+        return wire_fail(decoded, code, WIRE_CONF_STATE, 0, decoded.input)
+    while code == WIRE_OK \
+            and lists[0].len + lists[1].len + lists[2].len + lists[3].len < left:
+        code = wire_find(decoded, 0x4A, &at, &data, &length)
+        if code == WIRE_OK:
+            code = wire_get_snapshot(decoded, data, data + length)
+    snapshot.data = read.data
+    snapshot.data_len = read.data_len
+    snapshot.index = read.index
+    snapshot.term = read.term
+    snapshot.conf_state.auto_leave = read.conf_state.auto_leave
+    return code

@@ -244,10 +244,14 @@ class Handlers:
         try:
             message = Message.unmarshal(body)
         except UnmarshalError as error:
-            self._warn("failed to unmarshal Raft message from %s: %s", request.remote, error)
-            self.count_failure(request.remote)
-            return self._answer(400, "error unmarshalling raft message")
+            return self.undecodable(request.remote, error)
         return self.process(message, len(body), request.remote) or self.no_content()
+
+    def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
+        """Answer a body that is no message."""
+        self._warn("failed to unmarshal Raft message from %s: %s", remote, error)
+        self.count_failure(remote)
+        return self._answer(400, "error unmarshalling raft message")
 
     def process(self, message: Message, size_bytes: int, remote: object) -> Answer | None:
         """Hand a decoded message to Raft; None is the plain 204. Blocks as ``deliver`` does.

@@ -18,7 +18,7 @@ import pytest
 
 from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
 from pipeline.config import ReceiverConfig
-from pipeline.errors import RequestRejected
+from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
@@ -561,6 +561,21 @@ def test_a_malformed_64_mib_body_is_answered_400() -> None:
         sock.sendall(GOOD)
         assert read_answers(sock, 1)[0].endswith(b"\r\n\r\n")
     assert raft.processed == [HEARTBEAT]
+
+
+@pytest.mark.parametrize("size", [1000, 3 * MIB], ids=["small", "large"])
+def test_a_malformed_body_is_decoded_once_and_its_error_named(
+    size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.handlers.Message", None)  # there is no second decoder to ask
+    body = b"\x08\x03\x3a\x03\x18\x01\x07" + bytes(size)
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        sock.sendall(post(body))
+        assert read_status(sock) == 400
+    with pytest.raises(UnmarshalError) as expected:
+        Message.unmarshal(body)
+    assert str(expected.value) in caplog.text
+    assert "Message.entries" in caplog.text
 
 
 # The same answers, whoever reads the request

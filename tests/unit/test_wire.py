@@ -1,5 +1,7 @@
 """The decoder, rule by rule (spec section 1.4, docs/wire.md)."""
 
+import threading
+
 import pytest
 
 from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
@@ -185,6 +187,56 @@ def test_a_snapshot_in_pieces_is_merged() -> None:
     )
     assert Message.unmarshal(span(0x4A, b"".join(pieces))).snapshot == expected
     assert Message.unmarshal(b"".join(span(0x4A, piece) for piece in pieces)).snapshot == expected
+
+
+def test_of_a_snapshot_in_pieces_the_last_value_counts_wherever_its_lists_were() -> None:
+    """The lists are read later than the rest, from all pieces up to the last that has some."""
+    state = span(0x12, span(0x0A, b"\x08\x01\x0a\x02\x02\x03" + b"\x28\x01") + b"\x10\x05\x18\x01")
+    later = span(0x0A, b"data") + span(0x12, span(0x0A, b"\x28\x00") + b"\x10\x06\x18\x02")
+    first = span(0x0A, b"no") + state
+    message = Message.unmarshal(span(0x4A, first) + b"\x10\x07" + span(0x4A, later))
+    assert message.to == 7
+    assert message.snapshot == Snapshot(
+        data=b"data",
+        metadata=SnapshotMetadata(
+            index=6, term=2, conf_state=ConfState(voters=[1, 2, 3], auto_leave=False)
+        ),
+    )
+
+
+def test_entries_may_come_between_all_else() -> None:
+    unknown = b"\xa8\x01\x05" + span(0xB2, b"\x3a\x00") + b"\xbb\x01\x3a\x00\xbc\x01"
+    entries = [span(0x3A, b"\x18" + bytes([index])) for index in (1, 2, 3)]
+    data = unknown + b"\x08\x03" + unknown.join([*entries, b"\x10\x02"]) + unknown
+    message = Message.unmarshal(data)
+    assert [entry.index for entry in message.entries] == [1, 2, 3]
+    assert (message.type, message.to) == (MessageType.APP, 2)
+
+
+def test_a_buffer_that_is_changed_meanwhile_is_read_within_its_bounds() -> None:
+    """A large one is checked without the GIL, and its entries are read once more."""
+    good = Message(type=MessageType.APP, entries=[Entry(data=b"x" * 8)] * 10_000).marshal()
+    data = bytearray(good)
+    is_over = threading.Event()
+
+    def scribble() -> None:
+        at = 0
+        while not is_over.is_set():
+            at = (at + 4099) % len(data)
+            data[at] ^= 0x7F
+            data[at] = good[at]
+
+    thread = threading.Thread(target=scribble)
+    thread.start()
+    outcomes = set()
+    for _ in range(100):
+        try:
+            outcomes.add(len(Message.unmarshal(data).entries) <= 10_000)
+        except UnmarshalError:
+            outcomes.add(True)
+    is_over.set()
+    thread.join()
+    assert outcomes == {True}
 
 
 def test_conf_state_ids_may_be_packed_unpacked_or_both() -> None:
