@@ -9,7 +9,7 @@ ASAN_SITE := build/asan/site
 	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo three-nodes test lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
+	@echo "make demo demo-all three-nodes test lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,12 @@ demo: build
 three-nodes: build
 	$(BIN)/python -m pipeline.examples.three_nodes
 
+# Every etcd that can be had here: the demo, the three nodes and the interop tests beside it, and a
+# table. make demo-all DEMO_ALL='--quick 3.4 3.7.3'
+.PHONY: demo-all
+demo-all: build
+	$(BIN)/python tools/demo_all.py $(DEMO_ALL)
+
 test: build
 	$(BIN)/python -m pytest
 
@@ -52,7 +58,7 @@ lint: build $(VENV)/.linters typecheck
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
-	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py
+	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
 	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
 
 benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h

@@ -46,6 +46,8 @@ __all__ = [
 #: How long a member may take to start and to find its leader. It takes 2 s on an idle machine,
 #: most of it the first election's timeout.
 READY_TIMEOUT_S = 60.0
+#: Of one answer, in :meth:`EtcdMember.items`.
+PAGE_KEYS = 2000
 
 
 class EtcdError(Exception):
@@ -270,6 +272,11 @@ class EtcdMember:
             process.wait()
         self._http.clear()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send the process a signal; nothing if it does not run."""
+        if self._process is not None:
+            self._process.send_signal(number)
+
     def is_running(self) -> bool:
         """Tell whether the process was started and has not ended."""
         return self._process is not None and self._process.poll() is None
@@ -307,25 +314,39 @@ class EtcdMember:
                 return float(value)
         return 0.0
 
-    def put(self, key: bytes, value: bytes) -> None:
+    def put(self, key: bytes, value: bytes, timeout_s: float = 30.0) -> None:
         """Write one key; returns when the write is committed."""
-        self.call("/v3/kv/put", {"key": _to_base64(key), "value": _to_base64(value)})
+        body: dict[str, object] = {"key": _to_base64(key), "value": _to_base64(value)}
+        self.call("/v3/kv/put", body, timeout_s)
 
-    def get(self, key: bytes, *, serializable: bool = False) -> bytes | None:
-        """Read one key, linearizably by default: the leader asks the other member first."""
-        answer = self.call("/v3/kv/range", {"key": _to_base64(key), "serializable": serializable})
-        found = answer.get("kvs", [])
+    def get(
+        self, key: bytes, *, serializable: bool = False, timeout_s: float = 30.0
+    ) -> bytes | None:
+        """Read one key, linearizably by default: the leader asks a majority first."""
+        body: dict[str, object] = {"key": _to_base64(key), "serializable": serializable}
+        found = self.call("/v3/kv/range", body, timeout_s).get("kvs", [])
         assert isinstance(found, list)
         # An empty value is left out of the JSON.
         return base64.b64decode(found[0].get("value", "")) if found else None
 
     def items(self) -> dict[bytes, bytes]:
-        """Read every key, linearizably."""
-        zero = _to_base64(b"\0")  # as the end of a range: none
-        found = self.call("/v3/kv/range", {"key": zero, "range_end": zero}).get("kvs", [])
-        assert isinstance(found, list)
-        decode = base64.b64decode
-        return {decode(pair["key"]): decode(pair.get("value", "")) for pair in found}
+        """Read every key, linearizably, in the order of the revisions that wrote them."""
+        found: list[tuple[int, bytes, bytes]] = []
+        body: dict[str, object] = {"range_end": _to_base64(b"\0"), "limit": PAGE_KEYS}
+        key = b"\0"
+        while True:
+            answer = self.call("/v3/kv/range", {**body, "key": _to_base64(key)})
+            header, pairs = answer["header"], answer.get("kvs", [])
+            assert isinstance(header, dict)
+            assert isinstance(pairs, list)
+            body["revision"] = header["revision"]  # all pages are of one moment
+            for pair in pairs:
+                key = base64.b64decode(pair["key"])
+                value = base64.b64decode(pair.get("value", ""))
+                found.append((int(pair["mod_revision"]), key, value))
+            if not answer.get("more"):
+                return {key: value for _, key, value in sorted(found)}
+            key += b"\0"
 
     def has_snapshot(self) -> bool:
         """Tell whether it has taken a snapshot of itself, and need not keep its whole log."""

@@ -1,4 +1,4 @@
-module raft-pipeline/tests/etcds/3.5
+module raft-pipeline/tools/etcds/3.5
 
 go 1.26.0
 
