@@ -226,8 +226,6 @@ cdef inline bint grants_near_buffer() noexcept nogil:
 
 cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
     """Make a loop that is not running yet; 0 or an errno."""
-    cdef epoll_event event
-    cdef int error
     memset(loop, 0, sizeof(loop_t))
     loop.queue_bytes = queue_bytes
     loop.has_near_buffer = grants_near_buffer()
@@ -235,15 +233,6 @@ cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
     if pthread_mutex_init(&loop.event_lock, NULL) != 0 \
             or cond_init_monotonic(&loop.event_cond) != 0:
         return EAGAIN
-    loop.epfd = epoll_create1(EPOLL_CLOEXEC)
-    if loop.epfd >= 0:
-        loop.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    event.events = EPOLLIN | EPOLLET
-    event.data.ptr = NULL
-    if loop.wakefd < 0 or epoll_ctl(loop.epfd, EPOLL_CTL_ADD, loop.wakefd, &event) != 0:
-        error = errno
-        loop_free(loop)
-        return error
     return 0
 
 
@@ -263,9 +252,26 @@ cdef inline void loop_free(loop_t* loop) noexcept nogil:
 
 
 cdef inline int loop_start(loop_t* loop) noexcept nogil:
-    """Start the thread; 0 or an errno."""
+    """Start the thread; 0 or an errno.
+
+    The descriptors are made here and not before: processes that were forked in between, and start
+    their copies of the loop, would share one epoll instance and be given each other's events.
+    """
+    cdef epoll_event event
+    cdef int error
     loop.now_ns = clock_ns()
-    return thread_start(&loop.thread, loop_main, loop, loop.name)
+    loop.epfd = epoll_create1(EPOLL_CLOEXEC)
+    if loop.epfd >= 0:
+        loop.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    event.events = EPOLLIN | EPOLLET
+    event.data.ptr = NULL
+    if loop.wakefd < 0 or epoll_ctl(loop.epfd, EPOLL_CTL_ADD, loop.wakefd, &event) != 0:
+        error = errno
+    else:
+        error = thread_start(&loop.thread, loop_main, loop, loop.name)
+    if error != 0:
+        loop_close_descriptors(loop)
+    return error
 
 
 cdef inline void loop_stop(loop_t* loop) noexcept nogil:

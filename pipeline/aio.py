@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
@@ -26,6 +28,7 @@ from pipeline.asgi import ASGIApp
 from pipeline.callbacks import Callbacks, require_callable, require_no_awaitable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, RequestRejected, UsageError
+from pipeline.forks import disown, is_foreign, public_names
 from pipeline.listener import Listener as ThreadedListener
 from pipeline.logs import get_logger
 from pipeline.peer import PeerStats, Sendable
@@ -47,6 +50,8 @@ __all__ = ["Listener", "Raft", "SnapshotTransfer", "Transport"]
 logger = get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_all: weakref.WeakSet[Transport] = weakref.WeakSet()  # for fork
 
 #: How often a waiting thread looks whether the loop still runs: a loop that ends tells nobody.
 LOOP_CHECK_S = 0.5
@@ -433,6 +438,7 @@ class Transport:
         )
         self._deliveries.callbacks = self._transport.callbacks
         self._stopping: asyncio.Task[int] | None = None
+        _all.add(self)
         self.member_id = member_id
         self.cluster_id = cluster_id
         self.config = self._transport.config
@@ -676,3 +682,18 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
     threading.Thread(target=run, name="pipeline-aio", daemon=True).start()
     return await asyncio.wrap_future(done)
+
+
+async def _nothing_to_stop(_: Transport) -> int:
+    return 0
+
+
+def _after_fork_in_child() -> None:
+    """Be after ``pipeline.transport``, which knows whose each is; it was imported before."""
+    for transport in list(_all):
+        if is_foreign(transport._transport):
+            names = public_names(type(transport))
+            disown(transport, "transport", names, stop=_nothing_to_stop)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

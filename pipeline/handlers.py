@@ -202,6 +202,7 @@ class Handlers:
         self.snapshots = SnapshotReceiver(raft, self, self.config)
         self._warn = Throttle(logger).warning
         self._lock = threading.Lock()  # guards the counters and the one below
+        self._is_foreign = False
         self._unknown_types: set[int] = set()  # that the log has been told of
 
     def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
@@ -213,6 +214,9 @@ class Handlers:
         With ``can_detach`` None may also mean a snapshot, which the caller has received elsewhere.
         """
         path = request.path
+        if self._is_foreign:
+            self._warn("refused a request from %s: a forked child cannot answer it", request.remote)
+            return self.shutting_down()
         if path == RAFT_PATH:
             return self._check_post(request) or self._note_sender(request)
         if path == PROBING_PATH:
@@ -506,6 +510,15 @@ class Handlers:
             failures = dict(self._failures_by_address or {})
             failures[""] = self.received_failures - sum(failures.values())
             return Received(received, failures, self.ignored, self.unknown, self.process_failures)
+
+    def forget_after_fork(self, *, is_foreign: bool) -> None:
+        """In a forked child: a lock another thread may have held is made anew.
+
+        With ``is_foreign`` the node is another process'. An ASGI or WSGI server that was forked
+        with it refuses what it is given: here nobody would ever learn of the messages.
+        """
+        self._lock = threading.Lock()
+        self._is_foreign = is_foreign
 
     def count_failures_by_address(self) -> None:
         """Tell failures by the caller's address from now on, for the first 128 addresses."""

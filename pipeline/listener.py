@@ -19,6 +19,7 @@ from pipeline._receiver import OwnSocket, Receiver, ReceiverStats, open_socket
 from pipeline.arguments import require_iterable, require_number
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
+from pipeline.forks import disown
 from pipeline.handlers import Handlers
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
@@ -192,9 +193,12 @@ class Listener:
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.Lock()
-        self._is_closed = True
+        is_open, self._is_closed = not self._is_closed, True
         self._receiver.forget_after_fork()
         self._snapshots.forget_after_fork()
+        if is_open:
+            atexit.unregister(self.close)
+            disown(self, "listener", ("stats", "__enter__"))
 
     def __enter__(self) -> Listener:
         return self

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pipeline.arguments import require_bool
 from pipeline.errors import UsageError
+from pipeline.forks import is_foreign
 from pipeline.protocol import format_id
 
 try:
@@ -293,6 +294,8 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 def _samples(transport: Transport) -> Iterator[Sample]:
     # The underscored attributes are Transport's own: this is a part of it, in a file of its own.
+    if is_foreign(transport):
+        return  # in a forked child: the numbers are those of another process
     local = format_id(transport.member_id)
     for peer in transport._peers.values():
         yield from _peer_samples(local, peer)

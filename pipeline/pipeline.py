@@ -33,6 +33,7 @@ from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
+from pipeline.forks import disown, nothing_to_stop
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker, parse_peer_urls
@@ -267,6 +268,8 @@ class Pipeline(Sender):
         """Cut loose in a forked child: close its copies of the connections, which are not its."""
         self._lock = threading.Lock()
         self.callbacks.forget_after_fork()
+        atexit.unregister(self.stop)
+        disown(self, "pipeline", _FOREIGN, stop=nothing_to_stop)
         for line in self._lines:
             line.forget_after_fork()
 
@@ -563,3 +566,7 @@ class Pipeline(Sender):
     def report_snapshot(self, to: int, status: SnapshotStatus) -> None:
         """Tell Raft how a MsgSnap ended."""
         self.callbacks.tell(self._raft, "report_snapshot", self._peer, to, status)
+
+
+# What a forked child is refused: what applications ask of a pipeline. The rest is for our threads.
+_FOREIGN = ("start", "send", "stats", "follower_stats", "callback_errors", "update", "__enter__")

@@ -125,13 +125,15 @@ class Prober:
         self._thread = threading.Thread(
             target=self._run, name=f"pipeline-probe-{name}", daemon=True
         )
-        # The thread's own.
-        self._selector = selectors.DefaultSelector()
+        # The thread's own. Made by ``start``: processes that were forked before it and share one
+        # would be told of each other's connections.
+        self._selector: selectors.BaseSelector
         self._known: set[_Target] = set()
 
     def start(self) -> None:
         """Start the thread. Once."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._thread.start()
 

@@ -39,6 +39,7 @@ from pipeline.errors import (
     SnapshotSourceError,
     UsageError,
 )
+from pipeline.forks import disown, foreign_error
 from pipeline.logs import get_logger, show
 from pipeline.pipeline import Pipeline
 from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
@@ -307,7 +308,9 @@ class SnapshotTransfer:
         if isinstance(self.source, FileSource):
             close_quietly(self.source)  # the application's file may raise: others come after it
         self.future = concurrent.futures.Future()
-        self.future.set_exception(SnapshotCancelledError("stopped"))
+        self.future.set_exception(foreign_error("result", "transfer"))
+        names = ("progress", "done", "cancel", "result", "add_done_callback")
+        disown(self, "transfer", names)
 
     def _report(self) -> None:
         if self._on_progress is not None:

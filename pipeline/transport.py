@@ -22,6 +22,7 @@ from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
+from pipeline.forks import disown, nothing_to_stop, public_names
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.logs import get_logger, show
@@ -37,7 +38,7 @@ from pipeline.snapshot_sender import (
     SnapshotTransfer,
     is_transfer_thread,
 )
-from pipeline.snapshot_source import SnapshotSource
+from pipeline.snapshot_source import SnapshotSource, close_quietly
 from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
@@ -179,6 +180,8 @@ class Transport:
         self._listeners: list[Listener] = []
         self._is_started = False
         self._is_stopped = False
+        # Why nothing can be sent; None while it can, and while a stop is going on.
+        self._refusal: str | None = "the transport was not started"
         self._stop_done = threading.Event()
         if self.credentials is not None:
             self.credentials.subscribe(self._retire_connections)
@@ -192,6 +195,7 @@ class Transport:
             if self._is_started or self._is_stopped:
                 raise UsageError("start: a transport can be started once")
             self._is_started = True
+            self._refusal = None
             self._remotes.open()
         self._dispatcher.start()
         if self._prober is not None:
@@ -221,6 +225,8 @@ class Transport:
             is_ours = self._dispatcher.is_current_thread() or is_transfer_thread()
             if self._is_started and not is_ours:
                 self._stop_done.wait(self.config.stop_timeout_s)
+            elif not self._is_started:
+                self._refusal = "transport stopped"
             return 0
         if self._prober is not None:
             self._prober.stop_begin()
@@ -240,6 +246,7 @@ class Transport:
             self.credentials.stop(deadline)
         self._dispatcher.stop(deadline)
         atexit.unregister(self.stop)
+        self._refusal = "transport stopped"
         self._stop_done.set()
         return dropped
 
@@ -268,12 +275,16 @@ class Transport:
         Raises
         ------
         UsageError, MarshalError
-            If one of them is not a message or is too large; the ones before it were sent.
+            If one of them is not a message or is too large; the ones before it were sent. Also if
+            the transport was not started or has been stopped; while :meth:`stop` runs, what is
+            given is dropped as what is queued is.
 
         Notes
         -----
         Never waits, and raises nothing for the network's reasons. Source: etcd ``Transport.Send``.
         """
+        if self._refusal is not None:
+            raise UsageError(f"send: {self._refusal}")
         peers, remotes = self._peers, self._remotes
         for message in require_iterable("messages", messages, "messages"):
             try:
@@ -326,7 +337,8 @@ class Transport:
         Raises
         ------
         UsageError, MarshalError
-            If message, source or size are not as above. ``source`` is closed.
+            If message, source or size are not as above, or the transport was not started or has
+            been stopped. ``source`` is closed.
         OSError
             If the path cannot be opened.
         RuntimeError
@@ -341,6 +353,9 @@ class Transport:
         concern snapshots. Source: etcd
         ``Transport.SendSnapshot``.
         """
+        if self._refusal is not None:
+            close_quietly(source)
+            raise UsageError(f"send_snapshot: {self._refusal}")
         transfer = SnapshotTransfer(
             message,
             source,
@@ -672,6 +687,7 @@ class Transport:
             self._prober.retire_connections()
 
     def _forget_after_fork(self) -> None:
+        is_running = self._is_started and self._refusal is None
         self._lock = threading.Lock()
         for peer in self._peers.values():
             peer.forget_after_fork()
@@ -683,6 +699,10 @@ class Transport:
         if self.credentials is not None:
             self.credentials.forget_after_fork()
         self._stop_done.set()
+        self.handlers.forget_after_fork(is_foreign=is_running)
+        if is_running:
+            atexit.unregister(self.stop)
+            disown(self, "transport", public_names(type(self)), stop=nothing_to_stop)
 
     def _require_running(self, what: str) -> None:
         if not self._is_started:

@@ -109,6 +109,16 @@ def test_fork_of_a_transport_that_probes(scheme: str, tmp_path: Path) -> None:
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
+def test_a_forked_child_is_told_whose_transport_it_uses(tmp_path: Path) -> None:
+    result = run("fork_foreign.py", str(tmp_path))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
+def test_a_transport_made_before_a_fork_is_started_by_parent_and_child() -> None:
+    result = run("fork_before_start.py")
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
 def test_fork_in_the_middle_of_a_snapshot() -> None:
     result = run("fork_snapshot.py")
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr

@@ -594,6 +594,8 @@ def test_start_and_stop_are_said_once_and_metrics_are_there() -> None:
         assert (transport.member_id, transport.cluster_id) == (2, CLUSTER_ID)
         with pytest.raises(UsageError, match="not started"):
             await transport.listen()
+        with pytest.raises(UsageError, match="send: the transport was not started"):
+            transport.send([message(to=1)])
         async with transport:
             with pytest.raises(UsageError, match="once"):
                 await transport.start()

@@ -723,9 +723,18 @@ def test_a_member_that_is_no_peer_is_not_found(transport: Transport, raft: FakeR
             transfer.result(0)
         assert source.closed.is_set()
     transport.stop()
-    with pytest.raises(MemberNotFoundError):
-        transport.send_snapshot(snapshot_message(), b"x").result(0)
+    source = Closing(b"x")
+    with pytest.raises(UsageError, match="send_snapshot: transport stopped"):
+        transport.send_snapshot(snapshot_message(), source, size=1)
+    assert source.closed.is_set()
     assert raft.snapshots == []
+
+
+def test_a_snapshot_before_start_is_a_usage_error() -> None:
+    source = Closing(b"x")
+    with pytest.raises(UsageError, match="send_snapshot: the transport was not started"):
+        Transport(1, 1, FakeRaft()).send_snapshot(snapshot_message(), source, size=1)
+    assert source.closed.is_set()
 
 
 def test_a_source_that_cannot_be_closed_fails_the_handle_but_not_the_snapshot(

@@ -207,7 +207,8 @@ def test_stop_is_once_and_what_comes_after_is_told() -> None:
     transport = Transport(1, 1, FakeRaft())
     with pytest.raises(UsageError, match="not started"):
         transport.add_peer(2, ["http://127.0.0.1:1"])
-    transport.send([message()])  # nobody to send to
+    with pytest.raises(UsageError, match="send: the transport was not started"):
+        transport.send([message()])
     transport.start()
     with pytest.raises(UsageError):
         transport.start()
@@ -218,8 +219,42 @@ def test_stop_is_once_and_what_comes_after_is_told() -> None:
         transport.add_peer(2, ["http://127.0.0.1:1"])
     with pytest.raises(UsageError, match="transport stopped"):
         transport.listen("http://127.0.0.1:0")
-    transport.send([message()])
+    for messages in ([message()], [], None):
+        with pytest.raises(UsageError, match="send: transport stopped"):
+            transport.send(messages)  # type: ignore[arg-type]
     assert transport.active_peers() == 0
+
+
+def test_one_that_is_stopped_before_it_was_started_sends_nothing() -> None:
+    transport = Transport(1, 1, FakeRaft())
+    transport.stop()
+    with pytest.raises(UsageError, match="send: transport stopped"):
+        transport.send([message()])
+
+
+def test_what_is_sent_while_a_stop_waits_is_dropped() -> None:
+    """A node may send until it has been told, and from the callbacks that a stop waits for."""
+    raised: list[BaseException] = []
+
+    class Sending(FakeRaft):
+        def report_unreachable(self, member_id: int) -> None:
+            super().report_unreachable(member_id)
+            if transport._is_stopped:
+                try:
+                    transport.send([message()])
+                except BaseException as error:
+                    raised.append(error)
+
+    raft = Sending()
+    with ScriptedServer() as server, Transport(1, 1, raft) as transport:
+        server.script = server.hold
+        transport.add_peer(2, [server.url])
+        transport.send([message()])
+        server.wait_requests(1)
+        transport.stop()
+        server.release.set()
+    assert raft.unreachable == [2]
+    assert raised == []
 
 
 def test_start_after_stop_is_a_usage_error() -> None:

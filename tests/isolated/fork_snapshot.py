@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from functools import partial
 
-from pipeline import MessageType, SnapshotCancelledError, Transport
+from pipeline import MessageType, Transport, UsageError
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
@@ -50,12 +51,18 @@ child = os.fork()
 if child == 0:
     os.close(write)
     for snapshot in (*snapshots, waiting):
-        try:
-            snapshot.result(0)
-        except SnapshotCancelledError:
-            snapshot.cancel()
-        else:
-            sys.exit("the child's copy has not ended")
+        for use in (
+            snapshot.result,
+            snapshot.cancel,
+            snapshot.done,
+            partial(getattr, snapshot, "progress"),
+        ):
+            try:
+                use()
+            except UsageError:
+                continue
+            sys.exit("the child's copy does not say whose it is")
+        assert isinstance(snapshot.future.exception(0), UsageError)
     assert transport._peers[2].snapshots.counts().in_flight == 1
     transport.stop()
     os.read(read, 1)  # until the parent has seen what it must see while we live

@@ -143,10 +143,11 @@ class Source:
 
 def test_an_async_progress_callback_is_refused_and_the_source_closed() -> None:
     source: Any = Source()
-    with pytest.raises(UsageError, match=r"on_progress: .* is async"):
-        Transport(1, 1, FakeRaft()).send_snapshot(
-            Message(type=7, to=2), source, size=1, on_progress=later
-        )
+    with (
+        Transport(1, 1, FakeRaft()) as one,
+        pytest.raises(UsageError, match=r"on_progress: .* is async"),
+    ):
+        one.send_snapshot(Message(type=7, to=2), source, size=1, on_progress=later)
     assert source.is_closed
 
     async def main() -> None:

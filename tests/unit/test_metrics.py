@@ -307,9 +307,10 @@ def test_without_prometheus_client_the_error_names_the_extra() -> None:
 import sys
 sys.modules["prometheus_client"] = None
 sys.modules["prometheus_client.core"] = None
+from unittest.mock import Mock
 from pipeline import Transport
 try:
-    Transport(1, 1, None).metrics_collector()
+    Transport(1, 1, Mock()).metrics_collector()
 except ImportError as error:
     print(error)
 """

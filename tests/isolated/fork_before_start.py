@@ -1,0 +1,45 @@
+"""A Transport that is made before a fork and started after it, by parent and child.
+
+Each has threads, descriptors and connections of its own. Prints "ok" or what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from pipeline import Transport, TransportConfig
+from tests.support.raft import FakeRaft
+from tests.support.senders import eventually, message
+from tests.support.server import ScriptedServer
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
+
+COUNT = 500
+
+server = ScriptedServer()
+descriptors = set(os.listdir("/proc/self/fd"))
+transport = Transport(1, 1, FakeRaft(), config=TransportConfig(probe_interval_s=0.001))
+assert set(os.listdir("/proc/self/fd")) == descriptors, "descriptors that a child would share"
+
+
+def work() -> None:
+    with transport:
+        transport.add_peer(2, [server.url])
+        for sent in range(1, COUNT + 1):
+            transport.send([message()])
+            eventually(lambda sent=sent: transport.stats()[2].sent == sent)  # type: ignore[misc]
+        eventually(lambda: transport.probe_stats()[2].total > 10)
+        assert transport.probe_stats()[2].lost == 0, transport.probe_stats()
+        assert transport.stats()[2].failed == 0
+
+
+child = os.fork()
+work()
+if child == 0:
+    sys.exit(0)
+if os.waitpid(child, 0)[1] != 0:
+    sys.exit("the child failed")
+server.stop()
+print("ok")
