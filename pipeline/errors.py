@@ -145,9 +145,10 @@ class MemberNotFoundError(PipelineError):
 
 
 class SnapshotSourceError(PipelineError):
-    """The source of a snapshot raised, or has fewer or more bytes than declared.
+    """The source of a snapshot raised, cannot be read, or has fewer or more bytes than declared.
 
-    ``__cause__`` is what it raised. The receiver publishes nothing.
+    ``__cause__`` is what it raised. The receiver publishes nothing, and the peer is not blamed: it
+    stays active, and ``report_unreachable`` is not called.
     """
 
 

@@ -125,6 +125,7 @@ class Pipeline(Sender):
             ("picker", picker, URLPicker),
             ("status", status, PeerStatus),
             ("dispatcher", dispatcher, Dispatcher),
+            ("callbacks", callbacks, Callbacks),
         ):
             if given is not None:
                 require_instance(name, given, kind)

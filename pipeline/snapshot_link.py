@@ -7,6 +7,7 @@ an eventfd, by which ``Ending.end`` ends the wait at once, from any thread.
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.client
 import os
 import select
@@ -21,7 +22,7 @@ from typing import cast
 from urllib3.exceptions import HTTPError
 from urllib3.util import parse_url
 
-from pipeline.errors import PeerUnreachableError, SnapshotCancelledError
+from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, SnapshotSourceError
 from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
 from pipeline.pool import DialConnection, socket_options
 from pipeline.protocol import TELLING_STATUS
@@ -221,15 +222,19 @@ class SnapshotLink:
         """
         if self._tunnel is None:
             return self._send(data)
-        data = data[:TLS_BYTES]
-        self._tunnel.seal(data)
+        with data[:TLS_BYTES] as record:
+            self._tunnel.seal(record)
+            count = len(record)
         sealed = memoryview(self._tunnel.outgoing())
         while sealed:
             sealed = sealed[self._send(sealed) :]
-        return len(data)
+        return count
 
     def write_file(self, file: FileSource, done: int, count: int) -> int:
-        """As :meth:`write`, ``count`` bytes of a file from byte ``done`` on, by ``sendfile``."""
+        """As :meth:`write`, ``count`` bytes of a file from byte ``done`` on, by ``sendfile``.
+
+        Raises ``UnsendableError`` where there is none for this file.
+        """
         assert self._sock is not None
         fd = self._sock.fileno()
         return self._write(lambda: file.send(fd, done, count))
@@ -279,6 +284,10 @@ class SnapshotLink:
             except BlockingIOError:
                 pass
             except OSError as error:
+                if error.errno == errno.EFAULT:  # a mapped file is shorter now, or cannot be read
+                    raise SnapshotSourceError(
+                        f"the memory of the source cannot be read: {error.strerror}"
+                    ) from error
                 self._last_words(error)
             if not deadline:
                 deadline = time.monotonic() + self._stall_timeout_s
@@ -355,7 +364,9 @@ class SnapshotLink:
 
     def _is_dead(self, sock: socket.socket) -> bool:
         """Tell whether the peer acknowledges nothing although it should: see ``_worker.pxd``."""
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        info = b""
+        with contextlib.suppress(OSError):  # a system that does not tell
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
         if len(info) < _TCP_INFO.size:
             return False
         probes, unacked, sent_ms, acked_ms = _TCP_INFO.unpack(info)

@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from pipeline import protocol
 from pipeline._core import EncodedMessage
-from pipeline._messages import Message
-from pipeline.arguments import require_number
+from pipeline._messages import Message, byte_view
+from pipeline.arguments import require_id, require_number
 from pipeline.callbacks import Callbacks, require_callable
 from pipeline.config import PipelineConfig, require_rate
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import (
+    InternalError,
     MemberRemovedError,
     PeerUnreachableError,
     PipelineError,
@@ -46,6 +47,7 @@ from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
 from pipeline.snapshot_source import (
     FileSource,
     SnapshotSource,
+    UnsendableError,
     close_quietly,
     open_source,
 )
@@ -323,17 +325,24 @@ class SnapshotTransfer:
 def _encode(message: Sendable, profile: str) -> bytes:
     try:
         kind, to = message.type, message.to
+        is_ours = isinstance(message, (Message, EncodedMessage))
+        serialize = None if is_ours else message.SerializeToString  # type: ignore[union-attr]
     except AttributeError:
         raise UsageError(f"message: {show(message)} is not a message") from None
     if kind != MessageType.SNAP:
-        raise UsageError(f"message: is of type {kind}, not a MsgSnap")
+        raise UsageError(f"message: is of type {show(kind)}, not a MsgSnap")
+    require_id("message.to", to)
     if not to:
         raise UsageError("message: is for nobody (to is 0)")
     if isinstance(message, Message):
         return message.marshal(profile)
     if isinstance(message, EncodedMessage):
-        return bytes(message.data)
-    return message.SerializeToString()
+        return bytes(byte_view(message.data))
+    assert serialize is not None
+    data = serialize()
+    if type(data) is not bytes:
+        raise UsageError(f"message: its SerializeToString returned {show(data)}, not bytes")
+    return data
 
 
 class SnapshotSender:
@@ -513,9 +522,8 @@ class SnapshotSender:
             error = failure
         except BaseException as failure:
             logger.exception("internal error, please report: a snapshot was not sent")
-            error = PeerUnreachableError(
-                f"internal error: {show(failure)}", peer_id=transfer.peer_id, url=url
-            )
+            error = InternalError(f"a snapshot was not sent: {show(failure)}")
+            error.__cause__ = failure
         try:
             if error is None:
                 self._succeed(transfer, time.monotonic() - begun_at)
@@ -541,9 +549,10 @@ class SnapshotSender:
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
             callbacks = pipeline.callbacks
             callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
-        # Differs from etcd, where only a stop ends a transfer: that the node changed its mind
-        # says nothing of the peer.
-        if not isinstance(error, SnapshotCancelledError) or self._is_stopped:
+        # Differs from etcd: what happened on our side says nothing of the peer. There only a stop
+        # ends a transfer, and a database that cannot be read makes its peer unreachable.
+        is_stop = isinstance(error, SnapshotCancelledError) and self._is_stopped
+        if isinstance(error, PostError) or is_stop:
             pipeline.picker.unreachable(url)
             is_news = pipeline.status.deactivate("sendMsgSnap", "post", str(error))
             pipeline.report_unreachable(pipeline.peer_id, is_news=is_news)
@@ -557,14 +566,18 @@ class SnapshotSender:
     def _post(self, transfer: SnapshotTransfer, url: str) -> None:
         config = self._config
         transfer.enter("dialing")
-        link = transfer.link = SnapshotLink(
-            url,
-            transfer.ending,
-            peer_id=transfer.peer_id,
-            credentials=self._credentials,
-            stall_timeout_s=config.stall_timeout_s,
-            dead_link_timeout_s=config.dead_link_timeout_s,
-        )
+        try:
+            link = transfer.link = SnapshotLink(
+                url,
+                transfer.ending,
+                peer_id=transfer.peer_id,
+                credentials=self._credentials,
+                stall_timeout_s=config.stall_timeout_s,
+                dead_link_timeout_s=config.dead_link_timeout_s,
+            )
+        except OSError as failure:  # no descriptor left: as when there is none for the connection
+            reason = failure.strerror or str(failure)
+            raise PeerUnreachableError(reason, peer_id=transfer.peer_id, url=url) from failure
         try:
             link.dial(config.dial_timeout_s)
             transfer.enter("sending")
@@ -613,30 +626,39 @@ class _Body:
         if self._source.size == 0:
             self._source.require_end()  # nothing of it is looked at later
         self._write(memoryview(head + framing + message))
-        if isinstance(self._source, FileSource) and self._link.is_plain:
-            self._write_file(self._source)
-            return
-        for chunk in self._source.chunks():
+        if isinstance(self._source, FileSource):
+            chunks = self._source.chunks(self._write_file(self._source))
+        else:
+            chunks = self._source.chunks()
+        for chunk in chunks:
             self._write(chunk, is_database=True)
 
     def _write(self, data: memoryview, *, is_database: bool = False) -> None:
-        while data:
-            n = self._link.write(data[: self._allow(len(data))])
+        done = 0
+        while done < len(data):
+            # What is borrowed is given back also when this raises: the error outlives the source.
+            with data[done : done + self._allow(len(data) - done)] as part:
+                n = self._link.write(part)
             self._allowed -= n
-            data = data[n:]
+            done += n
             if is_database:
                 self._transfer.moved(n)
 
-    def _write_file(self, file: FileSource) -> None:
+    def _write_file(self, file: FileSource) -> int:
+        """Have the kernel write the file, as far as it does that; how many bytes."""
         done = 0
-        while done < file.size:
+        while done < file.size and self._link.is_plain:
             count = self._allow(file.size - done)
             if done + count == file.size:
                 file.require_end()
-            n = self._link.write_file(file, done, count)
+            try:
+                n = self._link.write_file(file, done, count)
+            except UnsendableError:
+                break
             self._allowed -= n
             done += n
             self._transfer.moved(n)
+        return done
 
     def _allow(self, want: int) -> int:
         """Wait until something may be written; how much of ``want``."""

@@ -16,9 +16,12 @@ import time
 from pathlib import Path
 
 from pipeline.config import AnyPath, ReceiverConfig
+from pipeline.logs import get_logger
 from pipeline.stats import Histogram
 
 __all__ = ["Saving", "SnapshotStore"]
+
+logger = get_logger(__name__)
 
 # Ours alone: a node may keep other files in the directory.
 _TEMPORARY = re.compile(r"tmp-pipeline-[0-9a-f]{16}-[0-9a-f]{16}")
@@ -27,6 +30,12 @@ _DATABASE = re.compile(r"[0-9a-f]{16}\.snap\.db")
 # etcd snap/metrics.go.
 _SAVE_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
 _FSYNC_BOUNDS_S = tuple(0.001 * 2**i for i in range(14))
+
+# What a file system says that cannot sync, of a directory above all. Not EIO and ENOSPC: those mean
+# that it can, and that it went wrong.
+_NO_FSYNC = frozenset((errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY))
+_NO_FSYNC_OF_A_DIRECTORY = _NO_FSYNC | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+_NO_STATVFS = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.EACCES))
 
 
 class SnapshotStore:
@@ -47,16 +56,18 @@ class SnapshotStore:
     def __init__(self, directory: AnyPath, config: ReceiverConfig) -> None:
         self.directory = Path(os.fsdecode(directory))
         self._config = config
-        self._lock = threading.Lock()  # guards names becoming final, and the histograms
+        self._lock = threading.Lock()  # guards names becoming final, and what follows
+        self._not_durable: set[str] = set()
         self._saves = Histogram(_SAVE_BOUNDS_S)
         self._fsyncs = Histogram(_FSYNC_BOUNDS_S)
 
     def prepare(self) -> None:
         """Make the directory, and remove what a process that crashed has left. ``OSError``."""
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for entry in os.scandir(self.directory):
-            if _TEMPORARY.fullmatch(entry.name):
-                _remove_unlocked(entry.path)
+        with os.scandir(self.directory) as entries:
+            leftovers = [entry.path for entry in entries if _TEMPORARY.fullmatch(entry.name)]
+        for path in leftovers:
+            _remove_unlocked(path)
 
     def path(self, index: int) -> Path:
         """Return where the database of a snapshot is, or would be."""
@@ -79,8 +90,8 @@ class SnapshotStore:
         """
         if announced is not None:
             self.check_room(announced, announced)
-            free = os.statvfs(self.directory)
-            if announced > free.f_bavail * free.f_frsize:
+            free = self._free_bytes()
+            if free is not None and announced > free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return Saving(self, index)
 
@@ -98,13 +109,68 @@ class SnapshotStore:
         with self._lock:
             return self._saves.copy(), self._fsyncs.copy()
 
+    def make_file_durable(self, fd: int) -> None:
+        """Have a file on the disk; ``OSError`` if that fails.
+
+        Where the file system cannot do it, that is told in the log once and gone on without: there
+        is no better place to be had.
+        """
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in _NO_FSYNC:
+                raise
+            self._note_not_durable("file", error)
+
+    def make_directory_durable(self) -> None:
+        """Have the names of the files on the disk; as :meth:`make_file_durable`.
+
+        CIFS and some of FUSE cannot do this, and a directory need not be readable.
+        """
+        try:
+            fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno not in _NO_FSYNC_OF_A_DIRECTORY:
+                raise
+            self._note_not_durable("directory", error)
+
+    def _note_not_durable(self, what: str, error: OSError) -> None:
+        with self._lock:
+            is_first = what not in self._not_durable
+            self._not_durable.add(what)
+        if is_first:
+            logger.warning(
+                "a %s in %s cannot be made durable here (%s): a snapshot that was received may be "
+                "gone after a crash of the machine",
+                what,
+                self.directory,
+                error.strerror,
+            )
+
+    def _free_bytes(self) -> int | None:
+        """Return what the file system has free; None if it does not say."""
+        try:
+            found = os.statvfs(self.directory)
+        except OSError as error:
+            if error.errno in _NO_STATVFS:
+                return None
+            raise
+        if found.f_blocks == 0:  # 0 of 0, as some of FUSE have it
+            return None
+        return found.f_bavail * (found.f_frsize or found.f_bsize)
+
     def _used(self) -> int:
         """Count the bytes of all databases, those that are arriving included."""
         used = 0
-        for entry in os.scandir(self.directory):
-            if _DATABASE.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
-                with contextlib.suppress(FileNotFoundError):
-                    used += entry.stat(follow_symlinks=False).st_size
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                if _DATABASE.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        used += entry.stat(follow_symlinks=False).st_size
         return used
 
     def _observe(self, histogram: Histogram, begin: float) -> None:
@@ -147,14 +213,14 @@ class Saving:
             data = data[written:]
 
     def commit(self) -> None:
-        """Make the file durable and give it its name; ``OSError`` if that fails.
+        """Make the file durable, as far as can be, and give it its name; ``OSError`` if that fails.
 
         If there is one of that name it stays, and this is a success, as in etcd.
         Differs from etcd: the directory is made durable as well.
         """
         store = self._store
         begin = time.monotonic()
-        os.fsync(self._fd)
+        store.make_file_durable(self._fd)
         store._observe(store._fsyncs, begin)
         with store._lock:
             if not self._is_temporary:  # discarded meanwhile
@@ -163,21 +229,21 @@ class Saving:
             if is_new:
                 os.rename(self._temporary, self._path)
                 self._is_temporary = False
-        directory = os.open(store.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        store.make_directory_durable()
         if is_new:
             store._observe(store._saves, self._begin)
 
     def discard(self) -> None:
         """Remove the temporary file, if it is still one; from any thread, at any time."""
         with self._store._lock:
-            if self._is_temporary:
-                self._is_temporary = False
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._temporary)
+            is_temporary, self._is_temporary = self._is_temporary, False
+        if is_temporary:
+            try:
+                os.unlink(self._temporary)
+            except FileNotFoundError:
+                pass
+            except OSError as error:  # why it is discarded is told, and not hidden by this
+                logger.warning("cannot remove %s: %s", self._temporary, error.strerror)
 
     def close(self) -> None:
         """Discard what was not committed, and let go of the file."""

@@ -315,10 +315,12 @@ class Transport:
         ----------
         message : Message, EncodedMessage or raftpb protobuf object
             A MsgSnap with ``to`` and the snapshot's metadata. Encoded before return.
-        source : path, binary file, bytes or iterable of bytes-like objects
+        source : path, binary file, buffer or iterable of buffers
             The database. A file is sent from its position on, its own position is not moved if it
-            is a regular one; a path is opened before return. Ours until the transfer has ended,
-            and closed then, whatever became of it, if it can be closed.
+            is a regular one; a path is opened before return. A buffer is anything C-contiguous,
+            whatever its items are: bytes, an mmap, an array; ``bytes`` are never a path. Ours
+            until the transfer has ended, and closed then, whatever became of it, if it can be
+            closed.
         size : int, optional
             Bytes of ``source``. Needed for an iterable and for a file that cannot seek. A source
             that turns out shorter or longer fails, and the peer publishes nothing.
@@ -340,14 +342,15 @@ class Transport:
             If message, source or size are not as above, or the transport was not started or has
             been stopped. ``source`` is closed.
         OSError
-            If the path cannot be opened.
+            If the path cannot be opened, or what was written to the file not be flushed.
         RuntimeError
             If the system gives no thread. ``source`` is closed.
 
         Notes
         -----
         Does not wait. Each transfer that begins ends with one ``report_snapshot``, as a MsgSnap
-        does, and with ``report_unreachable`` if it failed, but not if it was cancelled. One
+        does, and with ``report_unreachable`` if it failed, but not if it was cancelled or its
+        source failed: that says nothing of the peer. One
         transfer to a peer runs at a time and one waits; a newer one takes the place of the one that
         waits, whose outcome for Raft is then the newer one's. ``pause`` and ``cut_peer`` do not
         concern snapshots. Source: etcd

@@ -78,6 +78,8 @@ NOT_A_PATH = ("", b"", "a\0b", 5, True, ["f"], Rude())
 NOT_A_VERSION = ("", "3.5", "v3.5.0", "3.5.x", "3.05.0", "3.5.0\r\nX: 1", 3.5, b"3.5.0", Rude())
 NOT_A_TUPLE_OF_NAMES = ("cn", ["cn"], ("",), (None,), 5, None, Rude())
 NOT_MESSAGES = (None, 5, message(), [None], [b"bytes"], ["text"], [Rude()], [object])
+NOT_CALLABLE = ("yes", 5, True, Rude())
+NOT_A_RAFT = (None, *NOT_CALLABLE, object())
 NOT_CONFIG: tuple[object, ...] = ({}, {"queue_bytes": 1}, "config", 5, True, PipelineConfig, Rude())
 
 Table = dict[str, tuple[object, ...]]  # by parameter, what it may not be
@@ -144,6 +146,9 @@ def peer_status(**given: Any) -> object:
 
 
 OF_A_TRANSPORT: Table = {
+    "raft": NOT_A_RAFT,
+    "on_critical_error": NOT_CALLABLE,
+    "remote_policy": NOT_CALLABLE,
     "member_id": NOT_AN_ID,
     "cluster_id": NOT_AN_ID,
     "peer_urls": NOT_A_LIST_OF_URLS,
@@ -159,6 +164,8 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
         {
             "peer_id": NOT_AN_ID,
             "urls": NOT_URLS,
+            "raft": NOT_A_RAFT,
+            "on_critical_error": NOT_CALLABLE,
             "member_id": NOT_AN_ID,
             "cluster_id": NOT_AN_ID,
             "config": NOT_CONFIG,
@@ -169,6 +176,7 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
             "picker": NOT_CONFIG,
             "status": NOT_CONFIG,
             "dispatcher": NOT_CONFIG,
+            "callbacks": NOT_CONFIG,
         },
     ),
     URLPicker: (URLPicker, {"urls": NOT_URLS}),
@@ -248,12 +256,11 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
         },
     ),
 }
-# Callables of the application are judged in tests of their own; a flag by what reads it.
-CALLABLES = {"raft", "on_critical_error", "remote_policy", "on_progress", "callback", "flag"}
+FLAGS = {"flag"}  # is judged by what reads it
 
 
 def parameters(function: Callable[..., object]) -> set[str]:
-    return {name for name in inspect.signature(function).parameters if name != "self"} - CALLABLES
+    return {name for name in inspect.signature(function).parameters if name != "self"} - FLAGS
 
 
 @pytest.mark.parametrize("make", CONSTRUCTORS)
@@ -298,6 +305,7 @@ METHODS: dict[str, Table] = {
         "message": NOT_A_SNAP,
         "source": NOT_A_SOURCE,
         "size": ("1", 1.0, True, -1, 1 << 63, NAN, Rude()),
+        "on_progress": NOT_CALLABLE,
     },
     "set_snapshot_rate_limit": {"rate": ("1", True, 0, 0.5, -1, NAN, INF, [1], Rude())},
     "add_peer": {"peer_id": NOT_AN_ID, "urls": NOT_URLS},

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
+import stat
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -600,6 +604,130 @@ def test_an_error_of_the_disk_is_answered_500_and_leaves_nothing(
     assert node.files() == {}
     assert node.results() == {"1": (0, 1)}
     assert ask(node.url, post(BODY)).status == 204
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+def test_a_disk_that_fails_in_the_middle_leaves_nothing(
+    node: Node, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, left = os.write, itertools.count(3, -1)
+
+    def fail(fd: int, data: memoryview) -> int:
+        if next(left) <= 0:
+            raise OSError(number, os.strerror(number))
+        return write(fd, data[:1000])  # and a disk may take less than it is given
+
+    monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
+    reply = ask(node.url, post(BODY))
+    assert (reply.status, reply.body.decode()) == (
+        500,
+        f"failed to save KV snapshot ({os.strerror(number)})\n",
+    )
+    monkeypatch.undo()
+    assert node.files() == {}
+    assert node.raft.processed == []
+    assert ask(node.url, post(BODY)).status == 204
+
+
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+NOT_OF_A_DIRECTORY = (*NOT_SUPPORTED, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
+
+
+@pytest.mark.parametrize(
+    ("is_directory", "number"),
+    [
+        *((False, number) for number in NOT_SUPPORTED),
+        *((True, number) for number in NOT_OF_A_DIRECTORY),
+    ],
+    ids=lambda value: errno.errorcode[value] if value > 1 else ("directory" if value else "file"),
+)
+def test_a_file_system_that_cannot_sync_is_gone_on_with(
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_directory: bool,
+    number: int,
+) -> None:
+    """As CIFS and some of FUSE answer for a directory."""
+    fsync = os.fsync
+
+    def fail(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) == is_directory:
+            raise OSError(number, os.strerror(number))
+        fsync(fd)
+
+    monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    for index in (INDEX, INDEX + 1):
+        assert ask(node.url, post(framed(snapshot(index), DATABASE))).status == 204
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+    assert set(node.files().values()) == {len(DATABASE)}
+    assert len(node.files()) == len(node.raft.processed) == 2
+    what = "directory" if is_directory else "file"
+    told = [r for r in caplog.records if "cannot be made durable" in r.getMessage()]
+    assert [record.args[0] for record in told if record.args] == [what]  # once
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC], ids=errno.errorcode.get)
+def test_a_directory_that_could_not_be_synced_is_an_error(
+    node: Node, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync = os.fsync
+
+    def fail(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(fd)
+
+    monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
+    assert ask(node.url, post(BODY)).status == 500
+    assert node.raft.processed == []
+    monkeypatch.undo()
+    assert ask(node.url, post(BODY)).status == 204
+
+
+def statvfs_of(**values: int) -> Callable[[object], Any]:
+    zeros = dict.fromkeys(("f_bsize", "f_frsize", "f_blocks", "f_bavail"), 0)
+    return lambda path: types.SimpleNamespace(**{**zeros, **values})
+
+
+def no_statvfs(path: object) -> Any:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.mark.parametrize(
+    ("statvfs", "status"),
+    [
+        (no_statvfs, 204),
+        (statvfs_of(), 204),
+        (statvfs_of(f_bsize=4096), 204),
+        (statvfs_of(f_bsize=4096, f_blocks=1 << 20, f_bavail=1 << 20), 204),
+        (statvfs_of(f_bsize=4096, f_frsize=512, f_blocks=1 << 20, f_bavail=1), 500),
+        (statvfs_of(f_bsize=4096, f_frsize=4096, f_blocks=1 << 20), 500),
+    ],
+    ids=["unsupported", "0 of 0", "only a size", "without f_frsize", "little", "full"],
+)
+def test_a_file_system_that_does_not_tell_what_it_has_free_is_tried(
+    node: Node, monkeypatch: pytest.MonkeyPatch, statvfs: Callable[[object], Any], status: int
+) -> None:
+    monkeypatch.setattr("pipeline.snapshot_store.os.statvfs", statvfs)
+    assert ask(node.url, post(BODY)).status == status
+
+
+def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
+    monkeypatch.setattr("pipeline.snapshot_store.os.unlink", fail)
+    reply = ask(node.url, post(BODY))
+    assert reply.status == 500
+    assert os.strerror(errno.EROFS).encode() in reply.body
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+    assert "cannot remove" in caplog.text
 
 
 def test_leftovers_of_a_crash_are_removed_and_nothing_else(make_node: MakeNode) -> None:
