@@ -9,7 +9,7 @@ ASAN_SITE := build/asan/site
 	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo demo-all three-nodes test lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
+	@echo "make demo demo-all three-nodes test chaos lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,12 @@ demo-all: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# A real etcd and two members of ours, killed, stopped and cut off from one another for ten minutes.
+# make chaos CHAOS='--duration 3600 --ours 1 --tls --etcd PATH'
+.PHONY: chaos
+chaos: build
+	$(BIN)/python -m tests.chaos $(CHAOS)
 
 lint: build $(VENV)/.linters typecheck
 	$(BIN)/ruff check .
