@@ -4,7 +4,11 @@ A node gives a :class:`Transport` messages; it carries them to the right peer, r
 not be delivered, receives what peers send and hands it to the node's :class:`Raft`.
 """
 
+from __future__ import annotations
+
+import importlib
 import logging
+from typing import TYPE_CHECKING
 
 try:
     from pipeline._core import EncodedMessage
@@ -33,19 +37,21 @@ from pipeline.errors import (
     UnmarshalError,
     UsageError,
 )
-from pipeline.listener import Listener
-from pipeline.peer import PeerStats
-from pipeline.picker import URLPicker
-from pipeline.pipeline import Pipeline
-from pipeline.probing import ProbeStats
-from pipeline.remote import RemotePolicy, RemoteStats
-from pipeline.snapshot_sender import SnapshotProgress, SnapshotTransfer
-from pipeline.snapshot_source import SnapshotSource
 from pipeline.stats import FollowerStats, PipelineStats
-from pipeline.status import PeerStatus
-from pipeline.tls import TLSInfo
-from pipeline.transport import Transport
 from pipeline.types import EntryType, MessageType, Raft, SendResult, SnapshotStatus
+
+if TYPE_CHECKING:
+    from pipeline.listener import Listener
+    from pipeline.peer import PeerStats
+    from pipeline.picker import URLPicker
+    from pipeline.pipeline import Pipeline
+    from pipeline.probing import ProbeStats
+    from pipeline.remote import RemotePolicy, RemoteStats
+    from pipeline.snapshot_sender import SnapshotProgress, SnapshotTransfer
+    from pipeline.snapshot_source import SnapshotSource
+    from pipeline.status import PeerStatus
+    from pipeline.tls import TLSInfo
+    from pipeline.transport import Transport
 
 __all__ = [
     "ClusterIDMismatchError",
@@ -96,3 +102,34 @@ __all__ = [
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# What a node is made of imports urllib3, ssl and h11, which takes longer than all of Python's own
+# start. A program that has only messages to encode, or is asked for its version, does without.
+_MODULES = {
+    "Listener": "listener",
+    "PeerStats": "peer",
+    "PeerStatus": "status",
+    "Pipeline": "pipeline",
+    "ProbeStats": "probing",
+    "RemotePolicy": "remote",
+    "RemoteStats": "remote",
+    "SnapshotProgress": "snapshot_sender",
+    "SnapshotSource": "snapshot_source",
+    "SnapshotTransfer": "snapshot_sender",
+    "TLSInfo": "tls",
+    "Transport": "transport",
+    "URLPicker": "picker",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import what a name stands for when it is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pipeline.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(__all__) | set(globals()))

@@ -23,9 +23,9 @@ from pipeline.forks import disown
 from pipeline.handlers import Handlers
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
-from pipeline.picker import parse_urls
 from pipeline.snapshot_connections import SnapshotConnections
 from pipeline.tls import Credentials
+from pipeline.urls import parse_urls
 
 __all__ = ["Listener"]
 

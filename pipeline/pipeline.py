@@ -36,12 +36,13 @@ from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError,
 from pipeline.forks import disown, nothing_to_stop
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
-from pipeline.picker import URLPicker, parse_peer_urls
+from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
 from pipeline.status import PeerStatus
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
 from pipeline.types import MessageType, Raft, SnapshotStatus
+from pipeline.urls import parse_peer_urls
 
 __all__ = ["Pipeline"]
 

@@ -22,7 +22,7 @@ from pipeline.errors import (
 )
 from pipeline.logs import show
 from pipeline.names import zoneless
-from pipeline.picker import parse_peer_urls
+from pipeline.urls import parse_peer_urls
 
 __all__ = [
     "MIN_CLUSTER_VERSION",
@@ -223,7 +223,7 @@ def request_head(
     Parameters
     ----------
     url : str
-        The peer's URL, ``http`` or ``https``, as :func:`pipeline.picker.parse_peer_urls` takes it.
+        The peer's URL, ``http`` or ``https``, as :func:`pipeline.urls.parse_peer_urls` takes it.
     member_id, cluster_id : int
         Ours, 64 bits.
     peer_urls : iterable of str

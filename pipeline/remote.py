@@ -21,11 +21,11 @@ from pipeline.errors import UsageError
 from pipeline.logs import Throttle, get_logger
 from pipeline.names import literal_address
 from pipeline.peer import Sendable
-from pipeline.picker import parse_urls
 from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
 from pipeline.protocol import format_id
 from pipeline.stats import PipelineStats
 from pipeline.types import SendResult
+from pipeline.urls import parse_urls
 
 __all__ = ["Remote", "RemotePolicy", "RemoteStats", "Remotes"]
 

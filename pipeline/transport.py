@@ -14,20 +14,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from wsgiref.types import WSGIApplication
 
 from pipeline.arguments import require_bool, require_id, require_instance, require_iterable
-from pipeline.asgi import ASGIApp, asgi_app
 from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.forks import disown, nothing_to_stop, public_names
 from pipeline.handlers import Handlers
-from pipeline.listener import Listener
 from pipeline.logs import get_logger, show
 from pipeline.peer import Peer, PeerStats, Sendable
-from pipeline.picker import parse_peer_urls
 from pipeline.pipeline import Pipeline
 from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
@@ -42,9 +38,13 @@ from pipeline.snapshot_source import SnapshotSource, close_quietly
 from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
-from pipeline.wsgi import wsgi_app
+from pipeline.urls import parse_peer_urls
 
 if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
+
+    from pipeline.asgi import ASGIApp
+    from pipeline.listener import Listener
     from pipeline.metrics import MetricsCollector
 
 __all__ = ["Transport"]
@@ -634,6 +634,8 @@ class Transport:
         with self._lock:
             self._require_running("listen")
         # Without the lock: a name may take long to resolve, and add_peer takes it.
+        from pipeline.listener import Listener
+
         listener = Listener(self.handlers, url, self.config.receiver, self.credentials)
         with self._lock:
             if not self._is_stopped:
@@ -667,6 +669,8 @@ class Transport:
 
         But for snapshots, which it answers 501.
         """
+        from pipeline.asgi import asgi_app
+
         return asgi_app(self.handlers, self.config.receiver)
 
     @property
@@ -675,6 +679,8 @@ class Transport:
 
         But for snapshots, which it answers 501.
         """
+        from pipeline.wsgi import wsgi_app
+
         return wsgi_app(self.handlers, self.config.receiver)
 
     def _probe(self, peer: Peer) -> None:
