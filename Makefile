@@ -9,7 +9,7 @@ ASAN_SITE := build/asan/site
 	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo demo-all three-nodes test chaos lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
+	@echo "make demo demo-all three-nodes test chaos soak lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,12 @@ test: build
 .PHONY: chaos
 chaos: build
 	$(BIN)/python -m tests.chaos $(CHAOS)
+
+# Everything a node does for two hours; whether memory, threads and descriptors stay as they were.
+# make soak SOAK='--duration 900'
+.PHONY: soak
+soak: build
+	$(BIN)/python -m tests.soak $(SOAK)
 
 lint: build $(VENV)/.linters typecheck
 	$(BIN)/ruff check .
