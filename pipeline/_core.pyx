@@ -434,13 +434,16 @@ cdef class IOLoop:
         self.is_running = True
 
     def stop(self):
-        """End the thread. Every sender must have been told to stop; waits for the thread only."""
+        """End the thread. Every sender must have been told to stop; waits for the thread only.
+
+        Not to be called by two threads at a time.
+        """
         if not self.is_running:
             return
+        self.is_running = False     # before the GIL is let go of: from now on nothing is opened
         with nogil:
             # Wait for the loop to detach what it was told to; it never waits for Python.
             loop_stop(&self.loop)
-        self.is_running = False
         self.drop_finished()
 
     @property
@@ -581,6 +584,8 @@ cdef class Sender:
         cdef limits_t limits
         if self.is_open:
             raise UsageError("start: a pipeline can be started once")
+        if not loop.is_running:
+            raise UsageError("start: it was stopped")
         limits.queue_bytes = queue_bytes
         limits.response_timeout_ns = <int64_t>(response_timeout_s * 1e9)
         limits.stall_timeout_ns = <int64_t>(stall_timeout_s * 1e9)

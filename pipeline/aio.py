@@ -39,6 +39,7 @@ from pipeline.snapshot_sender import SnapshotProgress
 from pipeline.snapshot_sender import SnapshotTransfer as ThreadedTransfer
 from pipeline.snapshot_source import SnapshotSource, close_quietly
 from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.threads import LibraryThread
 from pipeline.tls import TLSInfo
 from pipeline.types import SnapshotStatus
 
@@ -680,7 +681,7 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, name="pipeline-aio", daemon=True).start()
+    LibraryThread(run, "pipeline-aio").start()
     return await asyncio.wrap_future(done)
 
 

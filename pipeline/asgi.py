@@ -16,6 +16,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.names import show_address
+from pipeline.threads import LibraryThread
 
 __all__ = ["ASGIApp", "asgi_app"]
 
@@ -169,7 +170,7 @@ class _Threads:
         self._limit = limit
         self._numbers = itertools.count()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.RLock()  # guards the two below
         self._threads = 0
         self._pending = 0  # jobs given and not done
 
@@ -214,7 +215,7 @@ class _Threads:
             if self._threads < min(self._pending, self._limit):
                 self._threads += 1
                 name = f"pipeline-handler-{next(self._numbers)}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
+                LibraryThread(self._work, name).start()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

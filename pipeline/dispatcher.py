@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-from pipeline._core import IOLoop
+from pipeline._core import ActiveFlag, IOLoop, Sender
+from pipeline.errors import UsageError
 from pipeline.logs import get_logger
+from pipeline.threads import LibraryThread
 
 __all__ = ["Dispatcher"]
 
@@ -46,16 +48,19 @@ class Dispatcher:
         self.name = name
         self.loop = IOLoop(queue_bytes, f"pipeline-io-{name}")
         self._max_threads = max_threads
-        self._lock = threading.Lock()  # guards what follows
-        self._changed = threading.Condition(self._lock)
-        self._threads: list[threading.Thread] = []
-        self._starting = 0
+        # One at a time: senders are opened, threads added and the loop ended. Nothing is waited for
+        # under it but the loop's end.
+        self._lock = threading.RLock()
+        self._threads: list[LibraryThread] = []
         self._is_stopped = False
         self._chores: deque[Callable[[], None]] = deque()
 
     def start(self) -> None:
-        """Start the I/O thread and the first dispatcher thread."""
-        self.loop.start()
+        """Start the I/O thread and the first dispatcher thread. ``UsageError`` once stopped."""
+        with self._lock:
+            if self._is_stopped:
+                raise UsageError("start: it was stopped")
+            self.loop.start()
         _all.add(self)
         try:
             self._add_thread()
@@ -63,8 +68,14 @@ class Dispatcher:
             self.loop.stop()
             raise
 
+    def open(self, sender: Sender, active: ActiveFlag, **settings: Any) -> None:
+        """Have the loop run a sender's workers (``Sender.open``); ``UsageError`` once stopped."""
+        with self._lock:
+            # The loop looks as well: a signal's handler may stop us on the way there.
+            sender.open(self.loop, active, **settings)
+
     def stop(self, deadline: float) -> bool:
-        """End all threads; every pipeline has been told to stop before.
+        """End all threads; every pipeline has been told to stop before. Any number of times.
 
         Parameters
         ----------
@@ -77,22 +88,14 @@ class Dispatcher:
             Whether all threads ended. One that is still in a callback ends by itself after it.
         """
         with self._lock:
-            if not self._is_stopped:
-                self._is_stopped = True
-                # One that is being removed at this moment may not have got to it.
-                for sender in list(self.loop.senders):
-                    sender.begin_stop()
-                self.loop.stop()
-                self.loop.close_events()
-            # One that is just being started ends by itself, but is to be joined like the others.
-            self._changed.wait_for(
-                lambda: self._starting == 0, max(0.0, deadline - time.monotonic())
-            )
-            threads = list(self._threads)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(t.is_alive() for t in threads if t is not threading.current_thread())
+            self._is_stopped = True
+            # One that is being removed at this moment may not have got to it.
+            for sender in tuple(self.loop.senders):
+                sender.begin_stop()
+            self.loop.stop()
+            self.loop.close_events()
+            threads = tuple(self._threads)
+        return False not in [thread.wait_ended(deadline) for thread in threads]
 
     def is_current_thread(self) -> bool:
         """Tell whether the caller runs in one of our threads, that is, in a callback."""
@@ -105,28 +108,20 @@ class Dispatcher:
         if self._is_stopped:
             # Of a peer that is removed while all is stopped: our threads may be gone.
             name = f"pipeline-dispatch-{self.name}-late"
-            threading.Thread(target=self._run_chores, name=name, daemon=True).start()
+            LibraryThread(self._run_chores, name).start()
 
     def _add_thread(self) -> None:
         with self._lock:
-            count = len(self._threads) + self._starting
+            count = len(self._threads)
             if self._is_stopped or count >= self._max_threads:
                 return
-            self._starting += 1
-        name = f"pipeline-dispatch-{self.name}-{count}"
-        thread: threading.Thread | None
-        thread = threading.Thread(target=self._run, name=name, daemon=True)
+            thread = LibraryThread(self._run, f"pipeline-dispatch-{self.name}-{count}")
+            self._threads.append(thread)  # before it runs: whoever stops us is to wait for it
         try:
             thread.start()
-        except BaseException:
-            thread = None
+        except RuntimeError:  # there are no more threads to be had
+            self._threads.remove(thread)
             raise
-        finally:
-            with self._lock:
-                self._starting -= 1
-                if thread is not None:
-                    self._threads.append(thread)
-                self._changed.notify_all()
 
     def _try_add_thread(self) -> None:
         try:
@@ -161,10 +156,8 @@ class Dispatcher:
 
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._lock = threading.RLock()
         self._threads = []
-        self._starting = 0
         self._is_stopped = True
 
 

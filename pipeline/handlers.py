@@ -201,7 +201,7 @@ class Handlers:
         self._failures_by_address: dict[str, int] | None = None
         self.snapshots = SnapshotReceiver(raft, self, self.config)
         self._warn = Throttle(logger).warning
-        self._lock = threading.Lock()  # guards the counters and the one below
+        self._lock = threading.RLock()  # guards the counters and the one below
         self._is_foreign = False
         self._unknown_types: set[int] = set()  # that the log has been told of
 
@@ -517,7 +517,7 @@ class Handlers:
         With ``is_foreign`` the node is another process'. An ASGI or WSGI server that was forked
         with it refuses what it is given: here nobody would ever learn of the messages.
         """
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_foreign = is_foreign
 
     def count_failures_by_address(self) -> None:
@@ -540,14 +540,16 @@ class Handlers:
             if counts is not None:
                 address = str(remote)
                 if address in counts or len(counts) < _MAX_SENDERS:
-                    counts[address] = counts.get(address, 0) + 1
+                    counts.setdefault(address, 0)
+                    counts[address] += 1
 
     def count_received(self, sender: int, size_bytes: int) -> None:
         """Count bytes of a member."""
         with self._lock:
             counts = self.received_bytes
             if sender in counts or len(counts) < _MAX_SENDERS:
-                counts[sender] = counts.get(sender, 0) + size_bytes
+                counts.setdefault(sender, 0)
+                counts[sender] += size_bytes
             else:
                 self.received_bytes_others += size_bytes
 

@@ -24,6 +24,7 @@ from pipeline.handlers import Handlers
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
 from pipeline.snapshot_connections import SnapshotConnections
+from pipeline.threads import LibraryThread
 from pipeline.tls import Credentials
 from pipeline.urls import parse_urls
 
@@ -108,21 +109,15 @@ class Listener:
             f"{url.rpartition(':')[0]}:{port}" for url, port in zip(given, ports, strict=True)
         )
         self.url = self.urls[0]
-        self._lock = threading.Lock()  # one close at a time
+        self._lock = threading.RLock()  # one close at a time
         self._is_closed = False
+        self._is_over = False
         self._threads = [
-            threading.Thread(
-                target=self._receiver.serve, name=f"pipeline-handler-{ports[0]}-{n}", daemon=True
-            )
+            LibraryThread(self._receiver.serve, f"pipeline-handler-{ports[0]}-{n}")
             for n in range(config.handlers)
         ]
         self._threads.append(
-            threading.Thread(
-                target=self._receiver.serve,
-                args=(True,),
-                name=f"pipeline-general-{ports[0]}",
-                daemon=True,
-            )
+            LibraryThread(self._receiver.serve, f"pipeline-general-{ports[0]}", (True,))
         )
         listening: dict[bool, list[int]] = {False: [], True: []}
         for url, sockets in zip(given, bound, strict=True):
@@ -169,31 +164,34 @@ class Listener:
 
         Notes
         -----
-        When it returns the ports are free. A second call does nothing. Called from
-        ``raft.process``, it does not wait for requests: that call's own could not end first.
+        When it returns the ports are free. A second call does what the first, if it was
+        interrupted, has not done, and nothing after it. Called from ``raft.process``, it does not
+        wait for requests: that call's own could not end first.
         """
         require_number("deadline_s", deadline_s, 0.0, 86400.0)
+        # A handler thread that closes its own listener is not waited for: it cannot end first.
+        is_own = threading.current_thread() in self._threads
+        if self._is_over or (is_own and self._is_closed):
+            return
+        self._is_closed = True
+        deadline = time.monotonic() + deadline_s
         with self._lock:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            deadline = time.monotonic() + deadline_s
             self._receiver.begin_close()
             self._snapshots.begin_close()
-            # A handler thread that closes its own listener is not waited for: it cannot end first.
-            is_own = threading.current_thread() in self._threads
             # The last tenth is for idle threads to end in.
             is_whole = self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s)
             if not self._snapshots.wait_closed(deadline - 0.1 * deadline_s) or not is_whole:
                 logger.warning("listener at %s closed with requests unanswered", self.url)
+            deadline = max(deadline, time.monotonic() + 0.05)
             for thread in self._threads:
-                if thread is not threading.current_thread():
-                    thread.join(max(0.05, deadline - time.monotonic()))
+                thread.wait_ended(deadline)
             atexit.unregister(self.close)
+            self._is_over = True
 
     def _forget_after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         is_open, self._is_closed = not self._is_closed, True
+        self._is_over = True
         self._receiver.forget_after_fork()
         self._snapshots.forget_after_fork()
         if is_open:

@@ -145,6 +145,8 @@ class Logger:
         try:
             work(*args)
         except BaseException as error:
+            if is_for_caller(error):
+                raise
             self.log(logging.ERROR, f"internal error, please report: {what}", exc_info=error)
             return False
         return True

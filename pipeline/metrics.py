@@ -297,7 +297,7 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     if is_foreign(transport):
         return  # in a forked child: the numbers are those of another process
     local = format_id(transport.member_id)
-    for peer in transport._peers.values():
+    for peer in tuple(transport._peers.values()):
         yield from _peer_samples(local, peer)
     if transport._prober is not None:
         for peer_id, round_trips in transport._prober.round_trips().items():
@@ -307,7 +307,7 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     if (expires_at := transport.certificate_expires_at) is not None:
         days = (expires_at - time.time()) / DAY_S
         yield "raft_pipeline_certificate_expiry_days", (local,), days
-    for listener in transport._listeners:
+    for listener in tuple(transport._listeners):
         if not listener.is_closed:
             yield from _listener_samples(local, listener)
 

@@ -81,7 +81,12 @@ class Peer:
 
     Notes
     -----
-    Thread-safe. Starts itself, like etcd's ``startPeer``.
+    Thread-safe, also for a signal's handler that interrupts one of its methods.
+
+    Attributes
+    ----------
+    is_stopping : bool
+        Whether ``stop_begin`` was called.
     """
 
     def __init__(
@@ -134,11 +139,15 @@ class Peer:
         )
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows
         self._refused = 0  # messages, not told to Raft yet
         self._refused_snapshots = 0
         self._is_paused = False
         self._paused_drops = 0
+        self.is_stopping = False
+
+    def start(self) -> None:
+        """Start the channels. Once."""
         self.pipeline.start()
 
     def pick(self, message: Sendable) -> tuple[Channel, str]:
@@ -184,11 +193,12 @@ class Peer:
 
     def forget_after_fork(self) -> None:
         """Make anew, in a forked child, the lock that a thread of the parent may have held."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.snapshots.forget_after_fork()
 
     def stop_begin(self) -> int:
         """Stop all channels without waiting; the number of messages dropped."""
+        self.is_stopping = True
         self.snapshots.stop_begin()
         return self.pipeline.stop_begin()
 

@@ -10,6 +10,16 @@ from pipeline.urls import parse_peer_urls
 __all__ = ["URLPicker"]
 
 
+class _Choice:
+    """URLs that do not change, and which of them is in use."""
+
+    __slots__ = ("picked", "urls")
+
+    def __init__(self, urls: tuple[str, ...]) -> None:
+        self.urls = urls
+        self.picked = 0
+
+
 class URLPicker:
     """A peer's URLs and the one in use.
 
@@ -27,16 +37,14 @@ class URLPicker:
     """
 
     def __init__(self, urls: Iterable[str]) -> None:
-        self._lock = threading.Lock()  # guards the two below
-        self._urls = parse_peer_urls(urls)
-        self._picked = 0
+        self._choice = _Choice(parse_peer_urls(urls))  # an update replaces it
+        self._lock = threading.RLock()  # guards the picked one of a choice
         self._on_change: list[Callable[[], object]] = []
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The URLs, sorted."""
-        with self._lock:
-            return self._urls
+        return self._choice.urls
 
     def subscribe(self, on_change: Callable[[], object]) -> None:
         """Have ``on_change`` called whenever ``pick`` may return another URL than before.
@@ -47,8 +55,8 @@ class URLPicker:
 
     def pick(self) -> str:
         """Return the URL in use: the same one until it is reported unreachable."""
-        with self._lock:
-            return self._urls[self._picked]
+        choice = self._choice
+        return choice.urls[choice.picked]
 
     def unreachable(self, url: str) -> None:
         """Go on to the next URL if ``url``, as ``pick`` gave it, is still the one in use.
@@ -56,17 +64,16 @@ class URLPicker:
         Several workers that failed on one URL advance once.
         """
         with self._lock:
-            if url != self._urls[self._picked] or len(self._urls) == 1:
+            choice = self._choice
+            at = choice.picked
+            if url != choice.urls[at] or len(choice.urls) == 1:
                 return
-            self._picked = (self._picked + 1) % len(self._urls)
+            choice.picked = (at + 1) % len(choice.urls)
         self._changed()
 
     def update(self, urls: Iterable[str]) -> None:
         """Replace the URLs and start from the first. After ``UsageError`` nothing has changed."""
-        parsed = parse_peer_urls(urls)
-        with self._lock:
-            self._urls = parsed
-            self._picked = 0
+        self._choice = _Choice(parse_peer_urls(urls))
         self._changed()
 
     def _changed(self) -> None:

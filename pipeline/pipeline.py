@@ -39,6 +39,7 @@ from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
 from pipeline.status import PeerStatus
+from pipeline.threads import Once
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
 from pipeline.types import MessageType, Raft, SnapshotStatus
@@ -50,6 +51,8 @@ logger = get_logger(__name__)
 
 #: ``Pipeline.stop`` returns within this; etcd's tests ask the same of its pipeline.
 STOP_TIMEOUT_S = 1.0
+#: The main thread sees signals this often while it waits for the workers to end.
+WAIT_STEP_S = 0.1
 
 _handling = threading.local()  # .pipeline: whose event this thread is handling
 
@@ -156,8 +159,9 @@ class Pipeline(Sender):
         self._pools: dict[str, Pool] = {}
         self._throttle = Throttle(logger)
         self._lines = [Line(protocol.TELLING_STATUS) for _ in range(self._config.connections)]
-        self._lock = threading.Lock()  # guards what follows
-        self._is_started = False  # or stopped before it was
+        self._lock = threading.RLock()  # guards the pools and callback_errors
+        self._beginning = Once()
+        self._ending = Once()
         for url in self.picker.urls:
             self._pool(url)  # a URL that cannot be sent to is refused here
         self.picker.subscribe(self.renew)
@@ -176,15 +180,13 @@ class Pipeline(Sender):
             If it was started before.
         """
         config = self._config
-        with self._lock:
-            if self._is_started:
-                raise UsageError("start: a pipeline can be started once")
-            self._is_started = True
+        if self._ending.is_taken() or not self._beginning.take():
+            raise UsageError("start: a pipeline can be started once")
         if self._owns_dispatcher:
-            self._dispatcher.start()
             atexit.register(self.stop)
-        self.open(
-            self._dispatcher.loop,
+            self._dispatcher.start()
+        self._dispatcher.open(
+            self,
             self.status.flag,
             profile=config.profile,
             connections=config.connections,
@@ -196,6 +198,8 @@ class Pipeline(Sender):
             dead_link_timeout_s=config.dead_link_timeout_s,
             max_queue_age_s=config.max_queue_age or 0.0,
         )
+        if self._ending.is_taken():  # meanwhile, perhaps before there were workers to be ended
+            self.stop()
         logger.info("started HTTP pipelining with remote peer %s", self._peer)
 
     def stop(self) -> int:
@@ -204,12 +208,13 @@ class Pipeline(Sender):
         Messages in flight fail with all the side effects of a failure. Returns within one second,
         whatever state the workers are in. A callback that has not returned by then is reported in
         the log; its worker ends after it. Called from one of our own callbacks, it does not wait
-        for that callback.
+        for that callback. A second call waits for what the first, interrupted or in another
+        thread, has not seen to its end.
 
         Returns
         -------
         int
-            How many queued messages were dropped; 0 when it was stopped before.
+            How many queued messages this call dropped; 0 when it was stopped before.
         """
         deadline = time.monotonic() + STOP_TIMEOUT_S
         dropped = self.stop_begin()
@@ -218,8 +223,7 @@ class Pipeline(Sender):
 
     def stop_begin(self) -> int:
         """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
-        with self._lock:
-            self._is_started = True
+        self._ending.take()
         dropped = self.begin_stop()
         if dropped:
             logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
@@ -228,7 +232,11 @@ class Pipeline(Sender):
     def stop_end(self, deadline: float) -> None:
         """Wait for the workers until ``deadline`` (``time.monotonic()``) and close connections."""
         mine = 1 if getattr(_handling, "pipeline", None) is self else 0
-        live = self.wait_stopped(max(0.0, deadline - time.monotonic()), mine)
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            live = self.wait_stopped(min(left_s, WAIT_STEP_S), mine)
+            if live <= mine or left_s <= WAIT_STEP_S:
+                break
         if live > mine:
             logger.warning(
                 "%d workers for peer %s are still in a callback of Raft; they end after it",
@@ -237,7 +245,7 @@ class Pipeline(Sender):
             )
         for index, line in enumerate(self._lines):
             if self.is_retired(index):
-                line.close()
+                line.end()
         if self._owns_dispatcher:
             self._dispatcher.stop(deadline)
             atexit.unregister(self.stop)
@@ -252,7 +260,7 @@ class Pipeline(Sender):
         self.picker.update(urls)
         with self._lock:
             for old in self._pools.keys() - set(urls):
-                del self._pools[old]
+                self._pools.pop(old, None)
 
     def __enter__(self) -> Self:
         self.start()
@@ -268,7 +276,7 @@ class Pipeline(Sender):
 
     def forget_after_fork(self) -> None:
         """Cut loose in a forked child: close its copies of the connections, which are not its."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.callbacks.forget_after_fork()
         atexit.unregister(self.stop)
         disown(self, "pipeline", _FOREIGN, stop=nothing_to_stop)

@@ -162,7 +162,7 @@ class Line:
         self.tunnel: Tunnel | None = None
         #: What the loop is writing of it, and so must not go away.
         self.outgoing = b""
-        self._lock = threading.Lock()  # one close at a time
+        self._lock = threading.RLock()  # one close at a time
         self.deadline = 0.0
         self._pool: Pool | None = None
         self._connection: DialConnection | None = None
@@ -237,16 +237,26 @@ class Line:
 
     def forget_after_fork(self) -> None:
         """Close this process's copy of the connection; the pool is not ours to touch."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if self._connection is not None:
             self._connection.close()
 
     def close(self) -> None:
         """Close the connection, if there is one, and give it back to its pool for a later dial."""
+        connection = self.end()
+        if connection is not None and self._pool is not None:
+            self._pool._put_conn(connection)
+
+    def end(self) -> DialConnection | None:
+        """Close the connection, if there is one, and return it.
+
+        ``stop`` leaves the pool alone: its queue has a lock that a signal's handler, come while
+        another line of the pool is given back, must not wait for.
+        """
         with self._lock:
             connection, self._connection = self._connection, None
             self.tunnel = None
             self.outgoing = b""
-        if connection is not None and self._pool is not None:
+        if connection is not None:
             connection.close()
-            self._pool._put_conn(connection)
+        return connection

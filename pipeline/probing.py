@@ -15,15 +15,16 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from urllib3.exceptions import HTTPError
 
 from pipeline.logs import get_logger
+from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
 from pipeline.protocol import format_id, probe_head
 from pipeline.stats import Histogram
+from pipeline.threads import LibraryThread
 from pipeline.tls import Credentials
 from pipeline.tunnel import tls_reason
 
@@ -68,11 +69,9 @@ class ProbeStats(NamedTuple):
 class _Target:
     """One peer, in the hands of the prober's thread but for ``stats``, which is replaced."""
 
-    def __init__(
-        self, peer_id: int, urls: tuple[str, ...], due: float, round_trips: Histogram
-    ) -> None:
+    def __init__(self, peer_id: int, picker: URLPicker, due: float, round_trips: Histogram) -> None:
         self.peer_id = peer_id
-        self.urls = urls
+        self.picker = picker  # for its URLs; which of them is picked is for messages to say
         self.picked = 0
         self.pools: dict[str, Pool] = {}
         self.line = Line(200)
@@ -91,7 +90,8 @@ class _Target:
 
     @property
     def url(self) -> str:
-        return self.urls[self.picked]
+        urls = self.picker.urls
+        return urls[self.picked % len(urls)]
 
 
 class Prober:
@@ -117,14 +117,12 @@ class Prober:
     ) -> None:
         self._interval_s = interval_s
         self._credentials = credentials
-        self._lock = threading.Lock()  # guards changes of what follows, and the histograms
-        # Replaced, never changed: the thread and stats read it without a lock.
-        self._targets: dict[int, _Target] = {}
+        self._lock = threading.RLock()  # guards the descriptor and the histograms
+        # Changed by single operations of dict, by any thread and by signals' handlers.
+        self._targets: dict[URLPicker, _Target] = {}
         self._is_stopped = False
         self._wake = -1
-        self._thread = threading.Thread(
-            target=self._run, name=f"pipeline-probe-{name}", daemon=True
-        )
+        self._thread = LibraryThread(self._run, f"pipeline-probe-{name}")
         # The thread's own. Made by ``start``: processes that were forked before it and share one
         # would be told of each other's connections.
         self._selector: selectors.BaseSelector
@@ -135,45 +133,41 @@ class Prober:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake, selectors.EVENT_READ)
-        self._thread.start()
+        self._thread.start()  # ends at once if we are stopped already
 
     def stop_begin(self) -> None:
         """End the thread, without waiting for it."""
-        with self._lock:
-            self._is_stopped = True
-            self._targets = {}
-            self._wake_up()
+        self._is_stopped = True
+        self._targets.clear()
+        self._wake_up()
 
     def stop_end(self, deadline: float) -> None:
         """Wait until ``deadline`` (``time.monotonic()``) for the thread, if it was started."""
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._thread.wait_ended(deadline)
 
-    def set(self, peer_id: int, urls: Iterable[str]) -> None:
-        """Probe a peer at these URLs from now on; of what was known only its histogram stays."""
-        with self._lock:
-            if not self._is_stopped:
-                old = self._targets.get(peer_id)
-                round_trips = Histogram(RTT_BOUNDS) if old is None else old.round_trips
-                due = time.monotonic() + self._interval_s
-                target = _Target(peer_id, tuple(urls), due, round_trips)
-                self._targets = {**self._targets, peer_id: target}
-                self._wake_up()
+    def set(self, peer_id: int, picker: URLPicker) -> None:
+        """Probe a peer at its URLs from now on; of what was known only its histogram stays."""
+        old = self._targets.get(picker)
+        round_trips = Histogram(RTT_BOUNDS) if old is None else old.round_trips
+        due = time.monotonic() + self._interval_s
+        self._targets[picker] = _Target(peer_id, picker, due, round_trips)
+        if self._is_stopped:  # perhaps meanwhile
+            self._targets.clear()
+        self._wake_up()
 
-    def remove(self, peer_id: int) -> None:
+    def remove(self, picker: URLPicker) -> None:
         """Probe a peer no more; nothing for an unknown one."""
-        with self._lock:
-            self._targets = {k: v for k, v in self._targets.items() if k != peer_id}
-            self._wake_up()
+        self._targets.pop(picker, None)
+        self._wake_up()
 
     def retire_connections(self) -> None:
         """Have every connection made anew for the next probe."""
-        for target in self._targets.values():
+        for target in tuple(self._targets.values()):
             target.is_retired = True
 
     def stats(self) -> dict[int, ProbeStats]:
         """What is known of each peer."""
-        return {peer_id: target.stats for peer_id, target in self._targets.items()}
+        return {target.peer_id: target.stats for target in tuple(self._targets.values())}
 
     def round_trips(self) -> dict[int, Histogram]:
         """Round trips of each peer since it was added, in seconds.
@@ -181,15 +175,18 @@ class Prober:
         Differs from etcd: each is counted once. etcd counts the smoothed one at intervals.
         """
         with self._lock:
-            return {k: target.round_trips.copy() for k, target in self._targets.items()}
+            return {
+                target.peer_id: target.round_trips.copy()
+                for target in tuple(self._targets.values())
+            }
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: close its copies of the descriptors."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         if self._thread.ident is None:
             return  # it may yet be started here
         self._is_stopped = True
-        self._targets = {}
+        self._targets.clear()
         for target in list(self._known):
             target.line.forget_after_fork()
         self._selector.close()
@@ -198,8 +195,9 @@ class Prober:
             self._wake = -1
 
     def _wake_up(self) -> None:
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        with self._lock:  # or it is closed meanwhile
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     # What follows runs in the thread.
 
@@ -412,7 +410,7 @@ class Prober:
         target.stats = old._replace(
             is_healthy=False, total=old.total + 1, lost=old.lost + 1, last_error=reason
         )
-        target.picked = (target.picked + 1) % len(target.urls)
+        target.picked += 1
         self._done(target)
         is_change = old.is_healthy or old.total == 0
         level = logging.WARNING if is_change else logging.DEBUG

@@ -11,7 +11,6 @@ import ipaddress
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import NamedTuple
 
 from urllib3.util import parse_url
@@ -24,6 +23,7 @@ from pipeline.peer import Sendable
 from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
 from pipeline.protocol import format_id
 from pipeline.stats import PipelineStats
+from pipeline.threads import Once
 from pipeline.types import SendResult
 from pipeline.urls import parse_urls
 
@@ -67,11 +67,10 @@ class Remote:
         self.pipeline = pipeline
         self.is_learned = is_learned
         self.used_at = time.monotonic()
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows
         self._is_paused = False
         self._paused_drops = 0
         self._throttle = Throttle(logger)
-        pipeline.start()
 
     def send(self, message: Sendable) -> None:
         """Offer a message without waiting. Raft is not told when the buffer is full.
@@ -151,22 +150,27 @@ class Remotes:
         self._policy = policy
         self._callbacks = callbacks
         self._allow_loopback = allow_loopback
-        self._lock = threading.Lock()  # guards changes of what follows
-        # Replaced, never changed: get reads it without a lock.
+        self._lock = threading.RLock()  # one is learned at a time
+        # Changed by single operations of dict and set, also by a signal's handler in between.
         self._remotes: dict[int, Remote] = {}
-        self._is_open = False
+        self._live: set[Remote] = set()  # those that are not seen to their end
+        self._beginning = Once()
+        self._ending = Once()
         self._warn = Throttle(logger).warning
 
     def open(self) -> None:
         """Take remotes from now on."""
-        self._is_open = True
+        self._beginning.take()
 
-    def close(self) -> list[Remote]:
-        """Take no more; hand over those there are, to be stopped."""
-        with self._lock:
-            self._is_open = False
-            remotes, self._remotes = self._remotes, {}
-        return list(remotes.values())
+    def close(self) -> tuple[Remote, ...]:
+        """Take no more; show those there are, to be stopped and then forgotten."""
+        self._ending.take()
+        self._remotes.clear()
+        return tuple(self._live)
+
+    def forget(self, remote: Remote) -> None:
+        """Let go of one that has stopped."""
+        self._live.discard(remote)
 
     def get(self, member_id: int) -> Remote | None:
         """Return the remote with this ID, or None. No lock."""
@@ -174,17 +178,31 @@ class Remotes:
 
     def stats(self) -> dict[int, RemoteStats]:
         """What there is to tell, by ID."""
-        return {member_id: remote.stats() for member_id, remote in self._remotes.items()}
+        return {member_id: remote.stats() for member_id, remote in tuple(self._remotes.items())}
 
     def add(self, member_id: int, urls: Iterable[str], *, is_learned: bool = False) -> bool:
         """Add one; False if it is there already, closed, or one learned too many."""
         with self._lock:
-            if not self._is_open or member_id in self._remotes:
+            if not self._is_open() or member_id in self._remotes:
                 return False
             if is_learned and self._count_learned() >= REMOTES_MAX:
                 return False
             remote = Remote(self._make(member_id, urls), is_learned=is_learned)
-            self._remotes = {**self._remotes, member_id: remote}
+            self._live.add(remote)
+            try:
+                remote.pipeline.start()
+                is_added = self._remotes.setdefault(member_id, remote) is remote
+            except BaseException as error:
+                self._end(remote)
+                if isinstance(error, UsageError) and not self._is_open():
+                    return False  # closed meanwhile
+                raise
+            if not self._is_open():  # closed meanwhile, perhaps before it could be seen
+                self._remotes.pop(member_id, None)
+                is_added = False
+            if not is_added:
+                self._end(remote)
+                return False
         logger.info("added remote %s at %s", format_id(member_id), remote.pipeline.picker.urls)
         return True
 
@@ -240,32 +258,43 @@ class Remotes:
 
     def retire_connections(self) -> None:
         """Have every remote dial anew before its next message."""
-        for remote in self._remotes.values():
+        for remote in tuple(self._remotes.values()):
             remote.pipeline.retire_connections()
 
     def forget_after_fork(self) -> None:
         """In a forked child: locks another thread may have held are made anew."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    def _is_open(self) -> bool:
+        return self._beginning.is_taken() and not self._ending.is_taken()
 
     def _count_learned(self) -> int:
-        return sum(remote.is_learned for remote in self._remotes.values())
+        return sum(remote.is_learned for remote in tuple(self._remotes.values()))
+
+    def _end(self, remote: Remote) -> None:
+        """Stop one, and have its end waited for in another thread."""
+        remote.pipeline.stop_begin()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+
+        def wait() -> None:
+            remote.pipeline.stop_end(deadline)
+            self._live.discard(remote)
+
+        self._call_soon(wait)
 
     def _forget_unused(self) -> None:
         limit = time.monotonic() - UNUSED_S
         with self._lock:
             unused = {
                 member_id: remote
-                for member_id, remote in self._remotes.items()
+                for member_id, remote in tuple(self._remotes.items())
                 if remote.is_learned and remote.used_at < limit
             }
-            if not unused:
-                return
-            self._remotes = {k: v for k, v in self._remotes.items() if k not in unused}
+            for member_id in unused:
+                self._remotes.pop(member_id, None)
         for member_id, remote in unused.items():
             logger.info("forgot remote %s: unused for %g s", format_id(member_id), UNUSED_S)
-            remote.pipeline.stop_begin()
-            deadline = time.monotonic() + STOP_TIMEOUT_S
-            self._call_soon(partial(remote.pipeline.stop_end, deadline))
+            self._end(remote)
 
 
 def _refusal(urls: tuple[str, ...], *, allow_loopback: bool) -> str | None:

@@ -52,22 +52,21 @@ class Ending:
     """A request to end a transfer, and what tells its thread of it. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the two below
-        self._reason: str | None = None
+        self._reasons: list[str] = []  # the first one counts
+        self._lock = threading.RLock()  # guards the one below
         self._fd = -1
 
     def end(self, reason: str) -> None:
         """End the transfer; the first reason stays."""
+        self._reasons.append(reason)
         with self._lock:
-            if self._reason is None:
-                self._reason = reason
-                if self._fd >= 0:
-                    os.eventfd_write(self._fd, 1)
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def open(self) -> int:
         """Return a descriptor that is readable once the transfer is to end. Once."""
         with self._lock:
-            self._fd = os.eventfd(0 if self._reason is None else 1, os.EFD_CLOEXEC)
+            self._fd = os.eventfd(1 if self._reasons else 0, os.EFD_CLOEXEC)
             return self._fd
 
     def close(self) -> None:
@@ -79,12 +78,16 @@ class Ending:
 
     def check(self) -> None:
         """Raise ``SnapshotCancelledError`` if the transfer is to end."""
-        if self._reason is not None:
-            raise SnapshotCancelledError(self._reason)
+        if self._reasons:
+            raise self.error()
+
+    def error(self) -> SnapshotCancelledError:
+        """Return what tells why it is to end."""
+        return SnapshotCancelledError(self._reasons[0] if self._reasons else "stopped")
 
     def forget_after_fork(self) -> None:
         """In a forked child: make the lock anew and close the copy of the descriptor."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.close()
 
 

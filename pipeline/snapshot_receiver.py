@@ -115,7 +115,7 @@ class SnapshotReceiver:
             self.store = SnapshotStore(config.snapshot_dir, config)
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._handlers = handlers
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows
         self._free = config.snapshot_receives
         self._senders: dict[str, _Sender] = {}
 
@@ -142,7 +142,7 @@ class SnapshotReceiver:
         with self._lock:
             return {
                 name: SnapshotCounts(s.success, s.failures, s.in_flight, s.duration.copy())
-                for name, s in self._senders.items()
+                for name, s in tuple(self._senders.items())
             }
 
     def forget(self, sender: int) -> None:

@@ -15,6 +15,7 @@ timer.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import struct
 import threading
 import time
@@ -52,6 +53,7 @@ from pipeline.snapshot_source import (
     open_source,
 )
 from pipeline.stats import Histogram
+from pipeline.threads import LibraryThread, Once
 from pipeline.tls import Credentials
 from pipeline.types import MessageType, SnapshotStatus
 
@@ -132,7 +134,7 @@ class RateLimiter:
     """
 
     def __init__(self, rate: float | None) -> None:
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.RLock()  # guards the two below
         self._free_at = 0.0  # time.monotonic(): when all that was taken is paid for
         self._rate: float | None = None
         self.set_rate(rate)
@@ -157,7 +159,7 @@ class RateLimiter:
 
     def forget_after_fork(self) -> None:
         """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
 
 class SnapshotTransfer:
@@ -389,66 +391,65 @@ class SnapshotSender:
         self._limiter = limiter
         self._credentials = credentials
         self._on_critical_error = on_critical_error
-        self._lock = threading.Lock()  # guards what follows
-        self._is_stopped = False
-        self._thread: threading.Thread | None = None
+        self._ending = Once()
+        # Who has it runs a transfer, or starts the thread that does.
+        self._turn = Once()
+        self._thread: LibraryThread | None = None
         self._running: SnapshotTransfer | None = None
-        self._waiting: SnapshotTransfer | None = None
+        # One, but while a newer one takes its place. Whoever takes a transfer out sees to its end.
+        self._waiting: list[SnapshotTransfer] = []
+        self._lock = threading.RLock()  # guards what follows
         self._success = self._failures = self._in_flight = self._sent_bytes = 0
         self._durations = Histogram(DURATION_BOUNDS_S)
 
     def send(self, transfer: SnapshotTransfer) -> bool:
-        """Take a transfer: it begins now, or after the one that runs. False after ``stop``."""
+        """Take a transfer: it begins now, or after the one that runs. False after ``stop``.
+
+        Nothing is locked: another thread may come in between, and a signal's handler.
+        """
         transfer.attach(self, self._pipeline.callbacks)
-        with self._lock:
-            if self._is_stopped:
-                return False
-            if self._thread is None:
-                thread = threading.Thread(
-                    target=self._run, name=f"pipeline-snapshot-to-{self._peer}", daemon=True
-                )
-                self._running = transfer
-                try:
-                    thread.start()
-                except BaseException:
-                    self._running = None
-                    transfer.source.close()
-                    raise
-                self._thread = thread
-                return True
-            old, self._waiting = self._waiting, transfer
-            if old is not None:
+        if self._ending.is_taken():
+            return False
+        if self._turn.take():
+            self._begin(transfer)
+        else:
+            self._waiting.append(transfer)
+            while len(self._waiting) > 1 and (old := self._take_waiting()) is not None:
                 # Raft knows no more than that a snapshot for this peer is on its way, and hears
                 # how the newer one ends. A failure told now would have it send one more.
                 error = SnapshotCancelledError("superseded by a newer snapshot")
                 self._dispatcher.call_soon(partial(old.finish, error))
+            # The thread may have looked before, and given its turn back.
+            if self._turn.take():
+                following = self._take_waiting()
+                if following is None:
+                    self._turn.give_back()
+                else:
+                    self._begin(following)
+        if self._ending.is_taken():  # meanwhile, perhaps before the transfer could be seen
+            self.stop_begin()
         return True
 
     def drop_waiting(self, transfer: SnapshotTransfer) -> None:
         """Give up a transfer if it waits for its turn."""
-        with self._lock:
-            if self._waiting is transfer:
-                self._waiting = None
-                self._give_up(transfer)
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(transfer)
+            self._give_up(transfer)
 
     def stop_begin(self) -> None:
         """End what runs and waits, without waiting for it."""
-        with self._lock:
-            self._is_stopped = True
-            waiting, self._waiting = self._waiting, None
-            if waiting is not None:
-                waiting.ending.end("stopped")
-                self._give_up(waiting)
-            if self._running is not None:
-                self._running.ending.end("stopped")
+        self._ending.take()
+        while (waiting := self._take_waiting()) is not None:
+            waiting.ending.end("stopped")
+            self._give_up(waiting)
+        running = self._running
+        if running is not None:
+            running.ending.end("stopped")
 
     def stop_end(self, deadline: float) -> None:
         """Wait until ``deadline`` (``time.monotonic()``) for the thread, unless it is this one."""
         thread = self._thread
-        if thread is None or thread is threading.current_thread():
-            return
-        thread.join(max(0.0, deadline - time.monotonic()))
-        if thread.is_alive():
+        if thread is not None and not thread.wait_ended(deadline):
             logger.warning(
                 "the snapshot for peer %s is still in a callback, its source or a name's "
                 "resolution; it ends after it",
@@ -468,25 +469,45 @@ class SnapshotSender:
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: stop, and let go of the parent's connection."""
-        self._lock = threading.Lock()
-        self._is_stopped = True
+        self._lock = threading.RLock()
+        self._ending.take()
+        self._turn = Once()
         self._thread = None
         self._limiter.forget_after_fork()
-        for transfer in (self._running, self._waiting):
+        for transfer in (self._running, *self._waiting):
             if transfer is not None:
                 transfer.forget_after_fork()
-        self._running = self._waiting = None
+        self._running = None
+        self._waiting.clear()
+
+    def _take_waiting(self) -> SnapshotTransfer | None:
+        try:
+            return self._waiting.pop(0)
+        except IndexError:
+            return None
+
+    def _begin(self, transfer: SnapshotTransfer) -> None:
+        """Start the thread with a transfer; the turn is the caller's. ``RuntimeError`` if none."""
+        self._running = transfer
+        thread = self._thread = LibraryThread(self._run, f"pipeline-snapshot-to-{self._peer}")
+        try:
+            thread.start()
+        except RuntimeError:  # there are no more threads to be had
+            self._running = None
+            self._turn.give_back()
+            transfer.source.close()
+            while (waiting := self._take_waiting()) is not None:
+                self._give_up(waiting)
+            raise
 
     def _give_up(self, transfer: SnapshotTransfer) -> None:
-        """End, soon, what had not begun: nothing was asked of the peer. Under the lock."""
-        self._failures += 1
+        """End, soon, what had not begun: nothing was asked of the peer."""
+        with self._lock:
+            self._failures += 1
 
         def tell() -> None:
-            try:
-                transfer.ending.check()
-            except SnapshotCancelledError as error:
-                self._tell_raft(SnapshotStatus.FAILURE)
-                transfer.finish(error)
+            self._tell_raft(SnapshotStatus.FAILURE)
+            transfer.finish(transfer.ending.error())
 
         # Never from here: a Raft that cancels while it holds a lock must not be called back.
         self._dispatcher.call_soon(tell)
@@ -498,11 +519,20 @@ class SnapshotSender:
         transfer = self._running
         while transfer is not None:
             logger.survive("a snapshot's end was not told", self._transfer, transfer)
-            with self._lock:
-                transfer, self._waiting = self._waiting, None
-                self._running = transfer
-                if transfer is None:
-                    self._thread = None
+            transfer = self._next()
+
+    def _next(self) -> SnapshotTransfer | None:
+        """Return what is to be run next, or give the turn back."""
+        while True:
+            self._running = following = self._take_waiting()
+            if following is not None:
+                if self._ending.is_taken():  # by who could not see it
+                    following.ending.end("stopped")
+                return following
+            self._turn.give_back()
+            # One may have come since: who brought it found the turn taken.
+            if not (self._waiting and self._turn.take()):
+                return None
 
     def _transfer(self, transfer: SnapshotTransfer) -> None:
         """See one transfer to its end; tell everyone who has to know, in etcd's order."""
@@ -551,7 +581,7 @@ class SnapshotSender:
             callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
         # Differs from etcd: what happened on our side says nothing of the peer. There only a stop
         # ends a transfer, and a database that cannot be read makes its peer unreachable.
-        is_stop = isinstance(error, SnapshotCancelledError) and self._is_stopped
+        is_stop = isinstance(error, SnapshotCancelledError) and self._ending.is_taken()
         if isinstance(error, PostError) or is_stop:
             pipeline.picker.unreachable(url)
             is_news = pipeline.status.deactivate("sendMsgSnap", "post", str(error))

@@ -130,7 +130,7 @@ class ServerStats:
     def __init__(self, member_id: int) -> None:
         self._id = member_id
         self._start_time = datetime.now(UTC)
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows
         self._leader: int | None = None
         self._leader_since = self._start_time
         self._sent = 0
@@ -184,7 +184,7 @@ class ServerStats:
 
     def forget_after_fork(self) -> None:
         """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def _lead(self, leader: int) -> None:
         self._leader = leader
@@ -193,12 +193,14 @@ class ServerStats:
 
 def _rates(last: deque[tuple[float, int]], now_s: float) -> tuple[float, float]:
     """Messages and bytes per second over the last messages; source: etcd ``statsQueue.Rate``."""
-    if last and now_s - last[-1][0] > RATE_STALE_S:
+    samples = tuple(last)  # at one instant: a signal's handler may add, or ask as well
+    if samples and now_s - samples[-1][0] > RATE_STALE_S:
         last.clear()
-    if len(last) < 2 or last[-1][0] <= last[0][0]:
         return 0.0, 0.0
-    duration_s = last[-1][0] - last[0][0]
-    return len(last) / duration_s, sum(size for _, size in last) / duration_s
+    if len(samples) < 2 or samples[-1][0] <= samples[0][0]:
+        return 0.0, 0.0
+    duration_s = samples[-1][0] - samples[0][0]
+    return len(samples) / duration_s, sum(size for _, size in samples) / duration_s
 
 
 def _format_time(time: datetime) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import queue
 import ssl
 import threading
 import time
@@ -24,6 +25,7 @@ from pipeline.config import AnyPath
 from pipeline.errors import UsageError
 from pipeline.logs import get_logger, show
 from pipeline.names import proven_name
+from pipeline.threads import LibraryThread
 
 __all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo", "read_certificate"]
 
@@ -141,6 +143,18 @@ class _Set(NamedTuple):
     not_after: float
 
 
+class _State(NamedTuple):
+    """What is in force, and of which state of the files it is, or would be."""
+
+    loaded: _Set
+    #: What the files looked like when they were loaded last, with success or without.
+    seen: list[tuple[int, ...]]
+    #: time.monotonic(); None while the files are those loaded.
+    retry_at: float | None = None
+    #: Why they could not be loaded, as it was logged.
+    failure: str = ""
+
+
 class Credentials:
     """The loaded files of a :class:`TLSInfo`, replaced as a whole when they change.
 
@@ -157,33 +171,32 @@ class Credentials:
     def __init__(self, info: TLSInfo) -> None:
         self.info = require_instance("tls", info, TLSInfo)
         self.generation = 0
-        self._lock = threading.Lock()  # one load at a time; guards what follows
-        self._seen = _seen(info)
+        self._lock = threading.RLock()  # one load at a time
         self._poll_at = 0.0  # time.monotonic()
-        self._retry_at: float | None = None  # None while the files are those loaded
-        self._failure = ""  # as logged last
         self._subscribers: list[Callable[[], None]] = []
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._stopping = queue.SimpleQueue[None]()
+        self._thread: LibraryThread | None = None
+        seen = _seen(info)
         try:
-            self._set = _load_unchanged(info, self._seen)
+            # Replaced as a whole: a signal's handler may load anew in the middle of a load.
+            self._state = _State(_load_unchanged(info, seen), seen)
         except (OSError, ValueError) as error:
             raise UsageError(f"tls: {error}") from error
 
     @property
     def client_context(self) -> ssl.SSLContext:
         """For connections we make."""
-        return self._set.client_context
+        return self._state.loaded.client_context
 
     @property
     def server_context(self) -> ssl.SSLContext:
         """For connections we accept."""
-        return self._set.server_context
+        return self._state.loaded.server_context
 
     @property
     def not_after(self) -> float:
         """When our certificate expires, seconds since the epoch."""
-        return self._set.not_after
+        return self._state.loaded.not_after
 
     def reload(self) -> bool:
         """Load the files again, changed or not. Blocks while they are read.
@@ -207,8 +220,9 @@ class Credentials:
             return  # or someone else is at it
         try:
             self._poll_at = now + POLL_INTERVAL_S
-            is_due = self._retry_at is not None and now >= self._retry_at
-            is_loaded = (is_due or _seen(self.info) != self._seen) and self._load_again()
+            state = self._state
+            is_due = state.retry_at is not None and now >= state.retry_at
+            is_loaded = (is_due or _seen(self.info) != state.seen) and self._load_again()
         finally:
             self._lock.release()
         if is_loaded:
@@ -271,42 +285,47 @@ class Credentials:
 
     def watch(self, name: str) -> None:
         """Poll from a thread of its own, named ``pipeline-tls-<name>``. Once."""
-        self._thread = threading.Thread(target=self._run, name=f"pipeline-tls-{name}", daemon=True)
+        self._thread = LibraryThread(self._run, f"pipeline-tls-{name}")
         self._thread.start()
 
     def stop(self, deadline: float) -> None:
         """End the thread; wait for it until ``deadline`` (``time.monotonic()``)."""
-        self._stopping.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._stopping.put(None)
+        if self._thread is not None:
+            self._thread.wait_ended(deadline)
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: locks that may have been held are made anew."""
-        self._lock = threading.Lock()
-        self._stopping = threading.Event()
+        self._lock = threading.RLock()
+        self._stopping = queue.SimpleQueue[None]()
         self._thread = None
 
     def _run(self) -> None:
-        while not self._stopping.wait(POLL_INTERVAL_S):
+        while not self._is_stopping(POLL_INTERVAL_S):
             logger.survive("polling TLS files fails", self.poll)
+
+    def _is_stopping(self, timeout_s: float) -> bool:
+        try:
+            self._stopping.get(timeout=timeout_s)
+        except queue.Empty:
+            return False
+        return True
 
     # -- loading
 
     def _load_again(self) -> bool:
         """Replace the set; False, and a line in the log, if it is broken. Under the lock."""
-        self._seen = _seen(self.info)
+        seen = _seen(self.info)
         try:
-            loaded = _load_unchanged(self.info, self._seen)
+            loaded = _load_unchanged(self.info, seen)
         except (OSError, ValueError) as error:
-            self._retry_at = time.monotonic() + RETRY_INTERVAL_S
             failure = str(error)
-            level = logging.DEBUG if failure == self._failure else logging.ERROR
-            self._failure = failure
+            old = self._state
+            self._state = _State(old.loaded, seen, time.monotonic() + RETRY_INTERVAL_S, failure)
+            level = logging.DEBUG if failure == old.failure else logging.ERROR
             logger.log(level, "TLS files not loaded, the last good ones stay: %s", failure)
             return False
-        self._retry_at = None
-        self._failure = ""
-        self._set = loaded
+        self._state = _State(loaded, seen)
         self.generation += 1
         until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(loaded.not_after))
         logger.info("TLS files loaded anew; our certificate is valid until %s", until)

@@ -6,11 +6,11 @@ Source: etcd rafthttp/transport.go.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
-import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +36,7 @@ from pipeline.snapshot_sender import (
 )
 from pipeline.snapshot_source import SnapshotSource, close_quietly
 from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
+from pipeline.threads import Once
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
 from pipeline.urls import parse_peer_urls
@@ -174,15 +175,18 @@ class Transport:
                 interval_s=self.config.probe_interval_s,
                 credentials=self.credentials,
             )
-        self._lock = threading.Lock()  # guards changes of what follows
-        # Replaced, never changed: send reads it without a lock.
+        # No lock guards what follows: a signal's handler may come between any two lines, and other
+        # threads. Each is changed by single operations of dict, set and list.
         self._peers: dict[int, Peer] = {}
+        # Those that are not seen to their end: a stop finds also what an interrupted call left.
+        self._live_peers: set[Peer] = set()
         self._listeners: list[Listener] = []
+        self._beginning = Once()
+        self._ending = Once()
         self._is_started = False
         self._is_stopped = False
         # Why nothing can be sent; None while it can, and while a stop is going on.
         self._refusal: str | None = "the transport was not started"
-        self._stop_done = threading.Event()
         if self.credentials is not None:
             self.credentials.subscribe(self._retire_connections)
         _all.add(self)
@@ -191,55 +195,60 @@ class Transport:
 
     def start(self) -> None:
         """Start the threads. Once; ``UsageError`` otherwise."""
-        with self._lock:
-            if self._is_started or self._is_stopped:
-                raise UsageError("start: a transport can be started once")
+        if self._is_stopped or not self._beginning.take():
+            raise UsageError("start: a transport can be started once")
+        try:
+            self._dispatcher.start()
+            self._remotes.open()
+            if self._prober is not None:
+                self._prober.start()
+            if self.credentials is not None:
+                self.credentials.watch(format_id(self.member_id))
+            atexit.register(self.stop)
             self._is_started = True
             self._refusal = None
-            self._remotes.open()
-        self._dispatcher.start()
-        if self._prober is not None:
-            self._prober.start()
-        if self.credentials is not None:
-            self.credentials.watch(format_id(self.member_id))
-        atexit.register(self.stop)
+        except BaseException:
+            self.stop()
+            raise
+        if self._ending.is_taken():  # meanwhile: what was begun after it was not ended
+            self.stop()
 
     def stop(self) -> int:
         """Close the listeners, stop all peers, end all threads.
 
         Returns within ``config.stop_timeout_s`` (1 s), whatever the peers and callbacks do; what
         is still in a callback then is told in the log and ends after it. Called from a callback,
-        it does not wait for that callback. A second call waits for the first.
+        it does not wait for that callback. A second call does what the first has not done yet, and
+        waits for the rest: the first may have been interrupted, or run in another thread.
 
         Returns
         -------
         int
-            How many queued messages were dropped.
+            How many queued messages this call dropped.
         """
         deadline = time.monotonic() + self.config.stop_timeout_s
-        with self._lock:
-            is_second, self._is_stopped = self._is_stopped, True
-            peers, self._peers = self._peers, {}
-            listeners, self._listeners = self._listeners, []
-        if is_second or not self._is_started:
-            is_ours = self._dispatcher.is_current_thread() or is_transfer_thread()
-            if self._is_started and not is_ours:
-                self._stop_done.wait(self.config.stop_timeout_s)
-            elif not self._is_started:
-                self._refusal = "transport stopped"
-            return 0
+        self._is_stopped = True
+        is_first = self._ending.take()
+        peers = tuple(self._live_peers)
+        self._peers.clear()
         if self._prober is not None:
             self._prober.stop_begin()
         # As in etcd, remotes first.
         remotes = self._remotes.close()
         dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
-        dropped += sum(peer.stop_begin() for peer in peers.values())
-        for listener in listeners:
+        dropped += sum(peer.stop_begin() for peer in peers)
+        if not is_first and (self._dispatcher.is_current_thread() or is_transfer_thread()):
+            return dropped  # whoever is at it may wait for this callback
+        for listener in tuple(self._listeners):
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
+            with contextlib.suppress(ValueError):  # another stop has done it
+                self._listeners.remove(listener)
         for remote in remotes:
             remote.pipeline.stop_end(deadline)
-        for peer in peers.values():
+            self._remotes.forget(remote)
+        for peer in peers:
             peer.stop_end(deadline)
+            self._live_peers.discard(peer)
         if self._prober is not None:
             self._prober.stop_end(deadline)
         if self.credentials is not None:
@@ -247,7 +256,6 @@ class Transport:
         self._dispatcher.stop(deadline)
         atexit.unregister(self.stop)
         self._refusal = "transport stopped"
-        self._stop_done.set()
         return dropped
 
     def __enter__(self) -> Self:
@@ -392,20 +400,33 @@ class Transport:
         """
         require_id("peer_id", peer_id)
         checked = parse_peer_urls(urls)
-        with self._lock:
+        self._require_running("add_peer")
+        if peer_id in self._peers:
+            return
+        peer = Peer(
+            peer_id,
+            checked,
+            self._raft,
+            limiter=self._limiter,
+            snapshot_answer_timeout_s=self.config.snapshot_answer_timeout_s,
+            **self._channel,
+        )
+        self._live_peers.add(peer)
+        try:
+            peer.start()
+            is_added = self._peers.setdefault(peer_id, peer) is peer
+        except BaseException:
+            self._end_peers((peer,))
             self._require_running("add_peer")
-            if peer_id in self._peers:
-                return
-            peer = Peer(
-                peer_id,
-                checked,
-                self._raft,
-                limiter=self._limiter,
-                snapshot_answer_timeout_s=self.config.snapshot_answer_timeout_s,
-                **self._channel,
-            )
-            self._peers = {**self._peers, peer_id: peer}
-            self._probe(peer)
+            raise
+        if not is_added:  # another was, meanwhile
+            self._end_peers((peer,))
+            return
+        self._probe(peer)
+        if self._ending.is_taken():  # meanwhile, perhaps before it could see the peer
+            self._peers.pop(peer_id, None)
+            self._end_peers((peer,))
+            raise UsageError("add_peer: transport stopped")
         logger.info("added remote peer %s", format_id(peer_id))
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
@@ -431,12 +452,10 @@ class Transport:
         """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
         require_id("peer_id", peer_id)
         checked = parse_peer_urls(urls)
-        with self._lock:
-            peer = self._peers.get(peer_id)
-            if peer is not None:
-                peer.pipeline.update(checked)
-                self._probe(peer)
+        peer = self._peers.get(peer_id)
         if peer is not None:
+            peer.pipeline.update(checked)
+            self._probe(peer)
             logger.info("updated remote peer %s", format_id(peer_id))
 
     def remove_peer(self, peer_id: int) -> int:
@@ -448,35 +467,31 @@ class Transport:
             How many queued messages were dropped; 0 for an unknown member, with a warning.
         """
         require_id("peer_id", peer_id)
-        with self._lock:
-            peers = dict(self._peers)
-            peer = peers.pop(peer_id, None)
-            self._peers = peers
-            if self._prober is not None:
-                self._prober.remove(peer_id)
-        if peer is None:
+        removed = self._peers.pop(peer_id, None)
+        # Also what a removal that was interrupted has not seen to its end.
+        peers = [
+            peer
+            for peer in tuple(self._live_peers)
+            if peer.peer_id == peer_id and (peer is removed or peer.is_stopping)
+        ]
+        if not peers:
             logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
             return 0
         self.handlers.forget(peer_id)
-        dropped = peer.stop_begin()
-        peer.stop_end(time.monotonic() + self.config.stop_timeout_s)
+        dropped = self._end_peers(peers)
         logger.info("removed remote peer %s", format_id(peer_id))
         return dropped
 
     def remove_all_peers(self) -> int:
         """Remove every peer; the number of messages dropped."""
-        with self._lock:
-            peers, self._peers = self._peers, {}
-            if self._prober is not None:
-                for peer_id in peers:
-                    self._prober.remove(peer_id)
-        for peer_id in peers:
-            self.handlers.forget(peer_id)
-        dropped = sum(peer.stop_begin() for peer in peers.values())
-        deadline = time.monotonic() + self.config.stop_timeout_s
-        for peer in peers.values():
-            peer.stop_end(deadline)
-        return dropped
+        peers = [
+            peer
+            for peer_id in tuple(self._peers)
+            if (peer := self._peers.pop(peer_id, None)) is not None
+        ]
+        for peer in peers:
+            self.handlers.forget(peer.peer_id)
+        return self._end_peers(peers)
 
     # -- testing aids: a network that loses everything
 
@@ -487,12 +502,12 @@ class Transport:
         before still goes, and receiving goes on. A peer added later is not paused; remotes are not.
         Source: etcd ``Transport.Pause``, a testing aid.
         """
-        for peer in self._peers.values():
+        for peer in tuple(self._peers.values()):
             peer.pause()
 
     def resume(self) -> None:
         """Send to all peers again, those cut off by :meth:`cut_peer` included."""
-        for peer in self._peers.values():
+        for peer in tuple(self._peers.values()):
             peer.resume()
 
     def cut_peer(self, peer_id: int) -> None:
@@ -519,15 +534,15 @@ class Transport:
 
     def active_peers(self) -> int:
         """How many peers are active."""
-        return sum(peer.status.is_active for peer in self._peers.values())
+        return sum(peer.status.is_active for peer in tuple(self._peers.values()))
 
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer's pipeline, by member ID; each balances in itself."""
-        return {peer_id: peer.pipeline.stats() for peer_id, peer in self._peers.items()}
+        return {peer_id: peer.pipeline.stats() for peer_id, peer in tuple(self._peers.items())}
 
     def peer_stats(self) -> dict[int, PeerStats]:
         """Whether each peer is active or paused, by member ID, and what that cost."""
-        return {peer_id: peer.stats() for peer_id, peer in self._peers.items()}
+        return {peer_id: peer.stats() for peer_id, peer in tuple(self._peers.items())}
 
     def probe_stats(self) -> dict[int, ProbeStats]:
         """What probing found out, by member ID; empty when ``probe_interval_s`` is 0."""
@@ -539,7 +554,9 @@ class Transport:
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
-        return {peer_id: peer.pipeline.follower_stats() for peer_id, peer in self._peers.items()}
+        return {
+            peer_id: peer.pipeline.follower_stats() for peer_id, peer in tuple(self._peers.items())
+        }
 
     def metrics_collector(self, *, received_failures_by_address: bool = False) -> MetricsCollector:
         """Return a prometheus_client collector with etcd's names; ``docs/metrics.md``.
@@ -631,18 +648,15 @@ class Transport:
             if not self.peer_urls:
                 raise UsageError("listen: url is needed, for there are no peer_urls")
             url = self.peer_urls
-        with self._lock:
-            self._require_running("listen")
-        # Without the lock: a name may take long to resolve, and add_peer takes it.
+        self._require_running("listen")
         from pipeline.listener import Listener
 
         listener = Listener(self.handlers, url, self.config.receiver, self.credentials)
-        with self._lock:
-            if not self._is_stopped:
-                self._listeners.append(listener)
-                return listener
-        listener.close()
-        raise UsageError("listen: transport stopped")
+        self._listeners.append(listener)
+        if self._ending.is_taken():  # meanwhile, perhaps before it could see the listener
+            listener.close()
+            raise UsageError("listen: transport stopped")
+        return listener
 
     def snapshot_path(self, index: int) -> Path | None:
         """Where the database of a received snapshot is; None if there is none.
@@ -683,13 +697,28 @@ class Transport:
 
         return wsgi_app(self.handlers, self.config.receiver)
 
+    def _end_peers(self, peers: Sequence[Peer]) -> int:
+        """See those that are peers no more to their end; the number of messages dropped."""
+        deadline = time.monotonic() + self.config.stop_timeout_s
+        dropped = 0
+        for peer in peers:
+            if self._prober is not None:
+                self._prober.remove(peer.picker)
+            dropped += peer.stop_begin()
+        for peer in peers:
+            peer.stop_end(deadline)
+            self._live_peers.discard(peer)
+        return dropped
+
     def _probe(self, peer: Peer) -> None:
         if self._prober is not None:
-            self._prober.set(peer.peer_id, peer.picker.urls)
+            self._prober.set(peer.peer_id, peer.picker)
+            if self._peers.get(peer.peer_id) is not peer:  # it was removed meanwhile
+                self._prober.remove(peer.picker)
 
     def _retire_connections(self) -> None:
         """Follow a rotation: what was made with the old set is replaced."""
-        for peer in self._peers.values():
+        for peer in tuple(self._peers.values()):
             peer.pipeline.retire_connections()
         self._remotes.retire_connections()
         if self._prober is not None:
@@ -697,8 +726,7 @@ class Transport:
 
     def _forget_after_fork(self) -> None:
         is_running = self._is_started and self._refusal is None
-        self._lock = threading.Lock()
-        for peer in self._peers.values():
+        for peer in self._live_peers:
             peer.forget_after_fork()
         self.callbacks.forget_after_fork()
         self._server_stats.forget_after_fork()
@@ -707,7 +735,6 @@ class Transport:
             self._prober.forget_after_fork()
         if self.credentials is not None:
             self.credentials.forget_after_fork()
-        self._stop_done.set()
         self.handlers.forget_after_fork(is_foreign=is_running)
         if is_running:
             atexit.unregister(self.stop)

@@ -32,7 +32,7 @@ def start_peer(
     url: str, dispatcher: Dispatcher, raft: FakeRaft, config: PipelineConfig | None = None
 ) -> Peer:
     defaults = TransportConfig()
-    return Peer(
+    peer = Peer(
         PEER,
         [url],
         raft,
@@ -47,6 +47,8 @@ def start_peer(
         limiter=RateLimiter(None),
         snapshot_answer_timeout_s=1.0,
     )
+    peer.start()
+    return peer
 
 
 def stop(peer: Peer) -> None:

@@ -178,7 +178,7 @@ def test_interim_answers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert transport._prober is not None
         server.on_probe = many_interims(PROBED)
         transport.add_peer(2, [server.url])
-        transport._prober._targets[2].due = 0.0  # now, and not again
+        transport._prober._targets[transport._peers[2].picker].due = 0.0  # now, and not again
         transport._prober._wake_up()
         eventually(lambda: transport.probe_stats()[2].total >= 1)
         assert transport.probe_stats()[2].is_healthy

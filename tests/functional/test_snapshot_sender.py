@@ -1274,7 +1274,7 @@ def test_a_file_that_cannot_be_closed_ends_no_fork(
         patch.setattr(waiting.source, "close", fail)
         pid = os.fork()
         if pid == 0:  # letting go of the transfers comes last
-            os._exit(0 if transport._peers[PEER].snapshots._waiting is None else 1)
+            os._exit(0 if transport._peers[PEER].snapshots._waiting == [] else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     server.release.set()
     waiting.result(LONG_TIMEOUT)
@@ -1350,7 +1350,7 @@ def test_nothing_is_left_behind(
         cancelled.cancel()
         eventually(cancelled.done)
         # The thread ends after the last one; the server's end of it, too.
-        eventually(lambda: transport._peers[PEER].snapshots._thread is None)
+        eventually(lambda: not transport._peers[PEER].snapshots._turn.is_taken())
         server.wait_for(lambda: server.ended == len(server.connections))
 
     go()

@@ -12,6 +12,7 @@ from functools import partial
 
 from pipeline import MessageType, Transport, UsageError
 from tests.support import LONG_TIMEOUT
+from tests.support.locks import held_elsewhere
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import Connection, ScriptedServer
@@ -44,10 +45,9 @@ locks = [
     transport._peers[2].snapshots._lock,
     snapshots[0].ending._lock,
 ]
-for lock in locks:
-    lock.acquire()
 read, write = os.pipe()
-child = os.fork()
+with held_elsewhere(locks):
+    child = os.fork()
 if child == 0:
     os.close(write)
     for snapshot in (*snapshots, waiting):
@@ -67,8 +67,6 @@ if child == 0:
     transport.stop()
     os.read(read, 1)  # until the parent has seen what it must see while we live
     sys.exit(0)  # with atexit handlers and all
-for lock in locks:
-    lock.release()
 os.close(read)
 
 # The child has no copy of the connection: its end is seen.

@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from pipeline import Transport, TransportConfig
+from tests.support.locks import held_elsewhere
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer
@@ -37,21 +38,17 @@ eventually(lambda: transport.probe_stats()[2].total >= 3)
 # As if another thread were inside at the moment of the fork.
 locks = (
     *((transport.credentials._lock,) if transport.credentials is not None else ()),
-    transport._lock,
     transport._remotes._lock,
     transport._prober._lock,
     transport._server_stats._lock,
 )
-for lock in locks:
-    lock.acquire()
-child = os.fork()
+with held_elsewhere(locks):
+    child = os.fork()
 if child == 0:
     begin = time.monotonic()
     transport.stop()
     assert time.monotonic() - begin < 2.0
     sys.exit(0)  # with atexit handlers and all
-for lock in locks:
-    lock.release()
 
 deadline = time.monotonic() + 20
 while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:

@@ -26,6 +26,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import PeerUnreachableError
 from pipeline.general import BodyBudget, General
 from pipeline.handlers import Answer, Handlers
+from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
 from pipeline.probing import Prober, _Target
 from pipeline.sealed import SealedSocket
@@ -64,7 +65,7 @@ def line(scheme: str) -> Iterator[tuple[Line, socket.socket]]:
     pool = Pool(
         url, b"GET / HTTP/1.1\r\n\r\n", size=1, dead_link_timeout_s=5, credentials=credentials
     )
-    found = Line()
+    found = Line(412)
     found.dial(pool, 10)
     peer, _ = listener.accept()
     yield found, peer
@@ -83,7 +84,7 @@ def alert() -> None:
 def probe(scheme: str) -> None:
     """The prober asks; over TLS it shakes hands first."""
     prober = Prober("1", interval_s=1, credentials=credentials)
-    target = _Target(2, (f"{scheme}://127.0.0.1:{port}",), 0.0, Histogram((1.0,)))
+    target = _Target(2, URLPicker([f"{scheme}://127.0.0.1:{port}"]), 0.0, Histogram((1.0,)))
     target.is_busy = True
     with line(scheme) as (target.line, peer):
         kill(target.line.sock, peer)

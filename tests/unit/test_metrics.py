@@ -263,7 +263,7 @@ def test_round_trips_are_a_histogram_that_adds_up() -> None:
         for transport, rtt_s in ((one, 0.0001), (two, 100.0)):
             transport.add_peer(0xB2, ["http://127.0.0.1:1"])
             assert transport._prober is not None
-            transport._prober._targets[0xB2].round_trips.observe(rtt_s)
+            transport._prober._targets[transport._peers[0xB2].picker].round_trips.observe(rtt_s)
         shown = Exposition(MetricsCollector([one, two]))
         for transport in (one, two):
             transport.remove_peer(0xB2)
