@@ -9,7 +9,7 @@ ASAN_SITE := build/asan/site
 	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo demo-all three-nodes test chaos lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
+	@echo "make demo demo-all three-nodes test chaos soak lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,12 @@ test: build
 chaos: build
 	$(BIN)/python -m tests.chaos $(CHAOS)
 
+# Everything a node does for two hours; whether memory, threads and descriptors stay as they were.
+# make soak SOAK='--duration 900'
+.PHONY: soak
+soak: build
+	$(BIN)/python -m tests.soak $(SOAK)
+
 lint: build $(VENV)/.linters typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,7 +71,7 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
-	$(BIN)/python -m mypy.stubtest pipeline._core pipeline._messages pipeline._receiver
+	$(BIN)/python -m mypy.stubtest pipeline._chunks pipeline._core pipeline._messages pipeline._receiver
 
 benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 	mkdir -p $(@D)

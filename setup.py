@@ -120,7 +120,7 @@ directives = {
 
 setup(
     ext_modules=cythonize(
-        [extension("_messages"), extension("_core"), extension("_receiver")],
+        [extension(name) for name in ("_messages", "_chunks", "_core", "_receiver")],
         # A directory per set of directives: cythonize looks at time stamps only.
         build_dir="build/cython" + ("-debug" if DEBUG else "") + ("-trace" if COVERAGE else ""),
         compiler_directives=directives,

@@ -17,7 +17,7 @@ The last ones that were freed are kept for a moment and used again.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 from pipeline._descriptors cimport descriptors_shut, descriptors_t
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
@@ -57,6 +57,8 @@ cdef enum:
     # How long what a refused peer still sends is read and thrown away, so that it reads the
     # answer before it hears of the end (RFC 9112 9.6).
     LINGER_NS = 1000000000
+    # A turn of strangers that took longer is followed by no longer a pause than this.
+    STRANGERS_PAUSE_NS = 5000000
     ANSWER_204_MAX = 256
 
 cdef enum:
@@ -81,8 +83,12 @@ cdef enum:
 cdef enum:
     QUEUE_MESSAGES = 0
     QUEUE_PROPOSALS
-    QUEUE_GENERAL
-    QUEUE_HANDSHAKES        # general as well: a flood of strangers takes turns with the known
+    # For the general thread. Who was let past last time has every second turn, and whoever asks for
+    # nothing else is given it; the others, of whom a flood may come, share the rest.
+    QUEUE_GENERAL           # of members: a certificate was shown, or the last request let past
+    QUEUE_PROBES            # of others, that begin as a probe does
+    QUEUE_STRANGERS         # of all others, and of those whose bytes take more than a turn
+    QUEUE_HANDSHAKES
     QUEUES
     TYPE_PROP = 2
 
@@ -103,6 +109,7 @@ cdef enum:
     THEN_HANDSHAKE          # sealed: read on, within the time of a handshake
     THEN_IDLE               # sealed: answered, nothing is left; read the next request
     THEN_AGAIN              # sealed: write this, then call again for what is left
+    THEN_TURN               # general: as AGAIN, of the same request; strangers have a turn before
 
 # The memory of one body. Handed on to Python when a message keeps views of it.
 cdef struct body_t:
@@ -143,6 +150,7 @@ cdef struct conn_t:
     bint is_general         # h11 reads it
     bint is_sealed          # bytes are for Python only, of one request after the other
     bint is_new             # has not been answered yet
+    bint is_member          # Python let its last request past, or it has shown a certificate
     bint is_runnable
     int has_event           # there may be something to read that epoll will not speak of again
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
@@ -151,9 +159,11 @@ cdef struct conn_t:
     # Of the head being read, whoever reads it, or of the handshake; 0 is none.
     int64_t head_deadline_ns
     int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
+    int64_t arrived         # bytes of that body, since the deadline was put off for the last ones
     sealed_news_t news
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
+    uint64_t skip           # bytes of a refused request to throw away before the next head
     uint8_t* known          # owned: the last accepted head
     http_post_t known_post
     request_t request
@@ -246,7 +256,11 @@ cdef struct server_t:
     handler_t* handlers     # on their threads' stacks
     int proposing           # handler threads at work on a proposal
     bint is_turn_of_messages
-    bint is_turn_of_handshakes
+    bint is_turn_of_members # in the general thread
+    int next_other          # which of the other queues has the next of their turns
+    bint is_strangers_turn  # what the general thread is at was in QUEUE_STRANGERS
+    int64_t turn_began_ns   # when the general thread took it
+    int64_t strangers_at_ns # when strangers may have a turn again
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
     int live                # connections not freed
@@ -434,16 +448,31 @@ cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) 
     return is_fit
 
 
+cdef inline bint conn_is_probe(const conn_t* conn) noexcept nogil:
+    """Tell whether what is for Python begins as a probe does: it is answered with next to nothing.
+
+    Members probe over connections of their own, on which they say nothing else.
+    """
+    return not conn.is_sealed and conn.request.body.len >= 18 \
+        and memcmp(conn.request.body.data, b"GET /raft/probing ", 18) == 0
+
+
 cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     """Queue the connection's request; its thread has the connection from here on."""
     cdef server_t* server = conn.server
-    cdef queue_t* queue = &server.queues[QUEUE_GENERAL]
+    cdef int which = QUEUE_GENERAL
+    cdef queue_t* queue
     if kind == REQUEST_PROPOSAL:
-        queue = &server.queues[QUEUE_PROPOSALS]
+        which = QUEUE_PROPOSALS
     elif kind == REQUEST_MESSAGE or kind == REQUEST_MALFORMED:
-        queue = &server.queues[QUEUE_MESSAGES]
+        which = QUEUE_MESSAGES
     elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
-        queue = &server.queues[QUEUE_HANDSHAKES]
+        which = QUEUE_HANDSHAKES
+    elif conn.is_general and conn.then == THEN_TURN:
+        which = QUEUE_STRANGERS
+    elif not conn.is_member:
+        which = QUEUE_PROBES if conn_is_probe(conn) else QUEUE_STRANGERS
+    queue = &server.queues[which]
     conn.state = CONN_HANDLED
     conn.deadline_ns = 0
     server.handled += 1
@@ -455,7 +484,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     else:
         queue.tail.request.next = conn
     queue.tail = conn
-    if queue == &server.queues[QUEUE_GENERAL] or queue == &server.queues[QUEUE_HANDSHAKES]:
+    if which >= QUEUE_GENERAL:
         pthread_cond_signal(&server.general_queued)
     else:
         server.has_queued = True    # server_signal_handlers, once for all of this turn
@@ -477,6 +506,33 @@ cdef inline bint server_may_propose(const server_t* server) noexcept nogil:
     return server.proposing + 1 < server.limits.handlers or server.limits.handlers == 1
 
 
+cdef inline conn_t* server_take_general(server_t* server) noexcept nogil:
+    """Take what the general thread does next, or NULL. The caller holds the lock.
+
+    Between two turns of strangers it rests for as long as the first one took, if nobody else is to
+    be served: it needs the GIL for each, and messages of members would wait for that.
+    """
+    cdef conn_t* conn = NULL
+    cdef int i, which
+    server.is_strangers_turn = False
+    server.is_turn_of_members = not server.is_turn_of_members
+    if server.is_turn_of_members:
+        conn = queue_take(&server.queues[QUEUE_GENERAL])
+    for i in range(QUEUES - QUEUE_PROBES):
+        if conn is not NULL:
+            break
+        which = QUEUE_PROBES + (server.next_other + i) % (QUEUES - QUEUE_PROBES)
+        if which == QUEUE_STRANGERS and server.queues[which].head is not NULL:
+            server.turn_began_ns = clock_ns()
+            if server.turn_began_ns < server.strangers_at_ns:
+                continue
+            server.is_strangers_turn = True
+        conn = queue_take(&server.queues[which])
+        if conn is not NULL:
+            server.next_other = (which - QUEUE_PROBES + 1) % (QUEUES - QUEUE_PROBES)
+    return conn if conn is not NULL else queue_take(&server.queues[QUEUE_GENERAL])
+
+
 cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogil:
     """Take the next request for a thread of this kind, or NULL. The caller holds the lock.
 
@@ -484,15 +540,9 @@ cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogi
     more than one, never takes a proposal (etcd has a queue of its own for them, spec section 4.3).
     """
     cdef conn_t* conn
-    # In turn: neither kind keeps the other waiting.
     if is_general:
-        server.is_turn_of_handshakes = not server.is_turn_of_handshakes
-        if server.is_turn_of_handshakes:
-            conn = queue_take(&server.queues[QUEUE_HANDSHAKES])
-            if conn is not NULL:
-                return conn
-        conn = queue_take(&server.queues[QUEUE_GENERAL])
-        return conn if conn is not NULL else queue_take(&server.queues[QUEUE_HANDSHAKES])
+        return server_take_general(server)
+    # In turn: neither kind keeps the other waiting.
     server.is_turn_of_messages = not server.is_turn_of_messages
     if server.is_turn_of_messages:
         conn = queue_take(&server.queues[QUEUE_MESSAGES])
@@ -531,6 +581,11 @@ cdef inline void conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
     if handler is not NULL:
         handler.was_seen = False
         handler.is_stuck = False
+    elif server.is_strangers_turn:
+        server.is_strangers_turn = False
+        server.strangers_at_ns = clock_ns()
+        server.strangers_at_ns += min(server.strangers_at_ns - server.turn_began_ns,
+                                      <int64_t>STRANGERS_PAUSE_NS)
     if conn.request.kind == REQUEST_PROPOSAL:
         server.proposing -= 1
         if server.queues[QUEUE_PROPOSALS].head is not NULL:
@@ -780,6 +835,18 @@ cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
     conn_set_deadline(conn, slow_ns)
 
 
+cdef inline void conn_credit_body(conn_t* conn) noexcept nogil:
+    """Do the same for a body that Python reads, when it gives the connection back."""
+    cdef server_t* server = conn.server
+    cdef int64_t stalled_ns = server.limits.stall_timeout_ns
+    cdef int64_t slow_ns = conn.body_left_ns + conn.arrived * server.limits.byte_ns
+    if conn.body_left_ns == 0 or slow_ns > stalled_ns \
+            or (server.limits.byte_ns == 0 and conn.arrived > 0):
+        slow_ns = stalled_ns
+    conn.body_left_ns = slow_ns
+    conn.arrived = 0
+
+
 cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
     """Read a body into its memory: what there is, or one step."""
     cdef server_t* server = conn.server
@@ -823,6 +890,21 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
     conn_deliver(conn)
 
 
+cdef inline void conn_skip(conn_t* conn, size_t n) noexcept nogil:
+    """Throw away what is left of a refused request, of ``n`` bytes in the scratch."""
+    cdef server_t* server = conn.server
+    if n < conn.skip:
+        conn.skip -= n
+        return
+    n -= <size_t>conn.skip
+    if n > 0:
+        memmove(server.scratch, server.scratch + conn.skip, n)
+    conn.skip = 0
+    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    if n > 0:
+        conn_parse(conn, server.scratch, n)
+
+
 cdef inline void conn_read(conn_t* conn) noexcept nogil:
     """Read a head, or bytes for Python."""
     cdef server_t* server = conn.server
@@ -850,10 +932,11 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
     if conn.state == CONN_GENERAL:
         if conn.then == THEN_READ_BODY:
-            conn_body_arrived(conn, n)
-            # The time Python takes is not the sender's.
+            # The time Python takes is not the sender's. What of it was body, Python says.
             conn.body_left_ns = max(conn.deadline_ns - server.now_ns, 1)
         conn_hand_over(conn, server.scratch, kept + <size_t>n)
+    elif conn.skip > 0:
+        conn_skip(conn, <size_t>n)
     else:
         conn_parse(conn, server.scratch, kept + <size_t>n)
 
@@ -873,6 +956,8 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
     conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    if conn.skip > 0:           # as long as a head may take
+        conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:
         server.accept_at_ns = server.now_ns     # an idle connection can make room
     if kept > 0:
@@ -934,8 +1019,11 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     elif conn.then == THEN_NEXT:
         conn.is_general = False
         conn_next(conn)
-    elif conn.is_sealed and load_int(&conn.server.is_stopping):
+    elif load_int(&conn.server.is_stopping):
         conn_end(conn)
+    elif conn.then == THEN_TURN:
+        conn_credit_body(conn)
+        conn_to_handler(conn, REQUEST_GENERAL)
     elif conn.then == THEN_AGAIN:
         conn.head_deadline_ns = 0
         conn.body_left_ns = 0
@@ -945,8 +1033,7 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     else:
         conn.state = CONN_GENERAL
         if conn.then == THEN_READ_BODY:
-            if conn.body_left_ns == 0:
-                conn.body_left_ns = conn.server.limits.stall_timeout_ns
+            conn_credit_body(conn)
             conn_set_deadline(conn, conn.server.now_ns + conn.body_left_ns)
         else:
             if conn.head_deadline_ns == 0:

@@ -528,8 +528,13 @@ cdef class Receiver:
         conn_set_answer(conn, out)
         conn.then = then
         if conn.is_sealed:
-            conn.news.fast_requests, conn.news.general_requests, conn.news.handshakes, \
-                conn.news.handshake_failures = general.take_news()
+            conn.arrived, conn.news.fast_requests, conn.news.general_requests, \
+                conn.news.handshakes, conn.news.handshake_failures = general.take_news()
+        else:
+            conn.arrived = general.arrived
+            general.arrived = 0
+        if general.is_member is not None:
+            conn.is_member = general.is_member
         if then == THEN_DELIVER:
             body_free(&request.body)
             body = general.take_body()
@@ -546,6 +551,7 @@ cdef class Receiver:
             rest = general.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
                 raise MemoryError
+            conn.skip = general.skip
         if then == THEN_DETACH:
             self.detach(conn, general)
         if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:

@@ -18,11 +18,12 @@ from libc.string cimport memset
 
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
-    CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_MESSAGES, QUEUE_PROPOSALS, SERVER_EVENTS,
-    SPARES, SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY,
-    body_free, body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
-    conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t, queue_take,
-    server_limits_t, server_look_at, server_may_propose, server_t, server_take, server_take_spare,
+    CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_MESSAGES, QUEUE_PROPOSALS, QUEUE_STRANGERS,
+    SERVER_EVENTS, SPARES, SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE,
+    THEN_READ_BODY, body_free, body_t, conn_add_runnable, conn_append, conn_broken, conn_close,
+    conn_end, conn_free, conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t,
+    handler_t, queue_take, server_limits_t, server_look_at, server_may_propose, server_t,
+    server_take, server_take_spare,
 )
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -31,11 +32,12 @@ from pipeline._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
-    cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    invariant, itimerspec, load_int, load_ptr, pthread_cond_broadcast, pthread_cond_destroy,
-    pthread_cond_signal, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int,
-    swap_int, swap_ptr, thread_start, timerfd_create, timerfd_settime, write,
+    cond_init_monotonic, deadline_timespec, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
+    errno, eventfd, invariant, itimerspec, load_int, load_ptr, pthread_cond_broadcast,
+    pthread_cond_destroy, pthread_cond_signal, pthread_cond_timedwait, pthread_cond_wait,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, read, send,
+    shutdown, sockaddr, socklen_t, store_int, swap_int, swap_ptr, thread_start, timerfd_create,
+    timerfd_settime, timespec, write,
 )
 
 # -- to the handler threads and back
@@ -59,11 +61,15 @@ cdef inline void server_check_spare(server_t* server) noexcept nogil:
 cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
     """Wait for a request; NULL when there will be none any more. No handler: something general."""
     cdef bint is_general = handler is NULL
+    cdef timespec at
     cdef conn_t* conn
     pthread_mutex_lock(&server.lock)
     conn = server_take(server, is_general)
     while conn is NULL and not server.is_closed:
-        if is_general:
+        if is_general and server.queues[QUEUE_STRANGERS].head is not NULL:
+            at = deadline_timespec(server.strangers_at_ns)
+            pthread_cond_timedwait(&server.general_queued, &server.lock, &at)
+        elif is_general:
             pthread_cond_wait(&server.general_queued, &server.lock)
         elif load_int(&server.is_led) or load_int(&server.is_stopping):
             handler.is_waiting = True

@@ -11,6 +11,7 @@ import enum
 import re
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
@@ -20,6 +21,7 @@ import h11
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.protocol import SNAPSHOT_PATH
+from pipeline.request_body import RequestBody
 
 __all__ = ["BodyBudget", "General", "Then", "render"]
 
@@ -34,8 +36,9 @@ _CODING = re.compile(rb"\r\nTransfer-Encoding[ \t]*:", re.IGNORECASE)
 
 #: etcd's requests have about ten headers.
 HEADERS_MAX = 100
-#: Of a refused request so much of the body is read to keep the connection, as Go does.
-DRAIN_MAX = 256 * 1024
+#: Of a refused request so much of an announced body is thrown away to keep the connection, as Go
+#: does. The loop does that; nobody looks at it.
+SKIP_MAX = 256 * 1024
 
 
 class Then(enum.IntEnum):
@@ -47,14 +50,17 @@ class Then(enum.IntEnum):
     READ_BODY = 3
     #: A whole body: have it decoded and processed, then call ``General.answer``.
     DELIVER = 4
-    #: The connection leaves the loop, with ``General.request`` and ``General.http``.
+    #: The connection leaves the loop, with ``General.request`` and ``General.framing``.
     DETACH = 5
-    # From here on for sealed connections only.
+    # Up to TURN for sealed connections only.
     HANDSHAKE = 7
     #: Answered, and the next request has not begun.
     IDLE = 8
     #: Write what there is and call ``Sealed.feed`` once more.
     AGAIN = 9
+    #: There is more to do of what has come. Others have their turn, strangers among them; then
+    #: call ``feed`` with nothing.
+    TURN = 10
 
 
 class BodyBudget:
@@ -98,19 +104,29 @@ class General:
     Attributes
     ----------
     request : Request
-        Once its head has been read.
+        The head, once it is whole.
     body : bytearray
         What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
         What has been read and not used when the connection goes on with ``Then.NEXT``.
-    request : Request
-        The head, once it is whole.
-    http : h11.Connection
-        Has read the head, and holds what came with it. Of ``Then.DETACH`` the caller's.
+    skip : int
+        Then bytes to be thrown away before the next request.
+    framing : RequestBody
+        Of ``Then.DETACH`` the caller's.
+    early : bytes
+        Of ``Then.DETACH``: what has come behind the head, and ``framing`` has not seen.
+    arrived : int
+        Bytes of the body since the caller has last set it to 0: what counts for ``min_body_rate``.
+    is_member : bool or None
+        Whether this request was let past; None before its head is whole, and for what is served
+        to anybody. It decides who the connection takes turns with.
 
     Notes
     -----
-    Used by one thread at a time. Nothing here blocks.
+    Used by one thread at a time. Nothing here blocks, and no call does more than some
+    milliseconds' work, whatever was sent. A refused request is answered and ended at once: of what
+    is left of its body nothing is looked at, and the connection goes on only if its length is
+    known and not much.
     """
 
     def __init__(
@@ -125,19 +141,23 @@ class General:
     ) -> None:
         self.body = bytearray()
         self.rest = b""
+        self.skip = 0
+        self.early = b""
+        self.arrived = 0
+        self.is_member: bool | None = None
+        self.request = Request("", "", {}, remote, certificate)
+        self.framing: RequestBody | None = None  # once the head is whole
         self._handlers = handlers
         self._config = config
         self._remote = remote
         self._certificate = certificate
         self._budget = budget
         self._learn = learn
-        self.http = h11.Connection(
+        self._http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=max(config.max_head_bytes, 8192)
         )
-        self._head = b""
-        self._first = b""  # the head and what came with it
-        self._is_head_whole = False
-        self.request = Request("", "", {}, remote, certificate)
+        self._head = bytearray()
+        self._lines = 0  # of the head
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
         self._taken = 0  # of the budget
@@ -151,6 +171,7 @@ class General:
             if self._is_message:
                 then = self._send_answer(self._handlers.read_failed(self.request), close=True)
             else:
+                self.is_member = False
                 then = self._send_answer(_bad_request(), close=True)
         return self._take_out(), then
 
@@ -178,33 +199,22 @@ class General:
         self.body = bytearray()
 
     def _feed(self, data: bytes) -> Then:
-        if not self._is_head_whole:
-            seen = len(self._head)
-            self._head += data
-            end = self._head.find(b"\r\n\r\n") + 4
-            self._is_head_whole = end >= 4
-            head = bytes(self._head[:end] if self._is_head_whole else self._head)
-            refusal = self._check_head(head, seen)
-            if refusal is not None:
-                return self._send_answer(refusal, close=True)
-            if not self._is_head_whole:
-                return Then.READ_HEAD
-            data = self._first = bytes(self._head)
-            self._head = head
-        self.http.receive_data(data)
-        while True:
-            event = self.http.next_event()
-            if event is h11.NEED_DATA:
-                if self.http.they_are_waiting_for_100_continue:
-                    self._send(
-                        h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-                    )
-                return Then.READ_BODY
-            then = self._on_event(event)
-            if then is not None:
-                return then
+        if self.framing is not None:
+            return self._read_body(self.framing, data)
+        seen = len(self._head)
+        self._head += data
+        end = self._head.find(b"\r\n\r\n", max(seen - 3, 0)) + 4
+        is_whole = end >= 4
+        if is_whole:
+            data = bytes(self._head[end:])
+            del self._head[end:]
+        refusal = self._check_head(self._head, seen, is_whole=is_whole)
+        if refusal is not None:
+            self.is_member = False
+            return self._send_answer(refusal, close=True)
+        return self._read_head(bytes(self._head), data) if is_whole else Then.READ_HEAD
 
-    def _check_head(self, head: bytes, seen: int) -> Answer | None:
+    def _check_head(self, head: bytearray, seen: int, *, is_whole: bool) -> Answer | None:
         """Refuse a head that is not to be shown to h11, as soon as that can be told.
 
         ``seen`` bytes of it were looked at before: to do so again for each byte of a head that
@@ -212,9 +222,10 @@ class General:
         """
         if _BARE.search(head, max(seen - 1, 0)):
             return _bad_request()
-        if len(head) > self._config.max_head_bytes or head.count(b"\n") > HEADERS_MAX + 2:
+        self._lines += head.count(b"\n", seen)
+        if len(head) > self._config.max_head_bytes or self._lines > HEADERS_MAX + 2:
             return self._handlers.head_too_large()
-        if not self._is_head_whole:
+        if not is_whole:
             return None
         lengths = _LENGTH.findall(head)
         is_framed_once = len(lengths) + len(_CODING.findall(head)) <= 1
@@ -226,53 +237,70 @@ class General:
             return self._handlers.body_too_large(self.request)
         return None
 
-    def _on_event(self, event: object) -> Then | None:
-        if isinstance(event, h11.Request):
-            return self._on_request(event)
-        if isinstance(event, h11.Data):
-            return self._on_data(bytes(event.data))
-        assert isinstance(event, h11.EndOfMessage)
-        return Then.DELIVER if self._is_message else self._go_on()
-
-    def _on_request(self, event: h11.Request) -> Then | None:
+    def _read_head(self, head: bytes, data: bytes) -> Then:
+        """Decide on a request whose head is whole; ``data`` came behind it."""
+        self._http.receive_data(head)
+        event = self._http.next_event()
+        assert isinstance(event, h11.Request)
         headers: dict[str, str] = {}
         for name, value in event.headers:
             headers.setdefault(name.decode("ascii"), value.decode("latin-1"))
         path, _, _ = event.target.decode("ascii").partition("?")
         method = event.method.decode("ascii")
         self.request = Request(method, path, headers, self._remote, self._certificate)
+        self.framing = RequestBody(self._http, headers)
         answer = self._handlers.check(self.request, can_detach=True)
-        if answer is None and path == SNAPSHOT_PATH:
-            if self._handlers.snapshots.begin():
-                return Then.DETACH
+        if answer is None and path == SNAPSHOT_PATH and not self._handlers.snapshots.begin():
             answer = self._handlers.too_many_snapshots(self.request)
-        if answer is None:
-            if self._handlers.is_learnable(self.request) and self._learn(self._head):
-                self.rest = self._first
-                return Then.NEXT
-            self._is_message = True
-            return None
-        # What a refused request still sends is read, if it is little, to keep the connection; the
-        # loop reads on for a moment, so that a sender hears the answer and not of a broken pipe.
-        is_long = int(headers.get("content-length", "0")) > DRAIN_MAX
-        close = answer.close or is_long or self.http.they_are_waiting_for_100_continue
-        then = self._send_answer(answer, close=close)
-        return then if then is Then.CLOSE else None
+        if answer is not None:
+            return self._answer_at_once(answer, self.framing, data)
+        self.is_member = True
+        if path == SNAPSHOT_PATH:
+            self.early = data
+            return Then.DETACH
+        if self._handlers.is_learnable(self.request) and self._learn(head):
+            self.rest = head + data
+            return Then.NEXT
+        self._is_message = True
+        return self._read_body(self.framing, data)
 
-    def _on_data(self, data: bytes) -> Then | None:
-        self._seen += len(data)
-        if self._is_message and self._seen > self._config.max_body_bytes:
+    def _answer_at_once(self, answer: Answer, framing: RequestBody, data: bytes) -> Then:
+        """Answer a request without waiting for its body, which is of no interest.
+
+        The loop reads on for a moment, so that a sender hears the answer and not of a broken pipe.
+        """
+        if answer.status >= 300:
+            self.is_member = False
+        try:
+            framing.read(data)
+        except h11.RemoteProtocolError:
+            answer = replace(answer, close=True)
+        if framing.left is not None and framing.left <= SKIP_MAX and not framing.is_waiting:
+            self.skip = framing.left
+        elif not framing.is_whole:
+            answer = replace(answer, close=True)
+        return self._send_answer(answer, close=answer.close)
+
+    def _read_body(self, framing: RequestBody, data: bytes) -> Then:
+        """Read some more of a message's body."""
+        part = framing.read(data)
+        self.arrived += len(part)
+        self._seen += len(part)
+        if self._seen > self._config.max_body_bytes:
             return self._send_answer(self._handlers.body_too_large(self.request), close=True)
-        if not self._is_message:
-            return Then.CLOSE if self._seen > DRAIN_MAX else None
-        if not self._budget.take(len(data)):
+        if not self._budget.take(len(part)):
             return self._send_answer(self._handlers.overloaded(self.request), close=True)
-        self._taken += len(data)
-        self.body += data
-        return None
+        self._taken += len(part)
+        self.body += part
+        if framing.is_whole:
+            return Then.DELIVER
+        if framing.is_busy:
+            return Then.TURN
+        self._out.append(framing.go_on())
+        return Then.READ_BODY
 
     def _send_answer(self, answer: Answer, *, close: bool) -> Then:
-        if self.http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self._is_in(h11.IDLE, h11.SEND_RESPONSE):
             return Then.CLOSE  # answered already
         response = h11.Response(
             status_code=answer.status,
@@ -283,19 +311,17 @@ class General:
         if answer.body and answer.status not in (204, 304) and self.request.method != "HEAD":
             self._send(h11.Data(data=answer.body))
         self._send(h11.EndOfMessage())
-        return Then.CLOSE if close else self._go_on()
-
-    def _go_on(self) -> Then:
-        """Tell how, now that we have answered."""
-        if self.http.our_state is not h11.DONE:
+        if close or not self._is_in(h11.DONE):  # the caller wants no more
             return Then.CLOSE
-        if self.http.their_state is not h11.DONE:
-            return Then.READ_BODY
-        self.rest = self.http.trailing_data[0]
+        assert self.framing is not None
+        self.rest = self.framing.rest
         return Then.NEXT
 
+    def _is_in(self, *states: object) -> bool:
+        return self._http.our_state in states
+
     def _send(self, event: h11.Event) -> None:
-        self._out.append(self.http.send(event) or b"")
+        self._out.append(self._http.send(event) or b"")
 
     def _take_out(self) -> bytes:
         out = b"".join(self._out)

@@ -21,6 +21,7 @@ from pipeline.config import MIB, ReceiverConfig
 from pipeline.general import General, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.logs import get_logger
+from pipeline.pace import PIECE_S, Pace
 from pipeline.snapshot_receiver import BodyError, ClosingError
 from pipeline.snapshot_store import Saving
 from pipeline.threads import LibraryThread
@@ -31,6 +32,9 @@ logger = get_logger("pipeline.listener")
 
 # A chunked body is parsed from so much at once; etcd's chunks are of 32 KiB.
 _PARSE_BYTES = MIB
+
+#: Rest for each event of h11, which takes the interpreter so much longer than a small piece.
+EVENT_S = 4 * PIECE_S
 
 # How long what a refused sender still sends is read and thrown away, so that it reads the answer
 # before it hears of the end (RFC 9112 9.6); LINGER_NS of the loop.
@@ -165,22 +169,21 @@ class _Receiving:
     """
 
     def __init__(self, connection: Connection, general: General, config: ReceiverConfig) -> None:
+        assert general.framing is not None
         self.request: Request = general.request
-        length = self.request.headers.get("content-length")
-        is_chunked = "transfer-encoding" in self.request.headers
-        self.left = None if is_chunked else int(length or 0)
+        self.left = general.framing.left
         self.saving: Saving | None = None
         self._connection = connection
-        self._http = general.http
+        self._framing = general.framing
+        self._early = general.early
         self._lock = threading.RLock()  # guards the end of the connection
         self._is_closed = False
         self._is_stopped = False
-        self._is_whole = False  # all of the body has been read
-        self._is_direct = False  # what comes is body; h11 has nothing left
         self._data = memoryview(b"")  # of the body, read and not asked for yet
-        self._buffer = memoryview(bytearray(_PARSE_BYTES if is_chunked else 0))
+        self._buffer = memoryview(bytearray(_PARSE_BYTES if self.left is None else 0))
         self._config = config
-        self._received = 0  # bytes, and the seconds that we waited for them
+        self._pace = Pace()
+        self._arrived = 0  # bytes of the body, and the seconds that we waited for them
         self._waited_s = 0.0
         connection.settimeout(config.stall_timeout_s)
 
@@ -189,7 +192,7 @@ class _Receiving:
         if self._is_stopped:
             raise ClosingError("shutting down")
         try:
-            n = self._read_rest(view) if self._is_direct else self._parse(view)
+            n = self._read(view)
         except h11.RemoteProtocolError as error:
             raise BodyError(str(error)) from error
         except TimeoutError:
@@ -198,14 +201,13 @@ class _Receiving:
             raise BodyError(error.strerror or str(error)) from error
         if self.left is not None:
             self.left -= n
-            self._is_whole = self.left == 0
         return n
 
     def answer(self, answer: Answer) -> None:
         """Write the answer. If the sender is gone or does not read, so be it."""
         with contextlib.suppress(OSError):
             self._connection.sendall(render(replace(answer, close=True)), socket.MSG_NOSIGNAL)
-            if not self._is_whole and not self._is_stopped:
+            if not self._is_whole() and not self._is_stopped:
                 self._linger()
 
     def stop_reading(self) -> None:
@@ -239,51 +241,52 @@ class _Receiving:
             if not self._is_closed:  # else its descriptor may be another's by now
                 self._connection.shutdown(how)
 
-    def _parse(self, view: memoryview) -> int:
-        """Read through h11: all of a chunked body, of another what came with the head."""
-        filled = 0
-        while filled < len(view) and not self._is_whole:
-            if len(self._data) == 0:
-                event = self._http.next_event()
-                if isinstance(event, h11.Data):
-                    self._data = memoryview(event.data)
-                elif event is not h11.NEED_DATA:
-                    self._is_whole = True
-                elif filled > 0:
-                    break
-                elif self.left is not None:
-                    self._is_direct = True
-                    return self._read_rest(view)
-                else:
-                    n = self._recv_into(self._buffer)
-                    self._http.receive_data(self._buffer[:n])  # type: ignore[arg-type]
-            n = min(len(view) - filled, len(self._data))
-            view[filled : filled + n] = self._data[:n]
-            self._data = self._data[n:]
-            filled += n
-        return filled
+    def _read(self, view: memoryview) -> int:
+        while not self._data and not self._is_whole():
+            if self._early:
+                came, self._early = memoryview(self._early), b""
+            elif self._framing.is_busy:
+                came = memoryview(b"")
+            elif self.left is not None:  # there is no framing
+                n = self._recv_into(view[: self.left])
+                self._count_arrived(n)
+                return n
+            else:
+                came = self._buffer[: self._recv_into(self._buffer)]
+            events = self._framing.events
+            self._data = memoryview(self._framing.read(came))
+            self._pace.took(self._framing.events - events, len(self._data), EVENT_S)
+            self._count_arrived(len(self._data))
+        n = min(len(view), len(self._data))
+        view[:n] = self._data[:n]
+        self._data = self._data[n:]
+        return n
 
-    def _read_rest(self, view: memoryview) -> int:
-        assert self.left is not None
-        return self._recv_into(view[: self.left]) if self.left else 0
+    def _is_whole(self) -> bool:
+        """Tell whether all of the body has come."""
+        return self._framing.is_whole or self.left == 0
 
     def _recv_into(self, view: memoryview) -> int:
-        if self._http.they_are_waiting_for_100_continue:
-            go_on = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-            self._connection.sendall(self._http.send(go_on) or b"", socket.MSG_NOSIGNAL)
+        go_on = self._framing.go_on()
+        if go_on:
+            self._connection.sendall(go_on, socket.MSG_NOSIGNAL)
         begin = time.monotonic()
         n = self._connection.recv_into(view)
         # What the disk takes is not the sender's fault.
         self._waited_s += time.monotonic() - begin
-        self._received += n
         if self._is_stopped:
             raise ClosingError("shutting down")
         if n == 0:
             raise BodyError("unexpected EOF")
-        rate = self._config.min_body_rate
-        if rate and self._waited_s > self._config.stall_timeout_s + self._received / rate:
-            raise TimeoutError
+        self._pace.took(1, n)
         return n
+
+    def _count_arrived(self, n: int) -> None:
+        """Count bytes of the body; those of its framing put nothing off."""
+        self._arrived += n
+        rate = self._config.min_body_rate
+        if rate and self._waited_s > self._config.stall_timeout_s + self._arrived / rate:
+            raise TimeoutError
 
     def _linger(self) -> None:
         """End our side, and wait a moment for the other to do so."""

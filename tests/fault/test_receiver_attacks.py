@@ -6,10 +6,12 @@ request, that nothing reached Raft, and that memory and threads are as they were
 
 from __future__ import annotations
 
+import contextlib
 import re
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from tests.support.http import (
 )
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
+from tests.support.senders import eventually
 from tests.support.snapshots import FILE as SNAPSHOT_FILE
 
 MIB = 1 << 20
@@ -198,6 +201,10 @@ ROWS = {
     "stranger": (raw_head(LENGTH, headers=STRANGER) + MESSAGE, 412, OPEN),
     "stranger with a long body": (
         raw_head("content-length: 999999", headers=STRANGER) + MESSAGE, 412, CLOSED),
+    "stranger with a chunk, and no more": (
+        raw_head(CHUNKED, headers=STRANGER) + b"1\r\nx\r\n", 412, CLOSED),
+    "stranger with chunks that are whole": (
+        raw_head(CHUNKED, headers=STRANGER) + b"1\r\nx\r\n0\r\n\r\n", 412, OPEN),
     "stranger with endless chunks": (
         raw_head(CHUNKED, headers=STRANGER) + b"10000\r\n%b\r\n" % bytes(65536) * 5, 412, CLOSED),
     # Sizes.
@@ -377,13 +384,15 @@ DRIPS = {
 }
 
 
-@pytest.mark.parametrize("framing", DRIPS)
+@pytest.mark.parametrize("framing", [*DRIPS, "nearly all framing"])
 def test_a_body_that_drips_is_ended(framing: str) -> None:
     # Some 20 ms between two bytes, far from a stall; but a byte is worth 10 us.
     config = ReceiverConfig(stall_timeout_s=0.3, min_body_rate=100_000)
     raft = FakeRaft()
     handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    head, part = DRIPS[framing]
+    # The framing comes at four times the least rate; only what is body counts.
+    much = (raw_head(CHUNKED), b"1;" + b"x" * 8000 + b"\r\nx\r\n")
+    head, part = DRIPS.get(framing, much)
     with (
         Listener(handlers, "http://127.0.0.1:0", config) as listener,
         dial(listener.url) as sock,
@@ -393,6 +402,36 @@ def test_a_body_that_drips_is_ended(framing: str) -> None:
         assert read_status(sock) == 400
         assert listener.stats().body_timeouts == 1
     assert (raft.processed, handlers.received_failures) == ([], 1)
+
+
+def test_thousands_of_odd_chunks_are_a_message_all_the_same(server: Server) -> None:
+    """It takes many turns of the thread that reads them."""
+    body = Message(type=MessageType.HEARTBEAT, context=bytes(5000)).marshal()
+    chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    with dial(server.listener.url) as sock:
+        for _ in range(2):
+            sock.sendall(raw_head(CHUNKED) + chunks)
+            assert read_status(sock) == 204
+    assert [message.marshal() for message in server.raft.processed] == [body] * 2
+
+
+def test_a_listener_that_closes_does_not_wait_for_odd_chunks() -> None:
+    raft = FakeRaft()
+    config = ReceiverConfig()
+    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    with (
+        Listener(handlers, "http://127.0.0.1:0", config) as listener,
+        dial(listener.url) as sock,
+    ):
+        sock.sendall(raw_head(CHUNKED) + b"1;a=b\r\nx\r\n" * 1000)
+        eventually(lambda: listener.stats().general_requests == 1)
+        begin = time.monotonic()
+        listener.close(LONG_TIMEOUT)
+        assert time.monotonic() - begin < LONG_TIMEOUT / 2
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(4096):
+                pass
+    assert raft.processed == []
 
 
 @pytest.mark.parametrize("rate", [0, 1], ids=["no least rate", "above it"])

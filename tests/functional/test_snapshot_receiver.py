@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import select
 import socket
 import stat
 import threading
@@ -13,6 +14,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +28,15 @@ from pipeline import (
     Transport,
     TransportConfig,
     UsageError,
+    pace,
 )
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
+from pipeline.snapshot_connections import EVENT_S
 from pipeline.snapshot_receiver import SnapshotCounts
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
+from tests.support.events import Events
 from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
@@ -537,6 +542,61 @@ def test_a_body_that_drips_is_given_up(make_node: MakeNode) -> None:
         dripper.join(LONG_TIMEOUT)
     assert (reply.status, reply.body) == (500, b"failed to save KV snapshot (i/o timeout)\n")
     assert node.files() == {}
+
+
+@pytest.mark.parametrize("is_rated", [False, True], ids=["drips", "drips with much framing"])
+def test_chunks_that_drip_are_given_up(make_node: MakeNode, is_rated: bool) -> None:
+    """What is framing does not make up for what is missing of the body."""
+    node = make_node(stall_timeout_s=0.2, min_body_rate=20_000)
+    chunk = b"1;" + b"a" * 4000 * is_rated + b"\r\nx\r\n"
+    with dial(node.url) as sock:
+        sock.sendall(raw_head("transfer-encoding: chunked", line=LINE))
+        sock.sendall(chunked([BODY[:50]])[:-5])
+        while not select.select([sock], [], [], 0.02)[0]:
+            sock.sendall(chunk)
+        reply = read_reply(sock)
+    assert (reply.status, reply.body) == (500, b"failed to save KV snapshot (i/o timeout)\n")
+    assert node.files() == {}
+
+
+def test_tiny_chunks_are_no_events(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(monkeypatch)
+    request = raw_head("transfer-encoding: chunked", line=LINE)
+    request += chunked(b"%c" % byte for byte in BODY[:20_000])
+    assert ask(node.url, request).status == 204
+    assert node.files() == {FILE: 20_000 - len(framed(snapshot()))}
+    assert events.count == 1
+
+
+def test_of_chunks_that_are_left_to_h11_its_thread_rests(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or four of them would take the interpreter from everybody else."""
+    rests: list[float] = []
+    monkeypatch.setattr(pace, "time", SimpleNamespace(sleep=rests.append))
+    events = Events(monkeypatch)
+    body = BODY[:2000]
+    request = raw_head("transfer-encoding: chunked", line=LINE)
+    request += b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    assert ask(node.url, request).status == 204
+    assert events.count >= 2000
+    assert sum(rests) >= 1900 * EVENT_S
+
+
+def test_small_pieces_are_rested_of_and_large_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(pace, "time", SimpleNamespace(sleep=rests.append))
+    it = pace.Pace()
+    for _ in range(1000):
+        it.took(1, pace.SMALL_BYTES)
+        it.took(64, 64 * pace.SMALL_BYTES)
+    assert rests == []
+    for _ in range(1000):
+        it.took(1, pace.SMALL_BYTES - 1)
+    assert sum(rests) == pytest.approx(1000 * pace.PIECE_S, rel=0.1)
+    assert min(rests) >= pace.REST_S * 0.99
 
 
 def test_a_large_body_is_answered_although_it_is_not_read(node: Node) -> None:

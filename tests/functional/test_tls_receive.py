@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import select
 import socket
 import ssl
 import threading
@@ -26,11 +27,12 @@ from pipeline import (
     Transport,
     TransportConfig,
     UsageError,
+    pace,
 )
 from pipeline._receiver import KnownHead
 from pipeline.errors import RequestRejected
 from pipeline.general import BodyBudget, Then
-from pipeline.handlers import Handlers
+from pipeline.handlers import Answer, Handlers, Request
 from pipeline.listener import Listener
 from pipeline.sealed import Sealed, SealedServer
 from pipeline.tls import Credentials
@@ -684,6 +686,125 @@ def test_handshakes_take_turns_with_those_who_are_through(
         assert read_status(second) == 204
 
 
+def test_strangers_take_turns_with_members_and_with_probes(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    is_held, held, gate = (threading.Event() for _ in range(3))
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        order.append("member")
+        if is_held.is_set():
+            held.set()
+            gate.wait(LONG_TIMEOUT)
+        return True
+
+    node.listen(allow_member=allow)
+    check = node.handlers.check
+
+    def checking(request: Request, *, can_detach: bool = False) -> Answer | None:
+        answer = check(request, can_detach=can_detach)
+        if answer is not None:
+            order.append({200: "probe", 412: "stranger"}[answer.status])
+        return answer
+
+    refused = raw_head("transfer-encoding: chunked", headers=peer_headers(x_etcd_cluster_id="1"))
+    urls = [ANY, "http://127.0.0.1:0"]
+    with contextlib.ExitStack() as stack:
+        listener = Listener(node.handlers, urls, node.config, node.credentials)
+        node.listener = stack.enter_context(listener)
+        plain, probing, *strangers = (
+            stack.enter_context(dial(listener.urls[1])) for _ in range(32)
+        )
+        first, second = node.call(), node.call()
+        for sock in plain, first, second:
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        order.clear()
+        monkeypatch.setattr(node.handlers, "check", checking)
+        is_held.set()
+        first.sendall(GOOD)
+        assert held.wait(LONG_TIMEOUT)
+        for sock in strangers:
+            sock.sendall(refused + b"1\r\nx\r\n" * 1000)
+        second.sendall(GOOD)
+        probing.sendall(PROBE)
+        for _ in range(2):  # the loop has seen what was sent before
+            plain.sendall(GOOD)
+            assert read_status(plain) == 204
+        gate.set()
+        assert read_status(second) == 204
+        assert read_status(probing) == 200
+        for sock in strangers:
+            assert read_status(sock) == 412
+        eventually(lambda: len(order) == 33)
+        assert order.count("stranger") == len(strangers) == 30
+        assert "member" in order[1:5]
+        assert "probe" in order[1:5]
+
+
+def test_a_refused_body_in_pieces_leaves_the_connection_to_the_next_request(node: Node) -> None:
+    node.listen()
+    sock = node.call()
+    for size in (1, 5000, 200_000):
+        sock.sendall(
+            raw_head(f"content-length: {size}", headers=peer_headers(x_etcd_cluster_id="1"))
+        )
+        assert read_status(sock) == 412
+        sock.sendall(b"x" * (size // 2))
+        sock.sendall(b"x" * (size - size // 2) + GOOD)
+        assert read_status(sock) == 204
+
+
+@pytest.mark.parametrize("framing", ["content-length: 50000", "transfer-encoding: chunked"])
+def test_what_tls_adds_to_a_body_does_not_make_up_for_its_rate(node: Node, framing: str) -> None:
+    listener = node.listen(ReceiverConfig(stall_timeout_s=0.3, min_body_rate=500))
+    sock = node.call()
+    sock.sendall(GOOD)  # so that its head is known
+    assert read_status(sock) == 204
+    sock.sendall(raw_head(framing))
+    # Some 20 ms between two bytes: a record of 23 bytes each, which is twice the least rate.
+    part = b"x" if "length" in framing else b"1\r\nx\r\n"
+    while not select.select([sock], [], [], 0.02)[0]:
+        sock.sendall(part)
+    assert read_status(sock) == 400
+    assert listener.stats().body_timeouts == 1
+
+
+def test_thousands_of_tiny_records_are_a_message_all_the_same(node: Node) -> None:
+    """It takes many turns of the thread that deciphers them."""
+    node.listen()
+    message = append_of(5000)
+    body = message.marshal()
+    requests = [
+        post(body),
+        post(body),
+        raw_head("transfer-encoding: chunked")
+        + b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in body)
+        + b"0\r\n\r\n",
+    ]
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = node.authority.client(*node.files).wrap_bio(
+        incoming, outgoing, server_hostname="127.0.0.1"
+    )
+    sock = node.dial()
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            sock.sendall(outgoing.read())
+            incoming.write(sock.recv(65536))
+    for request in requests:
+        for byte in request:
+            tls.write(bytes([byte]))
+        sock.sendall(outgoing.read())
+        incoming.write(sock.recv(65536))
+        assert tls.read(12) == b"HTTP/1.1 204"
+        tls.read(65536)
+    assert node.raft.processed == [message] * 3
+
+
 @pytest.mark.parametrize(
     "hello",
     [b"\x00" * 100, b"\xff" * 5000, b"\x16\x03\x01\xff\xff" + b"x" * 70_000, b"SSH-2.0-x\r\n"],
@@ -1088,6 +1209,25 @@ def test_a_snapshot_whose_connection_ends_before_it_leaves_the_loop_gives_its_pl
     shaken.sealed.close()
     assert node.handlers.snapshots.begin()
     assert not node.handlers.snapshots.begin()
+
+
+def test_of_tiny_records_of_a_snapshot_its_thread_rests(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or four of them would take the interpreter from everybody else."""
+    rests: list[float] = []
+    monkeypatch.setattr(pace, "time", SimpleNamespace(sleep=rests.append))
+    node.listen(ReceiverConfig(snapshot_dir=tmp_path / "snapshots"))
+    sock = node.call()
+    message = Message(
+        type=MessageType.SNAP, from_=1, snapshot=Snapshot(metadata=SnapshotMetadata(index=7))
+    ).marshal()
+    body = len(message).to_bytes(8, "big") + message + bytes(2000)
+    sock.sendall(raw_head(f"content-length: {len(body)}", line="POST /raft/snapshot HTTP/1.1"))
+    for byte in body:
+        sock.sendall(bytes([byte]))
+    assert read_status(sock) == 204
+    assert sum(rests) >= 1900 * pace.PIECE_S
 
 
 def test_a_snapshot_whose_record_drips_is_given_up(node: Node, tmp_path: Path) -> None:

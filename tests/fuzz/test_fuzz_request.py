@@ -3,10 +3,13 @@
 Invariant: if ``recognise_post`` accepts, then h11, as a server, reads a POST to /raft of HTTP/1.1
 that ends at the same byte, announces the same length in one Content-Length, is not chunked, expects
 nothing, and leaves the connection open. Also: what the core accepts, the checks ahead of h11 in
-``general.py`` accept, and no prefix of a head is accepted.
+``general.py`` accept, and no prefix of a head is accepted. A chunked body, in whatever pieces it
+comes, is read as h11 reads the whole: the same bytes and the same end, or refused.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import h11
 import pytest
@@ -17,6 +20,7 @@ from pipeline._receiver import KnownHead, recognise_post
 from pipeline.config import ReceiverConfig
 from pipeline.general import General, Then
 from pipeline.handlers import Handlers
+from pipeline.request_body import RequestBody
 from tests.support.http import CLUSTER_ID, raw_head
 from tests.support.raft import FakeRaft
 
@@ -199,3 +203,68 @@ def test_what_is_like_a_known_head_the_core_reads_the_same_way(
             assert digits in candidate[at:head_len]
     assert known.match(seed) == recognise_post(seed)
     assert known.match(seed[:-1]) is None
+
+
+def begun(head: bytes) -> h11.Connection:
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(head)
+    assert isinstance(connection.next_event(), h11.Request)
+    return connection
+
+
+CHUNKED = raw_head("transfer-encoding: chunked")
+Outcome = tuple[str, bytes, bytes]
+
+
+def as_h11_reads(data: bytes) -> Outcome:
+    connection = begun(CHUNKED)
+    if data:  # to h11 nothing is the end of the stream
+        connection.receive_data(data)
+    body = b""
+    try:
+        while True:
+            event = connection.next_event()
+            if isinstance(event, h11.EndOfMessage):
+                return "whole", body, connection.trailing_data[0]
+            if not isinstance(event, h11.Data):
+                return "more", body, b""
+            body += event.data
+    except h11.RemoteProtocolError:
+        return "refused", b"", b""
+
+
+def as_we_read(pieces: list[bytes]) -> Outcome:
+    framing = RequestBody(begun(CHUNKED), {"transfer-encoding": "chunked"})
+    body = b""
+    try:
+        for piece in pieces:
+            body += framing.read(piece)
+            while framing.is_busy:
+                body += framing.read(b"")
+    except h11.RemoteProtocolError:
+        return "refused", b"", b""
+    return ("whole", body, framing.rest) if framing.is_whole else ("more", body, b"")
+
+
+LINES = [
+    b"1\r\na\r\n", b"03\r\nabc\r\n", b"A\r\n0123456789\r\n", b"2\r\n\r\n\r\n", b"1\r\nab",
+    b"1\na\n", b"0\r\n\r\n", b"000\r\n\r\n", b"0;x\r\n\r\n", b"0\r\nt: u\r\n\r\n",
+    b"1;x=y\r\na\r\n", b"1 \r\na\r\n", b"000000001\r\na\r\n", b"100000001\r\na",
+    b"0x1\r\na\r\n", b"-1\r\na\r\n", b"\r\n", b"\r", b"\n", b"0", b"g",
+]  # fmt: skip
+
+
+@given(
+    lines=st.lists(st.sampled_from(LINES) | st.binary(max_size=3), max_size=8),
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+)
+@example(lines=[b"1\r\na\r\n", b"0\r\nt: u\r\n\r\n"], cuts=[7, 8, 9])
+@example(lines=[b"1\r\na\r\n", b"1;x=y\r\na\r\n"], cuts=[7])
+def test_chunks_in_pieces_are_read_as_h11_reads_the_whole(
+    lines: list[bytes], cuts: list[int]
+) -> None:
+    data = b"".join(lines)
+    borders = sorted({0, *(min(cut, len(data)) for cut in cuts), len(data)})
+    pieces = [data[a:b] for a, b in itertools.pairwise(borders)]
+    assert as_we_read(pieces) == as_h11_reads(data)
+    assert as_we_read([data[at : at + 1] for at in range(len(data))]) == as_h11_reads(data)

@@ -240,7 +240,7 @@ def test_a_value_whose_repr_raises_is_refused_all_the_same() -> None:
         def __repr__(self) -> str:
             raise RuntimeError
 
-    with pytest.raises(MarshalError, match="<Rude whose repr raised"):
+    with pytest.raises(MarshalError, match="<Rude that raises RuntimeError when it is shown"):
         Message(type=MessageType.APP, to=Rude())  # type: ignore[arg-type]
 
 
