@@ -37,7 +37,7 @@ from pipeline.errors import (
     UnmarshalError,
     UsageError,
 )
-from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.stats import FollowerStats, PipelineStats, TransportStats
 from pipeline.types import EntryType, MessageType, Raft, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from pipeline.remote import RemotePolicy, RemoteStats
     from pipeline.snapshot_sender import SnapshotProgress, SnapshotTransfer
     from pipeline.snapshot_source import SnapshotSource
-    from pipeline.status import PeerStatus
+    from pipeline.status import LastError, PeerStatus
     from pipeline.tls import TLSInfo
     from pipeline.transport import Transport
 
@@ -62,6 +62,7 @@ __all__ = [
     "FollowerStats",
     "IncompatibleVersionError",
     "InternalError",
+    "LastError",
     "Listener",
     "MarshalError",
     "MemberNotFoundError",
@@ -94,6 +95,7 @@ __all__ = [
     "TLSInfo",
     "Transport",
     "TransportConfig",
+    "TransportStats",
     "URLPicker",
     "UnexpectedStatusError",
     "UnmarshalError",
@@ -106,6 +108,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # What a node is made of imports urllib3, ssl and h11, which takes longer than all of Python's own
 # start. A program that has only messages to encode, or is asked for its version, does without.
 _MODULES = {
+    "LastError": "status",
     "Listener": "listener",
     "PeerStats": "peer",
     "PeerStatus": "status",

@@ -38,7 +38,7 @@ from pipeline.remote import RemotePolicy, RemoteStats
 from pipeline.snapshot_sender import SnapshotProgress
 from pipeline.snapshot_sender import SnapshotTransfer as ThreadedTransfer
 from pipeline.snapshot_source import SnapshotSource, close_quietly
-from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.stats import FollowerStats, PipelineStats, TransportStats
 from pipeline.threads import LibraryThread
 from pipeline.tls import TLSInfo
 from pipeline.types import SnapshotStatus
@@ -578,6 +578,10 @@ class Transport:
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer's pipeline, by member ID."""
         return self._transport.stats()
+
+    def transport_stats(self) -> TransportStats:
+        """As ``pipeline.Transport.transport_stats``."""
+        return self._transport.transport_stats()
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
         """As ``pipeline.Transport.add_remote``."""

@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from pipeline.arguments import require_bool
+from pipeline.arguments import require_bool, require_iterable
 from pipeline.errors import UsageError
 from pipeline.forks import is_foreign
+from pipeline.logs import lost_lines, show
 from pipeline.protocol import format_id
+from pipeline.transport import Transport
 
 try:
     from prometheus_client.core import (
@@ -32,12 +34,12 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from pipeline import aio
     from pipeline.handlers import Handlers
     from pipeline.listener import Listener
     from pipeline.peer import Peer
     from pipeline.snapshot_receiver import SnapshotReceiver
     from pipeline.stats import Histogram
-    from pipeline.transport import Transport
 
 __all__ = ["MetricsCollector"]
 
@@ -127,7 +129,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_queued_messages": ("gauge", _PEER, "Messages that wait for a worker."),
     "raft_pipeline_in_flight_messages": ("gauge", _PEER, "Messages with a worker."),
     "raft_pipeline_queued_bytes": ("gauge", _PEER, "Bytes that wait for a worker."),
-    "raft_pipeline_callback_errors_total": ("counter", _PEER, "Callbacks of Raft that raised."),
+    "raft_pipeline_callback_errors_total": (
+        "counter",
+        _PEER,
+        "Calls of the application that raised; To is empty for what concerns no peer of now.",
+    ),
     "raft_pipeline_ignored_messages_total": (
         "counter",
         ("Local",),
@@ -142,6 +148,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("Local",),
         "Calls of process that raised.",
+    ),
+    "raft_pipeline_lost_log_lines_total": (
+        "counter",
+        (),
+        "Lines of the log of the process that were lost because logging raised.",
     ),
     "raft_pipeline_certificate_expiry_days": (
         "gauge",
@@ -219,7 +230,7 @@ class MetricsCollector(Collector):
 
     Parameters
     ----------
-    transports : iterable of Transport
+    transports : iterable of Transport or pipeline.aio.Transport
         At least one. etcd's series name no local member but for two, so transports that share a
         registry share a collector, which adds up what has the same labels, as etcd's
         process-wide counters do. A second collector in the same registry is refused by
@@ -234,7 +245,7 @@ class MetricsCollector(Collector):
     ImportError
         When the module is imported without prometheus-client (extra ``metrics``).
     UsageError
-        If there is no transport.
+        If there is no transport, or something else among them.
 
     Notes
     -----
@@ -245,9 +256,13 @@ class MetricsCollector(Collector):
     """
 
     def __init__(
-        self, transports: Iterable[Transport], *, received_failures_by_address: bool = False
+        self,
+        transports: Iterable[Transport | aio.Transport],
+        *,
+        received_failures_by_address: bool = False,
     ) -> None:
-        self._transports = tuple(transports)
+        given = require_iterable("transports", transports, "Transports")
+        self._transports = tuple(map(_threaded, given))
         if not self._transports:
             raise UsageError("transports: none given")
         require_bool("received_failures_by_address", received_failures_by_address)
@@ -270,6 +285,7 @@ class MetricsCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield all families with what is counted at this moment."""
         sums: dict[str, dict[tuple[str, ...], Any]] = {name: {} for name in _FAMILIES}
+        sums["raft_pipeline_lost_log_lines_total"][()] = lost_lines()
         for transport in self._transports:
             for name, labels, value in _samples(transport):
                 family = sums[name]
@@ -286,6 +302,14 @@ class MetricsCollector(Collector):
             yield metric
 
 
+def _threaded(transport: object) -> Transport:
+    """Return what has the numbers: of a transport for asyncio the one that it is a face of."""
+    threaded = getattr(transport, "_transport", transport)
+    if not isinstance(threaded, Transport):
+        raise UsageError(f"transports: {show(transport)} is not a Transport")
+    return threaded
+
+
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     """Return what prometheus_client wants: each bound, and what is up to it."""
     names = [*map(str, histogram.bounds), "+Inf"]
@@ -297,8 +321,11 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     if is_foreign(transport):
         return  # in a forked child: the numbers are those of another process
     local = format_id(transport.member_id)
+    errors = transport.callbacks.errors
     for peer in tuple(transport._peers.values()):
         yield from _peer_samples(local, peer)
+        errors -= peer.pipeline.callback_errors
+    yield "raft_pipeline_callback_errors_total", (local, ""), max(0, errors)
     if transport._prober is not None:
         for peer_id, round_trips in transport._prober.round_trips().items():
             yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips

@@ -20,7 +20,7 @@ from pipeline.picker import URLPicker
 from pipeline.pipeline import Pipeline
 from pipeline.protocol import format_id
 from pipeline.snapshot_sender import RateLimiter, SnapshotSender
-from pipeline.status import PeerStatus
+from pipeline.status import LastError, PeerStatus
 from pipeline.tls import Credentials
 from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
 
@@ -54,6 +54,8 @@ class PeerStats(NamedTuple):
     #: Messages dropped because it was paused. They are not in the books of the pipeline, which
     #: was never offered them.
     paused_drops: int
+    #: The last failure to send to it: why, when, and how often in a row. None before the first.
+    last_error: LastError | None
 
 
 class Peer:
@@ -188,7 +190,11 @@ class Peer:
         status = self.status
         with self._lock:
             return PeerStats(
-                status.active_since, status.disconnects, self._is_paused, self._paused_drops
+                status.active_since,
+                status.disconnects,
+                self._is_paused,
+                self._paused_drops,
+                status.last_error,
             )
 
     def forget_after_fork(self) -> None:

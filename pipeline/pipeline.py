@@ -38,7 +38,7 @@ from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
-from pipeline.status import PeerStatus
+from pipeline.status import STOPPED, PeerStatus
 from pipeline.threads import Once
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
@@ -540,7 +540,7 @@ class Pipeline(Sender):
         if given is Given.RETIRED:
             self._lines[index].close()
         elif given is Given.NOT:
-            self._fail(index, self._unreachable(index, "stopped"))
+            self._fail(index, self._unreachable(index, STOPPED))
 
     def on_expired(self) -> None:
         """Fail what waited longer than ``max_queue_age``. It says nothing of the peer."""

@@ -23,6 +23,7 @@ from pipeline.peer import Sendable
 from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
 from pipeline.protocol import format_id
 from pipeline.stats import PipelineStats
+from pipeline.status import LastError
 from pipeline.threads import Once
 from pipeline.types import SendResult
 from pipeline.urls import parse_urls
@@ -54,6 +55,8 @@ class RemoteStats(NamedTuple):
     paused_drops: int
     #: Its books. ``refused`` are those a full buffer turned away, of which Raft is not told.
     pipeline: PipelineStats
+    #: The last failure to send to it; None before the first.
+    last_error: LastError | None
 
 
 class Remote:
@@ -103,7 +106,8 @@ class Remote:
         with self._lock:
             paused, drops = self._is_paused, self._paused_drops
         urls = self.pipeline.picker.urls
-        return RemoteStats(urls, self.is_learned, paused, drops, self.pipeline.stats())
+        books, last_error = self.pipeline.stats(), self.pipeline.status.last_error
+        return RemoteStats(urls, self.is_learned, paused, drops, books, last_error)
 
 
 class Remotes:

@@ -53,6 +53,7 @@ from pipeline.snapshot_source import (
     open_source,
 )
 from pipeline.stats import Histogram
+from pipeline.status import STOPPED
 from pipeline.threads import LibraryThread, Once
 from pipeline.tls import Credentials
 from pipeline.types import MessageType, SnapshotStatus
@@ -440,11 +441,11 @@ class SnapshotSender:
         """End what runs and waits, without waiting for it."""
         self._ending.take()
         while (waiting := self._take_waiting()) is not None:
-            waiting.ending.end("stopped")
+            waiting.ending.end(STOPPED)
             self._give_up(waiting)
         running = self._running
         if running is not None:
-            running.ending.end("stopped")
+            running.ending.end(STOPPED)
 
     def stop_end(self, deadline: float) -> None:
         """Wait until ``deadline`` (``time.monotonic()``) for the thread, unless it is this one."""

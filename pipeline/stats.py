@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-__all__ = ["FollowerStats", "Histogram", "PipelineStats", "ServerStats", "leader_stats"]
+__all__ = [
+    "FollowerStats",
+    "Histogram",
+    "PipelineStats",
+    "ServerStats",
+    "TransportStats",
+    "leader_stats",
+]
 
 #: MsgApp that a rate is taken over; etcd ``queueCapacity``.
 RATE_SAMPLES = 200
@@ -45,6 +52,26 @@ class PipelineStats(NamedTuple):
     sent_bytes: int
     #: Protobuf bytes waiting in msgc.
     queued_bytes: int
+
+
+class TransportStats(NamedTuple):
+    """What there is to tell of a transport as a whole; counts since it was made."""
+
+    #: Calls of the application that raised, or returned a coroutine that nothing awaits: of Raft's
+    #: methods, of the callbacks given to a transport and to a transfer. The log has each.
+    callback_errors: int
+    #: Those of them that were calls of ``process``: its messages were answered 500.
+    process_failures: int
+    #: Requests whose body could not be read, was refused or could not be decoded.
+    received_failures: int
+    #: Messages of process-local types, answered 204 and not delivered.
+    ignored: int
+    #: Messages of types that only a later raft knows, answered 204 and not delivered.
+    unknown: int
+    #: Bytes queued for all peers and remotes, of at most ``TransportConfig.queue_bytes``.
+    queued_bytes: int
+    #: Lines of the log, of all of this process, that were lost because logging raised.
+    lost_log_lines: int
 
 
 class Histogram:

@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import NamedTuple
 
 from pipeline._core import ActiveFlag
 from pipeline.arguments import require_id
 from pipeline.logs import get_logger
-from pipeline.protocol import format_id
+from pipeline.protocol import (
+    CLUSTER_ID_MISMATCH,
+    INCOMPATIBLE_VERSION,
+    MEMBER_REMOVED,
+    format_id,
+)
 
-__all__ = ["PeerStatus"]
+__all__ = ["STOPPED", "LastError", "PeerStatus"]
 
 logger = get_logger(__name__)
+
+#: The reason of what a stop ended: of no interest for a peer that was not active.
+STOPPED = "stopped"
+
+
+class LastError(NamedTuple):
+    """The last failure to send to a peer."""
+
+    #: Why: the reason as the log has it.
+    text: str
+    #: When it happened last, seconds since the epoch.
+    at: float
+    #: How often in a row, without a success or another reason in between.
+    times: int
 
 
 class PeerStatus:
@@ -35,9 +55,15 @@ class PeerStatus:
     disconnects : int
         Changes from active to inactive (``etcd_network_disconnected_peers_total``).
 
+    last_error : LastError or None
+        The last failure, also after a success; None before the first.
+
     Notes
     -----
-    Thread-safe. A change is logged once; failures of an inactive peer are logged at debug.
+    Thread-safe. A change is logged once, and the first failure of a peer that was never active;
+    further failures of an inactive peer are logged at debug. What time does not heal, such as
+    another cluster ID, is logged as an error when it comes or changes. Differs from etcd: there
+    nothing above debug tells of a peer that never worked.
     Source: etcd ``rafthttp/peer_status.go``.
     """
 
@@ -49,7 +75,11 @@ class PeerStatus:
         self.active_since: float | None = None
         self.disconnects = 0
         self.flag = flag
+        self.last_error: LastError | None = None
         self._is_unreachable = False
+        self._is_told = False  # whether a change, or that there was none yet, stands in the log
+        self._is_in_row = False  # the last error is the last thing heard
+        self._mismatch = ""  # the last one since a success, as logged
         # Guards every change. Reentrant and held while logging: lines come in the order of the
         # changes, and a log handler may ask us or even send to the peer.
         self._lock = threading.RLock()
@@ -73,6 +103,9 @@ class PeerStatus:
                 return
             self.active_since = time.time()
             self._is_unreachable = False
+            self._is_told = True
+            self._is_in_row = False
+            self._mismatch = ""
             self.flag.set(True)
             logger.info("peer became active: %s", format_id(self.peer_id))
 
@@ -95,11 +128,45 @@ class PeerStatus:
         failure = f"failed to {action} {format_id(self.peer_id)} on {source} ({reason})"
         with self._lock:
             is_first, self._is_unreachable = not self._is_unreachable, True
-            if not self.flag.get():
-                logger.debug("peer deactivated again: %s", failure)
-                return is_first
-            self.flag.set(False)
-            self.active_since = None
-            self.disconnects += 1
-            logger.warning("peer became inactive (message send to peer failed): %s", failure)
+            self._note(reason)
+            was_active = self.flag.get()
+            if was_active:
+                self.flag.set(False)
+                self.active_since = None
+                self.disconnects += 1
+                text = "peer became inactive (message send to peer failed): %s"
+            elif self._is_told or reason == STOPPED:
+                text = "peer deactivated again: %s"
+            else:
+                text = "peer was never active (message send to peer failed): %s"
+            is_news = was_active or not (self._is_told or reason == STOPPED)
+            self._is_told = self._is_told or is_news
+            if _is_mismatch(reason) and reason != self._mismatch:
+                self._mismatch = reason
+                logger.error(text, failure)
+            elif is_news:
+                logger.warning(text, failure)
+            else:
+                logger.debug(text, failure)
             return is_first
+
+    def _note(self, reason: str) -> None:
+        times = 1
+        if self.last_error is not None and self._is_in_row and self.last_error.text == reason:
+            times += self.last_error.times
+        self.last_error = LastError(reason, time.time(), times)
+        self._is_in_row = True
+
+
+def _is_mismatch(reason: str) -> bool:
+    """Tell whether a failure stays until somebody changes the configuration of a member.
+
+    Such are another cluster, a version that is not compatible, a certificate that one of the two
+    refuses (412, or an alert of TLS), and that we were removed. Told by the text, which the
+    status is given: etcd's, or ours of what ``ssl`` says.
+    """
+    if reason in (MEMBER_REMOVED, CLUSTER_ID_MISMATCH, INCOMPATIBLE_VERSION):
+        return True
+    text = reason.lower()
+    is_refused = text.endswith("when precondition failed")
+    return is_refused or "certificate" in text or "unknown ca" in text

@@ -22,7 +22,7 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.forks import disown, nothing_to_stop, public_names
 from pipeline.handlers import Handlers
-from pipeline.logs import get_logger, show
+from pipeline.logs import get_logger, lost_lines, show
 from pipeline.peer import Peer, PeerStats, Sendable
 from pipeline.pipeline import Pipeline
 from pipeline.probing import Prober, ProbeStats
@@ -35,7 +35,13 @@ from pipeline.snapshot_sender import (
     is_transfer_thread,
 )
 from pipeline.snapshot_source import SnapshotSource, close_quietly
-from pipeline.stats import FollowerStats, PipelineStats, ServerStats, leader_stats
+from pipeline.stats import (
+    FollowerStats,
+    PipelineStats,
+    ServerStats,
+    TransportStats,
+    leader_stats,
+)
 from pipeline.threads import Once
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
@@ -539,6 +545,19 @@ class Transport:
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer's pipeline, by member ID; each balances in itself."""
         return {peer_id: peer.pipeline.stats() for peer_id, peer in tuple(self._peers.items())}
+
+    def transport_stats(self) -> TransportStats:
+        """What there is to tell of the whole: callbacks that raised, what was not delivered."""
+        counts = self.handlers.counts()
+        return TransportStats(
+            self.callbacks.errors,
+            counts.process_failures,
+            sum(counts.received_failures.values()),
+            counts.ignored,
+            counts.unknown,
+            self._dispatcher.loop.queued_bytes,
+            lost_lines(),
+        )
 
     def peer_stats(self) -> dict[int, PeerStats]:
         """Whether each peer is active or paused, by member ID, and what that cost."""

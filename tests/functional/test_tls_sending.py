@@ -148,6 +148,7 @@ def test_a_server_of_another_authority_is_refused(
     with ScriptedServer(tls=Authority(tmp_path / "other").server()) as server:
         text = failure_of(server, authority.info(), caplog)
     assert "TLS handshake: certificate verify failed: " in text
+    assert [record.levelname for record in caplog.records] == ["ERROR"]  # time does not heal it
 
 
 def test_a_server_with_another_name_is_refused(
@@ -285,6 +286,7 @@ def test_a_server_that_refuses_our_certificate_says_why(
     stranger = Authority(tmp_path / "other").info(trusted_ca_file=authority.ca_file)
     with ScriptedServer(tls=authority.server(maximum=version)) as server:
         assert "alert unknown ca" in failure_of(server, stranger, caplog)
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
 def test_the_next_url_is_taken_when_a_server_fails_verification(authority: Authority) -> None:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 import pytest
 
 from pipeline import (
+    ClusterIDMismatchError,
     EncodedMessage,
+    LastError,
     MemberRemovedError,
     Message,
     MessageType,
     PipelineConfig,
     Transport,
     TransportConfig,
+    TransportStats,
     UsageError,
 )
 from tests.support import LONG_TIMEOUT
+from tests.support.http import CLUSTER_ID, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
-from tests.support.server import OK, ScriptedServer, always, answer, in_turn
+from tests.support.server import (
+    OK,
+    ScriptedServer,
+    always,
+    answer,
+    black_hole,
+    in_turn,
+    refused_port,
+)
 
 ONE = TransportConfig(pipeline=PipelineConfig(connections=1))
 
@@ -344,3 +357,113 @@ def test_peers_are_added_by_many_threads_at_once() -> None:
         for thread in threads:
             thread.join(LONG_TIMEOUT)
         assert len(transport.stats()) == 65
+
+
+# What an operator sees of a peer that never worked
+
+
+def log_of_status(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    return [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "pipeline.status" and record.levelno > logging.DEBUG
+    ]
+
+
+def last_error(transport: Transport) -> LastError:
+    error = transport.peer_stats()[2].last_error
+    assert error is not None
+    return error
+
+
+@pytest.mark.parametrize("kind", ["message", "snapshot"])
+def test_a_node_of_another_cluster_is_told_of_as_an_error_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    before = time.time()
+    config = TransportConfig(probe_interval_s=0)
+    with Transport(2, 77, FakeRaft()) as other, Transport(1, 99, FakeRaft(), config=config) as one:
+        one.add_peer(2, [other.listen("http://127.0.0.1:0").url])
+        for failed in range(1, 6):
+            if kind == "message":
+                one.send([message()])
+                eventually(lambda failed=failed: one.stats()[2].failed == failed)  # type: ignore[misc]
+            else:
+                with pytest.raises(ClusterIDMismatchError):
+                    one.send_snapshot(message(MessageType.SNAP), b"x").result(LONG_TIMEOUT)
+        error = last_error(one)
+    assert (error.text, error.times) == ("cluster ID mismatch", 5)
+    assert before <= error.at <= time.time()
+    ((level, text),) = log_of_status(caplog)
+    assert level == "ERROR"
+    assert text.startswith("peer was never active (message send to peer failed): failed to ")
+    assert text.endswith("(cluster ID mismatch)")
+
+
+def test_a_peer_that_was_never_there_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with refused_port() as port, Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, [f"http://127.0.0.1:{port}"])
+        transport.add_remote(3, [f"http://127.0.0.1:{port}"])
+        assert transport.peer_stats()[2].last_error is None
+        for failed in range(1, 4):
+            transport.send([message(), message(to=3)])
+            eventually(lambda failed=failed: transport.stats()[2].failed == failed)  # type: ignore[misc]
+            eventually(
+                lambda failed=failed: transport.remote_stats()[3].pipeline.failed == failed  # type: ignore[misc]
+            )
+        assert last_error(transport).times == 3
+        assert "refused" in last_error(transport).text
+        remote_error = transport.remote_stats()[3].last_error
+        assert remote_error is not None
+        assert remote_error.times == 3
+    told = log_of_status(caplog)
+    assert [level for level, _ in told] == ["WARNING", "WARNING"]
+    assert all(text.startswith("peer was never active ") for _, text in told)
+    names = {
+        text.partition("failed to write ")[2].partition(" on pipeline (")[0] for _, text in told
+    }
+    assert names == {"2", "3"}
+
+
+def test_a_stop_is_no_failure_of_a_peer_that_was_not_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with black_hole() as port, Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, [f"http://127.0.0.1:{port}"])
+        transport.send([message()])
+        eventually(lambda: transport.stats()[2].in_flight == 1)
+        transport.stop()
+    assert log_of_status(caplog) == []
+
+
+def test_what_concerns_the_whole_transport_is_told_in_one_place() -> None:
+    raft = FakeRaft(process_error=ValueError())
+    with Transport(1, CLUSTER_ID, raft) as transport:
+        assert transport.transport_stats()[:6] == (0, 0, 0, 0, 0, 0)
+        url = transport.listen("http://127.0.0.1:0").url
+        for body, status in (
+            (Message(type=MessageType.HEARTBEAT).marshal(), 500),
+            (b"\xff", 400),
+            (Message(type=MessageType.HUP).marshal(), 204),
+            (Message(type=99).marshal(), 204),
+        ):
+            assert reply_of_socket(url, "POST", "/raft", peer_headers(), body).status == status
+        with ScriptedServer() as server:
+            server.script = server.hold
+            transport.add_peer(2, [server.url])
+            transport.send([message()] * 5)
+            server.wait_requests(4)
+            stats = transport.transport_stats()
+            server.release.set()
+    assert stats._replace(lost_log_lines=0) == TransportStats(
+        callback_errors=1,
+        process_failures=1,
+        received_failures=1,
+        ignored=1,
+        unknown=1,
+        queued_bytes=message().byte_size(),
+        lost_log_lines=0,
+    )

@@ -158,3 +158,71 @@ def test_the_security_page_points_to_tests() -> None:
 def test_a_document_names_no_machine_and_nothing_outside_the_project(document: Path) -> None:
     text = document.read_text()
     assert re.findall(r"/(?:home|root|tmp|work)/\w+|\.\./shared|site-packages", text) == []
+
+
+OPERATIONS = ROOT / "docs" / "operations.md"
+_PLACEHOLDER = re.compile(r"%\.?\d*[a-z]|\{[^}]*\}")
+
+
+def log_rows() -> list[tuple[list[str], str]]:
+    """The lines that operations.md says the log may have, of each row, and the level."""
+    text = OPERATIONS.read_text()
+    rows = re.findall(r"^\| (`.*?) \| ((?:info|warning|error|once)[^|]*) \|", text, re.MULTILINE)
+    return [(re.findall(r"`([^`]+)`", lines), level) for lines, level in rows]
+
+
+def texts_of_the_source() -> list[str]:
+    """Every text of the package, with ``?`` where something is put in."""
+    texts = []
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(
+                        str(p.value) if isinstance(p, ast.Constant) else "?" for p in node.values
+                    )
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return [_PLACEHOLDER.sub("?", text) for text in texts]
+
+
+def _pattern(line: str) -> re.Pattern[str]:
+    parts = re.split(r"<[^>]*>|\.\.\.", line)
+    return re.compile(r".*?".join(map(re.escape, parts)), re.DOTALL)
+
+
+def test_every_line_that_operations_md_shows_is_one_the_code_logs() -> None:
+    texts = texts_of_the_source()
+    shown = [line for lines, _ in log_rows() for line in lines]
+    assert len(shown) > 25
+    # What a failure's line is made of stands in two places.
+    made_of_two = "failed to ? ? on ? (?)"
+    assert made_of_two in texts
+    for line in shown:
+        begin = line.partition(": failed to write <id>")[0]
+        assert any(_pattern(begin).match(text) for text in texts), line
+
+
+def test_operations_md_shows_every_warning_and_error() -> None:
+    """What an operator may find in the log is explained."""
+    shown = [
+        _pattern(line.partition(": failed to write <id>")[0])
+        for lines, _ in log_rows()
+        for line in lines
+    ]
+    for path in sorted((ROOT / "pipeline").glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            if call.func.attr not in ("warning", "error", "exception", "_warn", "log"):
+                continue
+            for argument in call.args[:2]:
+                if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
+                    continue
+                text = _PLACEHOLDER.sub("?", argument.value)
+                if len(text) > len("?"):
+                    assert any(pattern.match(text) for pattern in shown), (
+                        path.name,
+                        argument.value,
+                    )

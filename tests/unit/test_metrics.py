@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,11 +25,14 @@ from pipeline import (
     Transport,
     TransportConfig,
     UsageError,
+    aio,
 )
 from pipeline.handlers import Request
+from pipeline.logs import get_logger
 from pipeline.metrics import _FAMILIES, MetricsCollector
 from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, peer_headers, post_heartbeat, reply_of_socket
+from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
 from tests.support.server import ScriptedServer, always, answer
@@ -254,6 +260,70 @@ def test_transports_of_one_registry_share_a_collector_that_adds_up() -> None:
         {"Local": "2", "To": "3"},
     ]
     assert shown.text.count("# TYPE etcd_network_active_peers ") == 1
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
+def test_transports_for_asyncio_share_a_collector_like_others(kinds: tuple[bool, bool]) -> None:
+    async def main() -> Exposition:
+        made: list[Transport | aio.Transport] = []
+        for number, is_aio in enumerate(kinds, 1):
+            kind = aio.Transport if is_aio else Transport
+            made.append(kind(number, CLUSTER_ID, FakeRaft()))
+        async with contextlib.AsyncExitStack() as stack:
+            for each in made:
+                if isinstance(each, Transport):
+                    stack.enter_context(each)
+                else:
+                    await stack.enter_async_context(each)
+                each.add_peer(3, ["http://127.0.0.1:1"])
+            return Exposition(MetricsCollector(made, received_failures_by_address=True))
+
+    shown = asyncio.run(main())
+    assert shown.labels("raft_pipeline_queued_messages") == [
+        {"Local": "1", "To": "3"},
+        {"Local": "2", "To": "3"},
+    ]
+
+
+@pytest.mark.parametrize("given", [None, 1, [None], "ab", [FakeRaft()]])
+def test_what_is_no_transport_is_refused(given: Any) -> None:
+    with pytest.raises(UsageError, match=r"^transports: .* is not a "):
+        MetricsCollector(given)
+    with pytest.raises(UsageError, match=r"^transports: .* is not a "):
+        MetricsCollector(Transport(1, CLUSTER_ID, FakeRaft()))  # type: ignore[arg-type]
+
+
+def test_callback_errors_are_shown_by_peer_and_those_of_none() -> None:
+    raft = FakeRaft(process_error=ValueError(), report_error=ValueError())
+    with (
+        ScriptedServer(always(answer("500 Internal Server Error"))) as server,
+        Transport(1, CLUSTER_ID, raft) as transport,
+    ):
+        transport.add_peer(2, [server.url])
+        transport.send([message()])
+        url = transport.listen("http://127.0.0.1:0").url
+        assert post_heartbeat(url).status == 500
+        eventually(lambda: transport.stats()[2].failed == 1)
+        shown = Exposition(transport.metrics_collector())
+        name = "raft_pipeline_callback_errors_total"
+        assert shown.value(name, Local="1", To="2") == 1
+        assert shown.value(name, Local="1", To="") == 1
+        assert transport.transport_stats().callback_errors == 2
+        assert transport.transport_stats().process_failures == 1
+        transport.remove_peer(2)
+        shown = Exposition(transport.metrics_collector())
+        assert shown.labels(name) == [{"Local": "1", "To": ""}]
+        assert shown.value(name, Local="1", To="") == 2
+
+
+def test_lost_lines_of_the_log_are_shown_once_for_the_process() -> None:
+    one, two = Transport(1, CLUSTER_ID, FakeRaft()), Transport(2, CLUSTER_ID, FakeRaft())
+    before = one.transport_stats().lost_log_lines
+    with handler_that_raises("received nothing", RecursionError):
+        get_logger("pipeline.tested").warning("received nothing")
+    assert one.transport_stats().lost_log_lines == before + 1
+    shown = Exposition(MetricsCollector([one, two]))
+    assert shown.value("raft_pipeline_lost_log_lines_total") == before + 1
 
 
 def test_round_trips_are_a_histogram_that_adds_up() -> None:

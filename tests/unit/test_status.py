@@ -89,12 +89,88 @@ def test_deactivate_is_warned_of_once_and_then_debug(
     ]
 
 
-def test_a_peer_never_active_has_not_disconnected(
+def test_a_peer_never_active_has_not_disconnected_and_is_warned_of_once(
     status: PeerStatus, caplog: pytest.LogCaptureFixture
 ) -> None:
-    status.deactivate("pipeline", "write", "refused")
+    status.deactivate("pipeline", "write", "stopped")
+    for reason in ("refused", "refused", "timeout"):
+        status.deactivate("pipeline", "write", reason)
     assert status.disconnects == 0
-    assert [level for level, _ in lines(caplog)] == ["DEBUG"]
+    assert [level for level, _ in lines(caplog)] == ["DEBUG", "WARNING", "DEBUG", "DEBUG"]
+    assert lines(caplog)[1][1] == (
+        "peer was never active (message send to peer failed): "
+        "failed to write 8e9e05c52164694d on pipeline (refused)"
+    )
+
+
+def test_a_mismatch_is_an_error_once_per_change(
+    status: PeerStatus, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(reason: str) -> str:
+        caplog.clear()
+        status.deactivate("pipeline", "write", reason)
+        ((level, text),) = lines(caplog)
+        assert text.endswith(f"failed to write 8e9e05c52164694d on pipeline ({reason})")
+        return level
+
+    assert fail("cluster ID mismatch") == "ERROR"
+    assert fail("cluster ID mismatch") == "DEBUG"
+    assert fail("refused") == "DEBUG"
+    assert fail("cluster ID mismatch") == "DEBUG"
+    assert fail("incompatible version") == "ERROR"
+    assert fail("incompatible version") == "DEBUG"
+    status.activate()
+    assert fail("incompatible version") == "ERROR"
+    assert status.disconnects == 1
+
+
+def test_the_last_error_is_kept_with_its_time_and_how_often_in_a_row(status: PeerStatus) -> None:
+    assert status.last_error is None
+    before = time.time()
+    told = []
+    for reason in ("refused", "refused", "timeout", "refused"):
+        status.deactivate("pipeline", "write", reason)
+        told.append(status.last_error)
+    assert [(error.text, error.times) for error in told if error] == [
+        ("refused", 1),
+        ("refused", 2),
+        ("timeout", 1),
+        ("refused", 1),
+    ]
+    assert all(before <= error.at <= time.time() for error in told if error)
+    status.activate()
+    assert status.last_error == told[-1]
+    status.deactivate("pipeline", "write", "refused")
+    assert status.last_error is not None
+    assert status.last_error.times == 1
+
+
+UNHEALED = [
+    "the member has been permanently removed from the cluster",
+    "incompatible version",
+    "cluster ID mismatch",
+    'unhandled error "certificate not allowed for this member\\n" when precondition failed',
+    "TLS handshake: certificate verify failed: unable to get local issuer certificate",
+    "TLS handshake: certificate refused: its common name 'x' is not allowed",
+    "TLS: tlsv1 alert unknown ca",
+    "sslv3 alert bad certificate",
+]
+HEALED = [
+    "Connection refused",
+    "dial timeout",
+    "TLS handshake: wrong version number",
+    'unexpected http status Internal Server Error while posting to "http://a:1/raft"',
+]
+
+
+@pytest.mark.parametrize("reason", [*UNHEALED, *HEALED])
+def test_what_time_does_not_heal_is_an_error(
+    status: PeerStatus, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    status.deactivate("pipeline", "write", "first")
+    status.deactivate("pipeline", "write", reason)
+    expected = "ERROR" if reason in UNHEALED else "DEBUG"
+    assert [level for level, _ in lines(caplog)] == ["WARNING", expected]
 
 
 def test_each_going_away_counts(status: PeerStatus) -> None:

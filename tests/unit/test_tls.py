@@ -351,10 +351,10 @@ def test_the_thread_that_polls_survives_a_log_handler_that_raises(
         with handler_that_raises("TLS files", log_error) as handler:
             for count in (1, 2):
                 overwrite(path, b"broken")
-                eventually(lambda count=count: handler.raised == 2 * count - 1)  # type: ignore[misc]
+                eventually(lambda: credentials._failure != "")
                 overwrite(path, good)
                 eventually(lambda count=count: credentials.generation == count)  # type: ignore[misc]
-                eventually(lambda count=count: handler.raised == 2 * count)  # type: ignore[misc]
+        assert handler.raised >= 3
     finally:
         credentials.stop(time.monotonic() + LONG_TIMEOUT)
 
