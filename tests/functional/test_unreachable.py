@@ -108,6 +108,7 @@ def test_a_refusal_is_told_unless_raft_knows(is_unreachable: bool) -> None:
             limiter=RateLimiter(None),
             snapshot_answer_timeout_s=10.0,
         )
+        peer.start()
         if is_unreachable:
             peer.status.deactivate("sendMsgSnap", "post", "as another channel does")
         for _ in range(2):
