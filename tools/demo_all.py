@@ -120,7 +120,8 @@ def fetch_go(module: Path) -> Path:
     with _one_at_a_time:
         for name, package in (("etcd", "."), ("etcdutl", "go.etcd.io/etcd/etcdutl/v3")):
             if not (target / name).exists():
-                succeed("go", "build", "-trimpath", "-o", target / name, package, cwd=module)
+                flags = ("-trimpath", "-buildvcs=false", "-o", target / name)
+                succeed("go", "build", *flags, package, cwd=module)
     return target / "etcd"
 
 

@@ -26,7 +26,7 @@ def test_what_varies_is_flat() -> None:
 
     def vary(n: int) -> dict[str, int]:
         return {
-            "resident": STEADY.resident + dice.randrange(-4, 5) * MIB,
+            "resident": STEADY.resident + dice.randrange(-3, 4) * MIB,
             "allocated": STEADY.allocated + dice.randrange(-400, 400) * KIB,
             "blocks": STEADY.blocks + dice.randrange(-1500, 1500),
             "threads": STEADY.threads + dice.randrange(-4, 5),
