@@ -214,13 +214,27 @@ class _Deliveries:
         queue = self._queues.setdefault(member_id, deque())
         queue.append(call)
         if len(queue) == 1:
-            task = asyncio.get_running_loop().create_task(
-                self._make_calls(member_id, queue), name=f"pipeline-member-{format_id(member_id)}"
-            )
-            self._tasks[member_id] = task
+            name = f"pipeline-member-{format_id(member_id)}"
+            calls = self._make_calls(member_id, queue)
+            try:
+                task = asyncio.get_running_loop().create_task(calls, name=name)
+            except BaseException as error:  # the application's task factory, or what it has run
+                calls.close()
+                self._tasks.pop(member_id, None)
+                for waiting in self._queues.pop(member_id, ()):
+                    waiting.fail(error)
+                if not isinstance(error, Exception):
+                    raise  # ends the program, as anywhere on the loop
+                return
+            if not task.done():
+                self._tasks[member_id] = task
             task.add_done_callback(partial(self._clear, member_id))
 
     async def _make_calls(self, member_id: int, queue: deque[_Call]) -> None:
+        # A task factory that is eager runs this before create_task has returned.
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[member_id] = task
         while queue:
             call = queue[0]
             if not call.is_given_up and not self._is_closed:

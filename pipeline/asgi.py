@@ -15,10 +15,13 @@ from typing import Any
 from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
 from pipeline.handlers import Answer, Handlers, Request
+from pipeline.logs import get_logger, show
 from pipeline.names import show_address
 from pipeline.threads import LibraryThread
 
 __all__ = ["ASGIApp", "asgi_app"]
+
+logger = get_logger(__name__)
 
 Scope = MutableMapping[str, Any]
 Event = MutableMapping[str, Any]
@@ -185,7 +188,7 @@ class _Threads:
             if answer is not None:
                 future.set_result(answer)
             else:
-                future.set_exception(InternalError(f"handler failed: {error!r}"))
+                future.set_exception(InternalError(f"handler failed: {show(error)}"))
 
         def run() -> None:
             if future.cancelled():  # the server gave up before it was our turn
@@ -210,15 +213,19 @@ class _Threads:
 
     def _give(self, job: Callable[[], None]) -> None:
         with self._lock:
+            if self._threads < min(self._pending + 1, self._limit):
+                try:
+                    name = f"pipeline-handler-{next(self._numbers)}"
+                    LibraryThread(self._work, name).start()
+                    self._threads += 1
+                except (RuntimeError, MemoryError):  # no more threads to be had
+                    if self._threads == 0:
+                        raise
             self._pending += 1
             self._jobs.put(job)
-            if self._threads < min(self._pending, self._limit):
-                self._threads += 1
-                name = f"pipeline-handler-{next(self._numbers)}"
-                LibraryThread(self._work, name).start()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            logger.survive("a message was not answered", job)
             with self._lock:
                 self._pending -= 1

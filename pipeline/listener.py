@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from urllib3.util import parse_url
@@ -52,6 +52,8 @@ class Listener:
         Limits and timeouts.
     credentials : Credentials, optional
         What ``https`` is served with; connections end when they are replaced.
+    on_closed : callable, optional
+        Called once ``close`` has done its work: whoever made this has no more use for it.
 
     Attributes
     ----------
@@ -84,6 +86,7 @@ class Listener:
         urls: str | Iterable[str],
         config: ReceiverConfig,
         credentials: Credentials | None = None,
+        on_closed: Callable[[Listener], object] | None = None,
     ) -> None:
         if isinstance(urls, str):
             urls = (urls,)
@@ -130,16 +133,10 @@ class Listener:
             self._receiver.begin_close()
             self._receiver.wait_closed(0.0)
             raise
+        self._credentials = credentials
         if credentials is not None:
-            # They outlive us.
-            this = weakref.ref(self)
-
-            def retire() -> None:
-                # Closed also in a forked child, where the receiver's lock may be held for ever.
-                if (listener := this()) is not None and not listener._is_closed:
-                    listener._receiver.retire()
-
-            credentials.subscribe(retire)
+            credentials.subscribe(self._retire)
+        self._on_closed = on_closed
         _all.add(self)
         atexit.register(self.close)
 
@@ -186,7 +183,16 @@ class Listener:
             for thread in self._threads:
                 thread.wait_ended(deadline)
             atexit.unregister(self.close)
+            if self._credentials is not None:
+                self._credentials.unsubscribe(self._retire)
+            if self._on_closed is not None:
+                self._on_closed(self)
             self._is_over = True
+
+    def _retire(self) -> None:
+        # Closed also in a forked child, where the receiver's lock may be held for ever.
+        if not self._is_closed:
+            self._receiver.retire()
 
     def _forget_after_fork(self) -> None:
         self._lock = threading.RLock()

@@ -232,6 +232,11 @@ class Credentials:
         """Have ``callback`` called after each rotation, by the thread that noticed it."""
         self._subscribers.append(callback)
 
+    def unsubscribe(self, callback: Callable[[], None]) -> None:
+        """Undo :meth:`subscribe`; nothing if that was done before."""
+        with contextlib.suppress(ValueError):
+            self._subscribers.remove(callback)
+
     def name_of(self, host: str) -> str:
         """Return the name that the server at ``host``, of a URL, must prove; also sent as SNI.
 

@@ -247,8 +247,6 @@ class Transport:
             return dropped  # whoever is at it may wait for this callback
         for listener in tuple(self._listeners):
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
-            with contextlib.suppress(ValueError):  # another stop has done it
-                self._listeners.remove(listener)
         for remote in remotes:
             remote.pipeline.stop_end(deadline)
             self._remotes.forget(remote)
@@ -670,7 +668,13 @@ class Transport:
         self._require_running("listen")
         from pipeline.listener import Listener
 
-        listener = Listener(self.handlers, url, self.config.receiver, self.credentials)
+        listener = Listener(
+            self.handlers,
+            url,
+            self.config.receiver,
+            self.credentials,
+            on_closed=self._forget_listener,
+        )
         self._listeners.append(listener)
         if self._ending.is_taken():  # meanwhile, perhaps before it could see the listener
             listener.close()
@@ -728,6 +732,10 @@ class Transport:
             peer.stop_end(deadline)
             self._live_peers.discard(peer)
         return dropped
+
+    def _forget_listener(self, listener: Listener) -> None:
+        with contextlib.suppress(ValueError):  # closed by a stop as well
+            self._listeners.remove(listener)
 
     def _probe(self, peer: Peer) -> None:
         if self._prober is not None:

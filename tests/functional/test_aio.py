@@ -675,6 +675,55 @@ def test_a_report_that_raises_on_the_loop_is_counted_and_ends_nothing(
     run(main())
 
 
+def test_a_task_factory_that_raises_costs_one_call_and_ends_nothing(
+    run: Callable[[Main], None],
+) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        problems: list[object] = []
+        loop.set_exception_handler(lambda _, about: problems.append(about))
+        async with transport_of(Node()) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+
+            def factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> Any:
+                if "_make_calls" in repr(coro):
+                    raise ValueError
+                return asyncio.Task(coro, loop=loop, **options)
+
+            loop.set_task_factory(factory)
+            assert (await posting(url)).status == 500
+            loop.set_task_factory(None)
+            assert (await posting(url)).status == 204
+            assert transport.transport_stats().callback_errors == 1
+        assert problems == []
+
+    run(main())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no eager tasks in this Python")
+@pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
+def test_calls_may_be_made_in_eager_tasks(run: Callable[[Main], None], *, is_async: bool) -> None:
+    async def later(message: Message) -> None:
+        await asyncio.sleep(0)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        problems: list[object] = []
+        loop.set_exception_handler(lambda _, about: problems.append(about))
+        loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+        node = Node(later) if is_async else Node()
+        async with transport_of(node) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            replies = await asyncio.gather(*(posting(url, index=n) for n in range(20)))
+            assert {reply.status for reply in replies} == {204}
+            assert len(node.processed) == 20
+            deliveries = transport._deliveries
+            assert (deliveries._queues, deliveries._tasks) == ({}, {})
+        assert problems == []
+
+    run(main())
+
+
 def test_a_snapshot_is_awaited_and_told_of_on_the_loop(run: Callable[[Main], None]) -> None:
     async def main() -> None:
         node, seen = Node(), []

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import logging
 import threading
 import time
+import weakref
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +25,7 @@ from pipeline import (
     TransportConfig,
     TransportStats,
     UsageError,
+    aio,
 )
 from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, peer_headers, reply_of_socket
@@ -34,6 +40,7 @@ from tests.support.server import (
     in_turn,
     refused_port,
 )
+from tests.support.tls import Authority
 
 ONE = TransportConfig(pipeline=PipelineConfig(connections=1))
 
@@ -467,3 +474,59 @@ def test_what_concerns_the_whole_transport_is_told_in_one_place() -> None:
         queued_bytes=message().byte_size(),
         lost_log_lines=0,
     )
+
+
+# What is closed
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("is_aio", [False, True], ids=["threads", "asyncio"])
+def test_a_listener_that_is_closed_is_kept_by_nobody(
+    tmp_path: Path, scheme: str, *, is_aio: bool
+) -> None:
+    info = Authority(tmp_path).info()
+    url = f"{scheme}://127.0.0.1:0"
+    kept: list[weakref.ref[object]] = []
+
+    def check(transport: Transport) -> None:
+        assert transport.credentials is not None
+        assert transport._listeners == []
+        assert transport.credentials._subscribers == [transport._retire_connections]
+
+    async def on_the_loop() -> None:
+        async with aio.Transport(1, 1, FakeRaft(), tls=info) as transport:
+            for _ in range(3):
+                listener = await transport.listen(url)
+                kept.append(weakref.ref(listener._listener))
+                await listener.close()
+                del listener
+            check(transport._transport)
+
+    if is_aio:
+        asyncio.run(on_the_loop())
+    else:
+        with Transport(1, 1, FakeRaft(), tls=info) as transport:
+            for _ in range(3):
+                listener = transport.listen(url)
+                kept.append(weakref.ref(listener))
+                listener.close()
+                del listener
+            check(transport)
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_a_listener_that_closes_in_a_callback_is_forgotten_as_well() -> None:
+    class Closing(FakeRaft):
+        def process(self, message: Message) -> None:
+            listener.close()
+            super().process(message)
+
+    raft = Closing()
+    with Transport(1, CLUSTER_ID, raft) as transport:
+        listener = transport.listen("http://127.0.0.1:0")
+        body = Message(type=MessageType.HEARTBEAT).marshal()
+        with contextlib.suppress(OSError):
+            reply_of_socket(listener.url, "POST", "/raft", peer_headers(), body)
+        raft.wait_processed(1)
+        assert transport._listeners == []
