@@ -370,7 +370,11 @@ class Follower:
         self._role = Role.FOLLOWER
         self._leader = leader
         self._reads.clear()
-        self._reset_patience()
+        # A campaign that we do not support is no reason to wait longer. Differs from etcd: there a
+        # new term is, but all wait alike; here one that is behind us would begin new terms for
+        # ever, before we campaign.
+        if leader:
+            self._reset_patience()
 
     def _step(self, message: Message) -> None:
         """Terms first, then the message; raft.go ``Step``. Prop and ReadIndex carry no term."""
@@ -537,6 +541,7 @@ class Follower:
             progress.is_active = False
         if active < self._majority:
             self._become_follower(self._term, 0)
+            self._reset_patience()
 
     def _broadcast_heartbeat(self, context: bytes | None = None) -> None:
         for peer_id, progress in self._progress.items():

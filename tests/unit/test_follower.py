@@ -246,6 +246,19 @@ def test_a_leader_s_heartbeats_keep_us_from_campaigning(bench: Bench) -> None:
         bench.give(MessageType.HEARTBEAT, term=1)
 
 
+def test_campaigns_of_one_that_is_behind_do_not_keep_us_from_ours(three: Bench) -> None:
+    """As an etcd 3.4 makes them, which does not poll first, every second."""
+    three.append(1, 1, term=1)
+    for term in range(2, 2 + 2 * CAMPAIGN_TICKS // LEASE_TICKS):
+        said = three.tick(LEASE_TICKS)
+        if any(message.type == MessageType.PRE_VOTE for message in said):
+            break
+        (answer,) = three.give(MessageType.VOTE, THIRD, term=term, index=1, log_term=1)
+        assert answer.reject
+    else:
+        pytest.fail("never campaigned")
+
+
 def test_who_does_not_campaign_waits_for_ever() -> None:
     follower = Follower(US, PEER, campaigns=False)
     out: list[Message] = []
