@@ -22,13 +22,17 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 from pipeline._descriptors cimport descriptors_shut, descriptors_t
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._sync cimport (
-    EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MADV_HUGEPAGE,
+    EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MADV_HUGEPAGE,
     MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
     MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, cas_ptr, clock_ns, epoll_ctl, errno,
     format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_signal,
     pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
     pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage, store_int, swap_int,
     time, time_t, write,
+)
+from pipeline._turns cimport (
+    LANES, LANE_LARGE, LANE_MESSAGES, LANE_PROPOSALS, host_join, member_t, turn_t, turns_leave,
+    turns_push, turns_t, turns_take, turns_wait,
 )
 from pipeline._wire cimport WIRE_OK, wire_decode, wire_decoded_t
 
@@ -38,6 +42,12 @@ cdef enum:
     SERVER_SCRATCH = 64 * 1024
     # Bytes of a large body read per connection and turn; see LOOP_STEP_BYTES.
     SERVER_STEP_BYTES = 1 << 20
+    # Bytes of all large bodies read, or thrown away, before others are looked at again: a
+    # millisecond.
+    SERVER_TURN_BYTES = 4 << 20
+    # A message with more entries takes a handler thread longer than it takes the loop to read one:
+    # about as long as 64 KiB of entries that are not empty.
+    ENTRIES_LARGE = 1024
     # From here on a body is mapped, so that its memory can be handed on and given back whole.
     BODY_MAPPED_MIN = 1 << 20
     # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
@@ -70,22 +80,22 @@ cdef enum:
     CONN_LINGERING          # has answered and ended; reads to throw away
     CONN_CLOSED             # buried: freed at the end of the turn
 
-# The first three may block and go to the handler threads; the others to the general thread.
+# The first four may block and go to the handler threads; the others to the general thread.
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
     REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
+    REQUEST_LARGE           # a whole body, which the handler thread decodes
     REQUEST_MALFORMED       # a whole body that is no message; decoded.error says why
     REQUEST_BROKEN          # the body of a request did not come
     REQUEST_GENERAL         # bytes for Python
     REQUEST_GONE            # a general connection has ended; Python forgets it
     REQUEST_END             # a sealed connection is to be ended in good order
 
+# Of the general thread. What handler threads do waits in the lanes of ``_turns.pxd``.
 cdef enum:
-    QUEUE_MESSAGES = 0
-    QUEUE_PROPOSALS
-    # For the general thread. Who was let past last time has every second turn, and whoever asks for
+    # Who was let past last time has every second turn, and whoever asks for
     # nothing else is given it; the others, of whom a flood may come, share the rest.
-    QUEUE_GENERAL           # of members: a certificate was shown, or the last request let past
+    QUEUE_GENERAL = 0       # of members: a certificate was shown, or the last request let past
     QUEUE_PROBES            # of others, that begin as a probe does
     QUEUE_STRANGERS         # of all others, and of those whose bytes take more than a turn
     QUEUE_HANDSHAKES
@@ -135,10 +145,13 @@ cdef struct sealed_news_t:
 cdef struct request_t:
     conn_t* next
     int kind
+    int lane                # for a handler thread: where it waited
     body_t body
     wire_decoded_t decoded  # points into body.data
 
 cdef struct conn_t:
+    turn_t turn             # of its request; first, so that it is the connection as well
+    member_t* member        # whose turns it takes; changed under the lock by who has it
     server_t* server
     conn_t* previous        # of all connections, the one idle longest first
     conn_t* next
@@ -151,6 +164,7 @@ cdef struct conn_t:
     bint is_sealed          # bytes are for Python only, of one request after the other
     bint is_new             # has not been answered yet
     bint is_member          # Python let its last request past, or it has shown a certificate
+    bint is_shaking         # while Python has it: with bytes of a TLS handshake
     bint is_runnable
     int has_event           # there may be something to read that epoll will not speak of again
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
@@ -178,6 +192,12 @@ cdef struct conn_t:
 cdef struct head_t:
     uint8_t* data           # owned
     http_post_t post
+    uint64_t sender         # X-Server-From; 0 for none
+
+# Connections that the loop looks at again in its next turn.
+cdef struct runnable_t:
+    conn_t* head
+    conn_t* tail
 
 cdef struct server_limits_t:
     size_t max_head_bytes
@@ -250,17 +270,18 @@ cdef struct server_t:
     bint is_armed           # the stand-in will look whether somebody leads; always when nobody does
     int64_t left_ns         # when the lead was last given up
     pthread_cond_t ended    # the loop has ended
+    turns_t turns           # requests for handler threads
+    int at_work[LANES]      # handler threads, by the lane of what they do
+    int next_lane
     queue_t queues[QUEUES]
     pthread_cond_t handlers_queued      # a message or a proposal, or the end
     pthread_cond_t general_queued       # something general, or the end
     handler_t* handlers     # on their threads' stacks
-    int proposing           # handler threads at work on a proposal
-    bint is_turn_of_messages
-    bint is_turn_of_members # in the general thread
+    bint is_turn_of_members  # in the general thread
     int next_other          # which of the other queues has the next of their turns
     bint is_strangers_turn  # what the general thread is at was in QUEUE_STRANGERS
     int64_t turn_began_ns   # when the general thread took it
-    int64_t strangers_at_ns # when strangers may have a turn again
+    int64_t strangers_at_ns  # when strangers may have a turn again
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
     int live                # connections not freed
@@ -272,8 +293,9 @@ cdef struct server_t:
     int wants_returned      # atomic: the loop is to be woken for every connection given back
     conn_t* oldest          # the leader's own from here on; the lock hands it over
     conn_t* newest
-    conn_t* runnable
-    conn_t* runnable_tail
+    runnable_t runnable
+    runnable_t bulk         # the same, with much to read
+    int64_t bulk_bytes      # read of that in this turn
     conn_t* buried          # closed in this turn, when events may still point to them
     int64_t now_ns
     int64_t next_deadline_ns
@@ -372,18 +394,25 @@ cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept n
     server_look_at(conn.server, deadline_ns)
 
 
+cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
+    """Tell whether what comes on a connection is read by and by, for there may be much of it."""
+    return conn.state == CONN_LINGERING \
+        or (conn.state == CONN_BODY and conn.request.body.size > SERVER_SCRATCH)
+
+
 cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
-    """Let the loop look at the connection again in its next turn."""
+    """Let the loop look at the connection again in its next turn, or when there is time."""
     cdef server_t* server = conn.server
+    cdef runnable_t* runnable = &server.bulk if conn_is_bulk(conn) else &server.runnable
     if conn.is_runnable:
         return
     conn.is_runnable = True
     conn.next_runnable = NULL
-    if server.runnable is NULL:
-        server.runnable = conn
+    if runnable.head is NULL:
+        runnable.head = conn
     else:
-        server.runnable_tail.next_runnable = conn
-    server.runnable_tail = conn
+        runnable.tail.next_runnable = conn
+    runnable.tail = conn
 
 
 # -- to the handler threads and back
@@ -457,26 +486,40 @@ cdef inline bint conn_is_probe(const conn_t* conn) noexcept nogil:
         and memcmp(conn.request.body.data, b"GET /raft/probing ", 18) == 0
 
 
+cdef inline int request_lane(const request_t* request) noexcept nogil:
+    """Tell which lane a request waits in for a handler thread."""
+    if request.kind == REQUEST_PROPOSAL:
+        return LANE_PROPOSALS
+    if request.kind == REQUEST_LARGE or request.decoded.entries_len > ENTRIES_LARGE:
+        return LANE_LARGE
+    return LANE_MESSAGES
+
+
 cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     """Queue the connection's request; its thread has the connection from here on."""
     cdef server_t* server = conn.server
     cdef int which = QUEUE_GENERAL
     cdef queue_t* queue
-    if kind == REQUEST_PROPOSAL:
-        which = QUEUE_PROPOSALS
-    elif kind == REQUEST_MESSAGE or kind == REQUEST_MALFORMED:
-        which = QUEUE_MESSAGES
-    elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
+    conn.state = CONN_HANDLED
+    conn.deadline_ns = 0
+    server.handled += 1
+    conn.request.kind = kind
+    if kind <= REQUEST_MALFORMED:
+        pthread_mutex_lock(&server.lock)
+        conn.request.lane = request_lane(&conn.request)
+        turns_push(&server.turns, conn.request.lane, conn.member, &conn.turn)
+        server.has_queued = True    # server_signal_handlers, once for all of this turn
+        pthread_mutex_unlock(&server.lock)
+        return
+    conn.is_shaking = False
+    if conn.is_sealed and conn.then == THEN_HANDSHAKE:
         which = QUEUE_HANDSHAKES
+        conn.is_shaking = kind == REQUEST_GENERAL
     elif conn.is_general and conn.then == THEN_TURN:
         which = QUEUE_STRANGERS
     elif not conn.is_member:
         which = QUEUE_PROBES if conn_is_probe(conn) else QUEUE_STRANGERS
     queue = &server.queues[which]
-    conn.state = CONN_HANDLED
-    conn.deadline_ns = 0
-    server.handled += 1
-    conn.request.kind = kind
     conn.request.next = NULL
     pthread_mutex_lock(&server.lock)
     if queue.tail is NULL:
@@ -484,10 +527,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     else:
         queue.tail.request.next = conn
     queue.tail = conn
-    if which >= QUEUE_GENERAL:
-        pthread_cond_signal(&server.general_queued)
-    else:
-        server.has_queued = True    # server_signal_handlers, once for all of this turn
+    pthread_cond_signal(&server.general_queued)
     pthread_mutex_unlock(&server.lock)
 
 
@@ -499,11 +539,6 @@ cdef inline conn_t* queue_take(queue_t* queue) noexcept nogil:
         if queue.head is NULL:
             queue.tail = NULL
     return conn
-
-
-cdef inline bint server_may_propose(const server_t* server) noexcept nogil:
-    """Tell whether one more handler thread may take a proposal. The caller holds the lock."""
-    return server.proposing + 1 < server.limits.handlers or server.limits.handlers == 1
 
 
 cdef inline conn_t* server_take_general(server_t* server) noexcept nogil:
@@ -533,27 +568,72 @@ cdef inline conn_t* server_take_general(server_t* server) noexcept nogil:
     return conn if conn is not NULL else queue_take(&server.queues[QUEUE_GENERAL])
 
 
-cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogil:
-    """Take the next request for a thread of this kind, or NULL. The caller holds the lock.
+cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogil:
+    """Tell whether one more handler thread may be at work for a lane. The caller holds the lock.
 
     Proposals wait for a leader, and a leader is made of messages: one handler thread, if there is
     more than one, never takes a proposal (etcd has a queue of its own for them, spec section 4.3).
+    Nor does one take what is large, lest heartbeats wait for it; while proposals wait, it may be
+    the same one.
     """
-    cdef conn_t* conn
+    return lane == LANE_MESSAGES or server.limits.handlers == 1 \
+        or server.at_work[lane] + 1 < server.limits.handlers
+
+
+cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogil:
+    """Take the next request for a thread of this kind, or NULL. The caller holds the lock."""
+    cdef int lane, _step
     if is_general:
         return server_take_general(server)
-    # In turn: neither kind keeps the other waiting.
-    server.is_turn_of_messages = not server.is_turn_of_messages
-    if server.is_turn_of_messages:
-        conn = queue_take(&server.queues[QUEUE_MESSAGES])
-        if conn is not NULL:
-            return conn
-    if server_may_propose(server):
-        conn = queue_take(&server.queues[QUEUE_PROPOSALS])
-        if conn is not NULL:
-            server.proposing += 1
-            return conn
-    return queue_take(&server.queues[QUEUE_MESSAGES])
+    # In turn: no lane keeps another waiting.
+    lane = server.next_lane
+    for _step in range(LANES):
+        if turns_wait(&server.turns, lane) and server_may_take(server, lane):
+            server.at_work[lane] += 1
+            server.next_lane = lane + 1 if lane + 1 < LANES else 0
+            return <conn_t*>turns_take(&server.turns, lane)
+        lane = lane + 1 if lane + 1 < LANES else 0
+    return NULL
+
+
+cdef inline void server_leave_lane(server_t* server, int lane) noexcept nogil:
+    """A handler thread is at work for a lane no more. The caller holds the lock."""
+    server.at_work[lane] -= 1
+    if lane != LANE_MESSAGES and turns_wait(&server.turns, lane):
+        pthread_cond_signal(&server.handlers_queued)
+
+
+cdef inline void conn_decode(conn_t* conn) noexcept nogil:
+    """Decode a whole body, and see what kind of request it is."""
+    cdef request_t* request = &conn.request
+    if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
+        request.kind = REQUEST_MALFORMED
+    elif request.decoded.message.type == TYPE_PROP:
+        request.kind = REQUEST_PROPOSAL
+    else:
+        request.kind = REQUEST_MESSAGE
+
+
+cdef inline bint server_decode(server_t* server, conn_t* conn) noexcept nogil:
+    """Decode what the calling handler thread has taken undecoded.
+
+    False when that is a proposal, and as many threads as may be are at work on proposals: it waits
+    in their lane, and the thread has it no more.
+    """
+    cdef bint is_taken
+    conn_decode(conn)
+    if conn.request.kind != REQUEST_PROPOSAL:
+        return True
+    pthread_mutex_lock(&server.lock)
+    server_leave_lane(server, LANE_LARGE)
+    conn.request.lane = LANE_PROPOSALS
+    is_taken = server_may_take(server, LANE_PROPOSALS)
+    if is_taken:
+        server.at_work[LANE_PROPOSALS] += 1
+    else:
+        turns_push(&server.turns, LANE_PROPOSALS, conn.member, &conn.turn)
+    pthread_mutex_unlock(&server.lock)
+    return is_taken
 
 
 cdef inline void conn_free(conn_t* conn) noexcept nogil:
@@ -566,6 +646,7 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     free(conn.buffer)
     free(conn.known)
     free(conn.answer)
+    turns_leave(&server.turns, conn.member)
     free(conn)
     server.live -= 1
 
@@ -586,10 +667,8 @@ cdef inline void conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
         server.strangers_at_ns = clock_ns()
         server.strangers_at_ns += min(server.strangers_at_ns - server.turn_began_ns,
                                       <int64_t>STRANGERS_PAUSE_NS)
-    if conn.request.kind == REQUEST_PROPOSAL:
-        server.proposing -= 1
-        if server.queues[QUEUE_PROPOSALS].head is not NULL:
-            pthread_cond_signal(&server.handlers_queued)
+    if conn.request.kind <= REQUEST_MALFORMED:
+        server_leave_lane(server, conn.request.lane)
     if server.is_ended:
         conn_free(conn)
         return
@@ -630,6 +709,19 @@ cdef inline int server_detach(conn_t* conn) noexcept nogil:
 
 # -- accepted heads
 
+cdef inline void conn_set_member(conn_t* conn, uint64_t sender) noexcept nogil:
+    """Have a connection that the caller has take the turns of a member from now on.
+
+    The caller holds the lock.
+    """
+    cdef member_t* member = NULL
+    if conn.member.id != sender:
+        member = host_join(conn.member.host, sender)
+    if member is not NULL:
+        turns_leave(&conn.server.turns, conn.member)
+        conn.member = member
+
+
 cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* data, size_t n,
                               http_post_t* post) noexcept nogil:
     """Tell whether Python has accepted such a head before; remember it on the connection."""
@@ -646,14 +738,15 @@ cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* dat
                 memcpy(copy, head.data, head.post.head_len)
                 conn.known = copy
                 conn.known_post = head.post
+            conn_set_member(conn, head.sender)
             found = True
             break
     pthread_mutex_unlock(&server.lock)
     return found
 
 
-cdef inline void server_learn(server_t* server, const uint8_t* data,
-                              const http_post_t* post) noexcept nogil:
+cdef inline void server_learn(server_t* server, const uint8_t* data, const http_post_t* post,
+                              uint64_t sender) noexcept nogil:
     """Accept heads that are like this one but for their length; the oldest makes room."""
     cdef head_t* head
     cdef uint8_t* copy = <uint8_t*>malloc(post.head_len)
@@ -665,6 +758,7 @@ cdef inline void server_learn(server_t* server, const uint8_t* data,
     free(head.data)
     head.data = copy
     head.post = post[0]
+    head.sender = sender
     server.next_head = (server.next_head + 1) % HEADS_MAX
     if server.n_heads < HEADS_MAX:
         server.n_heads += 1
@@ -713,7 +807,6 @@ cdef inline void conn_broken(conn_t* conn) noexcept nogil:
     """The body of a request will not come: Python counts it and answers 400."""
     if conn.state == CONN_BODY:
         conn.server.buffered_bytes -= <int64_t>conn.request.body.len
-        body_free(&conn.request.body)
     conn_to_handler(conn, REQUEST_BROKEN)
 
 
@@ -734,17 +827,15 @@ cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noe
 
 
 cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
-    """A message is complete: decode it and queue it."""
+    """A message is complete: queue it, decoded if that is done in no time."""
     cdef request_t* request = &conn.request
     if request.body.len > SERVER_SCRATCH:
         conn.held_bytes = <int64_t>request.body.len
         conn.server.held_bytes += conn.held_bytes
-    if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
-        conn_to_handler(conn, REQUEST_MALFORMED)
-    elif request.decoded.message.type == TYPE_PROP:
-        conn_to_handler(conn, REQUEST_PROPOSAL)
+        request.kind = REQUEST_LARGE
     else:
-        conn_to_handler(conn, REQUEST_MESSAGE)
+        conn_decode(conn)
+    conn_to_handler(conn, request.kind)
 
 
 cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
@@ -796,23 +887,27 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn_append(conn)
     server.buffered_bytes += <int64_t>have
     conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
-    conn_read_body(conn)
+    if conn_is_bulk(conn):
+        conn_add_runnable(conn)
+    else:
+        conn_read_body(conn)
 
 
 cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     """Tell whether a body is not to be read now: no handler is free, or too much is held.
 
-    Small ones do not wait for memory: they are heartbeats and votes, and as few as connections.
+    Small ones do not wait: they are heartbeats and votes, and as few as connections.
     However much is being read, the body that was begun first is read on, so that one always ends;
     but when as much waits for Raft, in proposals without a leader, only Raft makes room.
     """
     cdef server_t* server = conn.server
     cdef int64_t limit = server.limits.max_buffered_bytes
     cdef conn_t* first
+    if conn.request.body.size <= SERVER_SCRATCH:
+        return False
     if load_int(&server.busy) >= server.limits.handlers:
         return True
-    if conn.request.body.size <= SERVER_SCRATCH \
-            or server.buffered_bytes + server.held_bytes < limit:
+    if server.buffered_bytes + server.held_bytes < limit:
         return False
     if server.held_bytes >= limit:
         return True
@@ -875,6 +970,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
             return
         body.len += <size_t>n
         server.buffered_bytes += n
+        server.bulk_bytes += n
         budget -= <size_t>n
         conn_body_arrived(conn, n)
         if body.mapped > 0 and not body.is_huge and body.len >= BODY_HUGE_MIN:
@@ -1005,6 +1101,7 @@ cdef inline void conn_discard(conn_t* conn) noexcept nogil:
             if n == 0 or (errno != EAGAIN and errno != EINTR):
                 conn_close(conn)
             return
+        server.bulk_bytes += n
     conn_add_runnable(conn)
 
 
@@ -1161,15 +1258,28 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         return
     if not flags & ~EPOLLOUT:
         return
+    if conn_is_bulk(conn):
+        conn_add_runnable(conn)
+        return
     store_int(&conn.has_event, conn.has_ended)  # a thread that has given it back may still look
     if conn.state == CONN_BODY:
         conn_read_body(conn)
-    elif conn.state == CONN_LINGERING:
-        conn_discard(conn)
     else:
         conn_read(conn)
     if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_GENERAL):
         conn_add_runnable(conn)
+
+
+cdef inline void conn_run(conn_t* conn) noexcept nogil:
+    """Look again at a connection that was runnable."""
+    if not conn_is_bulk(conn):
+        conn_ready(conn, EPOLLIN)
+        return
+    store_int(&conn.has_event, conn.has_ended)  # a thread that has given it back may still look
+    if conn.state == CONN_BODY:
+        conn_read_body(conn)
+    else:
+        conn_discard(conn)
 
 
 cdef inline bint conn_is_idle(const conn_t* conn) noexcept nogil:

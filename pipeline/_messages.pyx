@@ -27,6 +27,11 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.uio cimport iovec
 from posix.unistd cimport usleep
 
+cdef extern from "Python.h":
+    int PyObject_GC_IsTracked(object)
+    void PyObject_GC_Track(void*)
+    void PyObject_GC_UnTrack(void*)
+
 from pipeline._wire cimport (
     WIRE_END_GROUP,
     WIRE_FIELD_NUMBER,
@@ -735,6 +740,8 @@ cdef class Entry:
         self.c.data = payload
         self.c.data_len = size
         self.owner = owner
+        if not PyObject_GC_IsTracked(self):     # see entries_from_decoded
+            PyObject_GC_Track(<void*>self)
 
     def __eq__(self, other):
         if type(other) is not Entry:
@@ -1358,6 +1365,10 @@ cdef tuple entries_from_decoded(wire_decoded_t* decoded, object body):
             raise decode_error(decoded)
         entry.owner = payload_of(
             entry.c.data, entry.c.data_len, decoded.input, body, &entry.c.data)
+        if entry.owner is None or type(entry.owner) is bytes:
+            # It refers to nothing that could refer to it: the collector, which would look at it
+            # again and again while others are made, need not know of it.
+            PyObject_GC_UnTrack(<void*>entry)
         Py_INCREF(entry)    # PyTuple_SET_ITEM takes a reference over
         PyTuple_SET_ITEM(entries, i, entry)
     return entries

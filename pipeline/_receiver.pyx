@@ -14,7 +14,7 @@ from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
@@ -25,10 +25,11 @@ from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_sa
 from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
     ANSWER_204_MAX, BODY_HUGE_MIN, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL,
-    REQUEST_GONE, REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
+    REQUEST_GONE, REQUEST_LARGE, REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH,
+    THEN_FREE, THEN_NEXT,
     answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
-    conn_give_back_locked, conn_save, conn_t, handler_t, request_t, server_detach,
-    server_learn, server_limits_t, server_recycle, server_reuse_body, server_take,
+    conn_give_back_locked, conn_save, conn_set_member, conn_t, handler_t, request_t, server_detach,
+    server_decode, server_learn, server_limits_t, server_recycle, server_reuse_body, server_take,
 )
 from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
@@ -424,8 +425,16 @@ cdef class Receiver:
         False in a child that was forked meanwhile, in a callback: the connection is the parent's.
         """
         cdef int forks = n_forks
+        cdef bint is_taken = True
         if handler is not NULL:
             add_int(&self.server.busy, 1)
+        if conn.request.kind == REQUEST_LARGE:
+            with nogil:
+                # This may take a while, in which others read and process. Only C state is touched.
+                is_taken = server_decode(&self.server, conn)
+            if not is_taken:
+                add_int(&self.server.busy, -1)
+                return True
         try:
             self.handle(conn)
         except BaseException:
@@ -502,6 +511,9 @@ cdef class Receiver:
         cdef Body body = None
         cdef size_t size = request.body.len
         if request.kind == REQUEST_BROKEN:
+            with nogil:
+                # To give large memory back takes a while. Only C state is touched.
+                body_free(&request.body)
             return self.handlers.read_failed(Request("POST", "/raft", {}, remote))
         if request.kind == REQUEST_MALFORMED:
             error = decode_error(&request.decoded)
@@ -525,6 +537,7 @@ cdef class Receiver:
         cdef request_t* request = &conn.request
         cdef bytes rest
         cdef Body whole
+        cdef uint64_t sender = general.sender
         conn_set_answer(conn, out)
         conn.then = then
         if conn.is_sealed:
@@ -536,6 +549,11 @@ cdef class Receiver:
         if general.is_member is not None:
             conn.is_member = general.is_member
         if then == THEN_DELIVER:
+            with nogil:
+                # The lock's owner may be at work. Only C state is touched.
+                pthread_mutex_lock(&self.server.lock)
+                conn_set_member(conn, sender)
+                pthread_mutex_unlock(&self.server.lock)
             body_free(&request.body)
             body = general.take_body()
             if isinstance(body, Body):
@@ -593,8 +611,9 @@ cdef class Receiver:
             raise MemoryError
         return body
 
-    def learn(self, bytes head not None):
-        """Let the core recognise heads that are like this one but for their length.
+    def learn(self, bytes head not None, uint64_t sender):
+        """Let the core recognise heads that are like this one but for their length; all are of
+        the same sender.
 
         Returns whether it can; it leaves chunked bodies and the like to h11.
         """
@@ -602,7 +621,7 @@ cdef class Receiver:
         cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(head)
         if http_recognise_post(data, len(head), &post) != HTTP_POST:
             return False
-        server_learn(&self.server, data, &post)
+        server_learn(&self.server, data, &post, sender)
         return True
 
 

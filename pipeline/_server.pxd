@@ -12,18 +12,18 @@ timer running. It gives the lead to the next handler thread it has to wake for a
 also leads first, and alone once the loop is to stop.
 """
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
-    CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_MESSAGES, QUEUE_PROPOSALS, QUEUE_STRANGERS,
-    SERVER_EVENTS, SPARES, SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE,
-    THEN_READ_BODY, body_free, body_t, conn_add_runnable, conn_append, conn_broken, conn_close,
-    conn_end, conn_free, conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t,
-    handler_t, queue_take, server_limits_t, server_look_at, server_may_propose, server_t,
-    server_take, server_take_spare,
+    CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_STRANGERS, SERVER_EVENTS, SERVER_TURN_BYTES, SPARES,
+    SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, body_free,
+    body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
+    conn_is_idle, conn_ready, conn_returned, conn_run, conn_set_deadline, conn_t, handler_t,
+    queue_take, runnable_t, server_limits_t, server_look_at, server_may_take, server_t, server_take,
+    server_take_spare,
 )
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -39,6 +39,8 @@ from pipeline._sync cimport (
     shutdown, sockaddr, socklen_t, store_int, swap_int, swap_ptr, thread_start, timerfd_create,
     timerfd_settime, timespec, write,
 )
+from pipeline._turns cimport LANES, turns_join, turns_take, turns_wait
+
 
 # -- to the handler threads and back
 
@@ -110,11 +112,13 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
     stand-in: a handler thread that leads takes what it has queued itself.
     """
     cdef handler_t* handler
-    cdef bint is_queued, is_cared_for = False, is_any_waiting = False
+    cdef bint is_queued = False, is_cared_for = False, is_any_waiting = False
+    cdef int lane
     server.has_queued = False
     pthread_mutex_lock(&server.lock)
-    is_queued = server.queues[QUEUE_MESSAGES].head is not NULL or (
-        server.queues[QUEUE_PROPOSALS].head is not NULL and server_may_propose(server))
+    for lane in range(LANES):
+        if turns_wait(&server.turns, lane) and server_may_take(server, lane):
+            is_queued = True
     handler = server.handlers
     while handler is not NULL:
         if handler.is_waiting:
@@ -172,7 +176,10 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
     cdef conn_t* spared = NULL
     cdef bint is_shaking = False
     while conn is not NULL:
-        if conn.is_sealed and conn.then == THEN_HANDSHAKE and conn.fd >= 0:
+        # What another thread has is not looked into.
+        if conn.state == CONN_HANDLED:
+            is_shaking = is_shaking or conn.is_shaking
+        elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
             if conn.state == CONN_GENERAL:
                 spared = conn
                 break
@@ -248,11 +255,16 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         server.next_id += 1
         conn.id = server.next_id
         conn.is_new = True
+        pthread_mutex_lock(&server.lock)
+        conn.member = turns_join(&server.turns, &conn.address)
+        server.live += conn.member is not NULL
+        pthread_mutex_unlock(&server.lock)
+        if conn.member is NULL:
+            descriptors_shut(server.descriptors, conn.fd)
+            free(conn)
+            continue
         server.counts.accepted += 1
         server.counts.connections += 1
-        pthread_mutex_lock(&server.lock)
-        server.live += 1
-        pthread_mutex_unlock(&server.lock)
         conn_append(conn)
         if is_sealed:
             conn.is_sealed = True
@@ -269,15 +281,21 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             conn_close(conn)
 
 
-cdef inline void server_run_runnable(server_t* server) noexcept nogil:
-    cdef conn_t* conn = server.runnable
-    cdef conn_t* following
-    server.runnable = server.runnable_tail = NULL
-    while conn is not NULL:
-        following = conn.next_runnable
+cdef inline void server_run(server_t* server, runnable_t* runnable, int64_t bulk) noexcept nogil:
+    """Look at the connections that are runnable now, until ``bulk`` bytes have been read of them.
+
+    Those left, and those that become so meanwhile, are for the next turn.
+    """
+    cdef conn_t* conn
+    cdef conn_t* last = runnable.tail
+    server.bulk_bytes = 0
+    while runnable.head is not NULL and server.bulk_bytes < bulk:
+        conn = runnable.head
+        runnable.head = conn.next_runnable
         conn.is_runnable = False
-        conn_ready(conn, EPOLLIN)
-        conn = following
+        conn_run(conn)
+        if conn is last:
+            return
 
 
 cdef inline void server_run_returned(server_t* server) noexcept nogil:
@@ -398,8 +416,9 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     if load_ptr(<void**>&server.returned) is not NULL:
         server.now_ns = clock_ns()
         server_run_returned(server)
-    if server.runnable is not NULL:
-        server_run_runnable(server)
+    server_run(server, &server.runnable, INT64_MAX)
+    # Small requests come first: what has much to read waits until others have been looked at.
+    server_run(server, &server.bulk, SERVER_TURN_BYTES)
     server_free_buried(server)
     if load_int(&server.has_spare) == SPARE_NEW:
         server_check_spare(server)
@@ -417,7 +436,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         # What is answered without waking us is to be idle from some time on.
         server_look_at(server, server.now_ns + server.limits.idle_timeout_ns)
     timeout_ms = 0
-    if server.runnable is NULL and not server.has_queued:
+    if server.runnable.head is NULL and server.bulk.head is NULL and not server.has_queued:
         timeout_ms = server_timeout_ms(server)
     if timeout_ms != 0:
         store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
@@ -569,6 +588,11 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         while conn is not NULL:
             conn_free(conn)
             conn = queue_take(&server.queues[i])
+    for i in range(LANES):
+        conn = <conn_t*>turns_take(&server.turns, i)
+        while conn is not NULL:
+            conn_free(conn)
+            conn = <conn_t*>turns_take(&server.turns, i)
     conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
     while conn is not NULL:
         following = conn.next_returned

@@ -19,7 +19,7 @@ from typing import Any
 import h11
 
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Answer, Handlers, Request
+from pipeline.handlers import Answer, Handlers, Request, sender_of
 from pipeline.protocol import SNAPSHOT_PATH
 from pipeline.request_body import RequestBody
 
@@ -96,8 +96,8 @@ class General:
     budget : BodyBudget
         Shared by all connections.
     learn : callable
-        Called with the bytes of a head that may be followed by a message for Raft; tells whether
-        the core will recognise it from now on. Then the core takes the request over.
+        Called with the bytes of a head that may be followed by a message for Raft, and its sender;
+        tells whether the core will recognise it from now on. Then the core takes the request over.
     certificate : mapping, optional
         The caller's, of a connection with TLS.
 
@@ -120,6 +120,8 @@ class General:
     is_member : bool or None
         Whether this request was let past; None before its head is whole, and for what is served
         to anybody. It decides who the connection takes turns with.
+    sender : int
+        Whom X-Server-From names; 0 for nobody.
 
     Notes
     -----
@@ -135,7 +137,7 @@ class General:
         config: ReceiverConfig,
         remote: object,
         budget: BodyBudget,
-        learn: Callable[[bytes], bool],
+        learn: Callable[[bytes, int], bool],
         *,
         certificate: Mapping[str, Any] | None = None,
     ) -> None:
@@ -158,6 +160,7 @@ class General:
         )
         self._head = bytearray()
         self._lines = 0  # of the head
+        self.sender = 0
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
         self._taken = 0  # of the budget
@@ -249,6 +252,7 @@ class General:
         method = event.method.decode("ascii")
         self.request = Request(method, path, headers, self._remote, self._certificate)
         self.framing = RequestBody(self._http, headers)
+        self.sender = sender_of(self.request) or 0
         answer = self._handlers.check(self.request, can_detach=True)
         if answer is None and path == SNAPSHOT_PATH and not self._handlers.snapshots.begin():
             answer = self._handlers.too_many_snapshots(self.request)
@@ -258,7 +262,7 @@ class General:
         if path == SNAPSHOT_PATH:
             self.early = data
             return Then.DETACH
-        if self._handlers.is_learnable(self.request) and self._learn(head):
+        if self._handlers.is_learnable(self.request) and self._learn(head, self.sender):
             self.rest = head + data
             return Then.NEXT
         self._is_message = True

@@ -39,7 +39,7 @@ from pipeline.protocol import (
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType, Raft
 
-__all__ = ["Answer", "Handlers", "Received", "Request"]
+__all__ = ["Answer", "Handlers", "Received", "Request", "sender_of"]
 
 logger = get_logger(__name__)
 
@@ -234,7 +234,7 @@ class Handlers:
         """
         if self._senders is None:
             return True
-        sender = _sender(request)
+        sender = sender_of(request)
         is_authenticated = request.certificate is not None
         return sender is None or not self._senders.is_watched(
             sender, is_authenticated=is_authenticated
@@ -415,7 +415,7 @@ class Handlers:
         """
         if self._allow_member is None or request.certificate is None:
             return None
-        sender = _sender(request)
+        sender = sender_of(request)
         if sender is not None:
             about, certificate = f"{request.remote}", request.certificate
             ask = self._callbacks.ask
@@ -443,7 +443,7 @@ class Handlers:
     def _note_sender(self, request: Request) -> Answer | None:
         """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
         urls = request.headers.get(PEER_URLS.lower(), "")
-        if self._senders is not None and urls and (sender := _sender(request)) is not None:
+        if self._senders is not None and urls and (sender := sender_of(request)) is not None:
             self._senders.note(
                 sender,
                 tuple(urls.split(",")),
@@ -554,7 +554,8 @@ class Handlers:
                 self.received_bytes_others += size_bytes
 
 
-def _sender(request: Request) -> int | None:
+def sender_of(request: Request) -> int | None:
+    """Return the member that X-Server-From names, None without one."""
     try:
         return parse_id(request.headers.get(SERVER_FROM.lower(), ""))
     except UsageError:

@@ -167,6 +167,7 @@ class Sealed:
         self._skip = 0  # bytes of a refused request, before the next one
         self._head: KnownHead | None = None  # the one accepted last
         self._request = Request("", "", {}, remote)  # what it said
+        self._sender = 0  # whom it named
         self._body: Body | None = None  # of a request that was recognised
         self._taken = 0  # of the budget
         self._news = _NO_NEWS
@@ -223,6 +224,11 @@ class Sealed:
         """End the connection in good order; returns as ``feed``."""
         then = self._say_goodbye()
         return self._outgoing.read(), then
+
+    @property
+    def sender(self) -> int:
+        """Whom the request's X-Server-From names; 0 for nobody."""
+        return self._sender if self._general is None else self._general.sender
 
     def take_body(self) -> Body | bytearray:
         """Return the body, which is the caller's now; it counts in the budget until ``answer``."""
@@ -393,13 +399,14 @@ class Sealed:
             and self._handlers.check_member(self._request) is None
         )
 
-    def _learn(self, head: bytes) -> bool:
+    def _learn(self, head: bytes, sender: int) -> bool:
         assert self._general is not None
         try:
             self._head = self._server.make_head(head)
         except ValueError:
             return False
         self._request = self._general.request
+        self._sender = sender
         return True
 
     def _read_body(self, body: Body) -> Then:

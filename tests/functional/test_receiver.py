@@ -380,6 +380,153 @@ def test_bodies_are_not_read_while_all_handlers_are_busy(gate: threading.Event) 
     assert len(raft.processed[1].entries[0].data or b"") == 64 * MIB
 
 
+# Turns
+
+
+def from_member(sender: int, body: bytes, *, is_chunked: bool = False) -> bytes:
+    """A request with a head of that member's."""
+    headers = peer_headers(x_server_from=f"{sender:x}")
+    if is_chunked:
+        framed = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        return raw_head("transfer-encoding: chunked", headers=headers) + framed
+    return raw_head(f"content-length: {len(body)}", headers=headers) + body
+
+
+def beat_of(sender: int) -> bytes:
+    return Message(type=MessageType.HEARTBEAT, from_=sender, to=2, term=1).marshal()
+
+
+class Leaderless(FakeRaft):
+    """``process`` waits for the gate with messages of some kinds."""
+
+    def __init__(self, gate: threading.Event, *kinds: MessageType) -> None:
+        super().__init__()
+        self._gate = gate
+        self._kinds = kinds
+
+    def process(self, message: Message) -> None:
+        super().process(message)
+        if message.type in self._kinds:
+            assert self._gate.wait(LONG_TIMEOUT)
+
+
+def queue_behind_one(
+    gate: threading.Event, requests: list[tuple[str, bytes]], *, is_general: bool = False
+) -> list[int]:
+    """Send requests from addresses while the only handler is busy; whose were processed, in turn.
+
+    Each is sent when the one before is queued.
+    """
+    raft = Leaderless(gate, MessageType.VOTE)
+    with (
+        listen(raft, config=ReceiverConfig(handlers=1)) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        blocking = stack.enter_context(dial(listener.url))
+        blocking.sendall(post(message_of(MessageType.VOTE)))
+        raft.wait_processed(1)
+        callers = []
+        for count, (address, request) in enumerate(requests, 1):
+            caller = stack.enter_context(dial(listener.url, source=address))
+            caller.sendall(request)
+            callers.append(caller)
+            if is_general:
+                wait_until(lambda n=count: listener.stats().general_requests == 1 + n)
+            else:
+                wait_until(lambda n=count: listener.stats().fast_requests == 1 + n)
+        settle(listener)  # what was with the general thread is queued for the handler
+        gate.set()
+        assert [read_status(caller) for caller in callers] == [204] * len(callers)
+    return [message.from_ for message in raft.processed[1:]]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["recognised", "general"])
+def test_members_take_turns_however_many_connections_one_has(
+    gate: threading.Event, is_chunked: bool
+) -> None:
+    requests = [from_member(1, beat_of(1), is_chunked=is_chunked)] * 20
+    requests.append(from_member(3, beat_of(3), is_chunked=is_chunked))
+    order = queue_behind_one(
+        gate, [("127.0.0.1", request) for request in requests], is_general=is_chunked
+    )
+    assert order.index(3) <= 1, order
+
+
+def test_hosts_take_turns_however_many_members_one_says_it_is(gate: threading.Event) -> None:
+    """So many that it has more than it is given turns for."""
+    requests = [("127.0.0.2", from_member(n, beat_of(1))) for n in range(100, 200)]
+    requests += [("127.0.0.3", from_member(3, beat_of(3)))] * 2
+    order = queue_behind_one(gate, requests)
+    assert [at for at, sender in enumerate(order) if sender == 3][-1] <= 3, order
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(message_of(MessageType.APP, 100_000), id="bytes"),
+        pytest.param(
+            Message(type=MessageType.APP, from_=1, entries=[Entry()] * 2000).marshal(),
+            id="entries",
+        ),
+    ],
+)
+def test_what_takes_long_never_takes_the_last_handler(gate: threading.Event, body: bytes) -> None:
+    raft = Leaderless(gate, MessageType.APP)
+    with (
+        listen(raft, config=ReceiverConfig(handlers=3)) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        callers = [stack.enter_context(dial(listener.url)) for _ in range(5)]
+        for caller in callers:
+            caller.sendall(post(body))
+        raft.wait_processed(2)
+        for _ in range(3):
+            assert post_heartbeat(listener.url).status == 204
+        assert [message.type for message in raft.processed].count(MessageType.APP) == 2
+        gate.set()
+        assert [read_status(caller) for caller in callers] == [204] * 5
+
+
+def test_a_large_proposal_waits_among_the_proposals(gate: threading.Event) -> None:
+    """Whether it is one is known when a handler thread has decoded it."""
+    raft = Leaderless(gate, MessageType.PROP)
+    with (
+        listen(raft, config=ReceiverConfig(handlers=2)) as listener,
+        contextlib.ExitStack() as stack,
+    ):
+        callers = [stack.enter_context(dial(listener.url)) for _ in range(4)]
+        for caller in callers[:3]:
+            caller.sendall(post(message_of(MessageType.PROP, 100_000)))
+        raft.wait_processed(1)
+        callers[3].sendall(post(message_of(MessageType.APP, 100_000)))
+        assert read_status(callers[3]) == 204
+        assert post_heartbeat(listener.url).status == 204
+        kinds = [MessageType.PROP, MessageType.APP, MessageType.HEARTBEAT]
+        assert [message.type for message in raft.processed] == kinds
+        gate.set()
+        assert [read_status(caller) for caller in callers[:3]] == [204] * 3
+
+
+def test_others_are_read_while_a_large_message_is_decoded() -> None:
+    raft = FakeRaft()
+    size = 64 * MIB
+    body = b"\x08\x03" + b"\x78\x00" * (size // 2 - 1)  # fields that are skipped one by one
+    with listen(raft, config=ReceiverConfig(handlers=2)) as listener:
+        post_heartbeat(listener.url)
+        with dial(listener.url) as large, dial(listener.url) as small:
+            large.sendall(head_of(size))
+            large.sendall(memoryview(body)[:-1])
+            settle(listener)
+            large.sendall(body[-1:])
+            before = len(raft.processed)
+            while MessageType.APP not in [message.type for message in raft.processed]:
+                small.sendall(GOOD)
+                assert read_status(small) == 204
+            assert read_status(large) == 204
+    kinds = [message.type for message in raft.processed[before:]]
+    assert kinds.index(MessageType.APP) >= 3
+
+
 # Who leads
 
 

@@ -83,10 +83,12 @@ def post_heartbeat(url: str) -> Reply:
     return reply_of_socket(url, "POST", "/raft", peer_headers(), HEARTBEAT.marshal())
 
 
-def dial(url: str) -> socket.socket:
-    """Connect to a listener."""
+def dial(url: str, *, source: str = "") -> socket.socket:
+    """Connect to a listener, from the address ``source`` if there is one."""
     parts = urlsplit(url)
-    sock = socket.create_connection((parts.hostname, parts.port), timeout=LONG_TIMEOUT)
+    sock = socket.create_connection(
+        (parts.hostname, parts.port), LONG_TIMEOUT, (source, 0) if source else None
+    )
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 

@@ -33,7 +33,8 @@ class Counting:
 def make(**settings: Any) -> General:
     config = ReceiverConfig(**settings)
     handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    return General(handlers, config, "127.0.0.1:1", BodyBudget(1 << 30), lambda _head: False)
+    budget = BodyBudget(1 << 30)
+    return General(handlers, config, "127.0.0.1:1", budget, lambda _head, _sender: False)
 
 
 def feed(data: bytes) -> bytes:

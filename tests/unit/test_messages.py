@@ -7,6 +7,8 @@ import gc
 import mmap
 import pickle
 import sys
+import threading
+import time
 import weakref
 from typing import Any
 
@@ -595,3 +597,31 @@ def test_gather_takes_one_reference_to_each_owner() -> None:
     assert sys.getrefcount(data) == before + 3
     del owners
     assert sys.getrefcount(data) == before
+
+
+def test_others_run_while_many_entries_are_made() -> None:
+    body = b"\x08\x03" + b"\x3a\x00" * 131072
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # so that a thread runs only when another lets it
+    try:
+        thread = threading.Thread(target=lambda: made.append(Message.unmarshal(body)))
+        made: list[Message] = []
+        turns = 0
+        thread.start()
+        while not made:
+            turns += 1
+            time.sleep(0)
+        thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert turns >= 10
+
+
+def test_the_collector_knows_of_an_entry_that_is_given_other_data() -> None:
+    """Of one that was decoded it need not know: it has bytes, or nothing."""
+    message = Message(type=MessageType.APP, entries=[Entry(data=b"x")])
+    entry = Message.unmarshal(message.marshal()).entries[0]
+    assert not gc.is_tracked(entry)
+    entry.data = memoryview(bytearray(3))
+    assert gc.is_tracked(entry)
+    assert entry.data == bytes(3)
