@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, cast
 
 from pipeline._messages import byte_view
 from pipeline.arguments import absolute_path, require_whole
+from pipeline.callbacks import require_no_awaitable
 from pipeline.errors import SnapshotSourceError, UsageError
 from pipeline.logs import show
 
@@ -214,6 +215,8 @@ class ChunkSource:
         self._chunk.release()
         try:
             for chunk in self._iterator:
+                if not isinstance(chunk, (bytes, bytearray, memoryview)):
+                    require_no_awaitable("source", chunk)  # of a file for asyncio
                 self._lend(byte_view(cast(bytes, chunk)))
                 if self._chunk:
                     return self._chunk
@@ -355,7 +358,7 @@ def _closing(*things: object) -> Callable[[], object]:
     def close() -> None:
         for thing in things:
             closing = getattr(thing, "close", None)
-            if closing is not None:
-                closing()
+            if closing is not None and (result := closing()) is not None:
+                require_no_awaitable("source.close", result)
 
     return close

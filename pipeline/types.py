@@ -67,8 +67,9 @@ class SnapshotStatus(enum.IntEnum):
 class Raft(Protocol):
     """What the node implements; called from the library's threads, concurrently.
 
-    A method that raises is logged and counted and kills no thread; one that blocks holds up
-    the worker or the connection it was called for, nothing else. Source: etcd ``rafthttp.Raft``.
+    Its methods are plain: ``async`` ones are for ``pipeline.aio``. One that raises is logged and
+    counted and kills no thread; one that blocks holds up the worker or the connection it was
+    called for, nothing else. Source: etcd ``rafthttp.Raft``.
     """
 
     def process(self, message: Message) -> None:

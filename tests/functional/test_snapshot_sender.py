@@ -54,6 +54,7 @@ from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
+from tests.support.callbacks import Unawaited
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
@@ -1010,6 +1011,15 @@ def test_a_snapshot_before_start_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="send_snapshot: the transport was not started"):
         Transport(1, 1, FakeRaft()).send_snapshot(snapshot_message(), source, size=1)
     assert source.closed.is_set()
+
+
+@pytest.mark.parametrize("method", ["read", "close"])
+def test_a_file_for_asyncio_is_no_source(transport: Transport, method: str) -> None:
+    """Its methods return coroutines, which nothing here awaits."""
+    source: Any = Closing(b"hello")
+    setattr(source, method, Unawaited(b""))
+    with pytest.raises(SnapshotSourceError, match="which is not awaited here"):
+        transport.send_snapshot(snapshot_message(), source, size=5).result(LONG_TIMEOUT)
 
 
 def test_a_source_that_cannot_be_closed_fails_the_handle_but_not_the_snapshot(
