@@ -37,7 +37,7 @@ from pipeline import (
     aio,
 )
 from pipeline.examples.etcd import free_port
-from tests.soak.verdict import MIB, Sample, growths
+from tests.soak.verdict import MIB, Sample, fix_malloc, growths
 from tests.support.tls import Authority
 
 #: For something that must happen on a machine that is not overloaded.
@@ -440,6 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(text, flush=True)
 
     tell(f"{asked.duration:g} s, seed {asked.seed}")
+    fix_malloc()
     samples: list[Sample] = []
     begin = time.monotonic()
     with ExitStack() as stack:

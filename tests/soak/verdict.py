@@ -38,11 +38,19 @@ def _allocated_bytes() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
-def _trim() -> None:
-    """Have malloc return what it keeps for later: up to twice its largest piece for each of its
-    arenas, of which there are eight a core, so that resident memory would rise for an hour."""
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
+#: <malloc.h>: from how many bytes on a piece is mapped by itself, and unmapped when it is freed.
+_M_MMAP_THRESHOLD = -3
+
+
+def fix_malloc() -> None:
+    """Keep malloc from keeping more and more.
+
+    glibc raises the size from which a piece is mapped by itself to that of the largest one freed so
+    far, and keeps twice as much at the end of each of its arenas, of which there are eight a core:
+    resident memory would rise for an hour. To set the size, to what it is at first, ends that.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, 128 * KIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +69,6 @@ class Sample:
     def take(cls) -> Sample:
         """Look at this process, after a collection of its garbage."""
         gc.collect()
-        _trim()
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(
             resident=pages * os.sysconf("SC_PAGE_SIZE"),
