@@ -14,12 +14,12 @@ from typing import Any
 
 from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
-from pipeline.handlers import Answer, Handlers, Request
+from pipeline.handlers import Answer, Handlers, Request, behind_prefix
 from pipeline.logs import get_logger, show
 from pipeline.names import show_address
 from pipeline.threads import LibraryThread
 
-__all__ = ["ASGIApp", "asgi_app"]
+__all__ = ["ASGIApp", "App", "asgi_app"]
 
 logger = get_logger(__name__)
 
@@ -31,12 +31,22 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def asgi_app(handlers: Handlers, config: ReceiverConfig) -> ASGIApp:
-    """Return the application that serves ``handlers``.
+    """Return an application that serves ``handlers``; see :class:`App`."""
+    return App(handlers, config)
+
+
+# Of a body in small pieces so many are taken before others on the loop have their turn.
+_PIECES_MAX = 64
+
+
+class App:
+    """An ASGI application that serves ``handlers``.
 
     Parameters
     ----------
     handlers : Handlers
-        What is served. It must be reached at the root: paths are matched exactly.
+        What is served. Paths are matched exactly, behind the prefix it is mounted at
+        (``root_path``).
     config : ReceiverConfig
         ``handlers`` calls of ``raft.process`` run at once, each on a thread of its own, never on
         the loop. Bodies are limited by ``max_body_bytes``, ``stall_timeout_s`` and
@@ -44,16 +54,25 @@ def asgi_app(handlers: Handlers, config: ReceiverConfig) -> ASGIApp:
 
     Notes
     -----
-    The threads are daemons, start when first needed, and end at lifespan shutdown.
+    The threads are daemons and start when first needed. They end at lifespan shutdown, of which a
+    mounted application does not hear, and with ``close``.
     """
-    return _App(handlers, config)
 
-
-class _App:
     def __init__(self, handlers: Handlers, config: ReceiverConfig) -> None:
         self._handlers = handlers
         self._config = config
         self._threads = _Threads(config.handlers)
+
+    def close(self) -> None:
+        """End the threads for good, without waiting for them.
+
+        One in ``raft.process`` ends after it; what waits for its turn is answered 503.
+        """
+        self._threads.close(is_final=True)
+
+    def wait_closed(self, deadline: float) -> None:
+        """Wait for the threads until ``deadline``, but for the calling one."""
+        self._threads.join(deadline)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -69,7 +88,7 @@ class _App:
     async def _live(self, receive: Receive, send: Send) -> None:
         while (await receive())["type"] == "lifespan.startup":
             await send({"type": "lifespan.startup.complete"})
-        self._threads.close()
+        self._threads.close(is_final=False)
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
@@ -78,7 +97,7 @@ class _App:
         try:
             if answer is None:
                 body = await _read_body(receive, self._config)
-                answer = await self._threads.run(partial(handlers.deliver, request, body))
+                answer = await self._threads.run(partial(self._deliver, request, body))
         except _BodyTooLargeError:
             answer = handlers.body_too_large(request)
         except TimeoutError:
@@ -86,10 +105,17 @@ class _App:
         except _DisconnectedError:
             handlers.read_failed(request)
             return
+        except _ClosedError:
+            answer = handlers.shutting_down()
         except asyncio.CancelledError:
             # The server shuts down and waits no longer; the sender must not take this for success.
             answer = handlers.shutting_down()
         await _send(send, answer)
+
+    def _deliver(self, request: Request, body: bytearray) -> Answer:
+        if self._threads.is_closed:
+            return self._handlers.shutting_down()
+        return self._handlers.deliver(request, body)
 
 
 def _head_size(scope: Scope) -> int:
@@ -101,9 +127,10 @@ def _head_size(scope: Scope) -> int:
 def _request(scope: Scope) -> Request:
     # raw_path is optional; without it an encoded path cannot be told from a plain one.
     raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
+    root_path: str = scope.get("root_path") or ""
     return Request(
         scope["method"],
-        raw_path.decode("latin-1"),
+        behind_prefix(raw_path.decode("latin-1"), root_path.encode().decode("latin-1")),
         _first_values(scope["headers"]),
         _remote(scope.get("client")),
     )
@@ -130,11 +157,17 @@ class _DisconnectedError(Exception):
     pass
 
 
+class _ClosedError(Exception):
+    pass
+
+
 async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
     """Read until the end; what is held grows with what arrived, never with what was announced."""
     body = bytearray()
     left_s = config.stall_timeout_s
-    while True:
+    for pieces in itertools.count(1):
+        if pieces % _PIECES_MAX == 0:  # a server that has them at hand lets nobody else run
+            await asyncio.sleep(0)
         begin = time.monotonic()
         async with asyncio.timeout(left_s):
             event = await receive()
@@ -148,7 +181,8 @@ async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
         if len(body) > config.max_body_bytes:
             raise _BodyTooLargeError
         if not event.get("more_body", False):
-            return body
+            break
+    return body
 
 
 async def _send(send: Send, answer: Answer) -> None:
@@ -173,12 +207,17 @@ class _Threads:
         self._limit = limit
         self._numbers = itertools.count()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # guards the two below
-        self._threads = 0
+        self._lock = threading.RLock()  # guards what follows
+        self._threads: set[LibraryThread] = set()
+        self._ending = 0  # of the threads, told to
         self._pending = 0  # jobs given and not done
+        self.is_closed = False
 
     async def run(self, job: Callable[[], Answer]) -> Answer:
-        """Run ``job`` on a thread, after those that came before it, and wait for its answer."""
+        """Run ``job`` on a thread, after those that came before it, and wait for its answer.
+
+        ``_ClosedError`` once the threads are closed for good.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
 
@@ -201,31 +240,59 @@ class _Threads:
             with contextlib.suppress(RuntimeError):  # it gave up since: the loop is closed
                 loop.call_soon_threadsafe(finish, answer, failure)
 
-        self._give(run)
+        try:
+            self._give(run)
+        except BaseException:
+            future.cancel()  # whoever comes to it later does nothing
+            raise
         return await future
 
-    def close(self) -> None:
-        """Let every thread end after what it runs. Does not wait; a later job starts anew."""
+    def close(self, *, is_final: bool) -> None:
+        """Let every thread end after what was given. Does not wait.
+
+        A later job starts a thread anew, unless it is final: then ``is_closed`` is set.
+        """
         with self._lock:
-            for _ in range(self._threads):
+            self.is_closed = self.is_closed or is_final
+            for _ in range(len(self._threads) - self._ending):
                 self._jobs.put(None)
-            self._threads = 0
+            self._ending = len(self._threads)
+
+    def join(self, deadline: float) -> None:
+        """Wait until ``deadline`` for the threads, but for the calling one."""
+        with self._lock:
+            threads = tuple(self._threads)
+        for thread in threads:
+            thread.wait_ended(deadline)
 
     def _give(self, job: Callable[[], None]) -> None:
         with self._lock:
-            if self._threads < min(self._pending + 1, self._limit):
+            if self.is_closed:
+                raise _ClosedError
+            running = len(self._threads) - self._ending
+            if running < min(self._pending + 1, self._limit):
+                thread = LibraryThread(self._work, f"pipeline-handler-{next(self._numbers)}")
+                self._threads.add(thread)
                 try:
-                    name = f"pipeline-handler-{next(self._numbers)}"
-                    LibraryThread(self._work, name).start()
-                    self._threads += 1
+                    thread.start()
                 except (RuntimeError, MemoryError):  # no more threads to be had
-                    if self._threads == 0:
+                    self._threads.discard(thread)
+                    if not running:
                         raise
             self._pending += 1
             self._jobs.put(job)
+            self._end_late_ones()
+
+    def _end_late_ones(self) -> None:
+        """End what was just started if a signal's handler has closed us meanwhile."""
+        if self.is_closed:
+            self.close(is_final=True)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             logger.survive("a message was not answered", job)
             with self._lock:
                 self._pending -= 1
+        with self._lock:
+            self._ending -= 1
+            self._threads = {t for t in self._threads if t is not threading.current_thread()}

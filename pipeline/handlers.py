@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
+from urllib.parse import quote
 
 from pipeline._messages import Message
 from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
@@ -39,7 +40,7 @@ from pipeline.protocol import (
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType, Raft
 
-__all__ = ["Answer", "Handlers", "Received", "Request", "sender_of"]
+__all__ = ["Answer", "Handlers", "Received", "Request", "behind_prefix", "sender_of"]
 
 logger = get_logger(__name__)
 
@@ -203,6 +204,7 @@ class Handlers:
         self._warn = Throttle(logger).warning
         self._lock = threading.RLock()  # guards the counters and the one below
         self._is_foreign = False
+        self._is_stopped = False
         self._unknown_types: set[int] = set()  # that the log has been told of
 
     def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
@@ -214,8 +216,10 @@ class Handlers:
         With ``can_detach`` None may also mean a snapshot, which the caller has received elsewhere.
         """
         path = request.path
-        if self._is_foreign:
-            self._warn("refused a request from %s: a forked child cannot answer it", request.remote)
+        if self._is_foreign or self._is_stopped:
+            if self._is_foreign:
+                text = "refused a request from %s: a forked child cannot answer it"
+                self._warn(text, request.remote)
             return self.shutting_down()
         if path == RAFT_PATH:
             return self._check_post(request) or self._note_sender(request)
@@ -520,6 +524,10 @@ class Handlers:
         self._lock = threading.RLock()
         self._is_foreign = is_foreign
 
+    def stop(self) -> None:
+        """Refuse whatever comes from now on: a server of the application's may outlive the node."""
+        self._is_stopped = True
+
     def count_failures_by_address(self) -> None:
         """Tell failures by the caller's address from now on, for the first 128 addresses."""
         with self._lock:
@@ -552,6 +560,23 @@ class Handlers:
                 counts[sender] += size_bytes
             else:
                 self.received_bytes_others += size_bytes
+
+
+def behind_prefix(path: str, prefix: str) -> str:
+    """Return what of a path is behind the prefix that a server has mounted an application at.
+
+    Parameters
+    ----------
+    path : str
+        As it was sent, with whatever is encoded, or behind the prefix already.
+    prefix : str
+        As WSGI's ``SCRIPT_NAME``: decoded, with a character for each byte.
+    """
+    for text in (prefix, quote(prefix, encoding="latin-1")):
+        mounted = text.rstrip("/")
+        if path.startswith(mounted) and path[len(mounted) :][:1] in ("", "/"):
+            return path[len(mounted) :]
+    return path
 
 
 def sender_of(request: Request) -> int | None:

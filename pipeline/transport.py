@@ -50,7 +50,7 @@ from pipeline.urls import parse_peer_urls
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
 
-    from pipeline.asgi import ASGIApp
+    from pipeline.asgi import App, ASGIApp
     from pipeline.listener import Listener
     from pipeline.metrics import MetricsCollector
 
@@ -187,6 +187,7 @@ class Transport:
         # Those that are not seen to their end: a stop finds also what an interrupted call left.
         self._live_peers: set[Peer] = set()
         self._listeners: list[Listener] = []
+        self._asgi_apps: list[App] = []  # the first one is what is given; more came at one instant
         self._beginning = Once()
         self._ending = Once()
         self._is_started = False
@@ -247,6 +248,9 @@ class Transport:
             return dropped  # whoever is at it may wait for this callback
         for listener in tuple(self._listeners):
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
+        self.handlers.stop()
+        for app in tuple(self._asgi_apps):
+            app.close()
         for remote in remotes:
             remote.pipeline.stop_end(deadline)
             self._remotes.forget(remote)
@@ -258,6 +262,8 @@ class Transport:
         if self.credentials is not None:
             self.credentials.stop(deadline)
         self._dispatcher.stop(deadline)
+        for app in tuple(self._asgi_apps):
+            app.wait_closed(deadline)
         atexit.unregister(self.stop)
         self._refusal = "transport stopped"
         return dropped
@@ -704,17 +710,21 @@ class Transport:
     def asgi_app(self) -> ASGIApp:
         """An ASGI application that does what :meth:`listen` does, for a server of your own.
 
-        But for snapshots, which it answers 501.
+        But for snapshots, which it answers 501. It may be mounted under a prefix. Every call gives
+        the same one; its threads end with :meth:`stop`, after which it answers 503.
         """
-        from pipeline.asgi import asgi_app
+        from pipeline.asgi import App
 
-        return asgi_app(self.handlers, self.config.receiver)
+        if not self._asgi_apps:
+            self._asgi_apps.append(App(self.handlers, self.config.receiver))
+        return self._asgi_apps[0]
 
     @property
     def wsgi_app(self) -> WSGIApplication:
         """A WSGI application that does what :meth:`listen` does, for a server of your own.
 
-        But for snapshots, which it answers 501.
+        But for snapshots, which it answers 501. It may be mounted under a prefix. After
+        :meth:`stop` it answers 503.
         """
         from pipeline.wsgi import wsgi_app
 

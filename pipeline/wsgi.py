@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from http import HTTPStatus
 from urllib.parse import quote
 from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Answer, Handlers, Request
+from pipeline.handlers import Answer, Handlers, Request, behind_prefix
 from pipeline.names import show_address
 
 __all__ = ["wsgi_app"]
@@ -23,10 +24,12 @@ def wsgi_app(handlers: Handlers, config: ReceiverConfig) -> WSGIApplication:
     Parameters
     ----------
     handlers : Handlers
-        What is served. It must be reached at the root: paths are matched exactly.
+        What is served. Paths are matched exactly, behind the prefix it is mounted at
+        (``SCRIPT_NAME``).
     config : ReceiverConfig
-        For ``max_head_bytes`` and ``max_body_bytes``. How long a body may stall and how many calls
-        of ``raft.process`` run at once is up to the server: each call is on a thread of its.
+        For ``max_head_bytes``, ``max_body_bytes`` and, as far as the server lets us see how a body
+        comes, ``min_body_rate``. How long it may stall and how many calls of ``raft.process`` run
+        at once is up to the server: each call is on a thread of its.
 
     Notes
     -----
@@ -65,7 +68,7 @@ def _serve(handlers: Handlers, config: ReceiverConfig, environ: WSGIEnvironment)
             body, is_whole = bytearray(), False  # the server leaves the chunks as they are
         else:
             size = limit + 1 if is_chunked else int(length or "0")
-            body = _read(environ["wsgi.input"], size)
+            body = _read(environ["wsgi.input"], size, config)
             is_whole = is_chunked or len(body) == size
     except OSError:  # it stalled, or the peer is gone
         is_whole = False
@@ -76,14 +79,19 @@ def _serve(handlers: Handlers, config: ReceiverConfig, environ: WSGIEnvironment)
     return handlers.deliver(request, body)
 
 
-def _read(stream: InputStream, size: int) -> bytearray:
-    """Read ``size`` bytes, or what there is."""
+def _read(stream: InputStream, size: int, config: ReceiverConfig) -> bytearray:
+    """Read ``size`` bytes, or what there is; ``TimeoutError`` for a body that drips."""
     body = bytearray()
+    begin = time.monotonic()
     while len(body) < size:
         part = stream.read(min(size - len(body), _READ_BYTES))
         if not part:
             break
         body += part
+        if config.min_body_rate:
+            late_s = time.monotonic() - begin - len(body) / config.min_body_rate
+            if late_s > config.stall_timeout_s:
+                raise TimeoutError
     return body
 
 
@@ -106,8 +114,8 @@ def _target(environ: WSGIEnvironment) -> tuple[str, str]:
     for name in ("RAW_URI", "REQUEST_URI"):
         if name in environ:
             path, _, query = environ[name].partition("?")
-            return path, query
-    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+            return behind_prefix(path, environ.get("SCRIPT_NAME", "")), query
+    path = environ.get("PATH_INFO", "")
     # An encoded character cannot be told from a plain one; what has to be encoded, is.
     return quote(path, safe="/:@!$&'()*+,;=~-._", encoding="latin-1"), environ.get(
         "QUERY_STRING", ""
