@@ -38,6 +38,12 @@ TOOLS = WORK / "tools" / "bin" / "python"
 #: The Pythons wheels are made for; one that is not at hand is named in the table.
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
+#: What the Pythons' own builds give their compilers; and what takes clang to gcc's speed. Without
+#: the second line it calls a function for each varint: to decode a message takes 200 ns, not 120.
+FLAGS = (
+    *("-DNDEBUG", "-fwrapv", "-fPIC"),
+    *("-mllvm", "-inline-threshold=600"),
+)
 #: What a wheel is built with; pyproject.toml says the same, and ``build`` holds it to that.
 BUILDERS = ("build", "setuptools>=77", "Cython>=3.2")
 
@@ -217,7 +223,9 @@ def build_wheel(source: Path, python: Path, zig: str, target: Platform, *, folde
     settings = {
         "CC": shlex.join(compiler),
         "LDSHARED": shlex.join([*compiler, "-shared", "-s"]),
-        "CFLAGS": shlex.join(["-fwrapv", "-fPIC", f"-I{include}", f"-ffile-prefix-map={source}=."]),
+        "CFLAGS": shlex.join(
+            [*FLAGS, f"-I{include}", f"-ffile-prefix-map={source}=."],
+        ),
         "LDFLAGS": "",
         "SETUPTOOLS_EXT_SUFFIX": f".cpython-{tag}-{target.triplet}.so",
         "_PYTHON_HOST_PLATFORM": f"linux-{target.triplet.partition('-')[0]}",
