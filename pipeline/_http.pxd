@@ -131,6 +131,16 @@ cdef inline int http_recognise_204(const uint8_t* data, size_t n) noexcept nogil
             return HTTP_ODD
 
 
+cdef inline bint http_says_version(const uint8_t* data, size_t n) noexcept nogil:
+    """Tell whether an answer that was recognised has X-Server-Version among its headers."""
+    cdef size_t i
+    for i in range(n):
+        if data[i] == 10 and i + 17 < n and data[i + 17] == 58 \
+                and http_name_is(data + i + 1, 16, b"x-server-version", 16):
+            return True
+    return False
+
+
 # A recognised request head. What a sender's heads differ in from message to message is the length.
 cdef struct http_post_t:
     size_t head_len         # bytes, with the blank line

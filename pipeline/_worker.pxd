@@ -9,7 +9,9 @@ from libc.stdint cimport int64_t, uint32_t, uint8_t
 from libc.string cimport memcmp, memcpy, memset
 from posix.uio cimport iovec
 
-from pipeline._http cimport HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204
+from pipeline._http cimport (
+    HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
+)
 from pipeline._pipe cimport (
     ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED,
@@ -362,6 +364,7 @@ cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
 cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
     """Read what there is of an answer; the connection is written, or being written."""
     cdef int verdict
+    cdef bint is_first
     cdef ssize_t n
     while True:
         n = recv(worker.fd, worker.answer + worker.answer_len,
@@ -398,10 +401,15 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         return
     verdict = http_recognise_204(worker.answer, worker.answer_len)
     if verdict == worker.answer_len:
+        is_first = worker.known_len == 0
         if worker.answer_len <= ANSWER_KNOWN_MAX:
             memcpy(worker.known, worker.answer, worker.answer_len)
             worker.known_len = worker.answer_len
-        worker_succeeded(worker)
+        if is_first and http_says_version(worker.answer, worker.answer_len):
+            # Python notes it, once for this connection; it is a success there as well.
+            worker_to_python(worker, EVENT_ANSWER, 0)
+        else:
+            worker_succeeded(worker)
     elif verdict != HTTP_MORE or worker.answer_len == HTTP_ANSWER_MAX or worker.is_ended:
         worker_to_python(worker, EVENT_ANSWER, 0)
 

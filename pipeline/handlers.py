@@ -39,6 +39,7 @@ from pipeline.protocol import (
 )
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType, Raft
+from pipeline.versions import Versions
 
 __all__ = ["Answer", "Handlers", "Received", "Request", "behind_prefix", "sender_of"]
 
@@ -141,6 +142,8 @@ class Handlers:
         that comes with a certificate.
     callbacks : Callbacks, optional
         How the application is called; counts what it raises.
+    versions : Versions, optional
+        Told what version each sender claims.
 
     Attributes
     ----------
@@ -177,8 +180,10 @@ class Handlers:
         on_append: Callable[[int, int], None] | None = None,
         allow_member: Callable[[Mapping[str, Any], int], bool] | None = None,
         callbacks: Callbacks | None = None,
+        versions: Versions | None = None,
     ) -> None:
         self._senders = senders
+        self._versions = versions
         self._on_append = on_append
         self._allow_member = allow_member
         self._callbacks = callbacks or Callbacks(logger)
@@ -194,8 +199,8 @@ class Handlers:
         self._local, self._local_min = require_versions(server_version, min_cluster_version)
         # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
         # Differs from etcd: we do not know what version the cluster has; it has at least this.
-        versions = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'
-        self._version = Answer(200, (("Content-Type", "application/json"),), versions.encode())
+        answer = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'
+        self._version = Answer(200, (("Content-Type", "application/json"),), answer.encode())
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
@@ -228,7 +233,7 @@ class Handlers:
         if path == SNAPSHOT_PATH:
             return self._check_snapshot(request, can_detach=can_detach)
         if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
-            return self._get(path) if request.method == "GET" else _not_allowed("GET")
+            return self._get(request) if request.method == "GET" else _not_allowed("GET")
         return _error(404, "404 page not found")
 
     def is_learnable(self, request: Request) -> bool:
@@ -371,9 +376,11 @@ class Handlers:
         """Answer a request that will not be waited for; its message may have been processed."""
         return self._answer(503, "shutting down", close=True)
 
-    def _get(self, path: str) -> Answer:
-        if path == VERSION_PATH:
+    def _get(self, request: Request) -> Answer:
+        if request.path == VERSION_PATH:
             return self._version
+        if request.headers.get(CLUSTER_ID.lower()) == self._cluster_id:
+            self._note_version(request)
         # A stream. Without X-Server-Version etcd takes us for a member from before streams and
         # keeps the peer active; with it, every dial would deactivate the peer (spec section 13.2).
         return self._answer(404, "404 page not found")
@@ -409,7 +416,10 @@ class Handlers:
                 self._cluster_id,
             )
             return self._answer(412, CLUSTER_ID_MISMATCH)
-        return self.check_member(request)
+        refusal = self.check_member(request)
+        if refusal is None:
+            self._note_version(request)
+        return refusal
 
     def check_member(self, request: Request) -> Answer | None:
         """Refuse a sender whose certificate is not that of the member it says it is.
@@ -443,6 +453,10 @@ class Handlers:
         if refusal is not None:
             self.snapshots.refused()
         return refusal
+
+    def _note_version(self, request: Request) -> None:
+        if self._versions is not None and (sender := sender_of(request)) is not None:
+            self._versions.note(sender, request.headers)
 
     def _note_sender(self, request: Request) -> Answer | None:
         """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""

@@ -23,6 +23,7 @@ from pipeline.snapshot_sender import RateLimiter, SnapshotSender
 from pipeline.status import LastError, PeerStatus
 from pipeline.tls import Credentials
 from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
+from pipeline.versions import Versions
 
 if TYPE_CHECKING:
     from pipeline._core import ProtobufMessage
@@ -56,6 +57,8 @@ class PeerStats(NamedTuple):
     paused_drops: int
     #: The last failure to send to it: why, when, and how often in a row. None before the first.
     last_error: LastError | None
+    #: The etcd version it claims, with what it sends or answers; None before it has said so.
+    server_version: str | None = None
 
 
 class Peer:
@@ -71,7 +74,7 @@ class Peer:
     dispatcher : Dispatcher
         Runs the pipeline's workers and calls Raft.
     member_id, cluster_id, config, peer_urls, server_version, min_cluster_version
-    on_critical_error, credentials, callbacks
+    on_critical_error, credentials, callbacks, versions
         As for :class:`pipeline.Pipeline`.
     limiter, snapshot_answer_timeout_s
         As for :class:`pipeline.snapshot_sender.SnapshotSender`.
@@ -109,6 +112,7 @@ class Peer:
         snapshot_answer_timeout_s: float,
         credentials: Credentials | None = None,
         callbacks: Callbacks | None = None,
+        versions: Versions | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.picker = URLPicker(urls)
@@ -129,6 +133,7 @@ class Peer:
             status=self.status,
             dispatcher=dispatcher,
             callbacks=callbacks,
+            versions=versions,
         )
         self.snapshots = SnapshotSender(
             self.pipeline,

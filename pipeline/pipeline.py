@@ -11,7 +11,7 @@ import http.client
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -44,6 +44,7 @@ from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
 from pipeline.types import MessageType, Raft, SnapshotStatus
 from pipeline.urls import parse_peer_urls
+from pipeline.versions import Versions
 
 __all__ = ["Pipeline"]
 
@@ -85,6 +86,8 @@ class Pipeline(Sender):
         Shared with the peer's other channels; a pipeline on its own makes its own.
     callbacks : Callbacks, optional
         Counts callbacks that raise for the whole transport.
+    versions : Versions, optional
+        Shown the headers of answers that Python sees.
 
     Raises
     ------
@@ -116,6 +119,7 @@ class Pipeline(Sender):
         status: PeerStatus | None = None,
         dispatcher: Dispatcher | None = None,
         callbacks: Callbacks | None = None,
+        versions: Versions | None = None,
     ) -> None:
         require_raft(raft)
         require_callable("on_critical_error", on_critical_error)
@@ -130,6 +134,7 @@ class Pipeline(Sender):
             ("status", status, PeerStatus),
             ("dispatcher", dispatcher, Dispatcher),
             ("callbacks", callbacks, Callbacks),
+            ("versions", versions, Versions),
         ):
             if given is not None:
                 require_instance(name, given, kind)
@@ -143,6 +148,7 @@ class Pipeline(Sender):
         self._config = config or defaults.pipeline
         self._on_critical_error = on_critical_error
         self._credentials = credentials
+        self._versions = versions
         self._owns_dispatcher = dispatcher is None
         self._dispatcher = dispatcher or Dispatcher(
             self._peer, queue_bytes=defaults.queue_bytes, max_threads=defaults.dispatchers
@@ -439,11 +445,13 @@ class Pipeline(Sender):
 
     def _judge_opened(self, index: int, text: bytes, *, is_written: bool, is_ended: bool) -> None:
         """Do as the loop does with a plain answer: a 204 is recognised, the rest judged."""
-        is_first = not self._lines[index].odd.has_begun
-        if is_first and is_written and not is_ended and recognise_204(text) == len(text):
+        tunnel = self._tunnel(index)
+        is_whole = is_written and not is_ended and not self._lines[index].odd.has_begun
+        if is_whole and tunnel.has_answered and recognise_204(text) == len(text):
             self.keep(index)
             self._succeed(index)
         else:
+            tunnel.has_answered = True  # and the first answer is looked at: it may say a version
             self._judge(index, text, is_written, is_ended=is_ended)
 
     def _post(self, index: int) -> None:
@@ -472,6 +480,7 @@ class Pipeline(Sender):
             self.keep(index)
         else:
             self._disconnect(index)
+        self.note_version(answer.headers)
         url = protocol.post_url(line.url)
         failure = protocol.check_answer(
             answer.status, answer.body, answer.headers, peer_id=self.peer_id, url=url
@@ -480,6 +489,11 @@ class Pipeline(Sender):
             self._succeed(index)
         else:
             self._fail(index, failure, keep=answer.keep)
+
+    def note_version(self, headers: Mapping[str, str]) -> None:
+        """See the headers of an answer, with names in lower case."""
+        if self._versions is not None:
+            self._versions.note(self.peer_id, headers)
 
     def _succeed(self, index: int) -> None:
         kind, to, _ = self.job(index)

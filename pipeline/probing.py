@@ -27,6 +27,7 @@ from pipeline.stats import Histogram
 from pipeline.threads import LibraryThread
 from pipeline.tls import Credentials
 from pipeline.tunnel import tls_reason
+from pipeline.versions import Versions
 
 __all__ = ["ProbeStats", "Prober"]
 
@@ -105,6 +106,8 @@ class Prober:
         Between two probes of a peer, and before the first.
     credentials : Credentials, optional
         For ``https`` URLs.
+    versions : Versions, optional
+        Shown the answers' headers.
 
     Notes
     -----
@@ -113,10 +116,16 @@ class Prober:
     """
 
     def __init__(
-        self, name: str, *, interval_s: float, credentials: Credentials | None = None
+        self,
+        name: str,
+        *,
+        interval_s: float,
+        credentials: Credentials | None = None,
+        versions: Versions | None = None,
     ) -> None:
         self._interval_s = interval_s
         self._credentials = credentials
+        self._versions = versions
         self._lock = threading.RLock()  # guards the descriptor and the histograms
         # Changed by single operations of dict, by any thread and by signals' handlers.
         self._targets: dict[URLPicker, _Target] = {}
@@ -357,6 +366,8 @@ class Prober:
             return
         if answer is None:
             return
+        if self._versions is not None:
+            self._versions.note(target.peer_id, answer.headers)
         if answer.status != 200:
             self._fail(target, f"answered with status {answer.status}")
         elif not _says_ok(answer.body):

@@ -64,6 +64,10 @@ TELLING_STATUS = 412
 
 CONTENT_TYPE = "application/protobuf"
 
+#: How the User-Agent of every member of this library begins.
+PRODUCT_NAME = "raft-pipeline/"
+PRODUCT = f"{PRODUCT_NAME}{__version__}"
+
 #: The lowest cluster version we can take part in; etcd ``version.MinClusterVersion`` of every 3.x.
 MIN_CLUSTER_VERSION = "3.0.0"
 
@@ -255,7 +259,7 @@ def request_head(
     lines = [
         f"POST {path} HTTP/1.1",
         f"Host: {host}",
-        f"User-Agent: raft-pipeline/{__version__}",
+        f"User-Agent: {PRODUCT}",
         f"Content-Type: {content_type}",
         f"{CLUSTER_ID}: {format_id(cluster_id)}",
         f"{MIN_CLUSTER}: {lowest}",
@@ -278,7 +282,7 @@ def probe_head(url: str) -> bytes:
     lines = [
         f"GET {PROBING_PATH} HTTP/1.1",
         f"Host: {zoneless(checked).partition('://')[2]}",
-        f"User-Agent: raft-pipeline/{__version__}",
+        f"User-Agent: {PRODUCT}",
         "Accept-Encoding: identity",
         "",
         "",

@@ -623,6 +623,7 @@ class SnapshotSender:
         finally:
             link.close()
             transfer.link = None
+        self._pipeline.note_version(answer.headers)
         error: PostError | None = protocol.check_answer(
             answer.status,
             answer.body,

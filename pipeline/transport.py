@@ -46,6 +46,7 @@ from pipeline.threads import Once
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
 from pipeline.urls import parse_peer_urls
+from pipeline.versions import Versions
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
@@ -135,6 +136,7 @@ class Transport:
         self._raft = raft
         #: How the application is called on behalf of all of it.
         self.callbacks = Callbacks(logger)
+        self._versions = Versions(self.config.server_version, lambda: self._peers)
         self._dispatcher = Dispatcher(
             format_id(member_id),
             queue_bytes=self.config.queue_bytes,
@@ -151,6 +153,7 @@ class Transport:
             "on_critical_error": on_critical_error,
             "credentials": self.credentials,
             "callbacks": self.callbacks,
+            "versions": self._versions,
         }
         self._limiter = RateLimiter(self.config.snapshot_rate_limit)
         self._remotes = Remotes(
@@ -173,6 +176,7 @@ class Transport:
             on_append=self._server_stats.received_append,
             allow_member=None if tls is None else tls.allow_member,
             callbacks=self.callbacks,
+            versions=self._versions,
         )
         self._prober: Prober | None = None
         if self.config.probe_interval_s:
@@ -180,6 +184,7 @@ class Transport:
                 format_id(member_id),
                 interval_s=self.config.probe_interval_s,
                 credentials=self.credentials,
+                versions=self._versions,
             )
         # No lock guards what follows: a signal's handler may come between any two lines, and other
         # threads. Each is changed by single operations of dict, set and list.
@@ -487,7 +492,7 @@ class Transport:
         if not peers:
             logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
             return 0
-        self.handlers.forget(peer_id)
+        self._forget(peer_id)
         dropped = self._end_peers(peers)
         logger.info("removed remote peer %s", format_id(peer_id))
         return dropped
@@ -500,7 +505,7 @@ class Transport:
             if (peer := self._peers.pop(peer_id, None)) is not None
         ]
         for peer in peers:
-            self.handlers.forget(peer.peer_id)
+            self._forget(peer.peer_id)
         return self._end_peers(peers)
 
     # -- testing aids: a network that loses everything
@@ -564,8 +569,11 @@ class Transport:
         )
 
     def peer_stats(self) -> dict[int, PeerStats]:
-        """Whether each peer is active or paused, by member ID, and what that cost."""
-        return {peer_id: peer.stats() for peer_id, peer in tuple(self._peers.items())}
+        """Whether each peer is active or paused, by member ID, what that cost, and its version."""
+        return {
+            peer_id: peer.stats()._replace(server_version=self._versions.get(peer_id))
+            for peer_id, peer in tuple(self._peers.items())
+        }
 
     def probe_stats(self) -> dict[int, ProbeStats]:
         """What probing found out, by member ID; empty when ``probe_interval_s`` is 0."""
@@ -747,6 +755,10 @@ class Transport:
         with contextlib.suppress(ValueError):  # closed by a stop as well
             self._listeners.remove(listener)
 
+    def _forget(self, peer_id: int) -> None:
+        self.handlers.forget(peer_id)
+        self._versions.forget(peer_id)
+
     def _probe(self, peer: Peer) -> None:
         if self._prober is not None:
             self._prober.set(peer.peer_id, peer.picker)
@@ -768,6 +780,7 @@ class Transport:
         self.callbacks.forget_after_fork()
         self._server_stats.forget_after_fork()
         self._remotes.forget_after_fork()
+        self._versions.forget_after_fork()
         if self._prober is not None:
             self._prober.forget_after_fork()
         if self.credentials is not None:

@@ -32,6 +32,8 @@ class Tunnel:
 
     def __init__(self, credentials: Credentials, host: str) -> None:
         self.is_established = False
+        #: Of an answer something has come; kept here by who reads them.
+        self.has_answered = False
         #: The peer has ended the stream in order.
         self.is_ended = False
         self._credentials = credentials

@@ -186,6 +186,7 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
             "status": NOT_CONFIG,
             "dispatcher": NOT_CONFIG,
             "callbacks": NOT_CONFIG,
+            "versions": NOT_CONFIG,
         },
     ),
     URLPicker: (URLPicker, {"urls": NOT_URLS}),
@@ -307,8 +308,6 @@ SNAP = Message(type=MessageType.SNAP, to=2)
 NOT_A_SNAP = (None, 5, "snap", message(to=2), Message(type=MessageType.SNAP), [SNAP], Rude())
 NOT_A_SOURCE = (None, 5, 1.5, "a\0b", "", object(), Rude())
 METHODS: dict[str, Table] = {
-    "start": {},
-    "stop": {},
     "send": {"messages": NOT_MESSAGES},
     "send_snapshot": {
         "message": NOT_A_SNAP,
@@ -321,22 +320,10 @@ METHODS: dict[str, Table] = {
     "add_remote": {"member_id": NOT_AN_ID, "urls": NOT_URLS},
     "update_peer": {"peer_id": NOT_AN_ID, "urls": NOT_URLS},
     "remove_peer": {"peer_id": NOT_AN_ID},
-    "remove_all_peers": {},
-    "pause": {},
-    "resume": {},
     "cut_peer": {"peer_id": NOT_AN_ID},
     "mend_peer": {"peer_id": NOT_AN_ID},
     "active_since": {"peer_id": NOT_AN_ID},
-    "active_peers": {},
-    "stats": {},
-    "peer_stats": {},
-    "probe_stats": {},
-    "remote_stats": {},
-    "follower_stats": {},
     "metrics_collector": {"received_failures_by_address": NOT_A_BOOL},
-    "leader_stats": {},
-    "server_stats": {},
-    "reload_tls": {},
     "listen": {"url": (5, b"http://h:1", "h:1", "", [], [None], [5], ["http://h"], Rude())},
     "snapshot_path": {"index": NOT_AN_ID},
 }
@@ -358,12 +345,13 @@ def public(kind: type) -> set[str]:
     return {name for name, it in vars(kind).items() if name[0] != "_" and inspect.isfunction(it)}
 
 
-def test_every_parameter_of_a_method_has_dict() -> None:
-    assert set(METHODS) == public(Transport)
-    for name, table in METHODS.items():
-        assert table.keys() == parameters(getattr(Transport, name)), name
+def test_every_parameter_of_a_method_has_a_row() -> None:
+    of_methods = {name: parameters(getattr(Transport, name)) for name in public(Transport)}
+    assert {name: table.keys() for name, table in METHODS.items()} == {
+        name: wanted for name, wanted in of_methods.items() if wanted
+    }
     for name in METHODS.keys() & public(aio.Transport):
-        assert parameters(getattr(aio.Transport, name)) == parameters(getattr(Transport, name))
+        assert parameters(getattr(aio.Transport, name)) == of_methods[name]
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +416,6 @@ def test_the_deadline_of_a_listener_is_a_time(running: Transport) -> None:
     assert complaints(listener.close, "deadline_s", bad) == []  # type: ignore[arg-type]
     assert not listener.is_closed
     listener.close()
-    running._listeners.remove(listener)
 
 
 def test_the_time_to_wait_for_a_snapshot_is_a_time(running: Transport) -> None:
