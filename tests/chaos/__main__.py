@@ -180,8 +180,8 @@ class Chaos:
         names = {self.cluster.etcd.id: "etcd"}
         names |= {member.setting.member_id: member.name for member in self.cluster.ours}
         states = [member.state() for member in self.cluster.ours]
-        newest = max(states, key=lambda state: state.get("term", 0))
-        return names.get(newest.get("leader", 0), "nobody")
+        newest = max(states, key=lambda state: int(state["term"]))
+        return names.get(newest["leader"], "nobody")
 
     def verdict(self) -> list[str]:
         """Let all catch up, stop them and say what does not hold of what they hold."""

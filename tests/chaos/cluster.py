@@ -100,18 +100,23 @@ class OurMember:
         if self._process is not None and self._process.poll() is not None:
             raise ChaosError(f"{self.name} ended with {self._process.returncode}")
 
-    def reports(self) -> list[dict[str, Any]]:
-        """What it has said of itself in all its lives; a line that a kill cut short is left out."""
+    def reports(self, last_bytes: int | None = None) -> list[dict[str, Any]]:
+        """What it has said of itself, in all its lives or at the end; a line that a kill cut short
+        is left out."""
+        with self.report_path.open("rb") as file:
+            if last_bytes is not None:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - last_bytes))
+            lines = file.read().splitlines()
         found = []
-        for line in self.report_path.read_text().splitlines():
+        for line in lines:
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
         return found
 
     def state(self) -> dict[str, Any]:
         """Where it stood a moment ago."""
-        found = self.reports()
-        return found[-1] if found else {}
+        return self.reports(4096)[-1]
 
     def log(self, last: int) -> Log:
         """What it holds up to an index, once it is stopped."""
@@ -258,16 +263,23 @@ class Cluster:
     # The end
 
     def settle(self) -> int:
-        """Wait until all members have the same log, all of it committed; its last index."""
+        """Wait until all members have the same log, all of it committed; its last index.
+
+        A majority has what was acknowledged, so one of ours does: the two have it when they are
+        equal. What they said before this does not count.
+        """
         self.etcd.wait_ready(TIMEOUT_S)
+        begin = time.monotonic()
+        ends: set[int] = set()
 
         def is_settled() -> bool:
             states = [member.state() for member in self.ours]
-            ends = {(state.get("commit"), state.get("last_index")) for state in states}
-            return len(ends) == 1 and len(set(ends.pop())) == 1
+            ends.clear()
+            ends.update(index for s in states for index in (s["commit"], s["last_index"]))
+            return len(ends) == 1 and all(state["at"] > begin for state in states)
 
         wait_until(is_settled, "all logs are equal and committed")
-        return int(self.ours[0].state()["commit"])
+        return ends.pop()
 
     def unbalanced(self) -> int:
         """How many times a member of ours said that its books do not balance."""

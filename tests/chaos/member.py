@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,9 +73,9 @@ def main(setting: Setting) -> None:
         follower = Follower(setting.member_id, *peers, takes_snapshots=True, storage=storage)
 
         def report(transport: Transport) -> None:
-            state = asdict(follower.state())
+            at = time.monotonic()  # of the machine, so comparable with that of other processes
+            state = {"at": at, **asdict(follower.state()), "balances": balances(transport)}
             state["role"] = state["role"].value
-            state["balances"] = balances(transport)
             print(json.dumps(state), flush=True)
 
         transport = Transport(
