@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -90,6 +91,27 @@ def test_etcd_understands_the_encodings_of_its_successors(tmp_path: Path, profil
         assert cluster.stats().failed == 0
     finally:
         cluster.stop()
+
+
+@pytest.mark.parametrize("step", [-1, 0, 1], ids=["lower", "the same", "higher"])
+def test_a_claim_that_does_not_suit_an_etcd_is_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int
+) -> None:
+    cluster = Cluster(tmp_path)
+    right = cluster.config.server_version
+    major, minor, _ = map(int, right.split("."))
+    claim = f"{major}.{minor + step}.0"
+    cluster.config = dataclasses.replace(cluster.config, server_version=claim)
+    try:
+        cluster.start()
+        cluster.etcd.put(b"key", b"value")
+        assert cluster.transport is not None
+        peer = cluster.transport.peer_stats()[cluster.etcd.id]
+        assert peer.server_version == cluster.etcd.version
+    finally:
+        cluster.stop()
+    told = [r.getMessage() for r in caplog.records if r.name == "pipeline.versions"]
+    assert [text.rpartition(" ")[2] for text in told] == ([repr(right)] if step else [])
 
 
 def test_etcd_counts_the_bytes_that_we_count_as_sent(cluster: Cluster) -> None:
