@@ -156,6 +156,13 @@ class SnapshotReceiver:
         Blocks as long as the body takes, and as ``raft.process`` does. Whatever goes wrong becomes
         an answer. Checks, counts and texts are etcd's, in etcd's order.
         """
+        try:
+            return self._receive(request, body)
+        except MemoryError:  # the machine's, and no fault of anybody's
+            self.refused()
+            return self._handlers.overloaded(request)
+
+    def _receive(self, request: Request, body: Body) -> Answer:
         begin = time.monotonic()
         handlers = self._handlers
         buffer = memoryview(bytearray(_STEP_BYTES))

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pipeline.arguments import require_bool, require_id, require_instance, require_iterable
+from pipeline.arguments import require_bool, require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.dispatcher import Dispatcher
@@ -309,7 +309,11 @@ class Transport:
         if self._refusal is not None:
             raise UsageError(f"send: {self._refusal}")
         peers, remotes = self._peers, self._remotes
-        for message in require_iterable("messages", messages, "messages"):
+        try:
+            given = iter(messages)
+        except TypeError:
+            raise UsageError(f"messages: {show(messages)} is not a list of messages") from None
+        for message in given:
             try:
                 to = message.to
                 peer = peers.get(to)
@@ -321,6 +325,8 @@ class Transport:
                     self._server_stats.sent_append()
             elif to and (remote := remotes.get(to)) is not None:
                 remote.send(message)
+            elif not isinstance(to, int):
+                raise UsageError(f"messages: {show(message)} is not a message")
             elif to:
                 logger.debug("ignored message to unknown member %s", format_id(to))
 

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,7 +78,10 @@ NOT_A_COUNT = (None, "1", 1.0, True, -1, 1 << 70, NAN, Rude())
 NOT_A_PATH = ("", b"", "a\0b", 5, True, ["f"], Rude())
 NOT_A_VERSION = ("", "3.5", "v3.5.0", "3.5.x", "3.05.0", "3.5.0\r\nX: 1", 3.5, b"3.5.0", Rude())
 NOT_A_TUPLE_OF_NAMES = ("cn", ["cn"], ("",), (None,), 5, None, Rude())
-NOT_MESSAGES = (None, 5, message(), [None], [b"bytes"], ["text"], [Rude()], [object])
+NOT_MESSAGES = (
+    *(None, 5, message(), [None], [b"bytes"], ["text"], [Rude()], [object]),
+    *([SimpleNamespace(to="x")], [SimpleNamespace(to=[2])], [SimpleNamespace(to=None)]),
+)
 NOT_CALLABLE = ("yes", 5, True, Rude())
 NOT_A_RAFT = (None, *NOT_CALLABLE, object())
 NOT_CONFIG: tuple[object, ...] = ({}, {"queue_bytes": 1}, "config", 5, True, PipelineConfig, Rude())

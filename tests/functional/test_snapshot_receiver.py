@@ -689,6 +689,20 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(
     assert ask(node.url, post(BODY)).status == 204
 
 
+def test_a_machine_without_memory_is_answered_503(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("pipeline.snapshot_receiver._read_message", fail)
+    assert ask(node.url, post(BODY)).status == 503
+    assert "internal error" not in caplog.text
+    monkeypatch.undo()
+    assert node.files() == {}
+    assert ask(node.url, post(BODY)).status == 204
+
+
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 NOT_OF_A_DIRECTORY = (*NOT_SUPPORTED, errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR)
 
