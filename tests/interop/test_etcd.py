@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -417,9 +416,7 @@ def cluster_version(cluster: Cluster) -> str:
     return str(urllib3.request("GET", url).json()["etcdcluster"])
 
 
-def test_the_leader_learns_our_version_and_raises_the_cluster_s(
-    cluster: Cluster, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster) -> None:
     claimed = cluster.config.server_version
     assert claimed.rpartition(".")[0] == cluster.etcd.version.rpartition(".")[0]
     wait_until(
@@ -427,25 +424,6 @@ def test_the_leader_learns_our_version_and_raises_the_cluster_s(
         "the cluster's version is that of its members",
     )
     assert "failed to get version" not in cluster.etcd.log_tail(100_000)
-    assert "server_version" not in caplog.text
-
-
-def test_a_claim_that_holds_the_cluster_back_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cluster = Cluster(tmp_path)
-    right = cluster.config.server_version
-    major, minor, _ = right.split(".")
-    earlier = f"{major}.{int(minor) - 1}.0"
-    cluster.config = replace(cluster.config, server_version=earlier)
-    try:
-        cluster.start()
-        wait_until(
-            lambda: f"set TransportConfig.server_version to '{right}'" in caplog.text, "a warning"
-        )
-        wait_until(lambda: cluster_version(cluster) == earlier, "the cluster is held back")
-    finally:
-        cluster.stop()
 
 
 def test_etcd_answers_our_probes_on_one_connection(tmp_path: Path) -> None:
