@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
 ASAN_SITE := build/asan/site
 
-.PHONY: build test lint typecheck demo three-nodes bench bench-peers bench-growth bench-snapshot bench-check \
+.PHONY: build test test-all lint typecheck demo three-nodes bench bench-peers bench-growth bench-snapshot bench-check \
 	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo demo-all three-nodes test chaos soak lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan build raftpb clean"
+	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan fuzz fuzz-merge build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -48,7 +48,11 @@ demo-all: build
 	$(BIN)/python tools/demo_all.py $(DEMO_ALL)
 
 test: build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow'
+
+# The slow ones, too, and ten times as many examples of hypothesis.
+test-all: build
+	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
 
 # A real etcd and two members of ours, killed, stopped and cut off from one another for ten minutes.
 # make chaos CHAOS='--duration 3600 --ours 1 --tls --etcd PATH'
@@ -65,7 +69,7 @@ soak: build
 lint: build $(VENV)/.linters typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint pipeline
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint pipeline tests
 
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
@@ -122,9 +126,29 @@ asan: build $(VENV)/.builders
 	PIPELINE_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/asan --build-lib $(ASAN_SITE)
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(ASAN_SITE) \
+	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(ASAN_SITE) PIPELINE_SANITIZE=address \
 	$(BIN)/python -P -m pytest -p no:cacheprovider --import-mode=append \
-		tests/unit tests/functional tests/fault/test_receiver_attacks.py
+		tests/unit tests/functional tests/fuzz/test_replay.py tests/fault/test_receiver_attacks.py
+
+# libFuzzer under the same sanitizers, FUZZ_SECONDS on each target (tests/fuzz/README.md). Needs
+# clang, and says so where there is none. make -j2 fuzz runs two at a time.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS := message answer request receiver
+FUZZ_SOURCES := $(wildcard pipeline/*.py pipeline/*/*.py tests/fuzz/*.py tests/fuzz/*.pyx)
+
+.PHONY: fuzz fuzz-merge $(FUZZ_TARGETS:%=fuzz-%)
+
+build/fuzz/.built: $(VENV)/.built $(VENV)/.builders $(SOURCES) $(FUZZ_SOURCES)
+	$(BIN)/python tests/fuzz/fuzz.py build
+
+fuzz: $(FUZZ_TARGETS:%=fuzz-%)
+
+$(FUZZ_TARGETS:%=fuzz-%): fuzz-%: build/fuzz/.built
+	$(BIN)/python tests/fuzz/fuzz.py run $* $(FUZZ_SECONDS)
+
+# Makes the corpus that is checked in anew, of itself and what make fuzz has found.
+fuzz-merge: build/fuzz/.built
+	for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py merge $$target || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin

@@ -5,6 +5,7 @@ Modes are environment variables, so that they work through pip as well:
 PIPELINE_DEBUG=1            -O0 -g3, bounds checks, invariants checked at run time
 PIPELINE_SANITIZE=address   address and undefined-behaviour sanitizers (make asan)
 PIPELINE_SANITIZE=thread    thread sanitizer
+PIPELINE_SANITIZE=fuzzer    address, and what libFuzzer needs; clang only (make fuzz)
 PIPELINE_COVERAGE=1         line tracing
 PIPELINE_ANNOTATE=1         Cython's annotated HTML next to each .pyx
 """
@@ -27,6 +28,10 @@ SANITIZERS = {
     "": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
+    "fuzzer": [
+        "-fsanitize=fuzzer-no-link,address,undefined",
+        "-fno-sanitize-recover=undefined",
+    ],
 }
 if SANITIZE not in SANITIZERS:
     raise SystemExit(f"PIPELINE_SANITIZE={SANITIZE!r}: must be one of {sorted(SANITIZERS)}")

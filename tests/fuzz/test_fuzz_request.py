@@ -1,10 +1,8 @@
 """Whatever the core takes for a plain POST, h11 reads as the very same request.
 
-Invariant: if ``recognise_post`` accepts, then h11, as a server, reads a POST to /raft of HTTP/1.1
-that ends at the same byte, announces the same length in one Content-Length, is not chunked, expects
-nothing, and leaves the connection open. Also: what the core accepts, the checks ahead of h11 in
-``general.py`` accept, and no prefix of a head is accepted. A chunked body, in whatever pieces it
-comes, is read as h11 reads the whole: the same bytes and the same end, or refused.
+Invariant: ``check_request``. Also: what the core accepts, the checks ahead of h11 in ``general.py``
+accept. A chunked body, in whatever pieces it comes, is read as h11 reads the whole: the same bytes
+and the same end, or refused.
 """
 
 from __future__ import annotations
@@ -17,12 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline._receiver import KnownHead, recognise_post
-from pipeline.config import ReceiverConfig
-from pipeline.general import General, Then
-from pipeline.handlers import Handlers
 from pipeline.request_body import RequestBody
-from tests.support.http import CLUSTER_ID, raw_head
-from tests.support.raft import FakeRaft
+from tests.fuzz.oracles import check_request, is_let_through
+from tests.support.http import raw_head
 
 GO = (
     b"POST /raft HTTP/1.1\r\nHost: 127.0.0.1:2380\r\nUser-Agent: Go-http-client/1.1\r\n"
@@ -92,71 +87,9 @@ def generated(draw: st.DrawFn) -> bytes:
     return "".join(part + end for part in [*lines, ""]).encode("utf-8")
 
 
-def check(data: bytes) -> bool:
-    """Check the invariant; whether the core accepts."""
-    result = recognise_post(data)
-    if result is None:
-        return False
-    head_len, length = result
-    assert data[head_len - 4 : head_len] == b"\r\n\r\n"
-    assert recognise_post(data[:head_len]) == result
-    assert recognise_post(data[: head_len - 1]) is None
-
-    body = b"x" * min(length, 3)
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
-    connection.receive_data(data[:head_len] + body)
-    request = connection.next_event()
-    assert isinstance(request, h11.Request)
-    assert (request.method, request.target) == (b"POST", b"/raft")
-    assert request.http_version == b"1.1"
-    headers = [(name.lower(), value) for name, value in request.headers]
-    assert [int(value) for name, value in headers if name == b"content-length"] == [length]
-    assert len([name for name, _ in headers if name == b"host"]) == 1
-    names = {name for name, _ in headers}
-    assert not names & {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"}
-    assert not connection.they_are_waiting_for_100_continue
-    if length > 3:
-        assert connection.their_state is h11.SEND_BODY
-        received = connection.next_event()
-        assert isinstance(received, h11.Data)
-        assert bytes(received.data) == body
-        assert connection.next_event() is h11.NEED_DATA
-    else:
-        if length:
-            received = connection.next_event()
-            assert isinstance(received, h11.Data)
-            assert bytes(received.data) == body
-        assert isinstance(connection.next_event(), h11.EndOfMessage)
-        # Not MUST_CLOSE: the connection is kept.
-        assert connection.their_state is h11.DONE
-    return True
-
-
-def is_let_through(data: bytes) -> bool:
-    """Whether general.py lets the head through to h11 and the handlers."""
-    config = ReceiverConfig(max_head_bytes=32 * 1024, max_body_bytes=1 << 40)
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    heads: list[bytes] = []
-
-    class Budget:
-        def take(self, n: int) -> bool:
-            return True
-
-        def give(self, n: int) -> None:
-            pass
-
-    def learn(head: bytes) -> bool:
-        heads.append(head)
-        return True
-
-    general = General(handlers, config, "test", Budget(), learn)  # type: ignore[arg-type]
-    out, then = general.feed(data)
-    return bool(heads and then is Then.NEXT) or out.startswith((b"HTTP/1.1 412", b"HTTP/1.1 413"))
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_seeds_are_accepted(seed: bytes) -> None:
-    assert check(seed)
+    assert check_request(seed)
     assert is_let_through(seed)
 
 
@@ -166,9 +99,9 @@ def test_no_single_byte_makes_the_core_and_h11_differ(seed: bytes) -> None:
     accepted = 0
     for at in range(end):
         for byte in b"\x00\t\n\r :,+-_019aZ\x7f\x80\xff":
-            accepted += check(seed[:at] + bytes([byte]) + seed[at + 1 :])
-            accepted += check(seed[:at] + bytes([byte]) + seed[at:])
-        accepted += check(seed[:at] + seed[at + 1 :])
+            accepted += check_request(seed[:at] + bytes([byte]) + seed[at + 1 :])
+            accepted += check_request(seed[:at] + bytes([byte]) + seed[at:])
+        accepted += check_request(seed[:at] + seed[at + 1 :])
     assert accepted > 100  # in the values of headers that do not matter
 
 
@@ -182,7 +115,7 @@ def test_no_single_byte_makes_the_core_and_h11_differ(seed: bytes) -> None:
 @example(raw_head("content-length: 5", "x: a\r\n\tb"))
 @example(raw_head("content-length : 5"))
 def test_what_the_core_accepts_h11_reads_the_same_way(data: bytes) -> None:
-    if data and check(data):
+    if data and check_request(data):
         assert is_let_through(data)
 
 

@@ -5,29 +5,14 @@ differences listed at ``explained``; what we write is what protobuf writes when 
 fields of the profile.
 """
 
-import contextlib
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata, _gather
-from pipeline.errors import UnmarshalError
 from pipeline.raftpb import raft_pb2
-
-PROFILES = ["3.5", "3.6", "3.7"]
-SCALARS = {
-    "to": "to",
-    "from_": "from",
-    "term": "term",
-    "log_term": "logTerm",
-    "index": "index",
-    "commit": "commit",
-    "reject": "reject",
-    "reject_hint": "rejectHint",
-}
-ID_LISTS = ["voters", "learners", "voters_outgoing", "learners_next"]
+from tests.fuzz.oracles import ID_LISTS, PROFILES, SCALARS, check_message, from_protobuf
 
 uint64s = st.one_of(
     st.just(0),
@@ -94,37 +79,6 @@ def as_protobuf(message: Message, profile: str) -> raft_pb2.Message:
             getattr(target, name).extend(getattr(state, name))
         put(target, "auto_leave", state.auto_leave, sparse)
     return made
-
-
-def from_protobuf(parsed: raft_pb2.Message) -> Message:
-    """What our decoder should make of it."""
-
-    def payload(part: Any, name: str) -> bytes | None:
-        value: bytes = getattr(part, name)
-        return value if part.HasField(name) else None
-
-    metadata = parsed.snapshot.metadata
-    state = metadata.conf_state
-    return Message(
-        type=parsed.type,
-        **{ours: getattr(parsed, theirs) for ours, theirs in SCALARS.items()},
-        entries=[
-            Entry(type=entry.Type, term=entry.Term, index=entry.Index, data=payload(entry, "Data"))
-            for entry in parsed.entries
-        ],
-        snapshot=Snapshot(
-            data=payload(parsed.snapshot, "data"),
-            metadata=SnapshotMetadata(
-                index=metadata.index,
-                term=metadata.term,
-                conf_state=ConfState(
-                    **{name: getattr(state, name) for name in ID_LISTS},
-                    auto_leave=state.auto_leave,
-                ),
-            ),
-        ),
-        context=payload(parsed, "context"),
-    )
 
 
 @given(messages, st.sampled_from(PROFILES))
@@ -238,13 +192,6 @@ def test_a_soup_of_fields_is_read_as_protobuf_reads_it(data: bytes) -> None:
     assert Message.unmarshal(message.marshal()) == message
 
 
-def unmarshal(data: bytes) -> tuple[Message | None, UnmarshalError | None]:
-    try:
-        return Message.unmarshal(data), None
-    except UnmarshalError as error:
-        return None, error
-
-
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
     """Bytes that were a message until some were changed, put in, or cut off."""
@@ -262,22 +209,6 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-def explained(data: bytes, error: UnmarshalError | None) -> bool:
-    """Tell whether one of the two may refuse what the other reads.
-
-    We refuse a varint whose tenth byte has bits beyond the 64th, as Go does; protobuf drops
-    them. We refuse field number 0 wherever it is, as Go does; protobuf lets it pass in a group
-    it does not know. We skip field 14, `responses`, without looking into it; protobuf looks.
-    We read a tag of any length up to ten bytes, as Go does; protobuf reads up to five.
-    """
-    if error is not None:
-        return error.reason in (
-            "a varint of more than 64 bits",
-            "a field number outside 1..2**29-1",
-        )
-    return b"\x72" in data or b"\xf2\x80" in data or b"\x80\x80\x80\x80" in data
-
-
 @given(damaged())
 @example(b"malformed garbage")
 @example(b"\x10\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f")
@@ -285,22 +216,9 @@ def explained(data: bytes, error: UnmarshalError | None) -> bool:
 @example(b"\x72\x01\x08")
 @example(b"\x90\x80\x80\x80\x80\x00\x05")
 def test_damaged_bytes_are_read_or_refused_as_protobuf_does(data: bytes) -> None:
-    ours, error = unmarshal(data)
-    theirs = None
-    with contextlib.suppress(DecodeError):
-        theirs = raft_pb2.Message.FromString(data)
-    if ours is not None and theirs is not None:
-        assert ours == from_protobuf(theirs)
-    elif ours is not None or theirs is not None:
-        assert explained(data, error)
+    check_message(data)
 
 
 @given(st.binary(max_size=64))
 def test_any_bytes_at_all_are_read_or_refused(data: bytes) -> None:
-    message, error = unmarshal(data)
-    if error is not None:
-        assert 0 <= error.offset <= len(data)
-        assert error.field.split(".")[0] == "Message"
-    if message is not None:
-        for profile in PROFILES:
-            assert Message.unmarshal(message.marshal(profile)) == message
+    check_message(data)

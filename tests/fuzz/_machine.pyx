@@ -1,0 +1,225 @@
+"""A receiver without threads: whoever holds the machine takes each of their steps, on its clock.
+
+The machine runs a receiver's loop turn by turn and serves its requests one by one, in any order
+that threads might come to. Its clock can be put forward, and the loop never waits. It is compiled
+by ``build.py``, with the headers of the package that is installed: tests only.
+"""
+
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc
+
+from pipeline._conn cimport (
+    CONN_BODY, CONN_CLOSED, CONN_HANDLED, QUEUE_STRANGERS, answer_204_t, conn_t, handler_t,
+    server_t, server_take,
+)
+from pipeline._receiver cimport Receiver
+from pipeline._server cimport (
+    server_add_handler, server_end, server_remove_handler, server_resume_accept,
+    server_signal_handlers, server_turn,
+)
+from pipeline._sync cimport clock_ns, store_int
+from pipeline._turns cimport LANES
+
+cdef extern from * nogil:
+    """
+    #include <netinet/in.h>
+    #include <sys/epoll.h>
+    #include <sys/socket.h>
+    #include <time.h>
+
+    /* The linker leads this module's calls here (--wrap, see build.py): of what the loop uses of
+       the system, the clock, the wait and the address of a caller are the machine's. */
+    static long long machine_ahead_ns;
+
+    int __real_clock_gettime(clockid_t, struct timespec *);
+
+    int __real_accept4(int, struct sockaddr *, socklen_t *, int);
+    int __real_epoll_wait(int, struct epoll_event *, int, int);
+
+    int __wrap_clock_gettime(clockid_t clock, struct timespec *now) {
+        int result = __real_clock_gettime(clock, now);
+        long long ns = now->tv_nsec + machine_ahead_ns % 1000000000;
+        now->tv_sec += machine_ahead_ns / 1000000000 + ns / 1000000000;
+        now->tv_nsec = ns % 1000000000;
+        return result;
+    }
+
+    int __wrap_epoll_wait(int fd, struct epoll_event *events, int n, int timeout_ms) {
+        (void)timeout_ms;
+        return __real_epoll_wait(fd, events, n, 0);
+    }
+
+    int __wrap_accept4(int fd, struct sockaddr *address, socklen_t *size, int flags) {
+        struct sockaddr_in *caller = (struct sockaddr_in *)address;
+        socklen_t room = *size;
+        /* A few answers that nobody reads are to fill it. */
+        int few = 1;
+        int accepted = __real_accept4(fd, address, size, flags);
+        if (accepted >= 0 && room >= sizeof(*caller)) {
+            setsockopt(accepted, SOL_SOCKET, SO_SNDBUF, &few, sizeof(few));
+            *caller = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(40000)};
+            caller->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+            *size = sizeof(*caller);
+        }
+        return accepted;
+    }
+    """
+    int64_t machine_ahead_ns        # of the clock of the extensions, which cannot be put forward
+
+cdef enum:
+    MAX_DEPTH = 8
+
+
+cdef class Machine:
+    """A receiver that listens on ``listening``, which becomes its own, and does nothing by itself.
+
+    Its owner calls ``end`` before it lets go of it.
+    """
+
+    cdef Receiver receiver
+    cdef handler_t handlers[MAX_DEPTH]
+    cdef int n_handlers
+    cdef int depth              # handler threads that are in ``serve``
+    cdef bint is_general_busy
+    cdef answer_204_t answer
+
+    def __init__(self, Receiver receiver not None, int listening, int handlers):
+        cdef server_t* server = &receiver.server
+        cdef int i
+        global machine_ahead_ns
+        machine_ahead_ns = 0
+        self.receiver = receiver
+        server.listening = <int*>calloc(1, sizeof(int))
+        if server.listening is NULL:
+            raise MemoryError
+        server.listening[0] = listening
+        server.n_listening = server.n_plain = 1
+        server.now_ns = clock_ns()
+        server.is_led = True
+        self.n_handlers = min(handlers, <int>MAX_DEPTH)
+        for i in range(self.n_handlers):
+            server_add_handler(server, &self.handlers[i])
+            self.handlers[i].is_waiting = True
+        self.answer = server.answer_204
+        self.answer.second = 0
+        server_resume_accept(server)
+
+    def turn(self):
+        """Take a turn of the loop, as its native thread does; False once the loop has ended."""
+        cdef server_t* server = &self.receiver.server
+        if server.is_ended:
+            return False
+        if not server_turn(server):
+            server_end(server)
+            return False
+        if server.has_queued:
+            server_signal_handlers(server, False)
+        server.has_signalled = False
+        return True
+
+    def advance(self, int64_t ns):
+        """Let time pass."""
+        global machine_ahead_ns
+        machine_ahead_ns += ns
+
+    def lead(self, bint is_led):
+        """Tell whether a thread is in the loop: if not, a handler thread answers by itself."""
+        store_int(&self.receiver.server.is_led, is_led)
+
+    def serve(self, bint is_general):
+        """Serve one request, as a thread of this kind does; False when none waits.
+
+        May be called from within ``process``, as another handler thread.
+        """
+        cdef server_t* server = &self.receiver.server
+        cdef handler_t* handler = NULL
+        cdef conn_t* conn
+        if self.is_general_busy if is_general else self.depth == self.n_handlers:
+            return False
+        conn = server_take(server, is_general)
+        if conn is NULL and is_general and server.queues[QUEUE_STRANGERS].head is not NULL:
+            self.advance(max(server.strangers_at_ns - clock_ns(), 0))   # as their thread waits
+            conn = server_take(server, is_general)
+        if conn is NULL:
+            return False
+        if is_general:
+            self.is_general_busy = True
+        else:
+            handler = &self.handlers[self.depth]
+            handler.is_waiting = False
+            self.depth += 1
+        try:
+            self.receiver.serve_request(conn, handler, NULL if is_general else &self.answer)
+        finally:
+            if is_general:
+                self.is_general_busy = False
+            else:
+                self.depth -= 1
+                handler.is_waiting = True
+        return True
+
+    def stop(self, int how):
+        """Have the loop stop: 1 lets requests end, 2 does not wait for them."""
+        store_int(&self.receiver.server.is_stopping, how)
+
+    def end(self):
+        """End the loop, whatever it is at, and see that nothing is left of any connection."""
+        cdef server_t* server = &self.receiver.server
+        cdef int i
+        self.stop(2)
+        while self.turn():
+            pass
+        for i in range(self.n_handlers):
+            server_remove_handler(server, &self.handlers[i])
+        # What was with Python when the loop ended refers to the receiver.
+        self.receiver.generals.clear()
+        assert server.live == 0, f"{server.live} connections were never freed"
+        assert server.busy == 0
+        for i in range(LANES):
+            assert server.at_work[i] == 0
+
+    def check(self):
+        """See that the loop's books are right, between two steps of it."""
+        cdef server_t* server = &self.receiver.server
+        cdef conn_t* conn = server.oldest
+        cdef conn_t* previous = NULL
+        cdef int64_t buffered = 0, held = 0, handled = 0
+        cdef int listed = 0, connected = 0
+        if server.is_ended:
+            return
+        while conn is not NULL:
+            assert conn.previous is previous
+            assert conn.server is server
+            assert conn.state != CONN_CLOSED
+            listed += 1
+            connected += conn.fd >= 0
+            handled += conn.state == CONN_HANDLED
+            held += conn.held_bytes
+            if conn.state == CONN_BODY:
+                buffered += <int64_t>conn.request.body.len
+                assert conn.request.body.len < conn.request.body.size
+            previous = conn
+            conn = conn.next
+        assert server.newest is previous
+        assert connected <= <int>server.counts.connections <= listed
+        assert listed <= server.live
+        assert handled == server.handled
+        assert buffered == server.buffered_bytes, (buffered, server.buffered_bytes)
+        assert held == server.held_bytes, (held, server.held_bytes)
+        assert <int>server.counts.connections <= server.limits.max_connections
+
+    @property
+    def is_quiet(self):
+        """Whether nothing is left to do until bytes come or time passes."""
+        cdef server_t* server = &self.receiver.server
+        return server.runnable.head is NULL and server.bulk.head is NULL \
+            and server.returned is NULL and server.handled == 0
+
+    def describe(self):
+        """Return of each connection its state, then, has_event and bytes to write, for people."""
+        cdef conn_t* conn = self.receiver.server.oldest
+        found = []
+        while conn is not NULL:
+            found.append((conn.state, conn.then, conn.has_event, conn.answer_len - conn.answer_at))
+            conn = conn.next
+        return found

@@ -1,0 +1,273 @@
+"""What our parsers are held to: protobuf, http.client and h11 on the same bytes.
+
+For the tests of hypothesis and for libFuzzer (README.md). Each check raises when the two differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+from array import array
+from typing import Any
+
+import h11
+from google.protobuf.message import DecodeError
+
+from pipeline._core import recognise_204
+from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
+from pipeline._receiver import recognise_post
+from pipeline.config import ReceiverConfig
+from pipeline.errors import UnmarshalError
+from pipeline.general import General, Then
+from pipeline.handlers import Handlers
+from pipeline.raftpb import raft_pb2
+from tests.support.http import CLUSTER_ID
+from tests.support.raft import FakeRaft
+
+PROFILES = ["3.5", "3.6", "3.7"]
+SCALARS = {
+    "to": "to",
+    "from_": "from",
+    "term": "term",
+    "log_term": "logTerm",
+    "index": "index",
+    "commit": "commit",
+    "reject": "reject",
+    "reject_hint": "rejectHint",
+}
+ID_LISTS = ["voters", "learners", "voters_outgoing", "learners_next"]
+
+
+def exact(data: bytes) -> array[int]:
+    """Copy to memory that ends with the last byte, so that a sanitizer sees one read too many.
+
+    A bytes object has a zero behind its last byte.
+    """
+    return array("B", data)
+
+
+def from_protobuf(parsed: raft_pb2.Message) -> Message:
+    """What our decoder should make of it."""
+
+    def payload(part: Any, name: str) -> bytes | None:
+        value: bytes = getattr(part, name)
+        return value if part.HasField(name) else None
+
+    metadata = parsed.snapshot.metadata
+    state = metadata.conf_state
+    return Message(
+        type=parsed.type,
+        **{ours: getattr(parsed, theirs) for ours, theirs in SCALARS.items()},
+        entries=[
+            Entry(type=entry.Type, term=entry.Term, index=entry.Index, data=payload(entry, "Data"))
+            for entry in parsed.entries
+        ],
+        snapshot=Snapshot(
+            data=payload(parsed.snapshot, "data"),
+            metadata=SnapshotMetadata(
+                index=metadata.index,
+                term=metadata.term,
+                conf_state=ConfState(
+                    **{name: getattr(state, name) for name in ID_LISTS},
+                    auto_leave=state.auto_leave,
+                ),
+            ),
+        ),
+        context=payload(parsed, "context"),
+    )
+
+
+def unmarshal(data: bytes) -> tuple[Message | None, UnmarshalError | None]:
+    """Read a message as the core does, or hear why it cannot."""
+    try:
+        return Message.unmarshal(exact(data)), None
+    except UnmarshalError as error:
+        return None, error
+
+
+def explained(data: bytes, error: UnmarshalError | None) -> bool:
+    """Tell whether one of the two may refuse what the other reads.
+
+    We refuse a varint whose tenth byte has bits beyond the 64th, as Go does; protobuf drops
+    them. We refuse field number 0 wherever it is, as Go does; protobuf lets it pass in a group
+    it does not know. The other way round: ``is_beyond_protobuf``.
+    """
+    if error is not None:
+        return error.reason in (
+            "a varint of more than 64 bits",
+            "a field number outside 1..2**29-1",
+        )
+    return is_beyond_protobuf(data)
+
+
+#: Fields that hold messages, and which: of Message, Entry, Snapshot, SnapshotMetadata, ConfState.
+_NESTED: dict[str, dict[int, str]] = {
+    "message": {7: "entry", 9: "snapshot"},
+    "entry": {},
+    "snapshot": {2: "metadata"},
+    "metadata": {1: "conf_state"},
+    "conf_state": {},
+}
+
+
+def is_beyond_protobuf(data: bytes, scope: str = "message") -> bool:
+    """Tell whether what we can read has something that protobuf may not.
+
+    We read a tag of any length up to ten bytes, as Go does; protobuf reads up to five. We skip
+    field 14, ``responses``, without looking into it; protobuf looks.
+    """
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            value |= (data[at] & 0x7F) << shift
+            shift += 7
+            at += 1
+            if data[at - 1] < 0x80:
+                return value, at
+
+    at = groups = 0
+    while at < len(data):
+        tag, begin = varint(at)
+        if begin - at > 5:
+            return True
+        at = begin
+        match tag & 7:
+            case 0:
+                _, at = varint(at)
+            case 1 | 5 as kind:
+                at += 8 if kind == 1 else 4
+            case 2:
+                length, at = varint(at)
+                field = tag >> 3
+                if groups == 0 and scope == "message" and field == 14:
+                    return True
+                nested = None if groups else _NESTED[scope].get(field)
+                if nested is not None and is_beyond_protobuf(data[at : at + length], nested):
+                    return True
+                at += length
+            case 3:
+                groups += 1
+            case 4:
+                groups -= 1
+    return False
+
+
+def check_message(data: bytes) -> None:
+    """Check that protobuf reads what we read, and as the same message, and refuses what we refuse,
+    but for what is ``explained``; that an error says where; and that we read what we write.
+    """
+    ours, error = unmarshal(data)
+    theirs = None
+    with contextlib.suppress(DecodeError):
+        theirs = raft_pb2.Message.FromString(data)
+    if ours is not None and theirs is not None:
+        assert ours == from_protobuf(theirs)
+    elif ours is not None or theirs is not None:
+        assert explained(data, error)
+    if error is not None:
+        assert 0 <= error.offset <= len(data)
+        assert error.field.split(".")[0] == "Message"
+    if ours is not None:
+        for profile in PROFILES:
+            assert Message.unmarshal(ours.marshal(profile)) == ours
+
+
+class Source:
+    """As much of a socket as HTTPResponse asks for."""
+
+    def __init__(self, data: bytes) -> None:
+        self.file = io.BytesIO(data)
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return self.file
+
+
+def check_answer(data: bytes) -> int:
+    """Check that http.client reads what the core recognises as the core does: a 204 that ends at
+    the same byte, has no body and keeps the connection. Returns what the core says of it.
+    """
+    end = recognise_204(exact(data))
+    assert -1 <= end <= len(data)
+    if end <= 0:
+        return end
+    source = Source(data)
+    response = http.client.HTTPResponse(source, method="POST")  # type: ignore[arg-type]
+    response.begin()
+    assert response.status == 204
+    assert response.version == 11
+    assert source.file.tell() == end
+    assert not response.will_close
+    assert response.read() == b""
+    assert not response.chunked
+    # What comes behind it changes nothing about it, and without its last byte it is not whole.
+    assert recognise_204(exact(data[:end])) == end
+    assert recognise_204(exact(data[: end - 1])) == 0
+    return end
+
+
+def check_request(data: bytes) -> bool:
+    """Check that h11, as a server, reads what the core recognises as the core does: a POST to /raft
+    of HTTP/1.1 that ends at the same byte, announces the same length in one Content-Length, is not
+    chunked, expects nothing, and leaves the connection open. Returns whether the core recognises
+    it.
+    """
+    result = recognise_post(exact(data))
+    if result is None:
+        return False
+    head_len, length = result
+    assert data[head_len - 4 : head_len] == b"\r\n\r\n"
+    assert recognise_post(exact(data[:head_len])) == result
+    assert recognise_post(exact(data[: head_len - 1])) is None
+
+    body = b"x" * min(length, 3)
+    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
+    connection.receive_data(data[:head_len] + body)
+    request = connection.next_event()
+    assert isinstance(request, h11.Request)
+    assert (request.method, request.target) == (b"POST", b"/raft")
+    assert request.http_version == b"1.1"
+    headers = [(name.lower(), value) for name, value in request.headers]
+    assert [int(value) for name, value in headers if name == b"content-length"] == [length]
+    assert len([name for name, _ in headers if name == b"host"]) == 1
+    names = {name for name, _ in headers}
+    assert not names & {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade"}
+    assert not connection.they_are_waiting_for_100_continue
+    if length > 3:
+        assert connection.their_state is h11.SEND_BODY
+        received = connection.next_event()
+        assert isinstance(received, h11.Data)
+        assert bytes(received.data) == body
+        assert connection.next_event() is h11.NEED_DATA
+    else:
+        if length:
+            received = connection.next_event()
+            assert isinstance(received, h11.Data)
+            assert bytes(received.data) == body
+        assert isinstance(connection.next_event(), h11.EndOfMessage)
+        # Not MUST_CLOSE: the connection is kept.
+        assert connection.their_state is h11.DONE
+    return True
+
+
+def is_let_through(data: bytes) -> bool:
+    """Tell whether the checks ahead of h11 in general.py let a head through to the handlers."""
+    config = ReceiverConfig(max_head_bytes=32 * 1024, max_body_bytes=1 << 40)
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    heads: list[bytes] = []
+
+    class Budget:
+        def take(self, n: int) -> bool:
+            return True
+
+        def give(self, n: int) -> None:
+            pass
+
+    def learn(head: bytes, sender: int) -> bool:
+        heads.append(head)
+        return True
+
+    general = General(handlers, config, "test", Budget(), learn)  # type: ignore[arg-type]
+    out, then = general.feed(data)
+    return bool(heads and then is Then.NEXT) or out.startswith((b"HTTP/1.1 412", b"HTTP/1.1 413"))
