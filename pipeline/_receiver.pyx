@@ -441,7 +441,7 @@ cdef class Receiver:
             logger.exception("internal error, please report: a connection is closed")
             general = self.generals.pop(conn.id, None)
             if general is not None:
-                general.close()
+                logger.survive("what a connection held is not counted back", general.close)
             conn.then = THEN_CLOSE
         if forks != n_forks:
             return False

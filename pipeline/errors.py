@@ -45,7 +45,7 @@ def _rebuild(
 
 
 class UsageError(PipelineError, ValueError):
-    """The caller is wrong: a bad URL, a bad setting, ``send`` before ``start``.
+    """The caller is wrong: a bad URL, a bad setting, ``send`` before ``start`` or after ``stop``.
 
     The text names the argument, its value and the rule it breaks.
     """

@@ -242,11 +242,13 @@ class SnapshotTransfer:
         PostError
             If the peer or the network is at fault; see its subclasses.
         SnapshotSourceError
-            If the source raised, or is not as long as declared.
+            If the source raised, cannot be read, or is not as long as declared.
         SnapshotCancelledError
             If it was cancelled, stopped or superseded.
         MemberNotFoundError
             If it is for no peer.
+        InternalError
+            If we are at fault.
         TimeoutError
             If it has not ended after ``timeout`` seconds.
         """

@@ -209,6 +209,7 @@ class Cluster:
             member.start()
         self.etcd.start()
         self.etcd.wait_ready(TIMEOUT_S)
+        wait_until(lambda: all(member.reports() for member in self.ours), "all of ours report")
 
     def stop(self) -> None:
         """End all processes, in whatever state they are."""

@@ -370,12 +370,13 @@ def test_chunked_bodies_together_stay_within_the_budget() -> None:
             assert read_status(sock) == 204
 
 
-def drip(sock: socket.socket, parts: list[bytes], every_s: float) -> None:
-    """Send ``parts`` one by one until there is an answer."""
+def drip(sock: socket.socket, parts: list[bytes], every_s: float) -> bool:
+    """Send ``parts`` one by one until there is an answer; False if there was none."""
     for part in parts:
         sock.sendall(part)
         if select.select([sock], [], [], every_s)[0]:
-            return
+            return True
+    return False
 
 
 DRIPS = {
@@ -398,7 +399,7 @@ def test_a_body_that_drips_is_ended(framing: str) -> None:
         dial(listener.url) as sock,
     ):
         sock.sendall(head)
-        drip(sock, [part] * int(LONG_TIMEOUT / 0.02), every_s=0.02)
+        assert drip(sock, [part] * int(LONG_TIMEOUT / 0.02), every_s=0.02)
         assert read_status(sock) == 400
         assert listener.stats().body_timeouts == 1
     assert (raft.processed, handlers.received_failures) == ([], 1)

@@ -410,15 +410,19 @@ def test_a_wrong_cluster_id_is_refused_on_both_sides(
         cluster.stop()
 
 
-def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster) -> None:
+def cluster_version(cluster: Cluster) -> str:
+    """Return the version that etcd has raised the cluster to."""
     url = f"{cluster.etcd.client_url}/version"
+    return str(urllib3.request("GET", url).json()["etcdcluster"])
+
+
+def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster) -> None:
     claimed = cluster.config.server_version
     assert claimed.rpartition(".")[0] == cluster.etcd.version.rpartition(".")[0]
-
-    def is_raised() -> bool:
-        return bool(urllib3.request("GET", url).json()["etcdcluster"] == claimed)
-
-    wait_until(is_raised, "the cluster's version is that of its members")
+    wait_until(
+        lambda: cluster_version(cluster) == claimed,
+        "the cluster's version is that of its members",
+    )
     assert "failed to get version" not in cluster.etcd.log_tail(100_000)
 
 

@@ -9,6 +9,8 @@ from pipeline.asgi import ASGIApp
 
 def serve(raft: Raft) -> ASGIApp:
     receiver = ReceiverConfig(handlers=8, max_body_bytes=8 << 20, snapshot_dir=Path("snap"))
+    ReceiverConfig(snapshot_dir=b"snap")
+    ReceiverConfig(snapshot_dir=5)  # type: ignore[arg-type]
     config = TransportConfig(receiver=receiver)
     transport = Transport(1, 0x77, raft, config=config)
     transport.start()

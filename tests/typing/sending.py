@@ -1,5 +1,7 @@
 """Sending: settings, a Transport and its peers, a Pipeline on its own, statistics, errors."""
 
+import array
+import mmap
 from pathlib import Path
 from typing import assert_type
 
@@ -50,6 +52,7 @@ def through_a_transport(raft: Raft, message: Message) -> int:
         transport.send(message)  # type: ignore[arg-type]
         transport.send([b"bytes"])  # type: ignore[list-item]
         assert_type(transport.stats(), dict[int, PipelineStats])
+        assert_type(transport.peer_stats()[2].server_version, str | None)
         assert_type(transport.follower_stats(), dict[int, FollowerStats])
         assert_type(transport.active_since(2), float | None)
         assert_type(transport.active_peers(), int)
@@ -70,6 +73,9 @@ def a_snapshot(transport: Transport, message: Message, path: Path) -> None:
     with path.open("rb") as file:
         transport.send_snapshot(message, file)
     transport.send_snapshot(message, (bytes(10) for _ in range(3)), size=30)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        transport.send_snapshot(message, mapping)
+    transport.send_snapshot(message, array.array("d", [1.0]))
     transport.send_snapshot(message, 5)  # type: ignore[arg-type]
     transport.set_snapshot_rate_limit(None)
 

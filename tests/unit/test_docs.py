@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline import PipelineConfig, ReceiverConfig, TransportConfig
+from pipeline import (
+    PeerStats,
+    PipelineConfig,
+    PipelineStats,
+    ProbeStats,
+    ReceiverConfig,
+    TransportConfig,
+    TransportStats,
+)
+from pipeline._receiver import ReceiverStats
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -226,3 +235,31 @@ def test_operations_md_shows_every_warning_and_error() -> None:
                         path.name,
                         argument.value,
                     )
+
+
+def test_the_signs_of_operations_md_are_numbers_there_are() -> None:
+    kinds = (PipelineStats, TransportStats, PeerStats, ProbeStats, ReceiverStats)
+    fields = {field for kind in kinds for field in kind._fields}
+    section = OPERATIONS.read_text().partition("## What the log says")[0]
+    signs = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    assert len(signs) > 15
+    for sign in signs:
+        first = re.findall(r"`([a-z_]+)`", sign)[0]
+        assert first in fields, sign
+        for call in re.findall(r"`(?:Transport\.)?([a-z_]+)\(\)`", sign):
+            assert callable(getattr(pipeline.Transport, call)), sign
+
+
+def test_the_reasons_of_operations_md_are_those_the_code_gives() -> None:
+    (paragraph,) = re.findall(
+        r"^Reasons: (.*?)\n\n", OPERATIONS.read_text(), re.MULTILINE | re.DOTALL
+    )
+    reasons = re.findall(r"`([^`]+)`", paragraph.replace("\n", " "))
+    assert len(reasons) >= 8
+    source = "".join(
+        path.read_text()
+        for path in sorted((ROOT / "pipeline").rglob("*.py*"))
+        if path.suffix != ".pyc"
+    )
+    for reason in reasons:
+        assert f'"{reason}' in source or reason == "Connection refused", reason
