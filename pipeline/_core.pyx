@@ -26,14 +26,14 @@ from pipeline._loop cimport (
     loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop, pipe_free, pipe_init,
 )
 from pipeline._pipe cimport (
-    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
+    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED,
-    EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED,
+    EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED,
     EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
-    OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTING, SEAL_NONE, SEAL_READING,
+    OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTED, SEAL_NONE, SEAL_READING,
     SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_queue_chores, loop_t,
     loop_wake, pipe_begin_stop, pipe_count, pipe_count_taken, pipe_offer, pipe_retire_connections,
-    pipe_t, worker_t,
+    pipe_t, worker_t, worker_to_python,
 )
 from pipeline._worker cimport worker_give_back, worker_may_retry, worker_take_sealed
 from pipeline._messages cimport (
@@ -81,7 +81,7 @@ class Event(enum.IntEnum):
     """Why the loop hands a worker to the dispatcher (``_pipe.pxd``, EVENT_*)."""
 
     CONNECT = EVENT_CONNECT
-    CONNECT_FAILED = EVENT_CONNECT_FAILED
+    DIALLED = EVENT_DIALLED
     ANSWER = EVENT_ANSWER
     FAILED = EVENT_FAILED
     SUCCEEDED = EVENT_SUCCEEDED
@@ -108,7 +108,6 @@ cdef dict REASONS = {
     ERROR_CLOSED: "connection closed by the peer before it answered",
     ERROR_RESPONSE_TIMEOUT: "no answer within the response timeout",
     ERROR_STALLED: "stalled: no byte could be written within the stall timeout",
-    ERROR_DIAL_TIMEOUT: "dial timeout",
     ERROR_STOPPED: "stopped",
     ERROR_DEAD_LINK: "dead link: the peer acknowledges nothing",
     ERROR_HANDSHAKE_TIMEOUT: "not done within its timeout",
@@ -811,18 +810,25 @@ cdef class Sender:
         """Tell whether the worker has a message; it comes without one from an idle connection."""
         return self.worker(index).job is not NULL
 
-    def connect(self, int index, int fd, bytes head, double timeout_s, *, bint is_sealed=False):
-        """Give the worker a connecting socket and the request head for it.
+    def dialled(self, int index):
+        """Have a dispatcher thread go on with the worker, whose dial has ended. Any thread.
+
+        The one that has begun the dial let go of the worker with that.
+        """
+        cdef worker_t* worker = self.worker(index)
+        with nogil:
+            # The loop may hold the events' lock for a moment. Only C state is touched.
+            worker_to_python(worker, EVENT_DIALLED, 0)
+
+    def connect(self, int index, int fd, bytes head, *, bint is_sealed=False):
+        """Give the worker a connected socket and the request head for it.
 
         Parameters
         ----------
         fd : int
-            A non-blocking socket with a connect() under way or done. Borrowed: it stays open until
-            the worker comes back to Python.
+            A non-blocking socket. Borrowed: it stays open until the worker comes back to Python.
         head : bytes
             The request head up to and with ``Content-Length: ``.
-        timeout_s : float
-            What is left of the dial timeout.
         is_sealed : bool
             Whether the connection is to carry TLS.
         """
@@ -838,7 +844,7 @@ cdef class Sender:
         worker.head_for = <size_t>-1
         worker.known_len = 0
         worker.fd = fd
-        worker.seal = SEAL_CONNECTING if is_sealed else SEAL_NONE
+        worker.seal = SEAL_CONNECTED if is_sealed else SEAL_NONE
         worker.sealed = NULL
         worker.sealed_len = worker.sealed_written = 0
         worker.is_odd = False
@@ -846,7 +852,6 @@ cdef class Sender:
         worker.is_reused = False
         worker.is_ended = False
         worker.last_used_ns = clock_ns()
-        worker.deadline_ns = worker.last_used_ns + <int64_t>(timeout_s * 1e9)
 
     def disconnect(self, int index):
         """Take the worker's socket away; the caller closes it, and may go on to dial another.

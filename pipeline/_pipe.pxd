@@ -59,7 +59,6 @@ cdef enum:
 
 cdef enum:
     WORKER_IDLE = 0         # on the idle stack; may hold a connection
-    WORKER_CONNECTING       # a connect() is under way
     WORKER_WRITING
     WORKER_READING          # written; waits for the answer
     WORKER_PYTHON           # an event is queued or being handled: hands off
@@ -68,7 +67,7 @@ cdef enum:
 cdef enum:
     EVENT_NONE = 0
     EVENT_CONNECT           # a job needs a connection; one still held must be closed first
-    EVENT_CONNECT_FAILED    # error says why; there may be another address
+    EVENT_DIALLED           # Python's own: the dial it was asked for has ended
     EVENT_ANSWER            # an answer that http.client has to judge
     EVENT_FAILED            # error says why
     EVENT_SUCCEEDED         # 204, and Python has to hear of it
@@ -83,16 +82,15 @@ cdef enum:
     ERROR_CLOSED = -1       # end of stream where an answer was due
     ERROR_RESPONSE_TIMEOUT = -2
     ERROR_STALLED = -3
-    ERROR_DIAL_TIMEOUT = -4
-    ERROR_STOPPED = -5
-    ERROR_DEAD_LINK = -6    # what was sent is not acknowledged
-    ERROR_HANDSHAKE_TIMEOUT = -7
+    ERROR_STOPPED = -4
+    ERROR_DEAD_LINK = -5    # what was sent is not acknowledged
+    ERROR_HANDSHAKE_TIMEOUT = -6
 
 # How far a connection that carries TLS has come. The loop does its I/O and keeps its deadlines;
 # Python turns plaintext into ciphertext and back, one visit per piece written or read.
 cdef enum:
     SEAL_NONE = 0           # it carries plain HTTP
-    SEAL_CONNECTING
+    SEAL_CONNECTED          # the handshake is to begin
     SEAL_HANDSHAKE
     SEAL_WRITING            # a request
     SEAL_READING            # the answer; also between two requests

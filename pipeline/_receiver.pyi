@@ -1,6 +1,5 @@
 """The typed face of ``_receiver.pyx``; checked by stubtest."""
 
-import socket
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +12,7 @@ from pipeline.handlers import Handlers
 from pipeline.snapshot_connections import Connection
 from pipeline.tls import Credentials
 
-__all__ = ["OwnSocket", "Receiver", "ReceiverStats", "open_socket", "recognise_post"]
-
-class OwnSocket(socket.socket):
-    def forget_after_fork(self) -> None: ...
-
-def open_socket(family: int, kind: int, protocol: int) -> OwnSocket: ...
+__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 
 class ReceiverStats(NamedTuple):
     accepted: int

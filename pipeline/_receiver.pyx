@@ -18,9 +18,7 @@ from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
-from pipeline._descriptors cimport (
-    descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
-)
+from pipeline._descriptors cimport descriptors_shut
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
@@ -35,24 +33,25 @@ from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
     server_retire_soon, server_start, server_stop, server_wait,
 )
-from pipeline._sync cimport socket as c_socket
+from pipeline._sockets cimport own_descriptors
 from pipeline._sync cimport (
-    MADV_HUGEPAGE, SOCK_CLOEXEC, SOCK_NONBLOCK, add_int, clock_ns, deadline_timespec, errno,
-    madvise, pthread_cond_timedwait, pthread_join, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_trylock, pthread_mutex_unlock, store_int, timespec,
+    MADV_HUGEPAGE, add_int, clock_ns, deadline_timespec, madvise, pthread_cond_timedwait,
+    pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
+    timespec,
 )
 
 import os
 import socket
 from typing import NamedTuple
 
+from pipeline._sockets import OwnSocket
 from pipeline.general import BodyBudget, General, render
 from pipeline.handlers import Request
 from pipeline.logs import get_logger
 from pipeline.names import show_address
 from pipeline.sealed import Sealed, SealedServer
 
-__all__ = ["OwnSocket", "Receiver", "ReceiverStats", "open_socket", "recognise_post"]
+__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 
 logger = get_logger("pipeline.listener")
 
@@ -61,70 +60,17 @@ cdef enum:
     BODY_STEP_BYTES = 1 << 20
 
 
-# What all receivers of the process have open, and what a forked child closes.
-cdef descriptors_t descriptors
-pthread_mutex_init(&descriptors.lock, NULL)
-
 # How often this process was forked from one that had the module: a thread that came here with its
 # stack in the middle of a request is not to go on with it.
 cdef int n_forks = 0
 
 
-def _before_fork():
-    with nogil:
-        # A descriptor is being made or closed. Only C state is touched.
-        pthread_mutex_lock(&descriptors.lock)
-
-
-def _after_fork_in_parent():
-    pthread_mutex_unlock(&descriptors.lock)
-
-
 def _after_fork_in_child():
     global n_forks
     n_forks += 1
-    descriptors_forked(&descriptors)
 
 
-# Before the listeners' own: they find their descriptors closed.
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
-                    after_in_child=_after_fork_in_child)
-
-
-class OwnSocket(socket.socket):
-    """A socket of the receiving side, whose descriptor a forked child closes.
-
-    To close it ends the connection, or listening, whoever has a copy of the descriptor.
-    """
-
-    __slots__ = ()
-
-    def close(self):
-        """Shut the socket and close its descriptor."""
-        cdef int fd = self.detach()
-        if fd >= 0:
-            with nogil:
-                # A fork may be under way. Only C state is touched.
-                descriptors_shut(&descriptors, fd)
-
-    def forget_after_fork(self):
-        """In a forked child, where the descriptor is closed already."""
-        self.detach()
-
-
-def open_socket(int family, int kind, int protocol):
-    """Make a socket that does not block: an OwnSocket. Raises ``OSError``."""
-    cdef int fd, error
-    with nogil:
-        # A fork may be under way. Only C state is touched.
-        pthread_mutex_lock(&descriptors.lock)
-        fd = descriptors_add(
-            &descriptors, c_socket(family, kind | SOCK_CLOEXEC | SOCK_NONBLOCK, protocol))
-        error = errno
-        pthread_mutex_unlock(&descriptors.lock)
-    if fd < 0:
-        raise OSError(error, os.strerror(error))
-    return OwnSocket(family, kind, protocol, fileno=fd)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class ReceiverStats(NamedTuple):
@@ -284,7 +230,7 @@ cdef class Receiver:
         limits.handshake_timeout_ns = <int64_t>(config.handshake_timeout_s * 1e9)
         if len(fixed) + 64 > ANSWER_204_MAX:
             raise ValueError("cluster_header: too long")
-        error = server_init(&self.server, &limits, &descriptors)
+        error = server_init(&self.server, &limits, own_descriptors())
         if error != 0:
             raise OSError(error, os.strerror(error))
         self.is_made = True
@@ -592,7 +538,7 @@ cdef class Receiver:
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
             if fd >= 0:
-                descriptors_shut(&descriptors, fd)
+                descriptors_shut(own_descriptors(), fd)
             if connection is not None:
                 connection.close()
             self.take(None, general)

@@ -119,7 +119,6 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_DONTWAIT
         MSG_PEEK
         SOL_SOCKET
-        SO_ERROR
         SO_SNDBUF
         SOCK_CLOEXEC
         SOCK_NONBLOCK

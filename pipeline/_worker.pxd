@@ -13,20 +13,20 @@ from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
 )
 from pipeline._pipe cimport (
-    ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_DIAL_TIMEOUT, ERROR_HANDSHAKE_TIMEOUT,
+    ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED,
-    EVENT_CONNECT, EVENT_CONNECT_FAILED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL,
+    EVENT_CONNECT, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL,
     EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LINK_ANSWER_MS,
     LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US, OUTCOME_SENT,
-    SEAL_CONNECTING, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
-    TYPE_PROP, TYPE_SNAP, WORKER_CONNECTING, WORKER_IDLE, WORKER_READING, WORKER_WRITING, job_t,
+    SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
+    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, job_t,
     loop_add_runnable, loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire,
     pipe_t, pipe_take, push_returned, worker_retire, worker_t, worker_to_python,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
     EPOLLRDHUP, EPOLL_CTL_ADD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET,
-    SO_ERROR, SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, load_int,
+    SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, load_int,
     msghdr, pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t,
     tcp_info,
 )
@@ -85,9 +85,7 @@ cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
 
 cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
     """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good."""
-    if worker.state == WORKER_CONNECTING:
-        worker_to_python(worker, EVENT_CONNECT_FAILED, error)
-    elif worker.answer_len == 0 and worker_may_retry(worker, error):
+    if worker.answer_len == 0 and worker_may_retry(worker, error):
         worker_to_python(worker, EVENT_CONNECT, error)
     else:
         worker_to_python(worker, EVENT_FAILED, error)
@@ -231,7 +229,7 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
 cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
     """Have Python begin with the handshake, or with the job when there has been one."""
     cdef ssize_t n
-    if worker.seal == SEAL_CONNECTING:
+    if worker.seal == SEAL_CONNECTED:
         worker.seal = SEAL_HANDSHAKE
         worker_to_python(worker, EVENT_HANDSHAKE, 0)
         return
@@ -430,19 +428,6 @@ cdef inline void worker_bound_send_buffer(worker_t* worker) noexcept nogil:
         setsockopt(worker.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
 
 
-cdef inline void worker_connected(worker_t* worker) noexcept nogil:
-    """The connect() under way has an outcome, if the socket says so."""
-    cdef int error = 0
-    cdef socklen_t size = sizeof(error)
-    if getsockopt(worker.fd, SOL_SOCKET, SO_ERROR, &error, &size) != 0:
-        error = errno
-    if error != 0:
-        worker_fail(worker, error)
-    else:
-        worker_bound_send_buffer(worker)
-        worker_begin(worker)
-
-
 cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
     """Take a worker whose idle connection has ended off the stack, for Python to close it."""
     cdef pipe_t* pipe = worker.pipe
@@ -481,9 +466,6 @@ cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
                 worker_flush(worker)
             else:
                 worker_write(worker)
-    elif worker.state == WORKER_CONNECTING:
-        if flags & (EPOLLOUT | EPOLLERR | EPOLLHUP):
-            worker_connected(worker)
     elif worker.state == WORKER_IDLE and worker.fd >= 0:
         if flags & ~EPOLLOUT:
             worker_idle_closed(worker)
@@ -509,13 +491,11 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         elif worker.job is NULL:
             worker.is_ended = True
         else:
-            worker.state = WORKER_CONNECTING if worker.seal <= SEAL_CONNECTING \
-                and not worker.is_odd else WORKER_READING
             worker_fail(worker, errno)
             return
     if worker.job is NULL:
         worker_next(worker, NULL, OUTCOME_SENT)
-    elif worker.seal > SEAL_CONNECTING:
+    elif worker.seal > SEAL_CONNECTED:
         worker.answer_len = 0
         worker_flush(worker)
     elif worker.is_odd:
@@ -523,18 +503,13 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         worker.answer_len = 0
         worker_await_answer(worker, worker.answer_deadline_ns)
     else:
-        worker.state = WORKER_CONNECTING
-        worker.link_check_ns = 0
-        worker_set_deadline(worker, worker.deadline_ns)
+        worker_bound_send_buffer(worker)
+        worker_begin(worker)
 
 
 cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcept nogil:
     """Fail a worker that is overdue, and note its next deadline."""
-    if worker.state == WORKER_CONNECTING:
-        if now_ns >= worker.deadline_ns:
-            worker_fail(worker, ERROR_DIAL_TIMEOUT)
-            return
-    elif worker.state == WORKER_WRITING or worker.state == WORKER_READING:
+    if worker.state == WORKER_WRITING or worker.state == WORKER_READING:
         if worker.deadline_ns and now_ns >= worker.deadline_ns:
             if worker.seal == SEAL_HANDSHAKE:
                 worker_fail(worker, ERROR_HANDSHAKE_TIMEOUT)

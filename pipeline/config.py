@@ -62,7 +62,7 @@ class PipelineConfig:
     queue_bytes: int = 128 * MIB
     #: Encoding on the wire: "3.5" (etcd 3.4 and 3.5), "3.6" or "3.7".
     profile: str = "3.5"
-    #: TCP connect; etcd's peer dial timeout with default election settings.
+    #: To look a name up and connect; etcd's peer dial timeout with default election settings.
     dial_timeout_s: float = 2.0
     #: From the last byte written to the first of the answer; none applies to MsgSnap.
     response_timeout_s: float = 30.0
@@ -163,7 +163,7 @@ class TransportConfig:
     server_version: str = "3.5.0"
     #: X-Min-Cluster-Version; etcd's own value in every 3.x.
     min_cluster_version: str = "3.0.0"
-    #: Python threads for dialling, odd answers and callbacks, started as they are needed.
+    #: Python threads for TLS, odd answers and callbacks, started as they are needed.
     dispatchers: int = 8
     #: Between two probes of a peer; 0 for none. etcd's is its read timeout of 5 s less 1 s.
     probe_interval_s: float = 4.0

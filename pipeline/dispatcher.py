@@ -1,8 +1,9 @@
 """The dispatcher: a few Python threads for what the I/O loop cannot do without the GIL.
 
-Dialling, answers that are not a plain 204, and calls of Raft come here as events. Events of one
-worker come one at a time; of different workers they run in parallel, so a callback that blocks
-holds up its own worker only, until all threads (``TransportConfig.dispatchers``) are blocked.
+What a dial came to, answers that are not a plain 204, and calls of Raft come here as events. Events
+of one worker come one at a time; of different workers they run in parallel, so a callback that
+blocks holds up its own worker only, until all threads (``TransportConfig.dispatchers``) are
+blocked.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline._core import ActiveFlag, IOLoop, Sender
+from pipeline.dialling import Dialer
 from pipeline.errors import UsageError
 from pipeline.logs import get_logger
+from pipeline.poller import Poller
 from pipeline.threads import LibraryThread
 
 __all__ = ["Dispatcher"]
@@ -27,13 +30,13 @@ _all: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 
 class Dispatcher:
-    """An I/O loop and the threads that serve it.
+    """An I/O loop, the threads that serve it, and the poller, which dials for it.
 
     Parameters
     ----------
     name : str
         Goes into the threads' names: ``pipeline-io-<name>``, of which Linux shows 15
-        characters, and ``pipeline-dispatch-<name>-<n>``.
+        characters, ``pipeline-dispatch-<name>-<n>`` and ``pipeline-poll-<name>``.
     queue_bytes : int
         Budget for the bytes queued by all pipelines on this loop.
     max_threads : int
@@ -47,6 +50,8 @@ class Dispatcher:
     def __init__(self, name: str, *, queue_bytes: int, max_threads: int) -> None:
         self.name = name
         self.loop = IOLoop(queue_bytes, f"pipeline-io-{name}")
+        self.poller = Poller(name)
+        self.dialer = Dialer(self.poller)
         self._max_threads = max_threads
         # One at a time: senders are opened, threads added and the loop ended. Nothing is waited for
         # under it but the loop's end.
@@ -56,15 +61,20 @@ class Dispatcher:
         self._chores: deque[Callable[[], None]] = deque()
 
     def start(self) -> None:
-        """Start the I/O thread and the first dispatcher thread. ``UsageError`` once stopped."""
+        """Start the I/O thread, the poller and the first dispatcher thread.
+
+        ``UsageError`` once stopped.
+        """
         with self._lock:
             if self._is_stopped:
                 raise UsageError("start: it was stopped")
             self.loop.start()
         _all.add(self)
         try:
+            self.poller.start()
             self._add_thread()
         except BaseException:
+            self.poller.stop(0.0)
             self.loop.stop()
             raise
 
@@ -93,6 +103,8 @@ class Dispatcher:
             for sender in tuple(self.loop.senders):
                 sender.begin_stop()
             self.loop.stop()
+            # Before the events are closed, for each end of a dial is one.
+            self.poller.stop(deadline)
             self.loop.close_events()
             threads = tuple(self._threads)
         return False not in [thread.wait_ended(deadline) for thread in threads]
@@ -156,6 +168,7 @@ class Dispatcher:
 
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()
+        self.poller.forget_after_fork()
         self._lock = threading.RLock()
         self._threads = []
         self._is_stopped = True

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 from urllib3.util import parse_url
 
-from pipeline._receiver import OwnSocket, Receiver, ReceiverStats, open_socket
+from pipeline._receiver import Receiver, ReceiverStats
+from pipeline._sockets import OwnSocket, open_socket
 from pipeline.arguments import require_iterable, require_number
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError

@@ -141,7 +141,6 @@ class Peer:
             config=config,
             answer_timeout_s=snapshot_answer_timeout_s,
             limiter=limiter,
-            credentials=credentials,
             on_critical_error=on_critical_error,
         )
         self._dispatcher = dispatcher

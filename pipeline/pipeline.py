@@ -16,8 +16,6 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from urllib3.exceptions import HTTPError
-
 from pipeline import protocol
 from pipeline._core import (
     CLOSED,
@@ -31,6 +29,7 @@ from pipeline._core import (
 from pipeline.arguments import require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import PipelineConfig, TransportConfig
+from pipeline.dialling import DialError
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.forks import disown, nothing_to_stop
@@ -169,7 +168,7 @@ class Pipeline(Sender):
         self._beginning = Once()
         self._ending = Once()
         for url in self.picker.urls:
-            self._pool(url)  # a URL that cannot be sent to is refused here
+            self.pool(url)  # a URL that cannot be sent to is refused here
         self.picker.subscribe(self.renew)
 
     @property
@@ -231,6 +230,9 @@ class Pipeline(Sender):
         """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
         self._ending.take()
         dropped = self.begin_stop()
+        for line in self._lines:
+            if (dial := line.dial) is not None:
+                self._dispatcher.dialer.cancel(dial)
         if dropped:
             logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
         return dropped
@@ -262,7 +264,7 @@ class Pipeline(Sender):
         """Send to other URLs from the next message on; ``UsageError`` for a bad one."""
         urls = parse_peer_urls(urls)
         for url in urls:
-            self._pool(url)
+            self.pool(url)
         self.picker.update(urls)
         with self._lock:
             for old in self._pools.keys() - set(urls):
@@ -310,8 +312,8 @@ class Pipeline(Sender):
     def _handle(self, index: int, event: Event, error: int) -> None:
         if event is Event.CONNECT:
             self._dial(index)
-        elif event is Event.CONNECT_FAILED:
-            self._dial_next(index, OSError(error, error_text(error)))
+        elif event is Event.DIALLED:
+            self._dialled(index)
         elif event is Event.ANSWER:
             self._judge(index, *self.answer(index), is_ended=error != 0)
         elif event is Event.SEAL:
@@ -330,7 +332,8 @@ class Pipeline(Sender):
             self._disconnect(index)
             self._give_back(index)
 
-    def _pool(self, url: str) -> Pool:
+    def pool(self, url: str) -> Pool:
+        """Return the connections to one of the peer's URLs. Any thread."""
         with self._lock:
             pool = self._pools.get(url)
             if pool is None:
@@ -347,30 +350,23 @@ class Pipeline(Sender):
         self._disconnect(index)
         url = self.picker.pick()
         line = self._lines[index]
-        line.url = url
+        dial = line.prepare(
+            self.pool(url), self._config.dial_timeout_s, lambda _: self.dialled(index)
+        )
+        dialer = self._dispatcher.dialer
+        dialer.begin(dial)
+        # From here on the worker may be in another thread's hands.
+        if self._ending.is_taken():
+            dialer.cancel(dial)
+
+    def _dialled(self, index: int) -> None:
+        line = self._lines[index]
         try:
-            line.dial(self._pool(url), self._config.dial_timeout_s)
-        except HTTPError as error:
+            fd = line.open()
+        except DialError as error:
             self._fail(index, self._unreachable(index, str(error), error))
-        else:
-            self._connecting(index)
-
-    def _dial_next(self, index: int, error: OSError) -> None:
-        line = self._lines[index]
-        self.disconnect(index)
-        try:
-            if error.errno is None or error.errno < 0:  # the dial's time is up, or we are stopping
-                raise error
-            line.dial_next(error)
-        except (HTTPError, OSError) as failure:
-            self._fail(index, self._unreachable(index, str(failure), failure))
-        else:
-            self._connecting(index)
-
-    def _connecting(self, index: int) -> None:
-        line = self._lines[index]
-        left_s = max(0.0, line.deadline - time.monotonic())
-        self.connect(index, line.fileno(), line.head, left_s, is_sealed=line.is_sealed)
+            return
+        self.connect(index, fd, line.head, is_sealed=line.is_sealed)
         self._give_back(index)
 
     # What a connection that carries TLS needs besides. The loop writes and reads; it waits, and

@@ -1,4 +1,4 @@
-"""Connections: urllib3's pools, dialled without blocking.
+"""Connections: urllib3's pools, of sockets that we dial.
 
 urllib3 owns the connections; a worker has one checked out for as long as it lives. What is ours
 is the dial (so that waiting for a connect costs no thread and ``stop`` can end it), and TLS on top
@@ -10,65 +10,21 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 from urllib3 import HTTPConnectionPool
 from urllib3.connection import HTTPConnection
-from urllib3.exceptions import NameResolutionError, NewConnectionError
-from urllib3.util import connection as urllib3_connection
 from urllib3.util import parse_url
 
+from pipeline._sockets import OwnSocket
+from pipeline.dialling import Dial
 from pipeline.errors import UsageError
 from pipeline.odd_answer import OddAnswer
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
 
-__all__ = ["DialConnection", "Line", "Pool", "socket_options"]
-
-
-class DialConnection(HTTPConnection):
-    """A urllib3 connection whose socket is still connecting when ``connect`` returns."""
-
-    _addresses: Iterator[Any] = iter(())
-
-    def _new_conn(self) -> socket.socket:
-        host = self._dns_host.strip("[]")
-        try:
-            found = socket.getaddrinfo(
-                host, self.port, urllib3_connection.allowed_gai_family(), socket.SOCK_STREAM
-            )
-        except (socket.gaierror, UnicodeError) as error:
-            reason = error if isinstance(error, socket.gaierror) else socket.gaierror(str(error))
-            raise NameResolutionError(self.host, self, reason) from error
-        # Resolved anew at each dial: addresses change.
-        self._addresses = iter(found)
-        return self._connect_next(None)
-
-    def dial_next(self, error: OSError) -> None:
-        """Go on with the next address; raise ``NewConnectionError`` when there is none."""
-        self.close()
-        self.sock = self._connect_next(error)
-
-    def _connect_next(self, error: OSError | None) -> socket.socket:
-        for family, kind, proto, _, address in self._addresses:
-            sock = None
-            try:
-                sock = socket.socket(family, kind, proto)
-                sock.setblocking(False)
-                for option in self.socket_options or ():
-                    sock.setsockopt(*option)
-                with contextlib.suppress(BlockingIOError):  # EINPROGRESS
-                    sock.connect(address)
-            except OSError as failure:
-                error = failure
-                if sock is not None:
-                    sock.close()
-            else:
-                return sock
-        reason = error or "name resolved to no address"
-        raise NewConnectionError(self, f"Failed to establish a new connection: {reason}") from error
+__all__ = ["Line", "Pool"]
 
 
 def socket_options(dead_link_timeout_s: float) -> list[tuple[int, int, int | bytes]]:
@@ -100,8 +56,6 @@ class Pool(HTTPConnectionPool):
         For ``https``, which needs them.
     """
 
-    ConnectionCls = DialConnection
-
     def __init__(
         self,
         url: str,
@@ -123,11 +77,16 @@ class Pool(HTTPConnectionPool):
             maxsize=size,
             block=False,
             retries=False,
-            socket_options=socket_options(dead_link_timeout_s),
         )
         self.url = url
         self.head = head
         self._url_host = cast(str, parsed.host)
+        self._url_port = cast(int, parsed.port)
+        self._socket_options = socket_options(dead_link_timeout_s)
+
+    def dial(self, timeout_s: float, on_done: Callable[[Dial], object]) -> Dial:
+        """Make a dial to the URL's host, to be given to :meth:`Dialer.begin`."""
+        return Dial(self._url_host, self._url_port, timeout_s, self._socket_options, on_done)
 
     def tunnel(self) -> Tunnel:
         """Make the TLS of a new connection; ``ssl.SSLError`` if the host cannot prove itself."""
@@ -147,7 +106,7 @@ class Line:
         "_connection",
         "_lock",
         "_pool",
-        "deadline",
+        "dial",
         "odd",
         "outgoing",
         "tunnel",
@@ -156,6 +115,8 @@ class Line:
 
     def __init__(self, telling: int) -> None:
         self.url = ""
+        #: The dial that is to open it, or has.
+        self.dial: Dial | None = None
         #: The answer, where the core does not recognise it.
         self.odd = OddAnswer(telling)
         #: The TLS of the connection, once it is connected.
@@ -163,43 +124,31 @@ class Line:
         #: What the loop is writing of it, and so must not go away.
         self.outgoing = b""
         self._lock = threading.RLock()  # one close at a time
-        self.deadline = 0.0
         self._pool: Pool | None = None
-        self._connection: DialConnection | None = None
+        self._connection: HTTPConnection | None = None
 
-    def dial(self, pool: Pool, timeout_s: float) -> int:
-        """Start to connect to the pool's host; return the descriptor.
-
-        Blocks while the name is resolved. Raises ``urllib3.exceptions.HTTPError``.
-        """
+    def prepare(self, pool: Pool, timeout_s: float, on_done: Callable[[Dial], object]) -> Dial:
+        """Make a dial to the pool's host, to be begun, and to be followed by :meth:`open`."""
         self.close()
         self.url = pool.url
-        self.deadline = time.monotonic() + timeout_s
         self._pool = pool
-        self._connection = cast(DialConnection, pool._get_conn())
-        try:
-            self._connection.connect()
-        except BaseException:
-            self.close()
-            raise
-        return self.fileno()
+        self.dial = pool.dial(timeout_s, on_done)
+        return self.dial
 
-    def dial_next(self, error: OSError) -> int:
-        """Try the next address the name resolved to; raises as :meth:`dial`."""
-        if self._connection is None:
-            raise error
-        try:
-            self._connection.dial_next(error)
-        except BaseException:
-            self.close()
-            raise
-        return self.fileno()
+    def open(self) -> int:
+        """Take what the dial came to; return the descriptor. Raises ``DialError``."""
+        assert self._pool is not None
+        assert self.dial is not None
+        sock = self.dial.take()
+        self._connection = cast(HTTPConnection, self._pool._get_conn())
+        self._connection.sock = sock
+        return sock.fileno()
 
     @property
-    def sock(self) -> socket.socket:
+    def sock(self) -> OwnSocket:
         """The socket of the open connection."""
         assert self._connection is not None
-        assert isinstance(self._connection.sock, socket.socket)
+        assert isinstance(self._connection.sock, OwnSocket)
         return self._connection.sock
 
     @property
@@ -232,14 +181,9 @@ class Line:
             with contextlib.suppress(OSError):
                 self.sock.send(self.tunnel.outgoing(), socket.MSG_NOSIGNAL)
 
-    def fileno(self) -> int:
-        return self.sock.fileno()
-
     def forget_after_fork(self) -> None:
-        """Close this process's copy of the connection; the pool is not ours to touch."""
+        """In a forked child, where the connection's descriptor is closed already."""
         self._lock = threading.RLock()
-        if self._connection is not None:
-            self._connection.close()
 
     def close(self) -> None:
         """Close the connection, if there is one, and give it back to its pool for a later dial."""
@@ -247,7 +191,7 @@ class Line:
         if connection is not None and self._pool is not None:
             self._pool._put_conn(connection)
 
-    def end(self) -> DialConnection | None:
+    def end(self) -> HTTPConnection | None:
         """Close the connection, if there is one, and return it.
 
         ``stop`` leaves the pool alone: its queue has a lock that a signal's handler, come while
@@ -255,8 +199,11 @@ class Line:
         """
         with self._lock:
             connection, self._connection = self._connection, None
+            dial, self.dial = self.dial, None
             self.tunnel = None
             self.outgoing = b""
+        if dial is not None:
+            dial.discard()
         if connection is not None:
             connection.close()
         return connection

@@ -1,7 +1,7 @@
 """Probing: whether peers answer, and how fast. Diagnostic only; nothing here decides anything.
 
 Source: etcd rafthttp/probing_status.go over xiang90/probing. Differs from etcd: one thread for
-all peers, and no judgement of clocks.
+all peers, the poller's, and no judgement of clocks.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import http.client
 import json
 import logging
-import os
-import selectors
+import math
 import socket
 import ssl
 import threading
 import time
+from functools import partial
 from typing import NamedTuple
 
-from urllib3.exceptions import HTTPError
-
+from pipeline.dialling import Dial, Dialer
 from pipeline.logs import get_logger
 from pipeline.picker import URLPicker
+from pipeline.poller import READABLE, Poller
 from pipeline.pool import Line, Pool
 from pipeline.protocol import format_id, probe_head
 from pipeline.stats import Histogram
-from pipeline.threads import LibraryThread
 from pipeline.tls import Credentials
 from pipeline.tunnel import tls_reason
 from pipeline.versions import Versions
@@ -36,6 +35,9 @@ logger = get_logger(__name__)
 #: To connect, and again to be answered. A probe that takes longer is a failure: round trips
 #: beyond this are beyond any election timeout.
 STEP_TIMEOUT_S = 1.0
+#: The first probe of a peer comes sooner than the interval asks for, since until then nothing is
+#: known of it: after a fifth, but not within this, in which a cluster that starts comes up.
+FIRST_PROBE_S = 0.2
 #: Read of a peer at once: an answer has 300 bytes, and whoever sends more waits for the others.
 READ_BYTES = 4096
 #: Weight of a new round trip in the smoothed one; as TCP (RFC 6298) and xiang90/probing.
@@ -68,7 +70,7 @@ class ProbeStats(NamedTuple):
 
 
 class _Target:
-    """One peer, in the hands of the prober's thread but for ``stats``, which is replaced."""
+    """One peer, in the hands of the poller's thread but for ``stats``, which is replaced."""
 
     def __init__(self, peer_id: int, picker: URLPicker, due: float, round_trips: Histogram) -> None:
         self.peer_id = peer_id
@@ -76,6 +78,7 @@ class _Target:
         self.picked = 0
         self.pools: dict[str, Pool] = {}
         self.line = Line(200)
+        self.is_dialling = False  # the line is about to be
         self.is_open = False  # the line is
         self.is_busy = False
         self.is_sent = False
@@ -83,7 +86,6 @@ class _Target:
         self.is_retired = False  # the line is to be closed before the next probe
         self.due = due  # when idle: of the next probe; otherwise: of giving up
         self.next_due = due
-        self.dialled_at = 0.0
         self.connected_at = 0.0
         self.sent_at = 0.0
         self.round_trips = round_trips
@@ -100,10 +102,11 @@ class Prober:
 
     Parameters
     ----------
-    name : str
-        Goes into the thread's name, ``pipeline-probe-<name>``.
+    poller : Poller
+        Waits for it.
+    dialer : Dialer
     interval_s : float
-        Between two probes of a peer, and before the first.
+        Between two probes of a peer. The first comes after a fifth of it.
     credentials : Credentials, optional
         For ``https`` URLs.
     versions : Versions, optional
@@ -111,63 +114,52 @@ class Prober:
 
     Notes
     -----
-    Thread-safe. The thread waits for all peers at once, so one that is dead delays no other; only
-    resolving a host name blocks it. A connection is kept from probe to probe.
+    Thread-safe. All peers are waited for at once, so one that is dead delays no other. A connection
+    is kept from probe to probe.
     """
 
     def __init__(
         self,
-        name: str,
+        poller: Poller,
+        dialer: Dialer,
         *,
         interval_s: float,
         credentials: Credentials | None = None,
         versions: Versions | None = None,
     ) -> None:
+        self._poller = poller
+        self._dialer = dialer
         self._interval_s = interval_s
         self._credentials = credentials
         self._versions = versions
-        self._lock = threading.RLock()  # guards the descriptor and the histograms
+        self._lock = threading.RLock()  # guards the histograms
         # Changed by single operations of dict, by any thread and by signals' handlers.
         self._targets: dict[URLPicker, _Target] = {}
         self._is_stopped = False
-        self._wake = -1
-        self._thread = LibraryThread(self._run, f"pipeline-probe-{name}")
-        # The thread's own. Made by ``start``: processes that were forked before it and share one
-        # would be told of each other's connections.
-        self._selector: selectors.BaseSelector
-        self._known: set[_Target] = set()
+        self._known: set[_Target] = set()  # the poller's thread's own
+        poller.attach(self)
 
-    def start(self) -> None:
-        """Start the thread. Once."""
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._thread.start()  # ends at once if we are stopped already
-
-    def stop_begin(self) -> None:
-        """End the thread, without waiting for it."""
+    def stop(self) -> None:
+        """Probe nobody any more, without waiting for the end of that."""
         self._is_stopped = True
         self._targets.clear()
-        self._wake_up()
-
-    def stop_end(self, deadline: float) -> None:
-        """Wait until ``deadline`` (``time.monotonic()``) for the thread, if it was started."""
-        self._thread.wait_ended(deadline)
+        self._poller.ask(self._follow)
 
     def set(self, peer_id: int, picker: URLPicker) -> None:
         """Probe a peer at its URLs from now on; of what was known only its histogram stays."""
         old = self._targets.get(picker)
         round_trips = Histogram(RTT_BOUNDS) if old is None else old.round_trips
-        due = time.monotonic() + self._interval_s
+        wait_s = min(self._interval_s, max(FIRST_PROBE_S, self._interval_s / 5))
+        due = time.monotonic() + wait_s
         self._targets[picker] = _Target(peer_id, picker, due, round_trips)
         if self._is_stopped:  # perhaps meanwhile
             self._targets.clear()
-        self._wake_up()
+        self._poller.ask(self._follow)
 
     def remove(self, picker: URLPicker) -> None:
         """Probe a peer no more; nothing for an unknown one."""
         self._targets.pop(picker, None)
-        self._wake_up()
+        self._poller.ask(self._follow)
 
     def retire_connections(self) -> None:
         """Have every connection made anew for the next probe."""
@@ -190,57 +182,41 @@ class Prober:
             }
 
     def forget_after_fork(self) -> None:
-        """In a forked child, which has no thread: close its copies of the descriptors."""
+        """In a forked child, which has none of the threads: probe nobody."""
         self._lock = threading.RLock()
-        if self._thread.ident is None:
+        if not self._poller.is_started:
             return  # it may yet be started here
         self._is_stopped = True
         self._targets.clear()
-        for target in list(self._known):
-            target.line.forget_after_fork()
-        self._selector.close()
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
+        self._known = set()
 
-    def _wake_up(self) -> None:
-        with self._lock:  # or it is closed meanwhile
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
+    # What follows runs in the poller's thread.
 
-    # What follows runs in the thread.
+    def next_due(self) -> float:
+        """When the next probe is, or is given up."""
+        return min((target.due for target in self._known), default=math.inf)
 
-    def _run(self) -> None:
-        while not self._is_stopped:
-            if not logger.survive("probing fails", self._turn):
-                time.sleep(STEP_TIMEOUT_S)  # not in a busy loop
+    def check_time(self, now: float) -> None:
+        """Begin probes, and give up others."""
         for target in self._known:
-            self._close(target)
-        with self._lock:
-            os.close(self._wake)
-            self._wake = -1
-        self._selector.close()
-
-    def _turn(self) -> None:
-        targets = set(self._targets.values())
-        for target in self._known - targets:
-            self._close(target)
-        self._known = targets
-        for target in targets:
-            if target.due <= time.monotonic():
+            if target.due <= now:
                 if target.is_busy:
                     self._fail(target, f"no answer in {STEP_TIMEOUT_S:g} s")
                 else:
                     self._begin(target)
-        next_due = min((target.due for target in targets), default=None)
-        timeout = None if next_due is None else max(0.0, next_due - time.monotonic())
-        for key, _ in self._selector.select(timeout):
-            if key.data is None:
-                os.eventfd_read(self._wake)
-            elif key.data.is_sent or key.data.line.tunnel is not None:
-                self._read(key.data)
-            else:
-                self._connected(key.data)
+
+    def end(self) -> None:
+        """Close every connection."""
+        self._is_stopped = True
+        self._targets.clear()
+        self._follow()
+
+    def _follow(self) -> None:
+        """Go by the targets as they are now."""
+        targets = set(self._targets.values())
+        for target in self._known - targets:
+            self._close(target)
+        self._known = targets
 
     def _begin(self, target: _Target) -> None:
         target.is_busy = True
@@ -256,48 +232,38 @@ class Prober:
 
     def _dial(self, target: _Target) -> None:
         target.is_sent = False
-        target.dialled_at = time.monotonic()
-        target.due = target.dialled_at + STEP_TIMEOUT_S
+        target.is_dialling = True
+        target.due = math.inf  # the dialer gives up in time
         url = target.url
+        pool = target.pools.get(url)
+        if pool is None:
+            pool = target.pools[url] = Pool(
+                url,
+                probe_head(url),
+                size=1,
+                dead_link_timeout_s=STEP_TIMEOUT_S,
+                credentials=self._credentials,
+            )
+        self._dialer.begin(target.line.prepare(pool, STEP_TIMEOUT_S, partial(self._opened, target)))
+
+    def _opened(self, target: _Target, dial: Dial) -> None:
+        if target.line.dial is not dial:  # it was closed meanwhile
+            return
+        target.is_dialling = False
         try:
-            pool = target.pools.get(url)
-            if pool is None:
-                pool = target.pools[url] = Pool(
-                    url,
-                    probe_head(url),
-                    size=1,
-                    dead_link_timeout_s=STEP_TIMEOUT_S,
-                    credentials=self._credentials,
-                )
-            target.line.dial(pool, STEP_TIMEOUT_S)
-        except HTTPError as error:
+            target.line.open()
+            self._poller.watch(target.line.sock, READABLE, partial(self._read, target))
+        except OSError as error:  # also a DialError
             self._fail(target, str(error))
             return
         target.is_open = True
-        self._selector.register(target.line.fileno(), selectors.EVENT_WRITE, target)
-
-    def _connected(self, target: _Target) -> None:
-        sock = target.line.sock
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if not error:
-            self._selector.modify(sock, selectors.EVENT_READ, target)
-            dial_s = time.monotonic() - target.dialled_at
-            target.stats = target.stats._replace(last_dial_s=dial_s)
-            if target.line.is_sealed:
-                target.connected_at = time.monotonic()
-                target.due = target.connected_at + STEP_TIMEOUT_S
-                self._begin_tls(target)
-            else:
-                self._send(target)
-            return
-        self._selector.unregister(sock)
-        try:
-            target.line.dial_next(OSError(error, os.strerror(error)))
-        except (HTTPError, OSError) as failure:
-            target.is_open = False
-            self._fail(target, str(failure))
-            return
-        self._selector.register(target.line.fileno(), selectors.EVENT_WRITE, target)
+        target.stats = target.stats._replace(last_dial_s=dial.took_s)
+        if target.line.is_sealed:
+            target.connected_at = time.monotonic()
+            target.due = target.connected_at + STEP_TIMEOUT_S
+            self._begin_tls(target)
+        else:
+            self._send(target)
 
     def _begin_tls(self, target: _Target) -> None:
         try:
@@ -432,10 +398,14 @@ class Prober:
         target.due = max(target.next_due, time.monotonic())
 
     def _close(self, target: _Target) -> None:
+        if target.is_dialling:
+            target.is_dialling = False
+            assert target.line.dial is not None
+            self._dialer.cancel(target.line.dial)
         if target.is_open:
             target.is_open = False
-            self._selector.unregister(target.line.sock)
-            target.line.close()
+            self._poller.unwatch(target.line.sock)
+        target.line.close()
         target.line.odd.clear()
 
 

@@ -24,7 +24,7 @@ from pipeline.tls import Credentials, read_certificate
 from pipeline.tunnel import tls_reason
 
 if TYPE_CHECKING:
-    from pipeline._receiver import OwnSocket
+    from pipeline._sockets import OwnSocket
 
 __all__ = ["Sealed", "SealedServer", "SealedSocket"]
 

@@ -17,17 +17,15 @@ import struct
 import threading
 import time
 from collections.abc import Callable
-from typing import cast
 
-from urllib3.exceptions import HTTPError
-from urllib3.util import parse_url
-
+from pipeline._sockets import OwnSocket
+from pipeline.dialling import Dial, Dialer, DialError
 from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, SnapshotSourceError
 from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
-from pipeline.pool import DialConnection, socket_options
+from pipeline.pool import Pool
 from pipeline.protocol import TELLING_STATUS
 from pipeline.snapshot_source import FileSource
-from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
+from pipeline.tls import HANDSHAKE_TIMEOUT_S
 from pipeline.tunnel import Tunnel, tls_reason
 
 __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
@@ -60,8 +58,16 @@ class Ending:
         """End the transfer; the first reason stays."""
         self._reasons.append(reason)
         with self._lock:
-            if self._fd >= 0:
-                os.eventfd_write(self._fd, 1)
+            self._signal()
+
+    def wake(self) -> None:
+        """End the wait for a dial."""
+        with self._lock:
+            self._signal()
+
+    def _signal(self) -> None:
+        if self._fd >= 0:
+            os.eventfd_write(self._fd, 1)
 
     def open(self) -> int:
         """Return a descriptor that is readable once the transfer is to end. Once."""
@@ -104,14 +110,13 @@ class SnapshotLink:
 
     Parameters
     ----------
-    url : str
-        The peer's, ``http`` or ``https``.
+    pool : Pool
+        Of the peer's URL. The connection is none of the pool's: it ends with the transfer.
+    dialer : Dialer
     ending : Ending
         Ends every wait, with ``SnapshotCancelledError``.
     peer_id : int
         For errors.
-    credentials : Credentials or None
-        Needed for ``https``.
     stall_timeout_s : float
         Writing without a byte moving.
     dead_link_timeout_s : float
@@ -119,41 +124,42 @@ class SnapshotLink:
 
     Notes
     -----
-    Everything the network does to us is raised as ``PeerUnreachableError``.
+    Everything the network does to us is raised as ``PeerUnreachableError``, also when it is made
+    and there is no descriptor left.
     """
 
     def __init__(
         self,
-        url: str,
+        pool: Pool,
+        dialer: Dialer,
         ending: Ending,
         *,
         peer_id: int,
-        credentials: Credentials | None,
         stall_timeout_s: float,
         dead_link_timeout_s: float,
     ) -> None:
-        parsed = parse_url(url)
-        assert parsed.scheme == "http" or credentials is not None, url  # Pool has refused it
-        self._url = url
+        self._url = pool.url
+        self._pool = pool
+        self._dialer = dialer
         self._ending = ending
         self._peer_id = peer_id
-        self._credentials = credentials if parsed.scheme == "https" else None
         self._stall_timeout_s = stall_timeout_s
         self._dead_link_timeout_s = dead_link_timeout_s
-        self._connection = DialConnection(
-            cast(str, parsed.host),
-            parsed.port,
-            socket_options=socket_options(dead_link_timeout_s),
-        )
-        self._sock: socket.socket | None = None
+        self._dial: Dial | None = None
+        self._sock: OwnSocket | None = None
         self._tunnel: Tunnel | None = None
         self._odd = OddAnswer(TELLING_STATUS)
         self._is_written = False
-        self._wake = ending.open()
+        try:
+            self._wake = ending.open()
+        except OSError as error:
+            raise self._unreachable(f"no descriptor: {_text(error)}", error) from error
 
     def close(self) -> None:
         """Close what is open."""
-        self._connection.close()
+        if self._dial is not None:
+            self._dialer.cancel(self._dial)
+            self._dial.discard()
         if self._sock is not None:
             self._sock.close()
         self._ending.close()
@@ -161,44 +167,34 @@ class SnapshotLink:
     @property
     def is_plain(self) -> bool:
         """Whether the kernel may write to the socket by itself."""
-        return self._credentials is None
+        return self._pool.credentials is None
 
     def dial(self, timeout_s: float) -> None:
-        """Connect, to one address of the name after the other; TLS included for ``https``.
-
-        Blocks while the name is resolved, which nothing can end.
-        """
-        deadline = time.monotonic() + timeout_s
+        """Connect, TLS included for ``https``."""
+        dial = self._dial = self._pool.dial(timeout_s, lambda _: self._ending.wake())
+        self._dialer.begin(dial)
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        while not dial.is_done:
+            poll.poll()  # which the dialer ends in time
+            self._ending.check()
+            os.eventfd_read(self._wake)
+        self._ending.check()
         try:
-            self._connection.connect()
-            while not self._is_connected(deadline):
-                pass
-        except HTTPError as error:
+            self._sock = dial.take()
+        except DialError as error:
             raise self._unreachable(str(error), error) from error
-        assert isinstance(self._connection.sock, socket.socket)
-        self._sock = self._connection.sock
-        if self._credentials is not None:
-            self._secure(self._credentials)
+        if self._pool.credentials is not None:
+            self._secure()
 
-    def _is_connected(self, deadline: float) -> bool:
-        sock = self._connection.sock
-        assert isinstance(sock, socket.socket)
-        if not self._wait(select.POLLOUT, deadline, sock):
-            raise self._unreachable("dial timeout")
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            self._connection.dial_next(OSError(error, os.strerror(error)))
-        return not error
-
-    def _secure(self, credentials: Credentials) -> None:
+    def _secure(self) -> None:
         sock = self._sock
         assert sock is not None
-        credentials.poll()
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
         tunnel: Tunnel | None = None
         data = b""
         try:
-            tunnel = Tunnel(credentials, self._connection.host)
+            tunnel = self._pool.tunnel()
             while True:
                 is_done = tunnel.shake(data)
                 # A few KB, and nothing was left unsent before: they fit.
@@ -347,9 +343,9 @@ class SnapshotLink:
             reason = f"malformed or incomplete answer: {error!r}"
             raise self._unreachable(reason, error) from error
 
-    def _wait(self, events: int, deadline: float, sock: socket.socket | None = None) -> int:
+    def _wait(self, events: int, deadline: float) -> int:
         """Wait for events of the socket until ``deadline``; those that are there, or 0."""
-        sock = sock or self._sock
+        sock = self._sock
         assert sock is not None
         poll = select.poll()
         poll.register(sock, events)

@@ -55,7 +55,6 @@ from pipeline.snapshot_source import (
 from pipeline.stats import Histogram
 from pipeline.status import STOPPED
 from pipeline.threads import LibraryThread, Once
-from pipeline.tls import Credentials
 from pipeline.types import MessageType, SnapshotStatus
 
 if TYPE_CHECKING:
@@ -365,7 +364,6 @@ class SnapshotSender:
         From the last byte written to the answer.
     limiter : RateLimiter
         The node's.
-    credentials : Credentials or None
     on_critical_error : callable or None
         Called with a ``MemberRemovedError`` when the peer answers 403.
 
@@ -382,7 +380,6 @@ class SnapshotSender:
         config: PipelineConfig,
         answer_timeout_s: float,
         limiter: RateLimiter,
-        credentials: Credentials | None,
         on_critical_error: Callable[[MemberRemovedError], None] | None,
     ) -> None:
         self._pipeline = pipeline
@@ -392,7 +389,6 @@ class SnapshotSender:
         self._config = config
         self._answer_timeout_s = answer_timeout_s
         self._limiter = limiter
-        self._credentials = credentials
         self._on_critical_error = on_critical_error
         self._ending = Once()
         # Who has it runs a transfer, or starts the thread that does.
@@ -454,8 +450,7 @@ class SnapshotSender:
         thread = self._thread
         if thread is not None and not thread.wait_ended(deadline):
             logger.warning(
-                "the snapshot for peer %s is still in a callback, its source or a name's "
-                "resolution; it ends after it",
+                "the snapshot for peer %s is still in a callback or its source; it ends after it",
                 self._peer,
             )
 
@@ -599,18 +594,14 @@ class SnapshotSender:
     def _post(self, transfer: SnapshotTransfer, url: str) -> None:
         config = self._config
         transfer.enter("dialing")
-        try:
-            link = transfer.link = SnapshotLink(
-                url,
-                transfer.ending,
-                peer_id=transfer.peer_id,
-                credentials=self._credentials,
-                stall_timeout_s=config.stall_timeout_s,
-                dead_link_timeout_s=config.dead_link_timeout_s,
-            )
-        except OSError as failure:  # no descriptor left: as when there is none for the connection
-            reason = failure.strerror or str(failure)
-            raise PeerUnreachableError(reason, peer_id=transfer.peer_id, url=url) from failure
+        link = transfer.link = SnapshotLink(
+            self._pipeline.pool(url),
+            self._dispatcher.dialer,
+            transfer.ending,
+            peer_id=transfer.peer_id,
+            stall_timeout_s=config.stall_timeout_s,
+            dead_link_timeout_s=config.dead_link_timeout_s,
+        )
         try:
             link.dial(config.dial_timeout_s)
             transfer.enter("sending")

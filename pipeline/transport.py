@@ -181,7 +181,8 @@ class Transport:
         self._prober: Prober | None = None
         if self.config.probe_interval_s:
             self._prober = Prober(
-                format_id(member_id),
+                self._dispatcher.poller,
+                self._dispatcher.dialer,
                 interval_s=self.config.probe_interval_s,
                 credentials=self.credentials,
                 versions=self._versions,
@@ -212,8 +213,6 @@ class Transport:
         try:
             self._dispatcher.start()
             self._remotes.open()
-            if self._prober is not None:
-                self._prober.start()
             if self.credentials is not None:
                 self.credentials.watch(format_id(self.member_id))
             atexit.register(self.stop)
@@ -244,7 +243,7 @@ class Transport:
         peers = tuple(self._live_peers)
         self._peers.clear()
         if self._prober is not None:
-            self._prober.stop_begin()
+            self._prober.stop()
         # As in etcd, remotes first.
         remotes = self._remotes.close()
         dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
@@ -262,8 +261,6 @@ class Transport:
         for peer in peers:
             peer.stop_end(deadline)
             self._live_peers.discard(peer)
-        if self._prober is not None:
-            self._prober.stop_end(deadline)
         if self.credentials is not None:
             self.credentials.stop(deadline)
         self._dispatcher.stop(deadline)

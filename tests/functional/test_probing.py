@@ -179,7 +179,7 @@ def test_interim_answers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         server.on_probe = many_interims(PROBED)
         transport.add_peer(2, [server.url])
         transport._prober._targets[transport._peers[2].picker].due = 0.0  # now, and not again
-        transport._prober._wake_up()
+        transport._dispatcher.poller.ask(lambda: None)
         eventually(lambda: transport.probe_stats()[2].total >= 1)
         assert transport.probe_stats()[2].is_healthy
     assert INTERIMS < parsed.count <= 2 * (INTERIMS + 1)
@@ -295,9 +295,9 @@ def test_stop_ends_probes_under_way() -> None:
         transport.add_peer(3, [silent.url])
         wait_probes(silent, 1)
         transport.stop()
-        names = [thread.name for thread in threading.enumerate()]
-        assert "pipeline-probe-1" not in names
+        assert not [t for t in threading.enumerate() if t.name.startswith("pipeline-")]
         silent.release.set()
+        silent.wait_for(lambda: silent.ended == 1)
 
 
 def test_no_interval_is_no_probing() -> None:
@@ -307,17 +307,25 @@ def test_no_interval_is_no_probing() -> None:
         transport.send([message()])
         server.wait_requests(1)
         assert transport.probe_stats() == {}
-        assert not [t for t in threading.enumerate() if t.name.startswith("pipeline-probe")]
         transport.remove_peer(2)
         assert server.probes == []
 
 
-def test_the_first_probe_comes_after_the_interval() -> None:
-    with ScriptedServer() as server, prober(TransportConfig(probe_interval_s=0.2)) as transport:
+@pytest.mark.parametrize(("interval_s", "first_s"), [(0.2, 0.2), (0.5, 0.2), (2.0, 0.4)])
+def test_the_first_probe_comes_after_a_fifth_of_the_interval_or_soon(
+    interval_s: float, first_s: float
+) -> None:
+    with (
+        ScriptedServer() as server,
+        prober(TransportConfig(probe_interval_s=interval_s)) as transport,
+    ):
+        assert transport._prober is not None
         begin = time.monotonic()
         transport.add_peer(2, [server.url])
+        target = transport._prober._targets[transport._peers[2].picker]
+        assert begin + first_s <= target.next_due <= time.monotonic() + first_s
         wait_probes(server, 1)
-        assert time.monotonic() - begin >= 0.2
+        assert time.monotonic() - begin >= first_s
 
 
 def test_two_transports_answer_each_other_s_probes() -> None:

@@ -52,7 +52,6 @@ from pipeline import snapshot_sender as module
 from pipeline.odd_answer import Answer
 from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
-from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.logs import handler_that_raises
@@ -1534,8 +1533,8 @@ def test_over_tls_the_stall_timeout_counts_from_write_to_write(
     deadlines: list[float] = []
     secure, wait = SnapshotLink._secure, SnapshotLink._wait
 
-    def watched_secure(link: SnapshotLink, credentials: Credentials) -> None:
-        secure(link, credentials)
+    def watched_secure(link: SnapshotLink) -> None:
+        secure(link)
         link._sock = Dribble(link._sock)  # type: ignore[assignment, arg-type]
 
     def watched_wait(link: SnapshotLink, events: int, deadline: float, *args: Any) -> int:

@@ -23,10 +23,12 @@ import h11
 import pytest
 
 from pipeline.config import ReceiverConfig
+from pipeline.dialling import Dialer
 from pipeline.errors import PeerUnreachableError
 from pipeline.general import BodyBudget, General
 from pipeline.handlers import Answer, Handlers
 from pipeline.picker import URLPicker
+from pipeline.poller import Poller
 from pipeline.pool import Line, Pool
 from pipeline.probing import Prober, _Target
 from pipeline.sealed import SealedSocket
@@ -43,6 +45,9 @@ authority = Authority(directory)
 credentials = Credentials(authority.info())
 listener = socket.create_server(("127.0.0.1", 0))
 port = listener.getsockname()[1]
+poller = Poller("1")
+dialer = Dialer(poller)
+poller.start()
 
 
 def kill(mine: socket.socket, peer: socket.socket) -> None:
@@ -65,9 +70,12 @@ def line(scheme: str) -> Iterator[tuple[Line, socket.socket]]:
     pool = Pool(
         url, b"GET / HTTP/1.1\r\n\r\n", size=1, dead_link_timeout_s=5, credentials=credentials
     )
-    found = Line(412)
-    found.dial(pool, 10)
+    found = Line(200)
+    is_done = threading.Event()
+    dialer.begin(found.prepare(pool, 10, lambda _: is_done.set()))
     peer, _ = listener.accept()
+    is_done.wait(10)
+    found.open()
     yield found, peer
     found.close()
 
@@ -83,7 +91,7 @@ def alert() -> None:
 
 def probe(scheme: str) -> None:
     """The prober asks; over TLS it shakes hands first."""
-    prober = Prober("1", interval_s=1, credentials=credentials)
+    prober = Prober(Poller("no thread"), dialer, interval_s=1, credentials=credentials)
     target = _Target(2, URLPicker([f"{scheme}://127.0.0.1:{port}"]), 0.0, Histogram((1.0,)))
     target.is_busy = True
     with line(scheme) as (target.line, peer):
@@ -98,11 +106,12 @@ def probe(scheme: str) -> None:
 
 def snapshot(scheme: str, write: Callable[[SnapshotLink], int]) -> None:
     """A snapshot is sent: bytes, ciphertext, or a file by the kernel."""
+    url = f"{scheme}://127.0.0.1:{port}"
     link = SnapshotLink(
-        f"{scheme}://127.0.0.1:{port}",
+        Pool(url, b"", size=1, dead_link_timeout_s=5, credentials=credentials),
+        dialer,
         Ending(),
         peer_id=2,
-        credentials=credentials,
         stall_timeout_s=5,
         dead_link_timeout_s=5,
     )
@@ -204,5 +213,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with listener:
         PLACES[place]()
+    poller.stop(0.0)
     assert signal.SIGPIPE not in cast(set[int], signal.pthread_sigmask(signal.SIG_BLOCK, []))
     print("ok", flush=True)

@@ -1,0 +1,5 @@
+"""What ``_sockets.pyx`` shares with the other cores."""
+
+from pipeline._descriptors cimport descriptors_t
+
+cdef descriptors_t* own_descriptors() noexcept

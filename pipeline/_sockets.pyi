@@ -1,0 +1,13 @@
+"""The typed face of ``_sockets.pyx``; checked by stubtest."""
+
+import socket
+
+__all__ = ["OwnSocket", "open_socket"]
+
+class OwnSocket(socket.socket):
+    def __init__(
+        self, family: int = ..., type: int = ..., proto: int = ..., fileno: int | None = ...
+    ) -> None: ...
+    def forget_after_fork(self) -> None: ...
+
+def open_socket(family: int, kind: int, protocol: int) -> OwnSocket: ...

@@ -1,0 +1,93 @@
+# cython: auto_pickle=False
+"""The sockets of this process that a forked child closes.
+
+``_descriptors`` keeps them. Both directions make theirs here: the receiving loop in C, with the
+lock held, everything else by ``open_socket``.
+"""
+
+from pipeline._descriptors cimport (
+    descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
+)
+from pipeline._sync cimport (
+    SOCK_CLOEXEC, SOCK_NONBLOCK, errno, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, socket as c_socket,
+)
+
+import os
+import socket
+import weakref
+
+__all__ = ["OwnSocket", "open_socket"]
+
+cdef descriptors_t descriptors
+pthread_mutex_init(&descriptors.lock, NULL)
+
+
+cdef descriptors_t* own_descriptors() noexcept:
+    """What this process has open, and its forked children close."""
+    return &descriptors
+
+
+# In a forked child they are not to close descriptors that are others' by then.
+own_sockets = weakref.WeakSet()
+
+
+def _before_fork():
+    with nogil:
+        # A descriptor is being made or closed. Only C state is touched.
+        pthread_mutex_lock(&descriptors.lock)
+
+
+def _after_fork_in_parent():
+    pthread_mutex_unlock(&descriptors.lock)
+
+
+def _after_fork_in_child():
+    descriptors_forked(&descriptors)
+    for sock in list(own_sockets):
+        sock.detach()
+
+
+# Before all others of the library: they find their descriptors closed.
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
+                    after_in_child=_after_fork_in_child)
+
+
+class OwnSocket(socket.socket):
+    """A socket of ours, of either direction, whose descriptor a forked child closes.
+
+    To close it ends the connection, or listening, whoever has a copy of the descriptor.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
+        super().__init__(family, type, proto, fileno)
+        own_sockets.add(self)
+
+    def close(self):
+        """Shut the socket and close its descriptor."""
+        cdef int fd = self.detach()
+        if fd >= 0:
+            with nogil:
+                # A fork may be under way. Only C state is touched.
+                descriptors_shut(&descriptors, fd)
+
+    def forget_after_fork(self):
+        """In a forked child, where the descriptor is closed already."""
+        self.detach()
+
+
+def open_socket(int family, int kind, int protocol):
+    """Make a socket that does not block: an OwnSocket. Raises ``OSError``."""
+    cdef int fd, error
+    with nogil:
+        # A fork may be under way. Only C state is touched.
+        pthread_mutex_lock(&descriptors.lock)
+        fd = descriptors_add(
+            &descriptors, c_socket(family, kind | SOCK_CLOEXEC | SOCK_NONBLOCK, protocol))
+        error = errno
+        pthread_mutex_unlock(&descriptors.lock)
+    if fd < 0:
+        raise OSError(error, os.strerror(error))
+    return OwnSocket(family, kind, protocol, fileno=fd)
