@@ -77,7 +77,8 @@ def test_a_sample_sees_what_the_process_holds() -> None:
             os.close(descriptor)
     assert after.threads == before.threads + 3
     assert after.descriptors == before.descriptors + 5
-    assert after.blocks > before.blocks + 15_000
     assert after.resident > before.resident + 2 * MIB
+    # Beside a sanitizer, which has an allocator of its own, both are 0.
+    assert before.blocks == 0 or after.blocks > before.blocks + 15_000
     assert before.allocated == 0 or after.allocated > before.allocated + 2 * MIB
     del held
