@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-import h11
 import pytest
 
 from pipeline.config import ReceiverConfig
 from pipeline.dialling import Dialer
 from pipeline.errors import PeerUnreachableError
-from pipeline.general import BodyBudget, General
+from pipeline.general import BodyBudget, General, Then
 from pipeline.handlers import Answer, Handlers
 from pipeline.picker import URLPicker
 from pipeline.poller import Poller
@@ -37,6 +36,7 @@ from pipeline.snapshot_link import Ending, SnapshotLink
 from pipeline.snapshot_source import FileSource
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
+from tests.support.http import CLUSTER_ID, raw_head
 from tests.support.raft import FakeRaft
 from tests.support.tls import Authority
 
@@ -169,17 +169,13 @@ def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
         thread.join()
         peer = wrapped
         mine = SealedSocket(sock, tls, incoming, outgoing)
-    config = ReceiverConfig()
-    handlers = Handlers(FakeRaft(), cluster_id=1, server_version="3.5.1")
-    general = General(handlers, config, "here", BodyBudget(1 << 20), lambda _: False)
-    general.http.receive_data(
-        b"POST /raft/snapshot HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
-        b"Content-Length: 9\r\n\r\n"
-    )
-    event = general.http.next_event()
-    assert isinstance(event, h11.Request)
+    config = ReceiverConfig(snapshot_dir=directory)
+    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    general = General(handlers, config, "here", BodyBudget(1 << 20), lambda *_: False)
+    line = "POST /raft/snapshot HTTP/1.1"
+    head = raw_head("Expect: 100-continue", "Content-Length: 9", line=line)
+    assert general.feed(head) == (b"", Then.DETACH)
     receiver = _Receiving(mine, general, config)
-    receiver.left = 9
     kill(sock, peer)
     write(receiver)
     receiver.close()
