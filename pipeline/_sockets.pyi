@@ -1,6 +1,7 @@
 """The typed face of ``_sockets.pyx``; checked by stubtest."""
 
 import socket
+import weakref
 
 __all__ = ["OwnSocket", "open_socket"]
 
@@ -9,5 +10,7 @@ class OwnSocket(socket.socket):
         self, family: int = ..., type: int = ..., proto: int = ..., fileno: int | None = ...
     ) -> None: ...
     def forget_after_fork(self) -> None: ...
+
+own_sockets: weakref.WeakSet[OwnSocket]
 
 def open_socket(family: int, kind: int, protocol: int) -> OwnSocket: ...

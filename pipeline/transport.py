@@ -102,7 +102,7 @@ class Transport:
     Notes
     -----
     Thread-safe; every method may be called from a callback. A context manager: starts and stops.
-    One I/O thread serves all peers, and one probes them.
+    One I/O thread serves all peers, and one, the poller, dials and probes them.
     """
 
     def __init__(

@@ -124,6 +124,11 @@ def test_fork_in_the_middle_of_a_snapshot() -> None:
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
+def test_fork_of_a_node_with_connections_in_every_state(tmp_path: Path) -> None:
+    result = run("fork_sending.py", str(tmp_path))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
 def test_a_forked_child_closes_its_copies_of_the_connections() -> None:
     """As long as it has them, the peer does not hear that the parent has closed them."""
     result = run("forks.py", "stops")
