@@ -10,8 +10,9 @@ import asyncio
 import gc
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,18 @@ def uses(thing: object, kind: type, *harmless: str) -> dict[str, Callable[[], ob
     }
 
 
+def endless() -> Iterator[bytes]:
+    yield b"x"
+    over.wait(10)
+
+
 async def started() -> aio.Transport:
     transport = aio.Transport(4, CLUSTER, FakeRaft())
     await transport.start()
     return transport
 
 
+over = threading.Event()
 authority = Authority(Path(sys.argv[1]))
 server = ScriptedServer()
 raft = FakeRaft()
@@ -68,9 +75,7 @@ loop = asyncio.new_event_loop()
 awaited = loop.run_until_complete(started())
 transfer = transport.send_snapshot(message(MessageType.SNAP), b"x")
 transfer.result(10)
-running = transport.send_snapshot(
-    message(MessageType.SNAP), iter(b"x" for _ in iter(int, 1)), size=1 << 40
-)
+running = transport.send_snapshot(message(MessageType.SNAP), endless(), size=10)
 transport.send([message()])
 eventually(lambda: transport.stats()[2].sent == 1)
 
@@ -139,6 +144,7 @@ if os.waitpid(child, 0)[1] != 0:
 transport.send([message()])
 eventually(lambda: transport.stats()[2].sent == 2)
 running.cancel()
+over.set()
 transport.stop()
 pipeline.stop()
 loop.run_until_complete(awaited.stop())
