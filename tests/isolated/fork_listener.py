@@ -63,8 +63,8 @@ def descriptors() -> set[tuple[str, str]]:
     return {(name, what) for name, what in found if int(name) > 2 and "/fd" not in what}
 
 
-def node(files: Path) -> None:
-    """Serve, and do what the lines from standard input say."""
+def node(files: Path, end: int) -> None:
+    """Serve, and do what the lines from standard input say; a child lives until ``end`` ends."""
     before = descriptors()
     raft = Node()
     directory = files / "snapshots"
@@ -91,7 +91,7 @@ def node(files: Path) -> None:
                 print("open in the child:", *left, flush=True)
                 signal.alarm(int(LONG_TIMEOUT))
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                sys.stdin.read()  # to its end
+                os.read(end, 1)  # not standard input: the next line there is for its parent
                 os._exit(0)
         else:
             transport.stop()
@@ -103,8 +103,10 @@ def main(how: str, directory: Path) -> None:
     authority = Authority(directory)
     authority.issue("node")
     context = authority.client(*authority.issue("caller"))
+    end, keep = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", __file__, "node", str(directory)],
+        [sys.executable, "-W", "error", __file__, "node", str(directory), str(end)],
+        pass_fds=[end],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -151,11 +153,12 @@ def main(how: str, directory: Path) -> None:
             dial(url)
             sys.exit(f"{url} still takes connections")
     process.stdin.close()
+    os.close(keep)
     process.wait(LONG_TIMEOUT)
     print("ok")
 
 
 if sys.argv[1] == "node":
-    node(Path(sys.argv[2]))
+    node(Path(sys.argv[2]), int(sys.argv[3]))
 else:
     main(sys.argv[1], Path(sys.argv[2]))
