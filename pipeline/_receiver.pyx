@@ -40,6 +40,7 @@ from pipeline._sync cimport (
     timespec,
 )
 
+import _socket
 import os
 import socket
 from typing import NamedTuple
@@ -257,15 +258,19 @@ cdef class Receiver:
             server_free(&self.server)
 
     def start(self, list plain not None, list sealed not None):
-        """Serve on listening sockets, http and https, of ``open_socket``; it takes them over."""
+        """Serve on listening sockets, http and https, of ``open_socket``; it takes them over.
+
+        None of them was taken if it raises ``MemoryError``; with ``OSError`` all were.
+        """
         cdef int i, error
-        descriptors = [*plain, *sealed]
-        self.server.listening = <int*>calloc(len(descriptors), sizeof(int))
+        cdef list sockets = [*plain, *sealed]
+        self.server.listening = <int*>calloc(len(sockets), sizeof(int))
         if self.server.listening is NULL:
             raise MemoryError
-        for i in range(len(descriptors)):
-            self.server.listening[i] = descriptors[i]
-        self.server.n_listening = len(descriptors)
+        for i in range(len(sockets)):
+            # Not the method of their class, which is Python's: Ctrl-C could come between two.
+            self.server.listening[i] = _socket.socket.detach(sockets[i])
+        self.server.n_listening = len(sockets)
         self.server.n_plain = len(plain)
         error = server_start(&self.server)
         if error != 0:

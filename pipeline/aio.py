@@ -415,7 +415,8 @@ class Transport:
     counters may be called on the loop, from callbacks and from any thread. What may wait is
     ``async`` and waits in a thread of its own: ``stop``, ``listen``, ``remove_peer``,
     ``remove_all_peers``, ``send_snapshot``, ``begin_snapshot`` and ``reload_tls``; call these, and
-    ``start``, on the loop.
+    ``start``, on the loop. A handler of ``signal.signal`` may call what is plain; what is ``async``
+    it has the loop run, as with ``loop.add_signal_handler``.
 
     While a callback has not returned, the thread that delivers it waits: a message's sender has no
     answer, and no more than ``config.receiver.handlers`` messages of each listener and

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from urllib3.util import parse_url
@@ -53,8 +53,8 @@ class Listener:
         Limits and timeouts.
     credentials : Credentials, optional
         What ``https`` is served with; connections end when they are replaced.
-    on_closed : callable, optional
-        Called once ``close`` has done its work: whoever made this has no more use for it.
+    listeners : list, optional
+        It is one of them from before it accepts until it is closed.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class Listener:
         urls: str | Iterable[str],
         config: ReceiverConfig,
         credentials: Credentials | None = None,
-        on_closed: Callable[[Listener], object] | None = None,
+        listeners: list[Listener] | None = None,
     ) -> None:
         if isinstance(urls, str):
             urls = (urls,)
@@ -116,6 +116,8 @@ class Listener:
         self._lock = threading.RLock()  # one close at a time
         self._is_closed = False
         self._is_over = False
+        self._credentials = credentials
+        self._listeners = [] if listeners is None else listeners
         self._threads = [
             LibraryThread(self._receiver.serve, f"pipeline-handler-{ports[0]}-{n}")
             for n in range(config.handlers)
@@ -123,23 +125,23 @@ class Listener:
         self._threads.append(
             LibraryThread(self._receiver.serve, f"pipeline-general-{ports[0]}", (True,))
         )
-        listening: dict[bool, list[int]] = {False: [], True: []}
+        listening: dict[bool, list[OwnSocket]] = {False: [], True: []}
         for url, sockets in zip(given, bound, strict=True):
-            listening[url.startswith("https://")] += [sock.detach() for sock in sockets]
-        self._receiver.start(listening[False], listening[True])
+            listening[url.startswith("https://")] += sockets
         try:
+            self._listeners.append(self)  # before it runs: whoever closes all of them finds it
+            self._receiver.start(listening[False], listening[True])
             for thread in self._threads:
                 thread.start()
-        except BaseException:  # no more threads: those that run end with the receiver
-            self._receiver.begin_close()
-            self._receiver.wait_closed(0.0)
+            if credentials is not None:
+                credentials.subscribe(self._retire)
+            _all.add(self)
+            atexit.register(self.close)
+        except BaseException:  # no more threads, or Ctrl-C: those that run end with the receiver
+            self._close_again()
             raise
-        self._credentials = credentials
-        if credentials is not None:
-            credentials.subscribe(self._retire)
-        self._on_closed = on_closed
-        _all.add(self)
-        atexit.register(self.close)
+        if self._is_closed:  # meanwhile, by who found it among the others: not all of it ran yet
+            self._close_again()
 
     @property
     def is_closed(self) -> bool:
@@ -186,9 +188,13 @@ class Listener:
             atexit.unregister(self.close)
             if self._credentials is not None:
                 self._credentials.unsubscribe(self._retire)
-            if self._on_closed is not None:
-                self._on_closed(self)
+            with contextlib.suppress(ValueError):  # a signal's handler came in between
+                self._listeners.remove(self)
             self._is_over = True
+
+    def _close_again(self) -> None:
+        self._is_over = False
+        self.close(0.0)
 
     def _retire(self) -> None:
         # Closed also in a forked child, where the receiver's lock may be held for ever.

@@ -20,7 +20,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.general import BodyBudget, General, Then, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.pace import Pace
-from pipeline.tls import Credentials, read_certificate
+from pipeline.tls import Credentials, not_after, read_certificate
 from pipeline.tunnel import tls_reason
 
 if TYPE_CHECKING:
@@ -300,8 +300,7 @@ class Sealed:
             reason = self._server.credentials.refusal(self._certificate)
             # Of a resumed session the certificate was verified when the session was made. OpenSSL
             # resumes by session ID in TLS 1.2, which Python cannot forbid.
-            not_after = ssl.cert_time_to_seconds(str(self._certificate["notAfter"]))
-            if self._tls.session_reused and not_after < time.time():
+            if self._tls.session_reused and not_after(self._certificate) < time.time():
                 reason = "certificate has expired"
             if reason:
                 self._refuse(reason)

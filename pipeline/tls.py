@@ -7,6 +7,7 @@ when they change, not at every handshake, and a broken set never takes the place
 from __future__ import annotations
 
 import _ssl
+import calendar
 import contextlib
 import ipaddress
 import logging
@@ -27,7 +28,7 @@ from pipeline.logs import get_logger, show
 from pipeline.names import proven_name
 from pipeline.threads import LibraryThread
 
-__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo", "read_certificate"]
+__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo", "not_after", "read_certificate"]
 
 logger = get_logger(__name__)
 
@@ -42,6 +43,7 @@ RETRY_INTERVAL_S = 10.0
 #: Of a host name (RFC 1035 section 2.3.4), which SNI holds as well.
 NAME_MAX = 253
 
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 
 
@@ -397,7 +399,7 @@ def _load(info: TLSInfo) -> _Set:
     # of a PEM file, and has been in every CPython since 2.6.
     decode = _ssl._test_decode_cert  # type: ignore[attr-defined]
     decoded = _blame("cert_file", decode, os.fspath(info.cert_file))
-    return _Set(client, server, float(ssl.cert_time_to_seconds(decoded["notAfter"])))
+    return _Set(client, server, not_after(decoded))
 
 
 def _blame(name: str, load: Callable[..., Any], *args: object) -> Any:
@@ -449,6 +451,18 @@ def read_certificate(tls: ssl.SSLObject | ssl.SSLSocket) -> Mapping[str, Any] | 
         return tls.getpeercert() or None
     except ValueError as error:  # UnicodeDecodeError
         raise ssl.SSLError(f"certificate refused: it cannot be read: {error}") from error
+
+
+def not_after(certificate: Mapping[str, Any]) -> float:
+    """Return when a certificate expires, seconds since the epoch.
+
+    Not by ``ssl.cert_time_to_seconds``: ``time.strptime`` has a lock that a signal's handler, come
+    while a certificate is read, would wait for in vain.
+    """
+    month, day, clock, year, _ = str(certificate["notAfter"]).split()  # "Jun  1 12:00:00 2030 GMT"
+    hour, minute, second = map(int, clock.split(":"))
+    fields = (int(year), _MONTHS.index(month) + 1, int(day), hour, minute, second)
+    return float(calendar.timegm(fields))
 
 
 def _common_name(certificate: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ Source: etcd rafthttp/transport.go.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import time
 import weakref
@@ -101,8 +100,9 @@ class Transport:
 
     Notes
     -----
-    Thread-safe; every method may be called from a callback. A context manager: starts and stops.
-    One I/O thread serves all peers, and one, the poller, dials and probes them.
+    Thread-safe; every method may be called from a callback, and from a signal's handler at any
+    instant. A context manager: starts and stops. One I/O thread serves all peers, and one, the
+    poller, dials and probes them.
     """
 
     def __init__(
@@ -690,9 +690,8 @@ class Transport:
             url,
             self.config.receiver,
             self.credentials,
-            on_closed=self._forget_listener,
+            listeners=self._listeners,
         )
-        self._listeners.append(listener)
         if self._ending.is_taken():  # meanwhile, perhaps before it could see the listener
             listener.close()
             raise UsageError("listen: transport stopped")
@@ -753,10 +752,6 @@ class Transport:
             peer.stop_end(deadline)
             self._live_peers.discard(peer)
         return dropped
-
-    def _forget_listener(self, listener: Listener) -> None:
-        with contextlib.suppress(ValueError):  # closed by a stop as well
-            self._listeners.remove(listener)
 
     def _forget(self, peer_id: int) -> None:
         self.handlers.forget(peer_id)

@@ -157,6 +157,22 @@ def test_a_peer_that_is_gone_does_not_end_a_process_that_wants_sigpipe(
     assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
 
 
+@pytest.mark.parametrize(
+    "kind", ["gentle", "changes", "stop", "Pipeline.stop", "Listener.close", "timer"]
+)
+def test_a_signals_handler_calls_any_method_at_any_line(kind: str, tmp_path: Path) -> None:
+    result = run("signals.py", kind, str(tmp_path))
+    assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
+
+
+def test_what_ctrl_c_interrupts_at_any_line_leaves_nothing_that_a_stop_does_not_end(
+    tmp_path: Path,
+) -> None:
+    """``stop``, ``close`` and the like finish what they had begun when they are called again."""
+    result = run("signals.py", "Ctrl-C", str(tmp_path))  # sockets that were dropped say so
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
 def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> None:
     """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
     result = run("stale.py")
