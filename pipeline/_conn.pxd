@@ -24,7 +24,7 @@ from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_pos
 from pipeline._sync cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MADV_HUGEPAGE,
     MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
-    MSG_NOSIGNAL, PROT_READ, PROT_WRITE, SHUT_WR, cas_ptr, clock_ns, epoll_ctl, errno,
+    MSG_NOSIGNAL, MSG_TRUNC, PROT_READ, PROT_WRITE, SHUT_WR, cas_ptr, clock_ns, epoll_ctl, errno,
     format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_signal,
     pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
     pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage, store_int, swap_int,
@@ -1091,12 +1091,12 @@ cdef inline void conn_linger(conn_t* conn) noexcept nogil:
 
 
 cdef inline void conn_discard(conn_t* conn) noexcept nogil:
-    """Read and throw away one step of what a refused peer still sends."""
+    """Throw away one step of what a refused peer still sends; of TCP it is not even copied."""
     cdef server_t* server = conn.server
     cdef ssize_t n
     cdef int _step
     for _step in range(SERVER_STEP_BYTES // SERVER_SCRATCH):
-        n = recv(conn.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT)
+        n = recv(conn.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT | MSG_TRUNC)
         if n <= 0:
             if n == 0 or (errno != EAGAIN and errno != EINTR):
                 conn_close(conn)

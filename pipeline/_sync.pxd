@@ -118,6 +118,7 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_NOSIGNAL
         MSG_DONTWAIT
         MSG_PEEK
+        MSG_TRUNC       # of a TCP socket: throw away what is read
         SOL_SOCKET
         SO_SNDBUF
         SOCK_CLOEXEC

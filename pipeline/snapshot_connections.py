@@ -295,5 +295,7 @@ class _Receiving:
         self._connection.shutdown(socket.SHUT_WR)
         while (left_s := deadline - time.monotonic()) > 0 and not self._is_stopped:
             self._connection.settimeout(left_s)
-            if self._connection.recv_into(buffer) == 0:
+            n = self._connection.recv_into(buffer)
+            if n == 0:
                 break
+            self._pace.took(1, n)
