@@ -25,7 +25,7 @@ from pipeline.handlers import Handlers
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
 from pipeline.snapshot_connections import SnapshotConnections
-from pipeline.threads import LibraryThread
+from pipeline.threads import LibraryThread, require_real_threads
 from pipeline.tls import Credentials
 from pipeline.urls import parse_urls
 
@@ -89,6 +89,7 @@ class Listener:
         credentials: Credentials | None = None,
         listeners: list[Listener] | None = None,
     ) -> None:
+        require_real_threads()
         if isinstance(urls, str):
             urls = (urls,)
         # One by one, for parse_urls sorts.

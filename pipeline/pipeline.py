@@ -38,7 +38,7 @@ from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
 from pipeline.status import STOPPED, PeerStatus
-from pipeline.threads import Once
+from pipeline.threads import Once, require_real_threads
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
 from pipeline.types import MessageType, Raft, SnapshotStatus
@@ -122,6 +122,7 @@ class Pipeline(Sender):
     ) -> None:
         require_raft(raft)
         require_callable("on_critical_error", on_critical_error)
+        require_real_threads()
         defaults = TransportConfig()
         require_id("peer_id", peer_id)
         require_id("member_id", member_id)
@@ -185,6 +186,7 @@ class Pipeline(Sender):
             If it was started before.
         """
         config = self._config
+        require_real_threads()
         if self._ending.is_taken() or not self._beginning.take():
             raise UsageError("start: a pipeline can be started once")
         if self._owns_dispatcher:

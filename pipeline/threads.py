@@ -6,15 +6,48 @@ method. So nothing here waits for a lock that the interrupted call may hold.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 
-__all__ = ["LibraryThread", "Once"]
+from pipeline.errors import UsageError
+
+__all__ = ["LibraryThread", "Once", "require_real_threads"]
+
+# What these replace with their own, and a function or class of each that they replace.
+_KITS = ("gevent", "eventlet")
+_REPLACED = {
+    "thread": ("_thread", "start_new_thread"),
+    "socket": ("socket", "socket"),
+    "select": ("select", "select"),
+    "queue": ("queue", "SimpleQueue"),
+    "time": ("time", "sleep"),
+}
 
 # To join a thread CPython 3.11 and 3.12 take its lock and give it back. Who is interrupted between
 # the two has it; a handler that joins then waits in vain, but no longer than this.
 _JOIN_STEP_S = 0.05
+
+
+def require_real_threads() -> None:
+    """Raise ``UsageError`` if gevent or eventlet has replaced what our threads live on.
+
+    A thread of theirs runs when another one of them waits in their way. Ours wait in the system's,
+    many in C, and the program would stand still without a word.
+    """
+    found: dict[str, list[str]] = {}
+    for what, (module, name) in _REPLACED.items():
+        maker = getattr(getattr(sys.modules.get(module), name, None), "__module__", None)
+        kit = str(maker).partition(".")[0]
+        if kit in _KITS:
+            found.setdefault(kit, []).append(what)
+    for kit, replaced in found.items():
+        raise UsageError(
+            f"{kit} has replaced {', '.join(replaced)}, and raft-pipeline needs the system's: "
+            "run the node in a process of its own, that patches nothing, or leave these out of the "
+            "patching"
+        )
 
 
 class Once:

@@ -41,7 +41,7 @@ from pipeline.stats import (
     TransportStats,
     leader_stats,
 )
-from pipeline.threads import Once
+from pipeline.threads import Once, require_real_threads
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import MessageType, Raft
 from pipeline.urls import parse_peer_urls
@@ -118,6 +118,7 @@ class Transport:
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
     ) -> None:
+        require_real_threads()
         require_id("member_id", member_id)
         require_id("cluster_id", cluster_id)
         require_bool("allow_loopback_remotes", allow_loopback_remotes)
@@ -208,6 +209,7 @@ class Transport:
 
     def start(self) -> None:
         """Start the threads. Once; ``UsageError`` otherwise."""
+        require_real_threads()
         if self._is_stopped or not self._beginning.take():
             raise UsageError("start: a transport can be started once")
         try:
