@@ -454,6 +454,7 @@ class Transport:
         )
         self._deliveries.callbacks = self._transport.callbacks
         self._stopping: asyncio.Task[int] | None = None
+        self._has_stopped = False
         _all.add(self)
         self.member_id = member_id
         self.cluster_id = cluster_id
@@ -471,7 +472,8 @@ class Transport:
 
         Callbacks that run have ``config.stop_timeout_s`` to end, then they are cancelled; those
         that wait for their turn are not made. Called from a callback, it does not wait for that
-        callback. A second call waits for the first; one that is cancelled leaves it running.
+        callback. A second call waits for the first; one that is cancelled leaves it running. If the
+        loop's end has cancelled the first itself, the second does what is left.
 
         Returns
         -------
@@ -479,15 +481,18 @@ class Transport:
             How many queued messages were dropped.
         """
         self._deliveries.let_go(is_stop=True)
-        if self._stopping is None:
+        # One that Ctrl-C has ended, with the loop's other tasks, has perhaps not seen to everything.
+        if self._stopping is None or (self._stopping.done() and not self._has_stopped):
             self._stopping = asyncio.get_running_loop().create_task(self._stop())
         return await asyncio.shield(self._stopping)
 
     async def _stop(self) -> int:
         try:
-            return await _in_thread(self._transport.stop)
+            dropped = await _in_thread(self._transport.stop)
         finally:
             await self._deliveries.close()
+        self._has_stopped = True
+        return dropped
 
     async def __aenter__(self) -> Self:
         await self.start()

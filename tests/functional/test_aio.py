@@ -463,6 +463,29 @@ def test_a_loop_that_ends_in_the_middle_of_a_stop_lets_it_end(
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
+def test_a_stop_that_ctrl_c_has_ended_is_finished_by_the_next(run: Callable[[Main], None]) -> None:
+    """``asyncio.run`` cancels every task after a Ctrl-C, the one that stops us among them."""
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        transport = transport_of(Node())
+        await transport.start()
+        await transport.listen("http://127.0.0.1:0")
+        stop = asyncio.create_task(transport.stop())
+        await asyncio.sleep(0)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert stop.cancelled()
+        assert await transport.stop() == 0
+        assert await transport.stop() == 0
+        left = {t.name for t in set(threading.enumerate()) - before}
+        assert not [name for name in left if name.startswith("pipeline-") and "aio" not in name]
+
+    run(main())
+
+
 def test_a_cancelled_stop_goes_on(run: Callable[[Main], None]) -> None:
     async def main() -> None:
         transport = transport_of(Node())
