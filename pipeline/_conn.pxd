@@ -19,16 +19,19 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memmove, memset
 
+from pipeline._budget cimport (
+    BODY_SMALL, budget_add, budget_left, budget_loop_t, budget_t, budget_wait,
+)
 from pipeline._descriptors cimport descriptors_shut, descriptors_t
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._sync cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MADV_HUGEPAGE,
     MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
-    MSG_NOSIGNAL, MSG_TRUNC, PROT_READ, PROT_WRITE, SHUT_WR, cas_ptr, clock_ns, epoll_ctl, errno,
-    format_http_date, invariant, load_int, load_ptr, madvise, mmap, munmap, pthread_cond_signal,
-    pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
-    pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage, store_int, swap_int,
-    time, time_t, write,
+    MSG_NOSIGNAL, MSG_TRUNC, PROT_READ, PROT_WRITE, SHUT_WR, add_i64, cas_ptr, clock_ns, count_add,
+    epoll_ctl, errno, format_http_date, invariant, load_i64, load_int, load_ptr, madvise, mmap,
+    munmap, pthread_cond_signal, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_trylock, pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage,
+    store_int, swap_int, time, time_t, write,
 )
 from pipeline._turns cimport (
     LANES, LANE_LARGE, LANE_MESSAGES, LANE_PROPOSALS, host_join, member_t, turn_t, turns_leave,
@@ -53,6 +56,7 @@ cdef enum:
     # Once this much of a body has arrived, its pages are asked for in large pieces: 64 MiB is
     # 32 faults instead of 16,384. A body costs at most one such piece more than has arrived.
     BODY_HUGE_MIN = 2 << 20
+    BODY_HUGE_PAGE = 2 << 20
     # The memory of the last large bodies is kept this long, to be used again: the kernel clears
     # each fresh page, which costs as much as to read what goes into it. As many as a peer has
     # connections for them, and 64 MiB and their framing in all.
@@ -127,7 +131,8 @@ cdef struct body_t:
     size_t len              # arrived
     size_t size             # announced
     size_t mapped           # bytes of address space; 0: allocated
-    bint is_huge
+    bint is_huge            # memory comes in pages of BODY_HUGE_PAGE
+    bint is_reused          # all of it was memory before its first byte came
 
 # Memory that is kept for another body.
 cdef struct spare_t:
@@ -181,7 +186,7 @@ cdef struct conn_t:
     uint8_t* known          # owned: the last accepted head
     http_post_t known_post
     request_t request
-    int64_t held_bytes      # of its body in server.held_bytes
+    int64_t counted         # of its body in the budget, until it is answered
     uint8_t* answer         # owned: what is left to write; NULL when nothing is
     size_t answer_len
     size_t answer_at
@@ -202,7 +207,6 @@ cdef struct runnable_t:
 cdef struct server_limits_t:
     size_t max_head_bytes
     uint64_t max_body_bytes
-    int64_t max_buffered_bytes
     int max_connections
     int handlers
     int64_t head_timeout_ns
@@ -247,6 +251,8 @@ cdef struct queue_t:
 
 cdef struct server_t:
     descriptors_t* descriptors  # the process's: what a forked child closes
+    budget_t* budget        # borrowed: the node's
+    budget_loop_t in_budget
     int epfd
     int wakefd
     int timerfd             # wakes the stand-in
@@ -300,8 +306,7 @@ cdef struct server_t:
     int64_t now_ns
     int64_t next_deadline_ns
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
-    int64_t buffered_bytes  # of bodies being read
-    int64_t held_bytes      # of large bodies that are read and not answered
+    int64_t reading         # bytes in the budget, of bodies that are being read
     int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
     int64_t handled         # connections that are not ours at the moment
     bint has_queued         # requests for handlers since they were last signalled
@@ -342,6 +347,23 @@ cdef inline bint body_init(body_t* body, size_t size) noexcept nogil:
     else:
         body.data = <uint8_t*>malloc(size if size > 0 else 1)
     return body.data is not NULL
+
+
+cdef inline int64_t body_resident(const body_t* body) noexcept nogil:
+    """Tell how much of a body is memory."""
+    cdef size_t resident = body.len
+    if body.is_reused:
+        return <int64_t>body.mapped
+    if body.is_huge:
+        resident = (resident + BODY_HUGE_PAGE - 1) & ~<size_t>(BODY_HUGE_PAGE - 1)
+    return <int64_t>min(resident, max(body.mapped, body.len))
+
+
+cdef inline void body_grown(body_t* body) noexcept nogil:
+    """Ask for large pages once it is worth it."""
+    if body.mapped > 0 and not body.is_huge and body.len >= BODY_HUGE_MIN:
+        body.is_huge = True
+        madvise(body.data, body.size, MADV_HUGEPAGE)
 
 
 cdef inline bint conn_save(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
@@ -423,11 +445,21 @@ cdef inline void server_wake(server_t* server) noexcept nogil:
         write(server.wakefd, &one, sizeof(one))
 
 
+cdef inline void server_tell(server_t* server) noexcept nogil:
+    """Have the loop look at what waits for a thread, or for memory."""
+    pthread_mutex_lock(&server.lock)
+    store_int(&server.in_budget.has_news, True)
+    if not server.is_ended:     # or the descriptor may be another's
+        server_wake(server)
+    pthread_mutex_unlock(&server.lock)
+
+
 cdef inline body_t server_take_spare(server_t* server, int i) noexcept nogil:
     """Take one of the spares. The caller holds the lock."""
     cdef body_t taken = server.spares[i].body
     server.n_spares -= 1
     server.spare_bytes -= taken.mapped
+    add_i64(&server.budget.spare, -<int64_t>taken.mapped)
     memmove(&server.spares[i], &server.spares[i + 1], (server.n_spares - i) * sizeof(spare_t))
     return taken
 
@@ -437,12 +469,15 @@ cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
     cdef body_t older[SPARES]
     cdef int i, n_older = 0
     if body.mapped > 0 and body.mapped <= SPARE_MAX and body.len == body.size \
-            and pthread_mutex_trylock(&server.lock) == 0:
+            and budget_left(server.budget) - load_i64(&server.budget.spare) \
+            >= <int64_t>body.mapped and pthread_mutex_trylock(&server.lock) == 0:
         if not load_int(&server.is_stopping):       # then nobody would free it
             while server.n_spares == SPARES or server.spare_bytes + body.mapped > SPARE_MAX:
                 older[n_older] = server_take_spare(server, 0)
                 n_older += 1
             server.spares[server.n_spares].body = body[0]
+            server.spares[server.n_spares].body.is_reused = True
+            add_i64(&server.budget.spare, <int64_t>body.mapped)
             server.spares[server.n_spares].until_ns = clock_ns() + SPARE_NS
             server.n_spares += 1
             server.spare_bytes += body.mapped
@@ -457,7 +492,10 @@ cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
 
 
 cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) noexcept nogil:
-    """Make room in what was kept, if that is neither too small nor more than twice as large."""
+    """Make room in what was kept, if that is neither too small nor more than twice as large.
+
+    All of it counts from now on, whatever arrives, so there has to be room for that.
+    """
     cdef bint is_fit = False
     cdef int i
     if size < BODY_MAPPED_MIN or load_int(&server.has_spare) == SPARE_NONE:
@@ -465,7 +503,8 @@ cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) 
     pthread_mutex_lock(&server.lock)
     i = server.n_spares - 1
     while i >= 0 and not is_fit:        # the last one first: more of it is in the caches
-        is_fit = size <= server.spares[i].body.mapped <= 2 * size
+        is_fit = size <= server.spares[i].body.mapped <= 2 * size \
+            and <int64_t>server.spares[i].body.mapped <= budget_left(server.budget)
         if is_fit:
             body[0] = server_take_spare(server, i)
             body.size = size
@@ -642,6 +681,7 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     invariant((conn.fd < 0 or server.is_ended) and not conn.is_runnable)
     if conn.fd >= 0:
         descriptors_shut(server.descriptors, conn.fd)
+    budget_add(server.budget, -conn.counted)
     body_free(&conn.request.body)
     free(conn.buffer)
     free(conn.known)
@@ -651,8 +691,8 @@ cdef inline void conn_free(conn_t* conn) noexcept nogil:
     server.live -= 1
 
 
-cdef inline void conn_give_back_locked(conn_t* conn, handler_t* handler) noexcept nogil:
-    """Return a connection from a handler thread; when the loop has ended, free it here.
+cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcept nogil:
+    """Return a connection from a handler thread; when the loop has ended, free it here: False.
 
     The caller holds the lock.
     """
@@ -671,7 +711,7 @@ cdef inline void conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
         server_leave_lane(server, conn.request.lane)
     if server.is_ended:
         conn_free(conn)
-        return
+        return False
     head = load_ptr(<void**>&server.returned)
     while True:
         conn.next_returned = <conn_t*>head
@@ -681,13 +721,16 @@ cdef inline void conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
     # request. If that came while the connection was ours, the loop has noted so before it slept.
     if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):
         server_wake(server)     # under the lock: the loop cannot have ended
+    return True
 
 
-cdef inline void conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil:
+cdef inline bint conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil:
     cdef server_t* server = conn.server
+    cdef bint is_taken
     pthread_mutex_lock(&server.lock)
-    conn_give_back_locked(conn, handler)
+    is_taken = conn_give_back_locked(conn, handler)
     pthread_mutex_unlock(&server.lock)
+    return is_taken
 
 
 cdef inline int server_detach(conn_t* conn) noexcept nogil:
@@ -767,10 +810,27 @@ cdef inline void server_learn(server_t* server, const uint8_t* data, const http_
 
 # -- a connection: read, recognise, write
 
+cdef inline void conn_count(conn_t* conn) noexcept nogil:
+    """Count a body with what of it is memory now, unless it is a small one."""
+    cdef int64_t more
+    if conn.request.body.size > BODY_SMALL:
+        more = body_resident(&conn.request.body) - conn.counted
+        conn.counted += more
+        if conn.state == CONN_BODY:
+            conn.server.reading += more
+        budget_add(conn.server.budget, more)
+
+
+cdef inline void conn_leave_body(conn_t* conn) noexcept nogil:
+    """A body is not being read any more, whatever becomes of it."""
+    if conn.state == CONN_BODY:
+        conn.server.reading -= conn.counted
+
+
 cdef inline void conn_count_closed(conn_t* conn) noexcept nogil:
     """There is a connection less: another one can be accepted."""
     cdef server_t* server = conn.server
-    server.counts.connections -= 1
+    count_add(&server.counts.connections, -1)
     if server.accept_at_ns < 0:
         server.accept_at_ns = server.now_ns
 
@@ -783,8 +843,7 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
         descriptors_shut(server.descriptors, conn.fd)
         conn.fd = -1
-        if conn.state == CONN_BODY:
-            server.buffered_bytes -= <int64_t>conn.request.body.len
+        conn_leave_body(conn)
         conn_count_closed(conn)
     if conn.is_general:
         conn_to_handler(conn, REQUEST_GONE)
@@ -805,8 +864,7 @@ cdef inline void conn_end(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_broken(conn_t* conn) noexcept nogil:
     """The body of a request will not come: Python counts it and answers 400."""
-    if conn.state == CONN_BODY:
-        conn.server.buffered_bytes -= <int64_t>conn.request.body.len
+    conn_leave_body(conn)
     conn_to_handler(conn, REQUEST_BROKEN)
 
 
@@ -821,7 +879,7 @@ cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noe
     if not conn.is_general:
         conn.is_general = True
         if not conn.is_sealed:
-            conn.server.counts.general_requests += 1
+            count_add(&conn.server.counts.general_requests, 1)
     conn_save(conn, NULL, 0)
     conn_to_handler(conn, REQUEST_GENERAL)
 
@@ -830,8 +888,6 @@ cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
     """A message is complete: queue it, decoded if that is done in no time."""
     cdef request_t* request = &conn.request
     if request.body.len > SERVER_SCRATCH:
-        conn.held_bytes = <int64_t>request.body.len
-        conn.server.held_bytes += conn.held_bytes
         request.kind = REQUEST_LARGE
     else:
         conn_decode(conn)
@@ -876,7 +932,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
         if not conn_save(conn, data + post.head_len + size, have - size):
             conn_close(conn)
             return
-        server.counts.fast_requests += 1
+        count_add(&server.counts.fast_requests, 1)
         conn_deliver(conn)
         return
     memcpy(conn.request.body.data, data + post.head_len, have)
@@ -885,7 +941,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn.state = CONN_BODY
     conn_unlink(conn)           # in the order of their beginnings, for conn_must_wait
     conn_append(conn)
-    server.buffered_bytes += <int64_t>have
+    conn_count(conn)
     conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
     if conn_is_bulk(conn):
         conn_add_runnable(conn)
@@ -898,18 +954,21 @@ cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
 
     Small ones do not wait: they are heartbeats and votes, and as few as connections.
     However much is being read, the body that was begun first is read on, so that one always ends;
-    but when as much waits for Raft, in proposals without a leader, only Raft makes room.
+    but when as much waits for Raft, in proposals without a leader, or is held by others than this
+    loop's reading, only they make room.
     """
     cdef server_t* server = conn.server
-    cdef int64_t limit = server.limits.max_buffered_bytes
+    cdef int64_t left
     cdef conn_t* first
     if conn.request.body.size <= SERVER_SCRATCH:
         return False
     if load_int(&server.busy) >= server.limits.handlers:
         return True
-    if server.buffered_bytes + server.held_bytes < limit:
+    left = budget_left(server.budget)
+    if left > 0:
         return False
-    if server.held_bytes >= limit:
+    budget_wait(server.budget, &server.in_budget, True)
+    if left + server.reading <= 0:
         return True
     first = server.oldest
     while first.state != CONN_BODY or first.request.body.size <= SERVER_SCRATCH:
@@ -953,7 +1012,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
             conn.is_paused = True
             conn.deadline_ns = 0        # it is we who wait
             server.has_paused = True
-            server.counts.body_pauses += 1
+            count_add(&server.counts.body_pauses, 1)
             return
         room = body.size - body.len
         if room > budget:
@@ -969,20 +1028,18 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
             conn_broken(conn)
             return
         body.len += <size_t>n
-        server.buffered_bytes += n
         server.bulk_bytes += n
         budget -= <size_t>n
         conn_body_arrived(conn, n)
-        if body.mapped > 0 and not body.is_huge and body.len >= BODY_HUGE_MIN:
-            body.is_huge = True
-            madvise(body.data, body.size, MADV_HUGEPAGE)
+        body_grown(body)
+        conn_count(conn)
         if budget == 0 and body.len < body.size:
             conn_add_runnable(conn)
             return
     # What comes behind the body may have arrived with it, and epoll will not say so again.
     store_int(&conn.has_event, True)
-    server.buffered_bytes -= <int64_t>body.len
-    server.counts.fast_requests += 1
+    conn_leave_body(conn)
+    count_add(&server.counts.fast_requests, 1)
     conn_deliver(conn)
 
 
@@ -1019,7 +1076,7 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
             conn_broken(conn)
         else:
             if conn.is_sealed and conn.is_general and conn.then == THEN_HANDSHAKE:
-                server.counts.handshake_failures += 1
+                count_add(&server.counts.handshake_failures, 1)
             conn_close(conn)
         return
     if conn.is_sealed and conn.head_deadline_ns == 0:
@@ -1205,25 +1262,27 @@ cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept n
 cdef inline void conn_hear_news(conn_t* conn) noexcept nogil:
     """Count what Python has done on a sealed connection."""
     cdef server_counts_t* counts = &conn.server.counts
-    counts.fast_requests += conn.news.fast_requests
-    counts.general_requests += conn.news.general_requests
-    counts.handshakes += conn.news.handshakes
-    counts.handshake_failures += conn.news.handshake_failures
+    count_add(&counts.fast_requests, conn.news.fast_requests)
+    count_add(&counts.general_requests, conn.news.general_requests)
+    count_add(&counts.handshakes, conn.news.handshakes)
+    count_add(&counts.handshake_failures, conn.news.handshake_failures)
     memset(&conn.news, 0, sizeof(sealed_news_t))
 
 
 cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
     conn.server.handled -= 1
-    conn.server.held_bytes -= conn.held_bytes
-    conn.held_bytes = 0
     if conn.is_sealed:
         conn_hear_news(conn)
     if conn.then == THEN_DELIVER:
         conn.head_deadline_ns = 0
+        conn_count(conn)
         conn_deliver(conn)
         return
     body_free(&conn.request.body)
+    if conn.counted > 0:
+        budget_add(conn.server.budget, -conn.counted)
+        conn.counted = 0
     if conn.is_answered:
         conn.is_answered = False
     elif conn.then == THEN_FREE:

@@ -2,9 +2,12 @@
 targets in tests/fuzz, which run a receiver's loop and its requests in one thread.
 """
 
+from pipeline._budget cimport BodyBudget, share_t
 from pipeline._conn cimport answer_204_t, body_t, conn_t, handler_t, server_t
 from pipeline._http cimport http_post_t
 from pipeline._sync cimport sockaddr_storage
+
+from libc.stdint cimport uint64_t
 
 
 cdef class KnownHead:
@@ -14,7 +17,10 @@ cdef class KnownHead:
 
 cdef class Body:
     cdef body_t c               # owned
-    cdef Receiver receiver      # may use the memory again; None while it is not a message's yet
+    cdef share_t share          # what it counts with, until it is its connection's
+    cdef Receiver receiver
+    cdef server_t* server       # the receiver's
+    cdef bint is_message        # large payloads of one are views of it; then its memory is kept
 
 
 cdef class Remote:
@@ -27,17 +33,21 @@ cdef class Receiver:
     cdef bint is_running
     cdef object handlers
     cdef object config
-    cdef dict generals          # id of the connection -> General or Sealed
-    cdef object budget
+    # Id of a connection that no thread has at the moment -> General or Sealed.
+    cdef dict generals
+    cdef BodyBudget budget
     cdef object take
     cdef object sealed          # SealedServer; None without TLS
 
     # Needs the GIL. ``handler`` and ``answer`` are NULL for the thread of odd requests.
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1
+    cdef int forget(self, uint64_t id) except -1
     # These need the GIL and a connection that the calling thread has taken from the queue.
     cdef bint serve_request(self, conn_t* conn, handler_t* handler,
                             answer_204_t* answer) except -1
     cdef int handle(self, conn_t* conn) except -1
+    cdef int handle_general(self, conn_t* conn, object general, Remote remote) except -1
+    cdef int answer(self, conn_t* conn, Remote remote) except -1
     cdef object message(self, conn_t* conn, Remote remote)
     cdef int go_on(self, conn_t* conn, object general, bytes out, int then) except -1
     cdef int detach(self, conn_t* conn, object general) except -1

@@ -18,16 +18,17 @@ from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
+from pipeline._budget cimport BODY_SMALL, BodyShare, share_end, share_set
 from pipeline._descriptors cimport descriptors_shut
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
-    ANSWER_204_MAX, BODY_HUGE_MIN, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL,
-    REQUEST_GONE, REQUEST_LARGE, REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH,
-    THEN_FREE, THEN_NEXT,
-    answer_204_t, body_free, body_init, body_t, conn_answer_here, conn_give_back,
-    conn_give_back_locked, conn_save, conn_set_member, conn_t, handler_t, request_t, server_detach,
-    server_decode, server_learn, server_limits_t, server_recycle, server_reuse_body, server_take,
+    ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL, REQUEST_GONE,
+    REQUEST_LARGE, REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
+    answer_204_t, body_free, body_grown, body_init, body_resident, body_t, conn_answer_here,
+    conn_give_back, conn_give_back_locked, conn_save, conn_set_member, conn_t, handler_t, request_t,
+    server_counts_t, server_decode, server_detach, server_learn, server_limits_t, server_recycle,
+    server_reuse_body, server_take, server_tell,
 )
 from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
@@ -35,9 +36,8 @@ from pipeline._server cimport (
 )
 from pipeline._sockets cimport own_descriptors
 from pipeline._sync cimport (
-    MADV_HUGEPAGE, add_int, clock_ns, deadline_timespec, madvise, pthread_cond_timedwait,
-    pthread_join, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
-    timespec,
+    add_int, clock_ns, count_get, deadline_timespec, pthread_cond_timedwait, pthread_join,
+    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, store_int, timespec,
 )
 
 import _socket
@@ -46,7 +46,7 @@ import socket
 from typing import NamedTuple
 
 from pipeline._sockets import OwnSocket
-from pipeline.general import BodyBudget, General, render
+from pipeline.general import General, render
 from pipeline.handlers import Request
 from pipeline.logs import get_logger
 from pipeline.names import show_address
@@ -139,10 +139,14 @@ cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     def __dealloc__(self):
-        if self.receiver is None:
-            body_free(&self.c)
+        if self.is_message:
+            server_recycle(self.server, &self.c)
         else:
-            server_recycle(&self.receiver.server, &self.c)
+            body_free(&self.c)
+        if self.server is not NULL:
+            with nogil:
+                # A loop may be told that there is room. Only C state is touched.
+                share_end(&self.share, self.server.budget)
 
     def __len__(self):
         return self.c.len
@@ -169,10 +173,17 @@ cdef class Body:
         # The view lives for this call, in which nobody else has the body.
         n = read(room, PyMemoryView_FromMemory(<char*>self.c.data + self.c.len, room, PyBUF_WRITE))
         self.c.len += n
-        if self.c.mapped > 0 and not self.c.is_huge and self.c.len >= BODY_HUGE_MIN:
-            self.c.is_huge = True
-            madvise(self.c.data, self.c.size, MADV_HUGEPAGE)
+        body_grown(&self.c)
         return n
+
+    def count(self):
+        """Count what has arrived in the budget; False when there is no room for it."""
+        cdef bint is_counted = True
+        if self.c.size > BODY_SMALL:
+            with nogil:
+                # A loop may be told that there is none. Only C state is touched.
+                is_counted = share_set(&self.share, self.server.budget, body_resident(&self.c))
+        return is_counted
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
@@ -221,7 +232,6 @@ cdef class Receiver:
         cdef int error
         limits.max_head_bytes = config.max_head_bytes
         limits.max_body_bytes = config.max_body_bytes
-        limits.max_buffered_bytes = config.max_buffered_bytes
         limits.max_connections = config.max_connections
         limits.handlers = config.handlers
         limits.head_timeout_ns = <int64_t>(config.head_timeout_s * 1e9)
@@ -231,7 +241,8 @@ cdef class Receiver:
         limits.handshake_timeout_ns = <int64_t>(config.handshake_timeout_s * 1e9)
         if len(fixed) + 64 > ANSWER_204_MAX:
             raise ValueError("cluster_header: too long")
-        error = server_init(&self.server, &limits, own_descriptors())
+        self.budget = handlers.budget
+        error = server_init(&self.server, &limits, own_descriptors(), &self.budget.c)
         if error != 0:
             raise OSError(error, os.strerror(error))
         self.is_made = True
@@ -246,11 +257,10 @@ cdef class Receiver:
         self.handlers = handlers
         self.config = config
         self.generals = {}
-        self.budget = BodyBudget(config.max_buffered_bytes)
         self.take = take
         if credentials is not None:
             self.sealed = SealedServer(
-                handlers, config, self.budget, credentials, make_head=KnownHead)
+                handlers, config, credentials, make_head=KnownHead)
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
@@ -316,6 +326,7 @@ cdef class Receiver:
 
         All descriptors are closed already, those of connections that a handler has included.
         """
+        self.budget.forget_after_fork()
         self.server.n_listening = 0
         self.server.epfd = self.server.wakefd = self.server.timerfd = -1
         store_int(&self.server.is_stopping, 1)  # nothing is kept to be used again
@@ -324,12 +335,15 @@ cdef class Receiver:
 
     def stats(self):
         """Return the counts: ReceiverStats."""
-        counts = self.server.counts
+        cdef server_counts_t* counts = &self.server.counts
         return ReceiverStats(
-            counts.accepted, counts.connections, counts.fast_requests, counts.general_requests,
-            counts.closed_for_room, counts.head_timeouts, counts.body_timeouts,
-            counts.idle_timeouts, counts.accept_pauses, counts.body_pauses, counts.handshakes,
-            counts.handshake_failures, counts.handshake_timeouts)
+            count_get(&counts.accepted), count_get(&counts.connections),
+            count_get(&counts.fast_requests), count_get(&counts.general_requests),
+            count_get(&counts.closed_for_room), count_get(&counts.head_timeouts),
+            count_get(&counts.body_timeouts), count_get(&counts.idle_timeouts),
+            count_get(&counts.accept_pauses), count_get(&counts.body_pauses),
+            count_get(&counts.handshakes), count_get(&counts.handshake_failures),
+            count_get(&counts.handshake_timeouts))
 
     def serve(self, bint is_general=False):
         """Handle requests until the receiver has ended. The body of a handler thread.
@@ -343,6 +357,9 @@ cdef class Receiver:
         answer.second = 0
         if is_general:
             self.run(NULL, NULL)
+            if forks == n_forks:
+                for connection in list(self.generals):
+                    self.forget(connection)
             return
         server_add_handler(&self.server, &handler)
         try:
@@ -376,6 +393,7 @@ cdef class Receiver:
         False in a child that was forked meanwhile, in a callback: the connection is the parent's.
         """
         cdef int forks = n_forks
+        cdef uint64_t id = conn.id
         cdef bint is_taken = True
         if handler is not NULL:
             add_int(&self.server.busy, 1)
@@ -385,14 +403,14 @@ cdef class Receiver:
                 is_taken = server_decode(&self.server, conn)
             if not is_taken:
                 add_int(&self.server.busy, -1)
+                with nogil:
+                    # The lock's owner may be at work. Only C state is touched.
+                    server_tell(&self.server)
                 return True
         try:
             self.handle(conn)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
-            general = self.generals.pop(conn.id, None)
-            if general is not None:
-                logger.survive("what a connection held is not counted back", general.close)
             conn.then = THEN_CLOSE
         if forks != n_forks:
             return False
@@ -400,55 +418,72 @@ cdef class Receiver:
             add_int(&self.server.busy, -1)
             conn_answer_here(conn, answer)
         if pthread_mutex_trylock(&self.server.lock) == 0:
-            conn_give_back_locked(conn, handler)
+            is_taken = conn_give_back_locked(conn, handler)
             pthread_mutex_unlock(&self.server.lock)
         else:
             with nogil:
                 # The lock's owner is at work. Only C state is touched.
-                conn_give_back(conn, handler)
+                is_taken = conn_give_back(conn, handler)
+        if not is_taken:
+            self.forget(id)
         return True
+
+    cdef int forget(self, uint64_t id) except -1:
+        """Let go of what is left of a connection when the loop has ended."""
+        general = self.generals.pop(id, None)
+        if general is not None:
+            general.close()
+        return 0
 
     cdef int handle(self, conn_t* conn) except -1:
         """Answer the request of a connection that this thread holds, or go on with it."""
-        cdef request_t* request = &conn.request
         cdef Remote remote = Remote.__new__(Remote)
         remote.address = conn.address
-        if request.kind == REQUEST_GENERAL:
-            general = self.generals.get(conn.id)
+        if not conn.is_general:
+            return self.answer(conn, remote)
+        # As long as this thread has the connection it has this, too.
+        general = self.generals.pop(conn.id, None)
+        if general is None and conn.request.kind == REQUEST_GENERAL:
             if conn.is_sealed:
-                if general is None:
-                    general = Sealed(self.sealed, remote, self.make_body)
-                    self.generals[conn.id] = general
-                data = b""
-                if request.body.len > 0:    # copied by feed before it returns
-                    data = PyMemoryView_FromMemory(<char*>request.body.data, request.body.len,
-                                                   PyBUF_READ)
+                general = Sealed(self.sealed, remote, self.make_body)
             else:
-                if general is None:
-                    general = General(self.handlers, self.config, remote, self.budget, self.learn)
-                    self.generals[conn.id] = general
+                general = General(self.handlers, self.config, remote, self.learn)
+        if general is None:         # it has failed before
+            conn.then = THEN_FREE if conn.request.kind == REQUEST_GONE else THEN_CLOSE
+            return 0
+        try:
+            self.handle_general(conn, general, remote)
+        except BaseException:
+            logger.survive("what a connection held is not counted back", general.close)
+            raise
+        return 0
+
+    cdef int handle_general(self, conn_t* conn, object general, Remote remote) except -1:
+        cdef request_t* request = &conn.request
+        if request.kind == REQUEST_GENERAL:
+            data = b""
+            if not conn.is_sealed:
                 data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
+            elif request.body.len > 0:      # copied by feed before it returns
+                data = PyMemoryView_FromMemory(<char*>request.body.data, request.body.len,
+                                               PyBUF_READ)
             out, then = general.feed(data)
-            return self.go_on(conn, general, out, then)
-        if request.kind == REQUEST_END:
-            general = self.generals[conn.id]
+        elif request.kind == REQUEST_END:
             out, then = general.end()
-            return self.go_on(conn, general, out, then)
-        if request.kind == REQUEST_GONE:
-            general = self.generals.pop(conn.id, None)
-            if general is not None:
-                general.broken()
-                general.close()
+        elif request.kind == REQUEST_GONE:
+            general.broken()
+            general.close()
             conn.then = THEN_FREE
             return 0
-        general = self.generals.get(conn.id) if conn.is_general else None
-        if request.kind == REQUEST_BROKEN and general is not None:
+        elif request.kind == REQUEST_BROKEN:
             out, then = general.broken()
-            return self.go_on(conn, general, out, then)
+        else:
+            out, then = general.answer(self.message(conn, remote))
+        return self.go_on(conn, general, out, then)
+
+    cdef int answer(self, conn_t* conn, Remote remote) except -1:
+        """Answer a request that the core has recognised."""
         answer = self.message(conn, remote)
-        if general is not None:
-            out, then = general.answer(answer)
-            return self.go_on(conn, general, out, then)
         conn.then = THEN_NEXT
         if answer is not None:
             conn_set_answer(conn, render(answer))
@@ -475,6 +510,8 @@ cdef class Receiver:
         if request.body.size >= BODY_MAPPED_MIN:
             body = Body.__new__(Body)
             body.receiver = self
+            body.server = &self.server
+            body.is_message = True
             body.c = request.body
             memset(&request.body, 0, sizeof(body_t))
         message = message_from_decoded(&request.decoded, body)
@@ -488,6 +525,7 @@ cdef class Receiver:
         cdef request_t* request = &conn.request
         cdef bytes rest
         cdef Body whole
+        cdef BodyShare share
         cdef uint64_t sender = general.sender
         conn_set_answer(conn, out)
         conn.then = then
@@ -511,7 +549,12 @@ cdef class Receiver:
                 whole = body
                 request.body = whole.c
                 memset(&whole.c, 0, sizeof(body_t))
+                conn.counted = whole.share.large
+                whole.share.large = 0
             else:
+                share = general.share
+                conn.counted = share.c.large
+                share.c.large = 0
                 if not body_init(&request.body, len(body)):
                     raise MemoryError
                 memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
@@ -525,7 +568,8 @@ cdef class Receiver:
             self.detach(conn, general)
         if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
             general.close()
-            del self.generals[conn.id]
+        else:
+            self.generals[conn.id] = general
         return 0
 
     cdef int detach(self, conn_t* conn, object general) except -1:
@@ -555,6 +599,8 @@ cdef class Receiver:
         """
         cdef Body body = Body.__new__(Body)
         cdef bint is_made
+        body.receiver = self
+        body.server = &self.server
         with nogil:
             # The lock's owner may be at work. Only C state is touched.
             is_made = server_reuse_body(&self.server, &body.c, size) or body_init(&body.c, size)

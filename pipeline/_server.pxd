@@ -16,6 +16,9 @@ from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from pipeline._budget cimport (
+    budget_add, budget_join, budget_leave, budget_left, budget_t, budget_wait,
+)
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
     CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_STRANGERS, SERVER_EVENTS, SERVER_TURN_BYTES, SPARES,
@@ -32,24 +35,27 @@ from pipeline._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
-    cond_init_monotonic, deadline_timespec, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
-    errno, eventfd, invariant, itimerspec, load_int, load_ptr, pthread_cond_broadcast,
-    pthread_cond_destroy, pthread_cond_signal, pthread_cond_timedwait, pthread_cond_wait,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, read, send,
-    shutdown, sockaddr, socklen_t, store_int, swap_int, swap_ptr, thread_start, timerfd_create,
-    timerfd_settime, timespec, write,
+    cond_init_monotonic, count_add, count_set, deadline_timespec, epoll_create1, epoll_ctl,
+    epoll_event, epoll_wait, errno, eventfd, invariant, itimerspec, load_i64, load_int, load_ptr,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_timedwait,
+    pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int, swap_int, swap_ptr,
+    thread_start, timerfd_create, timerfd_settime, timespec, write,
 )
 from pipeline._turns cimport LANES, turns_join, turns_take, turns_wait
 
 
 # -- to the handler threads and back
 
-cdef inline void server_check_spare(server_t* server) noexcept nogil:
-    """Free what was kept and not used in time, and see to it that the rest will be."""
+cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept nogil:
+    """Free what was kept and not used in time, and see to it that the rest will be.
+
+    When memory is scarce nothing is kept.
+    """
     cdef body_t older[SPARES]
     cdef int i, n_older = 0
     pthread_mutex_lock(&server.lock)
-    while server.n_spares > 0 and server.spares[0].until_ns <= server.now_ns:
+    while server.n_spares > 0 and (is_scarce or server.spares[0].until_ns <= server.now_ns):
         older[n_older] = server_take_spare(server, 0)
         n_older += 1
     if server.n_spares > 0:
@@ -189,7 +195,7 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
         conn = conn.next
     if spared is NULL or (conn is NULL and is_shaking):
         return False
-    server.counts.closed_for_room += 1
+    count_add(&server.counts.closed_for_room, 1)
     conn_close(spared)
     return True
 
@@ -199,7 +205,7 @@ cdef inline void server_pause_accept(server_t* server, int64_t until_ns) noexcep
     for i in range(server.n_listening):
         epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)
     server.accept_at_ns = until_ns
-    server.counts.accept_pauses += 1
+    count_add(&server.counts.accept_pauses, 1)
     if until_ns > 0:
         server_look_at(server, until_ns)
 
@@ -263,8 +269,8 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             descriptors_shut(server.descriptors, conn.fd)
             free(conn)
             continue
-        server.counts.accepted += 1
-        server.counts.connections += 1
+        count_add(&server.counts.accepted, 1)
+        count_add(&server.counts.connections, 1)
         conn_append(conn)
         if is_sealed:
             conn.is_sealed = True
@@ -298,6 +304,19 @@ cdef inline void server_run(server_t* server, runnable_t* runnable, int64_t bulk
             return
 
 
+cdef inline void server_resume(server_t* server) noexcept nogil:
+    """A handler is free, or memory is: let the bodies that wait try again."""
+    cdef conn_t* conn = server.oldest
+    server.has_paused = False
+    budget_wait(server.budget, &server.in_budget, False)
+    while conn is not NULL:
+        if conn.is_paused and conn.state == CONN_BODY:
+            conn.is_paused = False
+            conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+            conn_add_runnable(conn)
+        conn = conn.next
+
+
 cdef inline void server_run_returned(server_t* server) noexcept nogil:
     cdef conn_t* conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
     cdef conn_t* following
@@ -309,15 +328,7 @@ cdef inline void server_run_returned(server_t* server) noexcept nogil:
     if load_int(&server.is_retiring) and swap_int(&server.is_retiring, 0):
         server_retire(server)
     if is_some and server.has_paused:
-        # A handler is free, or memory is: let the bodies that wait try again.
-        server.has_paused = False
-        conn = server.oldest
-        while conn is not NULL:
-            if conn.is_paused and conn.state == CONN_BODY:
-                conn.is_paused = False
-                conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
-                conn_add_runnable(conn)
-            conn = conn.next
+        server_resume(server)
 
 
 cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
@@ -331,7 +342,7 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
         else:
             server.next_deadline_ns = server.queue_check_ns
     if load_int(&server.has_spare) != SPARE_NONE:
-        server_check_spare(server)
+        server_check_spare(server, False)
     if server.accept_at_ns > 0:
         if server.now_ns >= server.accept_at_ns:
             server_resume_accept(server)
@@ -348,17 +359,17 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             conn_close(conn)
         elif conn.state == CONN_BODY \
                 or (conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY):
-            server.counts.body_timeouts += 1
+            count_add(&server.counts.body_timeouts, 1)
             conn_broken(conn)
         elif conn.state == CONN_GENERAL and conn.then == THEN_HANDSHAKE:
-            server.counts.handshake_timeouts += 1
+            count_add(&server.counts.handshake_timeouts, 1)
             conn_close(conn)
         else:
             # Also what does not read its answer counts as idle.
             if conn.state == CONN_WRITING or conn_is_idle(conn) and not conn.is_new:
-                server.counts.idle_timeouts += 1
+                count_add(&server.counts.idle_timeouts, 1)
             else:
-                server.counts.head_timeouts += 1
+                count_add(&server.counts.head_timeouts, 1)
             if conn.state == CONN_WRITING:
                 conn_close(conn)
             else:
@@ -421,7 +432,13 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     server_run(server, &server.bulk, SERVER_TURN_BYTES)
     server_free_buried(server)
     if load_int(&server.has_spare) == SPARE_NEW:
-        server_check_spare(server)
+        server_check_spare(server, False)
+    if load_int(&server.in_budget.has_news) and swap_int(&server.in_budget.has_news, 0):
+        server_check_spare(server, budget_left(server.budget) < load_i64(&server.budget.spare))
+        if server.has_paused:
+            server_resume(server)
+    if server.in_budget.is_waiting and budget_left(server.budget) > 0:
+        server_resume(server)
     if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
             and not server.has_begun_stop:
         server_resume_accept(server)
@@ -443,6 +460,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         store_int(&server.is_sleeping, 1)
         if load_ptr(<void**>&server.returned) is not NULL \
                 or load_int(&server.has_spare) == SPARE_NEW \
+                or load_int(&server.in_budget.has_news) \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
                 or load_int(&server.is_stopping) == 2:
             timeout_ms = 0
@@ -601,7 +619,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     while server.n_spares > 0:
         body = server_take_spare(server, 0)
         body_free(&body)
-    server.counts.connections = 0
+    count_set(&server.counts.connections, 0)
     server.is_closed = True
     pthread_cond_broadcast(&server.handlers_queued)
     pthread_cond_broadcast(&server.general_queued)
@@ -612,13 +630,14 @@ cdef inline void server_end(server_t* server) noexcept nogil:
 # -- making and ending, called from Python
 
 cdef inline int server_init(server_t* server, const server_limits_t* limits,
-                            descriptors_t* descriptors) noexcept nogil:
+                            descriptors_t* descriptors, budget_t* budget) noexcept nogil:
     """Make a server that neither listens nor runs yet; 0 or an errno."""
     cdef epoll_event event
     cdef int error
     memset(server, 0, sizeof(server_t))
     server.limits = limits[0]
     server.descriptors = descriptors
+    server.budget = budget
     server.epfd = server.wakefd = server.timerfd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
             or cond_init_monotonic(&server.handlers_queued) != 0 \
@@ -663,6 +682,7 @@ cdef inline void server_free(server_t* server) noexcept nogil:
 
 
 cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
+    budget_leave(server.budget, &server.in_budget)
     if server.epfd >= 0:
         descriptors_close(server.descriptors, server.epfd)
     if server.wakefd >= 0:
@@ -677,6 +697,8 @@ cdef inline int server_start(server_t* server) noexcept nogil:
     server.now_ns = clock_ns()
     server_resume_accept(server)
     server.is_led = True            # by the thread to be started
+    server.in_budget.wakefd = server.wakefd
+    budget_join(server.budget, &server.in_budget)
     return thread_start(&server.thread, server_main, server, b"pipeline-serve")
 
 

@@ -182,6 +182,18 @@ cdef extern from * nogil:
     void* swap_ptr "sync_swap"(void**, void*)
     bint cas_ptr "sync_cas"(void**, void**, void*)
 
+# Of counters that one thread at a time adds to, while others look at them: no more is promised than
+# that each is read whole.
+cdef extern from * nogil:
+    """
+    #define sync_count_get(p) __atomic_load_n((p), __ATOMIC_RELAXED)
+    #define sync_count_set(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+    #define sync_count_add(p, v) sync_count_set((p), sync_count_get(p) + (uint64_t)(v))
+    """
+    uint64_t count_get "sync_count_get"(uint64_t*)
+    void count_set "sync_count_set"(uint64_t*, uint64_t)
+    void count_add "sync_count_add"(uint64_t*, int)
+
 cdef extern from * nogil:
     """
     #include <stdio.h>

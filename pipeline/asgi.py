@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
 
+from pipeline._budget import BodyShare
 from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
 from pipeline.handlers import Answer, Handlers, Request, behind_prefix
@@ -94,10 +95,13 @@ class App:
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
         handlers = self._handlers
         answer = handlers.check(request)
+        share = handlers.budget.share()  # closed by who is done with the body
         try:
             if answer is None:
-                body = await _read_body(receive, self._config)
-                answer = await self._threads.run(partial(self._deliver, request, body))
+                body = await _read_body(receive, self._config, share)
+                answer = await self._threads.run(partial(self._deliver, request, body, share))
+        except _NoRoomError:
+            answer = handlers.overloaded(request)
         except _BodyTooLargeError:
             answer = handlers.body_too_large(request)
         except TimeoutError:
@@ -112,10 +116,13 @@ class App:
             answer = handlers.shutting_down()
         await _send(send, answer)
 
-    def _deliver(self, request: Request, body: bytearray) -> Answer:
-        if self._threads.is_closed:
-            return self._handlers.shutting_down()
-        return self._handlers.deliver(request, body)
+    def _deliver(self, request: Request, body: bytearray, share: BodyShare) -> Answer:
+        try:
+            if self._threads.is_closed:
+                return self._handlers.shutting_down()
+            return self._handlers.deliver(request, body)
+        finally:
+            share.close()
 
 
 def _head_size(scope: Scope) -> int:
@@ -153,6 +160,10 @@ class _BodyTooLargeError(Exception):
     pass
 
 
+class _NoRoomError(Exception):
+    """There is no memory for a body just now."""
+
+
 class _DisconnectedError(Exception):
     pass
 
@@ -161,9 +172,20 @@ class _ClosedError(Exception):
     pass
 
 
-async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
+async def _read_body(receive: Receive, config: ReceiverConfig, share: BodyShare) -> bytearray:
     """Read until the end; what is held grows with what arrived, never with what was announced."""
     body = bytearray()
+    try:
+        await _read_pieces(receive, config, share, body)
+    except BaseException:
+        share.close()
+        raise
+    return body
+
+
+async def _read_pieces(
+    receive: Receive, config: ReceiverConfig, share: BodyShare, body: bytearray
+) -> None:
     left_s = config.stall_timeout_s
     for pieces in itertools.count(1):
         if pieces % _PIECES_MAX == 0:  # a server that has them at hand lets nobody else run
@@ -174,6 +196,8 @@ async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
         if event["type"] == "http.disconnect":
             raise _DisconnectedError
         part = event.get("body", b"")
+        if not share.set(len(body) + len(part)):
+            raise _NoRoomError
         body += part
         if config.min_body_rate:  # as conn_body_arrived in _conn.pxd
             left_s += len(part) / config.min_body_rate - (time.monotonic() - begin)
@@ -182,7 +206,6 @@ async def _read_body(receive: Receive, config: ReceiverConfig) -> bytearray:
             raise _BodyTooLargeError
         if not event.get("more_body", False):
             break
-    return body
 
 
 async def _send(send: Send, answer: Answer) -> None:

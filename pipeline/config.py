@@ -105,8 +105,10 @@ class ReceiverConfig:
     handlers: int = 4
     #: Open connections. At the limit one in its TLS handshake, or the one idle longest, makes room.
     max_connections: int = 1024
-    #: Bytes of bodies being read or waiting for Raft, of all connections. Above it only the body
-    #: begun first is read on, and those of up to 64 KiB.
+    #: Bytes that bodies above 64 KiB hold in memory while they are read and wait for Raft: of all
+    #: listeners of a node, its ASGI and WSGI applications, and the messages of snapshots together.
+    #: Above it a listener reads only the body begun first on, over plain HTTP; all others are
+    #: refused with 503. Up to 64 KiB, as many as connections have a room of their own.
     max_buffered_bytes: int = 1024 * MIB
     #: Without a request, a connection is closed after this long.
     idle_timeout_s: float = 60.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import re
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from email.utils import formatdate
@@ -23,7 +22,7 @@ from pipeline.handlers import Answer, Handlers, Request, sender_of
 from pipeline.protocol import SNAPSHOT_PATH
 from pipeline.request_body import RequestBody
 
-__all__ = ["BodyBudget", "General", "Then", "render"]
+__all__ = ["General", "Then", "render"]
 
 _HEAD = re.compile(
     rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+ HTTP/1\.[01]\r\n"
@@ -63,27 +62,6 @@ class Then(enum.IntEnum):
     TURN = 10
 
 
-class BodyBudget:
-    """Bytes that the bodies on the general path may hold together. Thread-safe."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self._left = size_bytes
-        self._lock = threading.RLock()
-
-    def take(self, n: int) -> bool:
-        """Take ``n`` bytes; False when there are not so many left."""
-        with self._lock:
-            if n > self._left:
-                return False
-            self._left -= n
-            return True
-
-    def give(self, n: int) -> None:
-        """Give ``n`` bytes back."""
-        with self._lock:
-            self._left += n
-
-
 class General:
     """One connection, for one request.
 
@@ -93,8 +71,6 @@ class General:
     config : ReceiverConfig
     remote : object
         Shows ``ip:port`` in logs.
-    budget : BodyBudget
-        Shared by all connections.
     learn : callable
         Called with the bytes of a head that may be followed by a message for Raft, and its sender;
         tells whether the core will recognise it from now on. Then the core takes the request over.
@@ -120,6 +96,8 @@ class General:
     is_member : bool or None
         Whether this request was let past; None before its head is whole, and for what is served
         to anybody. It decides who the connection takes turns with.
+    share : BodyShare
+        What the body counts with in the budget, until ``close``.
     sender : int
         Whom X-Server-From names; 0 for nobody.
 
@@ -136,7 +114,6 @@ class General:
         handlers: Handlers,
         config: ReceiverConfig,
         remote: object,
-        budget: BodyBudget,
         learn: Callable[[bytes, int], bool],
         *,
         certificate: Mapping[str, Any] | None = None,
@@ -153,7 +130,6 @@ class General:
         self._config = config
         self._remote = remote
         self._certificate = certificate
-        self._budget = budget
         self._learn = learn
         self._http = h11.Connection(
             h11.SERVER, max_incomplete_event_size=max(config.max_head_bytes, 8192)
@@ -163,7 +139,7 @@ class General:
         self.sender = 0
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
-        self._taken = 0  # of the budget
+        self.share = handlers.budget.share()
         self._out: list[bytes] = []
 
     def feed(self, data: bytes) -> tuple[bytes, Then]:
@@ -191,14 +167,13 @@ class General:
         return self._take_out(), then
 
     def take_body(self) -> bytearray:
-        """Return the body, which is the caller's now; it counts in the budget until ``close``."""
+        """Return the body, which is the caller's now, and so is what it counts with (``share``)."""
         body, self.body = self.body, bytearray()
         return body
 
     def close(self) -> None:
         """Let go of the body and of its place in the budget."""
-        self._budget.give(self._taken)
-        self._taken = 0
+        self.share.close()
         self.body = bytearray()
 
     def _feed(self, data: bytes) -> Then:
@@ -292,9 +267,8 @@ class General:
         self._seen += len(part)
         if self._seen > self._config.max_body_bytes:
             return self._send_answer(self._handlers.body_too_large(self.request), close=True)
-        if not self._budget.take(len(part)):
+        if not self.share.set(len(self.body) + len(part)):
             return self._send_answer(self._handlers.overloaded(self.request), close=True)
-        self._taken += len(part)
         self.body += part
         if framing.is_whole:
             return Then.DELIVER

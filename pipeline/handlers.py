@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
+from pipeline._budget import BodyBudget
 from pipeline._messages import Message
 from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
@@ -62,6 +63,10 @@ _PROCESS_LOCAL = frozenset(
 )
 _KNOWN_TYPES = frozenset(MessageType)
 _APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
+
+#: A body of up to this size is never in the way of a larger one: as many as connections have a room
+#: of their own in the budget.
+SMALL_BODY_BYTES = 64 * 1024
 
 # Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
 # who makes up ids can cost us. Of addresses with failures, where asked for, as many are kept.
@@ -132,7 +137,7 @@ class Handlers:
     server_version, min_cluster_version : str
         The etcd version we stand for, and the lowest cluster version we take part in.
     config : ReceiverConfig
-        For ``max_body_bytes``.
+        For ``max_body_bytes``, and what the budget has.
     senders : Senders, optional
         Shown who posts; by default the two headers are not looked at.
     on_append : callable, optional
@@ -147,6 +152,8 @@ class Handlers:
 
     Attributes
     ----------
+    budget : BodyBudget
+        What the bodies of all requests hold together, however they come in.
     received_bytes : dict of int to int
         Body bytes by sending member (``Message.from_``), for the first 128 senders.
     received_bytes_others : int
@@ -188,6 +195,10 @@ class Handlers:
         self._allow_member = allow_member
         self._callbacks = callbacks or Callbacks(logger)
         self.config = config or ReceiverConfig()
+        # Whoever reads bodies for us takes from it.
+        self.budget = BodyBudget(
+            self.config.max_buffered_bytes, self.config.max_connections * SMALL_BODY_BYTES
+        )
         self.received_bytes: dict[int, int] = {}
         self.received_bytes_others = 0
         self.received_failures = 0

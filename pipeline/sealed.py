@@ -16,8 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pipeline._budget import BodyShare
 from pipeline.config import ReceiverConfig
-from pipeline.general import BodyBudget, General, Then, render
+from pipeline.general import General, Then, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.pace import Pace
 from pipeline.tls import Credentials, not_after, read_certificate
@@ -35,9 +36,6 @@ _RECORD_BYTES = 16 * 1024
 _RECORDS_MAX = 64
 #: Read from a detached connection at once.
 _READ_BYTES = 256 * 1024
-#: Bodies up to this size do not count in the budget: they are heartbeats and votes, and as few as
-#: connections.
-_SMALL_BYTES = 64 * 1024
 #: What Go's server says to a caller that speaks plain HTTP.
 _NOT_TLS = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"
 
@@ -64,6 +62,9 @@ class Body(Protocol):
     def read_from(self, read: Callable[..., Any], /) -> int:
         """Have ``read(n, buffer)`` fill some of what is missing; how much it was."""
 
+    def count(self) -> bool:
+        """Count what has arrived in the budget; False when there is no room for it."""
+
 
 class SealedServer:
     """What the https connections of a listener share. Thread-safe.
@@ -72,7 +73,6 @@ class SealedServer:
     ----------
     handlers : Handlers
     config : ReceiverConfig
-    budget : BodyBudget
     credentials : Credentials
         Each connection takes those in force, and ends when they are replaced.
     make_head : callable
@@ -84,14 +84,12 @@ class SealedServer:
         self,
         handlers: Handlers,
         config: ReceiverConfig,
-        budget: BodyBudget,
         credentials: Credentials,
         *,
         make_head: Callable[[bytes], KnownHead],
     ) -> None:
         self.handlers = handlers
         self.config = config
-        self.budget = budget
         self.credentials = credentials
         self.make_head = make_head
         self._no_content = (0, b"")  # of which second; replaced as a whole
@@ -169,7 +167,6 @@ class Sealed:
         self._request = Request("", "", {}, remote)  # what it said
         self._sender = 0  # whom it named
         self._body: Body | None = None  # of a request that was recognised
-        self._taken = 0  # of the budget
         self._news = _NO_NEWS
         #: Whether the caller has shown a certificate that lets it in, or its last request was let
         #: past: who the connection takes turns with.
@@ -230,8 +227,14 @@ class Sealed:
         """Whom the request's X-Server-From names; 0 for nobody."""
         return self._sender if self._general is None else self._general.sender
 
+    @property
+    def share(self) -> BodyShare:
+        """What the body of ``take_body`` counts with, if General has read it."""
+        assert self._general is not None
+        return self._general.share
+
     def take_body(self) -> Body | bytearray:
-        """Return the body, which is the caller's now; it counts in the budget until ``answer``."""
+        """Return the body, which is the caller's now, and so is what it counts with."""
         if self._general is not None:
             return self._general.take_body()
         body, self._body = self._body, None
@@ -258,9 +261,6 @@ class Sealed:
             self._general.close()
             self._general = None
         self._body = None
-        if self._taken:
-            self._server.budget.give(self._taken)
-            self._taken = 0
 
     # -- TLS
 
@@ -372,7 +372,6 @@ class Sealed:
                 self._handlers,
                 self._server.config,
                 self._remote,
-                self._server.budget,
                 self._learn,
                 certificate=self._certificate,
             )
@@ -424,11 +423,9 @@ class Sealed:
             if self._has_ended:
                 return self._break_off()
         self._count_arrived(len(body) - came)
-        if len(body) + body.missing > _SMALL_BYTES:
-            if not self._server.budget.take(len(body) - self._taken):
-                self._tls.write(render(self._handlers.overloaded(self._request)))
-                return self._say_goodbye()
-            self._taken = len(body)
+        if not body.count():
+            self._tls.write(render(self._handlers.overloaded(self._request)))
+            return self._say_goodbye()
         if not body.missing:
             return Then.DELIVER
         return Then.TURN if is_busy else Then.READ_BODY

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pipeline._budget import BodyShare
 from pipeline._messages import Message
 from pipeline.callbacks import require_no_awaitable
 from pipeline.config import MIB, ReceiverConfig
@@ -51,6 +52,10 @@ _MAX_SENDERS = 128
 
 class BodyError(Exception):
     """A body broke off, stalled or is malformed."""
+
+
+class NoRoomError(BodyError):
+    """There is no memory for a message just now."""
 
 
 class ClosingError(BodyError):
@@ -167,8 +172,12 @@ class SnapshotReceiver:
         handlers = self._handlers
         buffer = memoryview(bytearray(_STEP_BYTES))
         sender = format_id(0)  # as etcd, while nothing is decoded
+        share = handlers.budget.share()  # of the message; it ends with this call
         try:
-            message, size_bytes = _read_message(body, buffer)
+            message, size_bytes = _read_message(body, buffer, share)
+        except NoRoomError:
+            self.refused()
+            return handlers.overloaded(request)
         except BodyError as error:
             handlers.count_failure(request.remote)
             return self._failed(sender, request, 400, "failed to decode raft message", error)
@@ -249,25 +258,27 @@ class SnapshotReceiver:
         return self._senders.setdefault(name, _Sender())
 
 
-def _read_message(body: Body, buffer: memoryview) -> tuple[Message, int]:
+def _read_message(body: Body, buffer: memoryview, share: BodyShare) -> tuple[Message, int]:
     """Read the length and the message; the message and its bytes. etcd ``decodeLimit``."""
-    size_bytes = int.from_bytes(_read_exactly(body, buffer, 8), "big")
+    size_bytes = int.from_bytes(_read_exactly(body, buffer, 8, share), "big")
     # The number is a stranger's: nothing is reserved by it.
     if size_bytes > MAX_MESSAGE_BYTES:
         raise BodyError("rafthttp: error limit exceeded")
-    data = _read_exactly(body, buffer, size_bytes)
+    data = _read_exactly(body, buffer, size_bytes, share)
     try:
         return Message.unmarshal(data), size_bytes
     except UnmarshalError as error:
         raise BodyError(str(error)) from error
 
 
-def _read_exactly(body: Body, buffer: memoryview, size: int) -> bytearray:
+def _read_exactly(body: Body, buffer: memoryview, size: int, share: BodyShare) -> bytearray:
     data = bytearray()
     while left := size - len(data):
         n = body.readinto(buffer[:left])
         if n == 0:
             raise BodyError("unexpected EOF" if data else "EOF")
+        if not share.set(len(data) + n):
+            raise NoRoomError("no memory for a message")
         data += buffer[:n]
     return data
 

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from urllib.parse import quote
 from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
 
+from pipeline._budget import BodyShare
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Answer, Handlers, Request, behind_prefix
 from pipeline.names import show_address
@@ -16,6 +17,10 @@ __all__ = ["wsgi_app"]
 
 # Read at once. What is held grows with what arrived, never with what was announced.
 _READ_BYTES = 64 * 1024
+
+
+class _NoRoomError(Exception):
+    """There is no memory for a body just now."""
 
 
 def wsgi_app(handlers: Handlers, config: ReceiverConfig) -> WSGIApplication:
@@ -60,16 +65,32 @@ def _serve(handlers: Handlers, config: ReceiverConfig, environ: WSGIEnvironment)
     answer = handlers.check(request)
     if answer is not None:
         return answer
+    share = handlers.budget.share()
+    try:
+        return _serve_message(handlers, config, environ, request, share)
+    finally:
+        share.close()
+
+
+def _serve_message(
+    handlers: Handlers,
+    config: ReceiverConfig,
+    environ: WSGIEnvironment,
+    request: Request,
+    share: BodyShare,
+) -> Answer:
     limit = config.max_body_bytes
-    length = headers.get("content-length", "")
-    is_chunked = not length.isdecimal() and "transfer-encoding" in headers
+    length = request.headers.get("content-length", "")
+    is_chunked = not length.isdecimal() and "transfer-encoding" in request.headers
     try:
         if is_chunked and not environ.get("wsgi.input_terminated"):
             body, is_whole = bytearray(), False  # the server leaves the chunks as they are
         else:
             size = limit + 1 if is_chunked else int(length or "0")
-            body = _read(environ["wsgi.input"], size, config)
+            body = _read(environ["wsgi.input"], size, config, share)
             is_whole = is_chunked or len(body) == size
+    except _NoRoomError:
+        return handlers.overloaded(request)
     except OSError:  # it stalled, or the peer is gone
         is_whole = False
     if not is_whole:
@@ -79,7 +100,7 @@ def _serve(handlers: Handlers, config: ReceiverConfig, environ: WSGIEnvironment)
     return handlers.deliver(request, body)
 
 
-def _read(stream: InputStream, size: int, config: ReceiverConfig) -> bytearray:
+def _read(stream: InputStream, size: int, config: ReceiverConfig, share: BodyShare) -> bytearray:
     """Read ``size`` bytes, or what there is; ``TimeoutError`` for a body that drips."""
     body = bytearray()
     begin = time.monotonic()
@@ -87,6 +108,8 @@ def _read(stream: InputStream, size: int, config: ReceiverConfig) -> bytearray:
         part = stream.read(min(size - len(body), _READ_BYTES))
         if not part:
             break
+        if not share.set(len(body) + len(part)):
+            raise _NoRoomError
         body += part
         if config.min_body_rate:
             late_s = time.monotonic() - begin - len(body) / config.min_body_rate

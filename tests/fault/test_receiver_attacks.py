@@ -457,7 +457,8 @@ def test_a_body_that_is_slow_arrives(framing: str, rate: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["no descriptors", "announced", "forks", "blocked memory", "idle", "held GIL"]
+    "case",
+    ["no descriptors", "announced", "entries", "forks", "blocked memory", "idle", "held GIL"],
 )
 def test_in_a_process_of_its_own(case: str) -> None:
     result = run("receiver.py", case)

@@ -34,6 +34,7 @@ from tests.functional.test_listener import (
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.descriptors import copies_of_sockets
 from tests.support.http import (
+    CLUSTER_ID,
     HEARTBEAT,
     dial,
     peer_headers,
@@ -418,10 +419,9 @@ def queue_behind_one(
     Each is sent when the one before is queued.
     """
     raft = Leaderless(gate, MessageType.VOTE)
-    with (
-        listen(raft, config=ReceiverConfig(handlers=1)) as listener,
-        contextlib.ExitStack() as stack,
-    ):
+    config = ReceiverConfig(handlers=1)
+    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    with Listener(handlers, ANY, config) as listener, contextlib.ExitStack() as stack:
         blocking = stack.enter_context(dial(listener.url))
         blocking.sendall(post(message_of(MessageType.VOTE)))
         raft.wait_processed(1)
@@ -431,10 +431,11 @@ def queue_behind_one(
             caller.sendall(request)
             callers.append(caller)
             if is_general:
-                wait_until(lambda n=count: listener.stats().general_requests == 1 + n)
+                wait_until(lambda n=count: handlers.budget.used == n * len(beat_of(1)))
+                settle(listener)  # the general thread has given it back
+                settle(listener)  # and the loop has queued it
             else:
                 wait_until(lambda n=count: listener.stats().fast_requests == 1 + n)
-        settle(listener)  # what was with the general thread is queued for the handler
         gate.set()
         assert [read_status(caller) for caller in callers] == [204] * len(callers)
     return [message.from_ for message in raft.processed[1:]]

@@ -31,7 +31,7 @@ from pipeline import (
 )
 from pipeline._receiver import KnownHead
 from pipeline.errors import RequestRejected
-from pipeline.general import BodyBudget, Then
+from pipeline.general import Then
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.listener import Listener
 from pipeline.sealed import Sealed, SealedServer
@@ -1156,7 +1156,6 @@ class Shaken:
         self.server = SealedServer(
             node.handlers,
             node.config,
-            BodyBudget(node.config.max_buffered_bytes),
             node.credentials,
             make_head=KnownHead,
         )

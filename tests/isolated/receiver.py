@@ -18,6 +18,7 @@ from tests.functional.test_listener import GOOD, dial, is_closed, listen
 from tests.support.http import post_heartbeat, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
+from tests.unit.test_wire import span
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 MIB = 1 << 20
@@ -70,6 +71,44 @@ def announced() -> None:
     post_heartbeat(listener.url)
     grown = rss() - before
     assert grown < 4 * MIB, f"{grown} bytes for {len(socks)} connections"
+    listener.close()
+
+
+def entries() -> None:
+    """What waits for a handler holds its bytes, whatever they decode to: 60 of 256 KiB, 15 MiB."""
+    gate = threading.Event()
+    raft = FakeRaft(gate=gate)
+    listener = listen(raft)
+    gate.set()
+    post_heartbeat(listener.url)
+    gate.clear()
+    lists = span(0x0A, b"\x01" * 65_536) + span(0x12, b"\x01" * 65_536)
+    state = span(0x4A, span(0x12, span(0x0A, lists)))
+    rows = {
+        "entries": b"\x08\x02" + b"\x3a\x00" * 131_072,
+        "IDs": b"\x08\x02" + state + span(0x62, bytes(100_000)),
+        "small": b"\x08\x02" + b"\x3a\x00" * 32_000,
+    }
+    for row, body in rows.items():
+        before = rss()
+        read = listener.stats().fast_requests
+        socks = [dial(listener.url) for _ in range(60)]
+        for sock in socks:
+            sock.sendall(raw_head(f"content-length: {len(body)}") + body)
+        deadline = time.monotonic() + 20
+        while listener.stats().fast_requests < read + 60:
+            assert time.monotonic() < deadline, f"{row}: not read"
+            time.sleep(0.01)
+        # Three are objects, in a handler thread each.
+        bound = len(socks) * len(body) + 3 * 20 * MIB
+        assert rss() - before < bound, f"{row}: {rss() - before} bytes"
+        gate.set()
+        for sock in socks:
+            assert read_status(sock) == 204
+            sock.close()
+        gate.clear()
+        raft.processed.clear()
+    gate.set()
     listener.close()
 
 
@@ -205,6 +244,7 @@ def held_gil() -> None:
 CASES = {
     "no descriptors": no_descriptors,
     "announced": announced,
+    "entries": entries,
     "forks": forks,
     "blocked memory": blocked_memory,
     "idle": idle,

@@ -24,7 +24,7 @@ import pytest
 from pipeline.config import ReceiverConfig
 from pipeline.dialling import Dialer
 from pipeline.errors import PeerUnreachableError
-from pipeline.general import BodyBudget, General, Then
+from pipeline.general import General, Then
 from pipeline.handlers import Answer, Handlers
 from pipeline.picker import URLPicker
 from pipeline.poller import Poller
@@ -171,7 +171,7 @@ def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
         mine = SealedSocket(sock, tls, incoming, outgoing)
     config = ReceiverConfig(snapshot_dir=directory)
     handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    general = General(handlers, config, "here", BodyBudget(1 << 20), lambda *_: False)
+    general = General(handlers, config, "here", lambda *_: False)
     line = "POST /raft/snapshot HTTP/1.1"
     head = raw_head("Expect: 100-continue", "Content-Length: 9", line=line)
     assert general.feed(head) == (b"", Then.DETACH)

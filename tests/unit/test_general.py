@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import general, request_body
 from pipeline.config import ReceiverConfig
-from pipeline.general import BodyBudget, General, Then
+from pipeline.general import General, Then
 from pipeline.handlers import Handlers
 from tests.support.events import Events
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, raw_head
@@ -33,8 +33,7 @@ class Counting:
 def make(**settings: Any) -> General:
     config = ReceiverConfig(**settings)
     handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    budget = BodyBudget(1 << 30)
-    return General(handlers, config, "127.0.0.1:1", budget, lambda _head, _sender: False)
+    return General(handlers, config, "127.0.0.1:1", lambda _head, _sender: False)
 
 
 def feed(data: bytes) -> bytes:
