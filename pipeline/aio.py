@@ -481,7 +481,7 @@ class Transport:
             How many queued messages were dropped.
         """
         self._deliveries.let_go(is_stop=True)
-        # One that Ctrl-C has ended, with the loop's other tasks, has perhaps not seen to everything.
+        # One that Ctrl-C ended, with the loop's other tasks, has perhaps not seen to everything.
         if self._stopping is None or (self._stopping.done() and not self._has_stopped):
             self._stopping = asyncio.get_running_loop().create_task(self._stop())
         return await asyncio.shield(self._stopping)
