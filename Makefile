@@ -47,12 +47,21 @@ three-nodes: build
 demo-all: build
 	$(BIN)/python tools/demo_all.py $(DEMO_ALL)
 
+# In two sessions at a time: most tests wait longer than they work, and a busy machine breaks none.
+# make test TEST_ARGS='-x -k name'
 test: build
-	$(BIN)/python -m pytest -m 'not slow'
+	$(MAKE) --no-print-directory -j2 tests-functional tests-others TEST_ARGS="-m 'not slow' $(TEST_ARGS)"
 
 # The slow ones, too, and ten times as many examples of hypothesis.
 test-all: build
-	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=ci $(MAKE) --no-print-directory -j2 tests-functional tests-others
+
+.PHONY: tests-functional tests-others
+tests-functional:
+	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/functional $(TEST_ARGS) tests/functional
+
+tests-others:
+	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/others $(TEST_ARGS) --ignore=tests/functional
 
 # A real etcd and two members of ours, killed, stopped and cut off from one another for ten minutes.
 # make chaos CHAOS='--duration 3600 --ours 1 --tls --etcd PATH'
@@ -124,11 +133,19 @@ raftpb:
 asan: build $(VENV)/.builders
 	rm -rf build/asan
 	PIPELINE_SANITIZE=address $(BIN)/python setup.py -q build --build-base build/asan --build-lib $(ASAN_SITE)
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	$(MAKE) --no-print-directory -j2 asan-functional asan-others
+
+ASAN_PYTEST = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc PYTHONPATH=$(CURDIR)/$(ASAN_SITE) PIPELINE_SANITIZE=address \
-	$(BIN)/python -P -m pytest -p no:cacheprovider --import-mode=append \
-		tests/unit tests/functional tests/fuzz/test_replay.py tests/fault/test_receiver_attacks.py
+	$(BIN)/python -P -m pytest -q -p no:cacheprovider --import-mode=append -m 'not slow'
+
+.PHONY: asan-functional asan-others
+asan-functional:
+	$(ASAN_PYTEST) tests/functional
+
+asan-others:
+	$(ASAN_PYTEST) tests/unit tests/fuzz/test_replay.py tests/fault/test_receiver_attacks.py
 
 # libFuzzer under the same sanitizers, FUZZ_SECONDS on each target (tests/fuzz/README.md). Needs
 # clang, and says so where there is none. make -j2 fuzz runs two at a time.

@@ -158,11 +158,11 @@ def test_a_retried_large_message_starts_from_its_first_byte() -> None:
 
 
 def slow(connection: Connection, head: bytes) -> bool:
-    """Read a little at a time, for longer than the timeouts of the test together."""
-    for _ in range(8):
+    """Read a little at a time, for longer than either timeout of the test."""
+    for _ in range(10):
         connection.read_body(MIB)
         time.sleep(0.1)
-    connection.read_body(64 * MIB - 8 * MIB)
+    connection.read_body(64 * MIB - 10 * MIB)
     connection.send(OK)
     return False
 
@@ -171,7 +171,7 @@ def test_a_slow_reader_is_left_alone() -> None:
     """Bytes move, if slowly: neither timeout applies while they do."""
     with (
         ScriptedServer(on_head=slow) as server,
-        pipeline_to(server, stall_timeout_s=0.4, response_timeout_s=0.4) as pipeline,
+        pipeline_to(server, stall_timeout_s=0.8, response_timeout_s=0.8) as pipeline,
     ):
         body = memoryview(bytearray(64 * MIB))
         pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))

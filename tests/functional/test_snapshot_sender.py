@@ -978,13 +978,13 @@ def test_a_slow_peer_is_not_given_up(server: ScriptedServer, raft: FakeRaft, mak
     def slow(connection: Connection, head: bytes) -> bool:
         for _ in range(15):
             time.sleep(0.1)
-            connection.read_body(4 * MIB)
-        return reading(connection, head, 60 * MIB)
+            connection.read_body(MIB)
+        return reading(connection, head, 15 * MIB)
 
     server.on_head = slow
     with make(raft, config=config_of(stall_timeout_s=1.0)) as transport:
         transport.add_peer(PEER, [server.url])
-        transfer = transport.send_snapshot(snapshot_message(), [bytes(80 * MIB)], size=80 * MIB)
+        transfer = transport.send_snapshot(snapshot_message(), [bytes(32 * MIB)], size=32 * MIB)
         transfer.result(LONG_TIMEOUT)
 
 

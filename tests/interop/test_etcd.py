@@ -346,6 +346,7 @@ def connections_to(url: str) -> int:
     return sum(row[2] == f"0100007F:{port:04X}" and row[3] == "01" for row in rows)
 
 
+@pytest.mark.slow  # the five seconds are etcd's own
 @pytest.mark.parametrize("idle_timeout_s", [4.0, 60.0], ids=["too old for us", "young enough"])
 def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout_s: float) -> None:
     """etcd closes a connection after 5 s without a read (spec section 10.1)."""

@@ -138,7 +138,9 @@ def test_10_000_messages_to_a_server_that_fails_at_random(max_queue_age: float |
 
 
 @pytest.mark.parametrize("max_queue_age", [None, 0.002], ids=["any age", "young"])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 6))]
+)
 def test_stopped_in_the_middle(seed: int, max_queue_age: float | None) -> None:
     raft = FakeRaft()
     accepted = [0] * PRODUCERS
