@@ -257,17 +257,10 @@ def is_let_through(data: bytes) -> bool:
     handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
     heads: list[bytes] = []
 
-    class Budget:
-        def take(self, n: int) -> bool:
-            return True
-
-        def give(self, n: int) -> None:
-            pass
-
     def learn(head: bytes, sender: int) -> bool:
         heads.append(head)
         return True
 
-    general = General(handlers, config, "test", Budget(), learn)  # type: ignore[arg-type]
+    general = General(handlers, config, "test", learn)
     out, then = general.feed(data)
     return bool(heads and then is Then.NEXT) or out.startswith((b"HTTP/1.1 412", b"HTTP/1.1 413"))

@@ -351,6 +351,7 @@ class Run:
         while self.machine.serve(True) or self.machine.serve(False):
             pass
         assert self.handlers.snapshots._free == self.config.snapshot_receives
+        assert self.handlers.budget.used == 0
         for caller in self.callers:
             caller.socket.close()
         # No cycle is left, so the receiver is freed here and now.
