@@ -380,7 +380,14 @@ class SnapshotTransfer:
 
         A task that is cancelled while it waits leaves it running: :meth:`cancel` ends it.
         """
-        await asyncio.wrap_future(self._transfer.future)
+        waiting = asyncio.wrap_future(self._transfer.future)
+        try:
+            await asyncio.wait((waiting,))
+        finally:
+            waiting.cancel()  # nothing, unless we were
+        if not waiting.cancelled():
+            waiting.exception()  # it is seen to
+        self._transfer.result()
 
 
 class Transport:

@@ -36,6 +36,16 @@ class PipelineError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
+def without_frames(error: BaseException) -> None:
+    """Have an error that is kept, and its causes, hold no frames: they would hold who keeps it."""
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and not any(at is one for one in seen):
+        seen.append(at)
+        at.__traceback__ = None
+        at = at.__cause__ or at.__context__
+
+
 def _rebuild(
     cls: type[PipelineError], args: tuple[Any, ...], state: dict[str, Any]
 ) -> PipelineError:
@@ -147,8 +157,9 @@ class MemberNotFoundError(PipelineError):
 class SnapshotSourceError(PipelineError):
     """The source of a snapshot raised, cannot be read, or has fewer or more bytes than declared.
 
-    ``__cause__`` is what it raised. The receiver publishes nothing, and the peer is not blamed: it
-    stays active, and ``report_unreachable`` is not called.
+    ``__cause__`` is what it raised; where it did so is in a note (``__notes__``). The receiver
+    publishes nothing, and the peer is not blamed: it stays active, and ``report_unreachable`` is
+    not called.
     """
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import h11
 
 from pipeline.config import ReceiverConfig
+from pipeline.errors import without_frames
 from pipeline.handlers import Answer, Handlers, Request, sender_of
 from pipeline.protocol import SNAPSHOT_PATH
 from pipeline.request_body import RequestBody
@@ -146,7 +147,8 @@ class General:
         """Take bytes of the connection; return what to write and how to go on."""
         try:
             then = self._feed(data)
-        except h11.RemoteProtocolError:
+        except h11.RemoteProtocolError as error:
+            without_frames(error)  # h11 raises it from a frame that holds it
             if self._is_message:
                 then = self._send_answer(self._handlers.read_failed(self.request), close=True)
             else:
@@ -252,7 +254,8 @@ class General:
             self.is_member = False
         try:
             framing.read(data)
-        except h11.RemoteProtocolError:
+        except h11.RemoteProtocolError as error:
+            without_frames(error)
             answer = replace(answer, close=True)
         if framing.left is not None and framing.left <= SKIP_MAX and not framing.is_waiting:
             self.skip = framing.left

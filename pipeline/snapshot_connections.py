@@ -18,6 +18,7 @@ from typing import Protocol
 import h11
 
 from pipeline.config import MIB, ReceiverConfig
+from pipeline.errors import without_frames
 from pipeline.general import General, render
 from pipeline.handlers import Answer, Handlers, Request
 from pipeline.logs import get_logger
@@ -194,7 +195,8 @@ class _Receiving:
         try:
             n = self._read(view)
         except h11.RemoteProtocolError as error:
-            raise BodyError(str(error)) from error
+            without_frames(error)  # h11 raises it from a frame that holds it
+            raise BodyError(str(error)) from None
         except TimeoutError:
             raise BodyError("i/o timeout") from None
         except OSError as error:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import struct
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +42,7 @@ from pipeline.errors import (
     SnapshotCancelledError,
     SnapshotSourceError,
     UsageError,
+    without_frames,
 )
 from pipeline.forks import disown, foreign_error
 from pipeline.logs import get_logger, show
@@ -253,7 +256,15 @@ class SnapshotTransfer:
         """
         if timeout is not None:
             require_number("timeout", timeout, 0.0, threading.TIMEOUT_MAX)
-        self.future.result(timeout)
+        error = self.future.exception(timeout)
+        if error is not None:
+            # Not itself: it would hold the caller's frame, which holds us.
+            raised = copy.copy(error)
+            raised.__cause__ = error.__cause__
+            try:
+                raise raised
+            finally:
+                del raised, error
 
     def add_done_callback(self, callback: Callable[[SnapshotTransfer], object]) -> None:
         """Have ``callback`` called with this, once it has ended; at once if it has.
@@ -304,6 +315,10 @@ class SnapshotTransfer:
         if error is None:
             self.future.set_result(None)
         else:
+            if isinstance(error, SnapshotSourceError) and error.__cause__ is not None:
+                # What the application wants to see of it stays, as text.
+                error.add_note("".join(traceback.format_exception(error.__cause__)))
+            without_frames(error)
             self.future.set_exception(error)
 
     def forget_after_fork(self) -> None:

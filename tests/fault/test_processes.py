@@ -173,6 +173,12 @@ def test_what_ctrl_c_interrupts_at_any_line_leaves_nothing_that_a_stop_does_not_
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
+def test_failures_leave_nothing_for_the_cyclic_collector(tmp_path: Path) -> None:
+    """A program may have switched it off, and a peer that is down fails messages for days."""
+    result = run("cycles.py", str(tmp_path))
+    assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
+
+
 def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> None:
     """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
     result = run("stale.py")

@@ -1580,3 +1580,24 @@ def test_our_own_receiver_stores_what_was_sent(
         )
         assert len(list(stored.iterdir())) == 2
         assert len(node.processed) == 2
+
+
+def test_each_result_raises_an_error_of_its_own_that_tells_where_the_source_raised(
+    server: ScriptedServer, transport: Transport
+) -> None:
+    """One that was kept would hold the caller's frame, and with it the transfer that keeps it."""
+
+    def raising() -> Iterator[bytes]:
+        raise RuntimeError("the source's")
+        yield b""
+
+    transfer = transport.send_snapshot(snapshot_message(), raising(), size=9)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(SnapshotSourceError, match="the source's") as raised:
+            transfer.result(LONG_TIMEOUT)
+        errors.append(raised.value)
+    assert errors[0] is not errors[1]
+    for error in errors:
+        assert isinstance(error.__cause__, RuntimeError)
+        assert "in raising" in error.__notes__[0]
