@@ -27,7 +27,7 @@ from pipeline._receiver import ReceiverStats
 from pipeline.asgi import ASGIApp
 from pipeline.callbacks import Callbacks, require_callable, require_no_awaitable, require_raft
 from pipeline.config import TransportConfig
-from pipeline.errors import MemberRemovedError, RequestRejected, UsageError
+from pipeline.errors import MemberRemovedError, RequestRejected, UsageError, without_frames
 from pipeline.forks import disown, is_foreign, public_names
 from pipeline.listener import Listener as ThreadedListener
 from pipeline.logs import get_logger
@@ -236,9 +236,9 @@ class _Deliveries:
         assert task is not None
         self._tasks[member_id] = task
         while queue:
-            call = queue[0]
-            if not call.is_given_up and not self._is_closed:
-                await self._make_call(call)
+            # Not by a name of its own: what it raises may hold this frame.
+            if not queue[0].is_given_up and not self._is_closed:
+                await self._make_call(queue[0])
             queue.popleft()
         # In the same turn that found the queue empty: what is taken next makes a task anew.
         del self._queues[member_id], self._tasks[member_id]
@@ -705,15 +705,20 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     """
     done: concurrent.futures.Future[T] = concurrent.futures.Future()
     done.set_running_or_notify_cancel()  # it cannot be cancelled, only not be waited for
+    LibraryThread(_run, "pipeline-aio", (done, partial(function, *args, **kwargs))).start()
+    waiting = asyncio.wrap_future(done)
+    try:
+        return await waiting
+    finally:
+        del done, waiting  # they hold what is raised, which holds this frame
 
-    def run() -> None:
-        try:
-            done.set_result(function(*args, **kwargs))
-        except BaseException as error:
-            done.set_exception(error)
 
-    LibraryThread(run, "pipeline-aio").start()
-    return await asyncio.wrap_future(done)
+def _run(done: concurrent.futures.Future[T], work: Callable[[], T]) -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:
+        without_frames(error)  # this one holds where it is kept
+        done.set_exception(error)
 
 
 async def _nothing_to_stop(_: Transport) -> int:

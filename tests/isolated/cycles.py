@@ -356,11 +356,16 @@ def asynchronous() -> None:
                     with contextlib.suppress(PipelineError):
                         await transport.send_snapshot(message(MessageType.SNAP, to=3), b"x")
 
+                async def listen() -> None:
+                    with contextlib.suppress(OSError):
+                        await transport.listen("http://192.0.2.1:0")
+
                 async def post() -> None:
                     await asyncio.to_thread(ask, url, ("POST", "/raft", peer_headers(), BODY))
 
                 await left_by_async("asyncio: a message", send)
                 await left_by_async("asyncio: a snapshot", send_snapshot)
+                await left_by_async("asyncio: a call that waits", listen)
                 await left_by_async("asyncio: a process that raises", post)
 
     asyncio.run(main())

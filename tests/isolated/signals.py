@@ -432,7 +432,11 @@ def play_by_the_clock(seconds: float) -> int:
         if depth < 2:  # a handler is interrupted as well
             count += 1
             depth += 1
-            next(calls)(world)
+            try:
+                next(calls)(world)
+            except UsageError as error:
+                if not is_told(error):
+                    raise
             depth -= 1
 
     signal.signal(signal.SIGALRM, handle)
