@@ -490,7 +490,13 @@ class Transport:
         self._deliveries.let_go(is_stop=True)
         # One that Ctrl-C ended, with the loop's other tasks, has perhaps not seen to everything.
         if self._stopping is None or (self._stopping.done() and not self._has_stopped):
-            self._stopping = asyncio.get_running_loop().create_task(self._stop())
+            stopping = self._stop()
+            try:
+                self._stopping = asyncio.get_running_loop().create_task(stopping)
+            except Exception:  # the application's task factory; it keeps nobody from stopping
+                stopping.close()
+                logger.warning("stopping without a task of its own", exc_info=True)
+                return await self._stop()
         return await asyncio.shield(self._stopping)
 
     async def _stop(self) -> int:

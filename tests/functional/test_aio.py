@@ -723,17 +723,37 @@ def test_a_task_factory_that_raises_costs_one_call_and_ends_nothing(
     run(main())
 
 
+def test_a_task_factory_that_raises_keeps_nobody_from_stopping(run: Callable[[Main], None]) -> None:
+    def factory(*_: object, **__: object) -> Any:
+        raise RuntimeError("the factory's")
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        transport = transport_of(Node())
+        await transport.start()
+        loop.set_task_factory(factory)
+        assert await transport.stop() == 0
+        assert await transport.stop() == 0
+        loop.set_task_factory(None)
+
+    run(main())
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="no eager tasks in this Python")
 @pytest.mark.parametrize("is_async", [False, True], ids=["plain", "async"])
 def test_calls_may_be_made_in_eager_tasks(run: Callable[[Main], None], *, is_async: bool) -> None:
     async def later(message: Message) -> None:
         await asyncio.sleep(0)
 
+    def eager(loop: Any, coroutine: Any, **settings: Any) -> Any:
+        settings.pop("eager_start", None)  # which uvloop gives, and 3.13.0's factory does not take
+        return asyncio.eager_task_factory(loop, coroutine, **settings)  # type: ignore[attr-defined]
+
     async def main() -> None:
         loop = asyncio.get_running_loop()
         problems: list[object] = []
         loop.set_exception_handler(lambda _, about: problems.append(about))
-        loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+        loop.set_task_factory(eager)
         node = Node(later) if is_async else Node()
         async with transport_of(node) as transport:
             url = (await transport.listen("http://127.0.0.1:0")).url
