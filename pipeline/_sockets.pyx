@@ -9,7 +9,7 @@ from pipeline._descriptors cimport (
     descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
 )
 from pipeline._sync cimport (
-    SOCK_CLOEXEC, SOCK_NONBLOCK, errno, pthread_mutex_init, pthread_mutex_lock,
+    SOCK_CLOEXEC, SOCK_NONBLOCK, errno, pthread_atfork, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, socket as c_socket,
 )
 
@@ -32,25 +32,30 @@ cdef descriptors_t* own_descriptors() noexcept:
 own_sockets = weakref.WeakSet()
 
 
-def _before_fork():
-    with nogil:
-        # A descriptor is being made or closed. Only C state is touched.
-        pthread_mutex_lock(&descriptors.lock)
+cdef void fork_begins() noexcept nogil:
+    # A descriptor may be being made or closed. Who does so needs no GIL for it.
+    pthread_mutex_lock(&descriptors.lock)
 
 
-def _after_fork_in_parent():
+cdef void fork_ends() noexcept nogil:
     pthread_mutex_unlock(&descriptors.lock)
 
 
-def _after_fork_in_child():
+cdef void forked() noexcept nogil:
     descriptors_forked(&descriptors)
+
+
+def _after_fork_in_child():
     for sock in list(own_sockets):
         sock.detach()
 
 
+# The system's, not Python's: between Python's hooks and the fork others' hooks run, and signals'
+# handlers, which may close something of ours and would wait for the lock.
+if pthread_atfork(fork_begins, fork_ends, forked) != 0:
+    raise MemoryError
 # Before all others of the library: they find their descriptors closed.
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent,
-                    after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class OwnSocket(socket.socket):

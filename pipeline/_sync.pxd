@@ -27,6 +27,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_condattr_init(pthread_condattr_t*)
     int pthread_condattr_destroy(pthread_condattr_t*)
     int pthread_condattr_setclock(pthread_condattr_t*, int)
+    int pthread_atfork(void () noexcept nogil, void () noexcept nogil, void () noexcept nogil)
     int pthread_create(pthread_t*, void*, void* (*)(void*) noexcept nogil, void*)
     int pthread_join(pthread_t, void**)
     int pthread_setname_np(pthread_t, const char*)      # at most 15 characters

@@ -179,6 +179,11 @@ def test_failures_leave_nothing_for_the_cyclic_collector(tmp_path: Path) -> None
     assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
 
 
+def test_what_runs_next_to_the_fork_may_listen_and_close() -> None:
+    result = run("fork_hooks.py")
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
 def test_a_connection_a_forked_child_keeps_open_touches_no_freed_worker() -> None:
     """To close a descriptor takes it out of epoll only if no other process has it (epoll(7))."""
     result = run("stale.py")
