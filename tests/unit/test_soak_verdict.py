@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import threading
@@ -67,6 +68,9 @@ def test_a_sample_sees_what_the_process_holds() -> None:
         thread.start()
     descriptors = [os.dup(0) for _ in range(5)]
     held = [bytearray(b"x" * (3 * MIB)), [object() for _ in range(20_000)]]
+    # What malloc gives out may have been resident before; fresh pages were not.
+    pages = mmap.mmap(-1, 3 * MIB)
+    pages.write(b"x" * (3 * MIB))
     try:
         after = Sample.take()
     finally:
