@@ -190,6 +190,7 @@ METHODS: dict[str, Step] = {
     "remote_stats": lambda t: t.remote_stats(),
     "leader_stats": lambda t: t.leader_stats(),
     "server_stats": lambda t: t.server_stats(),
+    "transport_stats": lambda t: t.transport_stats(),
     "follower_stats": lambda t: t.follower_stats(),
     "pause": lambda t: t.pause(),
     "resume": lambda t: t.resume(),
