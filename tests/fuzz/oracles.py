@@ -111,11 +111,12 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 
 
-def is_beyond_protobuf(data: bytes, scope: str = "message") -> bool:
+def is_beyond_protobuf(data: bytes, scope: str = "message", depth: int = 0) -> bool:
     """Tell whether what we can read has something that protobuf may not.
 
-    We read a tag of any length up to ten bytes, as Go does; protobuf reads up to five. We skip
-    field 14, ``responses``, without looking into it; protobuf looks.
+    We read a tag and a length of up to ten bytes, as Go does; protobuf reads up to five. We take
+    100 groups in each other wherever they are; protobuf counts the messages around them, too. We
+    skip field 14, ``responses``, without looking into it; protobuf looks.
     """
 
     def varint(at: int) -> tuple[int, int]:
@@ -139,16 +140,22 @@ def is_beyond_protobuf(data: bytes, scope: str = "message") -> bool:
             case 1 | 5 as kind:
                 at += 8 if kind == 1 else 4
             case 2:
+                begin = at
                 length, at = varint(at)
+                if at - begin > 5:
+                    return True
                 field = tag >> 3
                 if groups == 0 and scope == "message" and field == 14:
                     return True
                 nested = None if groups else _NESTED[scope].get(field)
-                if nested is not None and is_beyond_protobuf(data[at : at + length], nested):
+                span = data[at : at + length]
+                if nested is not None and is_beyond_protobuf(span, nested, depth + 1):
                     return True
                 at += length
             case 3:
                 groups += 1
+                if depth + groups > 100:
+                    return True
             case 4:
                 groups -= 1
     return False
