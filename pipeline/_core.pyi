@@ -2,14 +2,13 @@
 
 import enum
 from collections.abc import Callable, Sized
-from typing import Protocol, SupportsIndex, type_check_only
+from typing import SupportsIndex
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
 
-from pipeline._messages import Message
 from pipeline.stats import FollowerStats, PipelineStats
-from pipeline.types import SendResult
+from pipeline.types import Sendable, SendResult
 
 __all__ = [
     "CLOSED",
@@ -39,16 +38,6 @@ class Given(enum.IntEnum):
     TO_LOOP = 0
     RETIRED = 1
     NOT = 2
-
-@type_check_only
-class ProtobufMessage(Protocol):
-    """A protobuf object of any raftpb schema."""
-
-    @property
-    def type(self) -> int: ...
-    @property
-    def to(self) -> int: ...
-    def SerializeToString(self) -> bytes: ...
 
 CLOSED: int
 
@@ -115,7 +104,7 @@ class Sender:
         dead_link_timeout_s: float,
         max_queue_age_s: float,
     ) -> None: ...
-    def send(self, message: Message | EncodedMessage | ProtobufMessage) -> SendResult: ...
+    def send(self, message: Sendable) -> SendResult: ...
     def stats(self) -> PipelineStats: ...
     def follower_stats(self) -> FollowerStats: ...
     def begin_stop(self) -> int: ...

@@ -31,7 +31,7 @@ from pipeline.errors import MemberRemovedError, RequestRejected, UsageError, wit
 from pipeline.forks import disown, is_foreign, public_names
 from pipeline.listener import Listener as ThreadedListener
 from pipeline.logs import get_logger
-from pipeline.peer import PeerStats, Sendable
+from pipeline.peer import PeerStats
 from pipeline.probing import ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, RemoteStats
@@ -41,7 +41,7 @@ from pipeline.snapshot_source import SnapshotSource, close_quietly
 from pipeline.stats import FollowerStats, PipelineStats, TransportStats
 from pipeline.threads import LibraryThread
 from pipeline.tls import TLSInfo
-from pipeline.types import SnapshotStatus
+from pipeline.types import Sendable, SnapshotStatus
 
 if TYPE_CHECKING:
     from pipeline.metrics import MetricsCollector

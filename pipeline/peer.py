@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
-from pipeline._core import ActiveFlag, EncodedMessage
-from pipeline._messages import Message
+from pipeline._core import ActiveFlag
 from pipeline.callbacks import Callbacks
 from pipeline.config import PipelineConfig
 from pipeline.dispatcher import Dispatcher
@@ -22,18 +21,12 @@ from pipeline.protocol import format_id
 from pipeline.snapshot_sender import RateLimiter, SnapshotSender
 from pipeline.status import LastError, PeerStatus
 from pipeline.tls import Credentials
-from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
+from pipeline.types import MessageType, Raft, Sendable, SendResult, SnapshotStatus
 from pipeline.versions import Versions
 
-if TYPE_CHECKING:
-    from pipeline._core import ProtobufMessage
-
-__all__ = ["Peer", "PeerStats", "Sendable"]
+__all__ = ["Peer", "PeerStats"]
 
 logger = get_logger(__name__)
-
-#: What can be sent (``Sender.send``).
-Sendable: TypeAlias = "Message | EncodedMessage | ProtobufMessage"
 
 
 class Channel(Protocol):

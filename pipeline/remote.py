@@ -19,13 +19,12 @@ from pipeline.callbacks import Callbacks
 from pipeline.errors import UsageError
 from pipeline.logs import Throttle, get_logger
 from pipeline.names import literal_address
-from pipeline.peer import Sendable
 from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
 from pipeline.protocol import format_id
 from pipeline.stats import PipelineStats
 from pipeline.status import LastError
 from pipeline.threads import Once
-from pipeline.types import SendResult
+from pipeline.types import Sendable, SendResult
 from pipeline.urls import parse_urls
 
 __all__ = ["Remote", "RemotePolicy", "RemoteStats", "Remotes"]

@@ -24,7 +24,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from pipeline import protocol
 from pipeline._core import EncodedMessage
@@ -58,10 +58,7 @@ from pipeline.snapshot_source import (
 from pipeline.stats import Histogram
 from pipeline.status import STOPPED
 from pipeline.threads import LibraryThread, Once
-from pipeline.types import MessageType, SnapshotStatus
-
-if TYPE_CHECKING:
-    from pipeline.peer import Sendable
+from pipeline.types import MessageType, Sendable, SnapshotStatus
 
 __all__ = [
     "RateLimiter",

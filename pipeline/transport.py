@@ -22,7 +22,7 @@ from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.forks import disown, nothing_to_stop, public_names
 from pipeline.handlers import Handlers
 from pipeline.logs import get_logger, lost_lines, show
-from pipeline.peer import Peer, PeerStats, Sendable
+from pipeline.peer import Peer, PeerStats
 from pipeline.pipeline import Pipeline
 from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
@@ -43,7 +43,7 @@ from pipeline.stats import (
 )
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import Credentials, TLSInfo
-from pipeline.types import MessageType, Raft
+from pipeline.types import MessageType, Raft, Sendable
 from pipeline.urls import parse_peer_urls
 from pipeline.versions import Versions
 

@@ -1,14 +1,23 @@
-"""What users implement and what they are told: the Raft protocol, enumerations of outcomes."""
+"""What users implement, send and are told: the Raft protocol, messages, outcomes."""
 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
+    from pipeline._core import EncodedMessage
     from pipeline._messages import Message
 
-__all__ = ["EntryType", "MessageType", "Raft", "SendResult", "SnapshotStatus"]
+__all__ = [
+    "EntryType",
+    "MessageType",
+    "ProtobufMessage",
+    "Raft",
+    "SendResult",
+    "Sendable",
+    "SnapshotStatus",
+]
 
 
 class MessageType(enum.IntEnum):
@@ -46,6 +55,25 @@ class EntryType(enum.IntEnum):
     NORMAL = 0
     CONF_CHANGE = 1
     CONF_CHANGE_V2 = 2
+
+
+class ProtobufMessage(Protocol):
+    """A protobuf object of any raftpb schema."""
+
+    @property
+    def type(self) -> int:
+        """Which kind of message it is; its numbers are ``MessageType``'s."""
+
+    @property
+    def to(self) -> int:
+        """The member it is for, 64 bits."""
+
+    def SerializeToString(self) -> bytes:
+        """Encode it."""
+
+
+#: What can be sent.
+Sendable: TypeAlias = "Message | EncodedMessage | ProtobufMessage"
 
 
 class SendResult(enum.IntEnum):
