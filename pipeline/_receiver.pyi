@@ -8,9 +8,8 @@ from typing_extensions import disjoint_base
 
 from pipeline._sockets import OwnSocket
 from pipeline.config import ReceiverConfig
-from pipeline.general import General
+from pipeline.detached import BegunRequest, Connection
 from pipeline.handlers import Handlers
-from pipeline.snapshot_connections import Connection
 from pipeline.tls import Credentials
 
 __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
@@ -53,7 +52,7 @@ class Receiver:
         handlers: Handlers,
         config: ReceiverConfig,
         cluster_header: bytes,
-        take: Callable[[Connection | None, General], None],
+        take: Callable[[Connection | None, BegunRequest], None] | None,
         credentials: Credentials | None = None,
     ) -> Receiver: ...
     def start(self, plain: list[OwnSocket], sealed: list[OwnSocket]) -> None: ...

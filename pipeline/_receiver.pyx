@@ -46,8 +46,8 @@ import socket
 from typing import NamedTuple
 
 from pipeline._sockets import OwnSocket
-from pipeline.general import General, render
-from pipeline.handlers import Request
+from pipeline.answers import render
+from pipeline.general import General
 from pipeline.logs import get_logger
 from pipeline.names import show_address
 from pipeline.sealed import Sealed, SealedServer
@@ -212,10 +212,11 @@ cdef class Receiver:
     config : ReceiverConfig
     cluster_header : bytes
         The header lines every 204 carries, each with its CRLF.
-    take : callable
+    take : callable or None
         Called with a non-blocking socket, which it owns from then on, and the ``General`` that has
         read the head, when a connection leaves the loop; with None for the socket when the loop
-        has closed it meanwhile. It must not block.
+        has closed it meanwhile. It must not block. None where nobody receives snapshots: then no
+        connection leaves.
     credentials : Credentials or None
         What https listening sockets are served with.
 
@@ -500,7 +501,7 @@ cdef class Receiver:
             with nogil:
                 # To give large memory back takes a while. Only C state is touched.
                 body_free(&request.body)
-            return self.handlers.read_failed(Request("POST", "/raft", {}, remote))
+            return self.handlers.read_failed(remote)
         if request.kind == REQUEST_MALFORMED:
             error = decode_error(&request.decoded)
             with nogil:

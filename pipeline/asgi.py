@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 from pipeline._budget import BodyShare
+from pipeline.answers import BODILESS, Answer, Request
 from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
-from pipeline.handlers import Answer, Handlers, Request, behind_prefix
+from pipeline.handlers import Handlers, behind_prefix
 from pipeline.logs import get_logger, show
 from pipeline.names import show_address
 from pipeline.threads import LibraryThread
@@ -101,13 +102,13 @@ class App:
                 body = await _read_body(receive, self._config, share)
                 answer = await self._threads.run(partial(self._deliver, request, body, share))
         except _NoRoomError:
-            answer = handlers.overloaded(request)
+            answer = handlers.overloaded(request.remote)
         except _BodyTooLargeError:
-            answer = handlers.body_too_large(request)
+            answer = handlers.body_too_large(request.remote)
         except TimeoutError:
-            answer = handlers.read_failed(request)
+            answer = handlers.read_failed(request.remote)
         except _DisconnectedError:
-            handlers.read_failed(request)
+            handlers.read_failed(request.remote)
             return
         except _ClosedError:
             answer = handlers.shutting_down()
@@ -211,7 +212,7 @@ async def _read_pieces(
 async def _send(send: Send, answer: Answer) -> None:
     # ASGI wants names in lower case; HTTP does not care.
     headers = [(name.lower().encode(), value.encode()) for name, value in answer.headers]
-    if answer.status not in (204, 304):
+    if answer.status not in BODILESS:
         headers.append((b"content-length", b"%d" % len(answer.body)))
     if answer.close:
         headers.append((b"connection", b"close"))

@@ -11,19 +11,25 @@ import enum
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from email.utils import formatdate
-from http import HTTPStatus
 from typing import Any
 
 import h11
 
+from pipeline.answers import (
+    BODILESS,
+    Answer,
+    Request,
+    header_lines,
+    sender_of,
+    text_answer,
+)
 from pipeline.config import ReceiverConfig
 from pipeline.errors import without_frames
-from pipeline.handlers import Answer, Handlers, Request, sender_of
-from pipeline.protocol import SNAPSHOT_PATH
+from pipeline.handlers import Handlers
+from pipeline.protocol import SNAPSHOT_PATH, reason_phrase
 from pipeline.request_body import RequestBody
 
-__all__ = ["General", "Then", "render"]
+__all__ = ["General", "Then"]
 
 _HEAD = re.compile(
     rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+ HTTP/1\.[01]\r\n"
@@ -150,16 +156,18 @@ class General:
         except h11.RemoteProtocolError as error:
             without_frames(error)  # h11 raises it from a frame that holds it
             if self._is_message:
-                then = self._send_answer(self._handlers.read_failed(self.request), close=True)
+                then = self._send_answer(
+                    self._handlers.read_failed(self.request.remote), close=True
+                )
             else:
                 self.is_member = False
-                then = self._send_answer(_bad_request(), close=True)
+                then = self._send_answer(text_answer(400, "Bad Request", close=True), close=True)
         return self._take_out(), then
 
     def broken(self) -> tuple[bytes, Then]:
         """Hear that the rest of the request will not come; returns as ``feed``."""
         if self._is_message:
-            self._send_answer(self._handlers.read_failed(self.request), close=True)
+            self._send_answer(self._handlers.read_failed(self.request.remote), close=True)
         return self._take_out(), Then.CLOSE
 
     def answer(self, answer: Answer | None) -> tuple[bytes, Then]:
@@ -201,7 +209,7 @@ class General:
         comes so would take seconds of this thread. Only a CR at their end was let pass unseen.
         """
         if _BARE.search(head, max(seen - 1, 0)):
-            return _bad_request()
+            return text_answer(400, "Bad Request", close=True)
         self._lines += head.count(b"\n", seen)
         if len(head) > self._config.max_head_bytes or self._lines > HEADERS_MAX + 2:
             return self._handlers.head_too_large()
@@ -211,10 +219,10 @@ class General:
         is_framed_once = len(lengths) + len(_CODING.findall(head)) <= 1
         is_number = all(map(_DIGITS.fullmatch, lengths))
         if not (_HEAD.fullmatch(head) and is_framed_once and is_number):
-            return _bad_request()
+            return text_answer(400, "Bad Request", close=True)
         # 18 digits: no longer number is worth converting.
         if lengths and len(lengths[0].strip()) > 18:
-            return self._handlers.body_too_large(self.request)
+            return self._handlers.body_too_large(self.request.remote)
         return None
 
     def _read_head(self, head: bytes, data: bytes) -> Then:
@@ -231,8 +239,11 @@ class General:
         self.framing = RequestBody(self._http, headers)
         self.sender = sender_of(self.request) or 0
         answer = self._handlers.check(self.request, can_detach=True)
-        if answer is None and path == SNAPSHOT_PATH and not self._handlers.snapshots.begin():
-            answer = self._handlers.too_many_snapshots(self.request)
+        if answer is None and path == SNAPSHOT_PATH:
+            snapshots = self._handlers.snapshots
+            assert snapshots is not None  # or ``check`` would have answered
+            if not snapshots.begin():
+                answer = self._handlers.too_many_snapshots(self.request.remote)
         if answer is not None:
             return self._answer_at_once(answer, self.framing, data)
         self.is_member = True
@@ -269,9 +280,9 @@ class General:
         self.arrived += len(part)
         self._seen += len(part)
         if self._seen > self._config.max_body_bytes:
-            return self._send_answer(self._handlers.body_too_large(self.request), close=True)
+            return self._send_answer(self._handlers.body_too_large(self.request.remote), close=True)
         if not self.share.set(len(self.body) + len(part)):
-            return self._send_answer(self._handlers.overloaded(self.request), close=True)
+            return self._send_answer(self._handlers.overloaded(self.request.remote), close=True)
         self.body += part
         if framing.is_whole:
             return Then.DELIVER
@@ -285,11 +296,11 @@ class General:
             return Then.CLOSE  # answered already
         response = h11.Response(
             status_code=answer.status,
-            headers=_headers(answer, close=close),
-            reason=_phrase(answer.status).encode("ascii"),
+            headers=header_lines(answer, close=close),
+            reason=reason_phrase(answer.status).encode("ascii"),
         )
         self._send(response)
-        if answer.body and answer.status not in (204, 304) and self.request.method != "HEAD":
+        if answer.body and answer.status not in BODILESS and self.request.method != "HEAD":
             self._send(h11.Data(data=answer.body))
         self._send(h11.EndOfMessage())
         if close or not self._is_in(h11.DONE):  # the caller wants no more
@@ -308,35 +319,3 @@ class General:
         out = b"".join(self._out)
         self._out.clear()
         return out
-
-
-def render(answer: Answer) -> bytes:
-    """Write an answer to a request the core recognised."""
-    lines = [f"HTTP/1.1 {answer.status} {_phrase(answer.status)}"]
-    lines += [f"{name}: {value}" for name, value in _headers(answer, close=answer.close)]
-    body = b"" if answer.status in (204, 304) else answer.body
-    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-def _headers(answer: Answer, *, close: bool) -> list[tuple[str, str]]:
-    headers = [*answer.headers, ("Date", formatdate(usegmt=True))]
-    if answer.status not in (204, 304):
-        headers.append(("Content-Length", str(len(answer.body))))
-    if close:
-        headers.append(("Connection", "close"))
-    return headers
-
-
-def _bad_request() -> Answer:
-    headers = (
-        ("Content-Type", "text/plain; charset=utf-8"),
-        ("X-Content-Type-Options", "nosniff"),
-    )
-    return Answer(400, headers, b"Bad Request\n", close=True)
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""

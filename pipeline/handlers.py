@@ -6,18 +6,18 @@ call ``deliver``, or ``read_failed`` or ``body_too_large`` when that did not wor
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from urllib.parse import quote
 
 from pipeline._budget import BodyBudget
 from pipeline._messages import Message
+from pipeline.answers import Answer, Request, sender_of, text_answer
 from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
-from pipeline.errors import RequestRejected, UnmarshalError, UsageError
+from pipeline.detached import BegunRequest, Connection
+from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.logs import Throttle, get_logger
 from pipeline.protocol import (
     CLUSTER_ID,
@@ -34,15 +34,14 @@ from pipeline.protocol import (
     check_version_compatibility,
     format_id,
     min_cluster_version,
-    parse_id,
     require_versions,
     server_version,
 )
-from pipeline.snapshot_receiver import SnapshotReceiver
+from pipeline.received import Received
 from pipeline.types import MessageType, Raft
 from pipeline.versions import Versions
 
-__all__ = ["Answer", "Handlers", "Received", "Request", "behind_prefix", "sender_of"]
+__all__ = ["Handlers", "behind_prefix"]
 
 logger = get_logger(__name__)
 
@@ -69,50 +68,6 @@ _APP = int(MessageType.APP)  # compared for every message; dearer as the member 
 #: of their own in the budget.
 SMALL_BODY_BYTES = 64 * 1024
 
-# Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
-# who makes up ids can cost us. Of addresses with failures, where asked for, as many are kept.
-_MAX_SENDERS = 128
-# Types past the last we know that are told of in the log: raft has added two or three a release.
-_MAX_TYPES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The head of a request."""
-
-    method: str
-    #: As it stood in the request line: not decoded, without the query.
-    path: str
-    #: Names in lower case; of a repeated header the first value, as Go's ``Header.Get``.
-    headers: Mapping[str, str]
-    #: Shows the caller's ``ip:port`` in logs.
-    remote: object
-    #: As ``ssl.SSLSocket.getpeercert()`` gives it, verified; None without TLS or without one.
-    certificate: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer without its framing: the listener adds Content-Length, Connection and Date."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...] = ()
-    body: bytes = b""
-    #: Close the connection, without reading what may be left of the request.
-    close: bool = False
-
-
-class Received(NamedTuple):
-    """What ``Handlers`` have counted, at one instant."""
-
-    #: Body bytes by sending member; None for all past the first 128.
-    received_bytes: dict[int | None, int]
-    #: Failures by the caller's ``ip:port``; "" for those not told by address, 0 included.
-    received_failures: dict[str, int]
-    ignored: int
-    unknown: int
-    process_failures: int
-
 
 class Senders(Protocol):
     """Who wants to know who sends us messages (``remote.Remotes``)."""
@@ -124,6 +79,53 @@ class Senders(Protocol):
 
     def is_watched(self, sender: int, *, is_authenticated: bool) -> bool:
         """Tell whether every request of this sender is to be shown."""
+
+
+class Connections(Protocol):
+    """The connections of one listener on which snapshots arrive, out of the loop."""
+
+    #: Of the threads, before ``-<n>``; set before the first connection.
+    name: str
+
+    def take(self, connection: Connection | None, begun: BegunRequest) -> None:
+        """Receive on a connection that has left the loop. Does not block.
+
+        None for a connection that ended meanwhile: only its place is given back.
+        """
+
+    def begin_close(self) -> None:
+        """End what is still being read; what is being stored or processed may go on."""
+
+    def wait_closed(self, deadline: float) -> bool:
+        """Wait for the threads until ``deadline`` (monotonic seconds); whether all have ended."""
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, which has none of the threads: let go of what is the parent's."""
+
+
+class Snapshots(Protocol):
+    """Who receives snapshots: ``snapshot_receiver.SnapshotReceiver``."""
+
+    #: Whether there is a place to store them.
+    is_taking: bool
+
+    def prepare(self) -> None:
+        """Make the place; ``OSError`` if it cannot be made."""
+
+    def begin(self) -> bool:
+        """Take one of the places for receives; False when all are taken."""
+
+    def end(self) -> None:
+        """Give a place back."""
+
+    def refused(self) -> None:
+        """Count a request that was answered without its body being looked at."""
+
+    def connections(self) -> Connections:
+        """Return what takes the connections of one listener on which snapshots arrive."""
+
+    def forget(self, sender: int) -> None:
+        """Drop what was counted for a member that is one no more."""
 
 
 class Handlers:
@@ -155,20 +157,11 @@ class Handlers:
     ----------
     budget : BodyBudget
         What the bodies of all requests hold together, however they come in.
-    received_bytes : dict of int to int
-        Body bytes by sending member (``Message.from_``), for the first 128 senders.
-    received_bytes_others : int
-        Body bytes of all further senders together.
-    received_failures : int
-        Bodies that could not be read, were refused or could not be decoded.
-    ignored : int
-        Messages of process-local types, answered 204 and not delivered.
-    unknown : int
-        Messages of types past the last we know, answered 204 and not delivered.
-    process_failures : int
-        Calls of ``process`` that raised anything but ``RequestRejected``.
-    snapshots : SnapshotReceiver
-        Does ``POST /raft/snapshot`` from the body on.
+    received : Received
+        What was received, counted.
+    snapshots : Snapshots or None
+        Does ``POST /raft/snapshot`` from the body on. Without it, as at first, every snapshot is
+        answered 501.
 
     Notes
     -----
@@ -200,12 +193,8 @@ class Handlers:
         self.budget = BodyBudget(
             self.config.max_buffered_bytes, self.config.max_connections * SMALL_BODY_BYTES
         )
-        self.received_bytes: dict[int, int] = {}
-        self.received_bytes_others = 0
-        self.received_failures = 0
-        self.ignored = 0
-        self.unknown = 0
-        self.process_failures = 0
+        self.received = Received()
+        self.snapshots: Snapshots | None = None
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._cluster_id = format_id(cluster_id)
         self._local, self._local_min = require_versions(server_version, min_cluster_version)
@@ -216,13 +205,9 @@ class Handlers:
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
-        self._failures_by_address: dict[str, int] | None = None
-        self.snapshots = SnapshotReceiver(raft, self, self.config)
         self._warn = Throttle(logger).warning
-        self._lock = threading.RLock()  # guards the counters and the one below
         self._is_foreign = False
         self._is_stopped = False
-        self._unknown_types: set[int] = set()  # that the log has been told of
 
     def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
         """Answer a request that needs no body; None if it is a message to be delivered.
@@ -246,7 +231,7 @@ class Handlers:
             return self._check_snapshot(request, can_detach=can_detach)
         if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
             return self._get(request) if request.method == "GET" else _not_allowed("GET")
-        return _error(404, "404 page not found")
+        return text_answer(404, "404 page not found")
 
     def is_learnable(self, request: Request) -> bool:
         """Tell whether ``check`` need not see the next request with the same head.
@@ -275,7 +260,7 @@ class Handlers:
     def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
         """Answer a body that is no message."""
         self._warn("failed to unmarshal Raft message from %s: %s", remote, error)
-        self.count_failure(remote)
+        self.received.count_failure(remote)
         return self._answer(400, "error unmarshalling raft message")
 
     def process(self, message: Message, size_bytes: int, remote: object) -> Answer | None:
@@ -286,7 +271,7 @@ class Handlers:
         kind, sender = message.type, message.from_
         if kind not in _DELIVERED_TYPES:
             return self._not_delivered(kind, sender, size_bytes, remote)
-        self.count_received(sender, size_bytes)
+        self.received.count_bytes(sender, size_bytes)
         if kind == _APP and self._on_append is not None:
             self._on_append(sender, size_bytes)
         try:
@@ -303,12 +288,11 @@ class Handlers:
         """Answer a message of a type that is not for Raft; None is the plain 204."""
         if kind < 0:
             self._warn("refused Raft message from %s: type %d is negative", remote, kind)
-            self.count_failure(remote)
+            self.received.count_failure(remote)
             return self._answer(400, "error unmarshalling raft message")
-        self.count_received(sender, size_bytes)
+        self.received.count_bytes(sender, size_bytes)
         if kind in _PROCESS_LOCAL:
-            with self._lock:
-                self.ignored += 1
+            self.received.count_ignored()
         else:
             self._ignore_unknown(kind, sender, remote)
         return None
@@ -331,13 +315,7 @@ class Handlers:
         400, an etcd takes us for unreachable at each one. Differs from etcd: its raft is given the
         message and does nothing with it.
         """
-        with self._lock:
-            self.unknown += 1
-            # A stranger can make up types: past so many the log hears of no more.
-            is_news = kind not in self._unknown_types and len(self._unknown_types) < _MAX_TYPES
-            if is_news:
-                self._unknown_types.add(kind)
-        if is_news:
+        if self.received.count_unknown(kind):
             logger.warning(
                 "Raft message of type %d from member %s at %s is of a later raft than we know: "
                 "answered 204 and not delivered, like all of this type from now on",
@@ -346,49 +324,47 @@ class Handlers:
                 remote,
             )
 
-    def read_failed(self, request: Request) -> Answer:
+    def read_failed(self, remote: object) -> Answer:
         """Answer a request whose body broke off or stalled."""
-        self._warn("failed to read Raft message from %s: the body is incomplete", request.remote)
-        self.count_failure(request.remote)
+        self._warn("failed to read Raft message from %s: the body is incomplete", remote)
+        self.received.count_failure(remote)
         return self._answer(400, "error reading raft message", close=True)
 
-    def body_too_large(self, request: Request) -> Answer:
+    def body_too_large(self, remote: object) -> Answer:
         """Answer a request whose body is larger than ``max_body_bytes``."""
-        self._warn("refused Raft message from %s: the body is too large", request.remote)
-        self.count_failure(request.remote)
+        self._warn("refused Raft message from %s: the body is too large", remote)
+        self.received.count_failure(remote)
         return self._answer(413, "request body too large", close=True)
 
     def head_too_large(self) -> Answer:
         """Answer a request whose head is larger than ``max_head_bytes``."""
-        return _error(431, "request header fields too large", close=True)
+        return text_answer(431, "request header fields too large", close=True)
 
-    def overloaded(self, request: Request) -> Answer:
+    def overloaded(self, remote: object) -> Answer:
         """Answer a request whose body there is no memory for just now."""
-        self._warn("no memory for a Raft message from %s", request.remote)
-        self.count_failure(request.remote)
+        self._warn("no memory for a Raft message from %s", remote)
+        self.received.count_failure(remote)
         return self._answer(503, "too many bytes in requests", close=True)
 
-    def too_many_snapshots(self, request: Request) -> Answer:
+    def too_many_snapshots(self, remote: object) -> Answer:
         """Answer a snapshot while as many as may be are being received.
 
         Differs from etcd: there is no limit there.
         """
-        self._warn("refused a snapshot from %s: others are being received", request.remote)
-        self.snapshots.refused()
+        self._warn("refused a snapshot from %s: others are being received", remote)
+        self._count_refused_snapshot()
         return self._answer(503, "too many snapshots at once", close=True)
 
     def snapshot_failed(
         self,
-        request: Request,
+        remote: object,
         sender: str,
         status: int,
         text: str,
         error: BaseException | None = None,
     ) -> Answer:
         """Answer a snapshot that was not taken; ``error`` is shown in the log."""
-        self._warn(
-            "refused a snapshot of %s from %s: %s", sender, request.remote, text, exc_info=error
-        )
+        self._warn("refused a snapshot of %s from %s: %s", sender, remote, text, exc_info=error)
         return self._answer(status, text)
 
     def shutting_down(self) -> Answer:
@@ -465,13 +441,18 @@ class Handlers:
     def _check_snapshot(self, request: Request, *, can_detach: bool) -> Answer | None:
         """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
         refusal = self._check_post(request)
-        if refusal is None and not (can_detach and self.snapshots.store is not None):
+        is_taking = self.snapshots is not None and self.snapshots.is_taking
+        if refusal is None and not (can_detach and is_taking):
             refusal = self._answer(501, "Not Implemented")
         if refusal is None:
             refusal = self._note_sender(request)
         if refusal is not None:
-            self.snapshots.refused()
+            self._count_refused_snapshot()
         return refusal
+
+    def _count_refused_snapshot(self) -> None:
+        if self.snapshots is not None:
+            self.snapshots.refused()
 
     def _note_version(self, request: Request) -> None:
         if self._versions is not None and (sender := sender_of(request)) is not None:
@@ -499,7 +480,7 @@ class Handlers:
             self._warn(
                 "refused Raft message from %s: content encoding %r", request.remote, encoding[:64]
             )
-            self.count_failure(request.remote)
+            self.received.count_failure(request.remote)
             return self._answer(415, "unsupported content encoding", close=True)
         # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
         length = request.headers.get("content-length", "")
@@ -507,7 +488,7 @@ class Handlers:
             len(length) > 19 or int(length) > self.config.max_body_bytes
         )
         if is_long and request.path == RAFT_PATH:
-            return self.body_too_large(request)
+            return self.body_too_large(request.remote)
         return None
 
     def rejected(self, error: BaseException) -> Answer | None:
@@ -526,27 +507,16 @@ class Handlers:
                     return Answer(chosen.status, self._cluster_header)
                 headers = (*self._cluster_header, ("Content-Type", chosen.content_type))
                 return Answer(chosen.status, headers, chosen.body)
-        with self._lock:
-            self.process_failures += 1
+        self.received.count_process_failure()
         self._callbacks.count("process", error)
         return None
 
     def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
-        return _error(status, text, self._cluster_header, close=close)
+        return text_answer(status, text, self._cluster_header, close=close)
 
     def no_content(self) -> Answer:
         """Answer a message that was taken."""
         return Answer(204, self._cluster_header)
-
-    def counts(self) -> Received:
-        """Return everything counted, for the metrics."""
-        with self._lock:
-            received: dict[int | None, int] = dict(self.received_bytes.items())
-            if self.received_bytes_others:
-                received[None] = self.received_bytes_others
-            failures = dict(self._failures_by_address or {})
-            failures[""] = self.received_failures - sum(failures.values())
-            return Received(received, failures, self.ignored, self.unknown, self.process_failures)
 
     def forget_after_fork(self, *, is_foreign: bool) -> None:
         """In a forked child: a lock another thread may have held is made anew.
@@ -554,46 +524,18 @@ class Handlers:
         With ``is_foreign`` the node is another process'. An ASGI or WSGI server that was forked
         with it refuses what it is given: here nobody would ever learn of the messages.
         """
-        self._lock = threading.RLock()
+        self.received.forget_after_fork()
         self._is_foreign = is_foreign
 
     def stop(self) -> None:
         """Refuse whatever comes from now on: a server of the application's may outlive the node."""
         self._is_stopped = True
 
-    def count_failures_by_address(self) -> None:
-        """Tell failures by the caller's address from now on, for the first 128 addresses."""
-        with self._lock:
-            if self._failures_by_address is None:
-                self._failures_by_address = {}
-
     def forget(self, sender: int) -> None:
         """Drop what was counted for a member that is one no more."""
-        with self._lock:
-            self.received_bytes.pop(sender, None)
-        self.snapshots.forget(sender)
-
-    def count_failure(self, remote: object) -> None:
-        """Count a body that could not be read, was refused or could not be decoded."""
-        with self._lock:
-            self.received_failures += 1
-            counts = self._failures_by_address
-            if counts is not None:
-                address = str(remote)
-                if address in counts or len(counts) < _MAX_SENDERS:
-                    counts.setdefault(address, 0)
-                    counts[address] += 1
-
-    def count_received(self, sender: int, size_bytes: int) -> None:
-        """Count bytes of a member."""
-        with self._lock:
-            try:
-                self.received_bytes[sender] += size_bytes
-            except KeyError:  # its first, or the first since it was forgotten
-                if len(self.received_bytes) < _MAX_SENDERS:
-                    self.received_bytes[sender] = size_bytes
-                else:
-                    self.received_bytes_others += size_bytes
+        self.received.forget(sender)
+        if self.snapshots is not None:
+            self.snapshots.forget(sender)
 
 
 def behind_prefix(path: str, prefix: str) -> str:
@@ -613,32 +555,8 @@ def behind_prefix(path: str, prefix: str) -> str:
     return path
 
 
-def sender_of(request: Request) -> int | None:
-    """Return the member that X-Server-From names, None without one."""
-    try:
-        return parse_id(request.headers.get(SERVER_FROM.lower(), ""))
-    except UsageError:
-        return None
-
-
-def _error(
-    status: int, text: str, headers: tuple[tuple[str, str], ...] = (), *, close: bool = False
-) -> Answer:
-    """Answer with a line of text, as Go's ``http.Error`` does."""
-    return Answer(
-        status,
-        (
-            *headers,
-            ("Content-Type", "text/plain; charset=utf-8"),
-            ("X-Content-Type-Options", "nosniff"),
-        ),
-        f"{text}\n".encode(),
-        close,
-    )
-
-
 def _not_allowed(method: str) -> Answer:
-    return _error(405, "Method Not Allowed", (("Allow", method),))
+    return text_answer(405, "Method Not Allowed", (("Allow", method),))
 
 
 def _probing() -> Answer:

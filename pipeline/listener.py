@@ -21,10 +21,9 @@ from pipeline.arguments import require_iterable, require_number
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.forks import disown
-from pipeline.handlers import Handlers
+from pipeline.handlers import Connections, Handlers
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
-from pipeline.snapshot_connections import SnapshotConnections
 from pipeline.threads import LibraryThread, require_real_threads
 from pipeline.tls import Credentials
 from pipeline.urls import parse_urls
@@ -101,15 +100,17 @@ class Listener:
                 raise UsageError(f"url: {url!r}: only http and https can be listened on")
             if url.startswith("https://") and credentials is None:
                 raise UsageError(f"url: {url!r}: https needs a TLSInfo")
-        if handlers.snapshots.store is not None:
-            handlers.snapshots.store.prepare()
-        self._snapshots = SnapshotConnections(handlers, config)
-        self._receiver = Receiver(
-            handlers, config, handlers.cluster_header, self._snapshots.take, credentials
-        )
+        take = None
+        self._snapshots: Connections | None = None
+        if handlers.snapshots is not None:
+            handlers.snapshots.prepare()
+            self._snapshots = handlers.snapshots.connections()
+            take = self._snapshots.take
+        self._receiver = Receiver(handlers, config, handlers.cluster_header, take, credentials)
         bound = _bind(given, config.max_connections)
         ports = [sockets[0].getsockname()[1] for sockets in bound]
-        self._snapshots.name = f"pipeline-snapshot-{ports[0]}"
+        if self._snapshots is not None:
+            self._snapshots.name = f"pipeline-snapshot-{ports[0]}"
         self.urls = tuple(
             f"{url.rpartition(':')[0]}:{port}" for url, port in zip(given, ports, strict=True)
         )
@@ -178,10 +179,13 @@ class Listener:
         deadline = time.monotonic() + deadline_s
         with self._lock:
             self._receiver.begin_close()
-            self._snapshots.begin_close()
+            if self._snapshots is not None:
+                self._snapshots.begin_close()
             # The last tenth is for idle threads to end in.
             is_whole = self._receiver.wait_closed(0.0 if is_own else 0.9 * deadline_s)
-            if not self._snapshots.wait_closed(deadline - 0.1 * deadline_s) or not is_whole:
+            if self._snapshots is not None:
+                is_whole &= self._snapshots.wait_closed(deadline - 0.1 * deadline_s)
+            if not is_whole:
                 logger.warning("listener at %s closed with requests unanswered", self.url)
             deadline = max(deadline, time.monotonic() + 0.05)
             for thread in self._threads:
@@ -207,7 +211,8 @@ class Listener:
         is_open, self._is_closed = not self._is_closed, True
         self._is_over = True
         self._receiver.forget_after_fork()
-        self._snapshots.forget_after_fork()
+        if self._snapshots is not None:
+            self._snapshots.forget_after_fork()
         if is_open:
             atexit.unregister(self.close)
             disown(self, "listener", ("stats", "__enter__"))

@@ -35,9 +35,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from pipeline import aio
-    from pipeline.handlers import Handlers
     from pipeline.listener import Listener
     from pipeline.peer import Peer
+    from pipeline.received import Received
     from pipeline.snapshot_receiver import SnapshotReceiver
     from pipeline.stats import Histogram
 
@@ -268,7 +268,7 @@ class MetricsCollector(Collector):
         require_bool("received_failures_by_address", received_failures_by_address)
         if received_failures_by_address:
             for transport in self._transports:
-                transport.handlers.count_failures_by_address()
+                transport.handlers.received.count_failures_by_address()
 
     def describe(self) -> Iterable[Metric]:
         """Yield the families without samples, so that ``register`` can refuse duplicates."""
@@ -329,8 +329,8 @@ def _samples(transport: Transport) -> Iterator[Sample]:
     if transport._prober is not None:
         for peer_id, round_trips in transport._prober.round_trips().items():
             yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
-    yield from _received_samples(local, transport.handlers)
-    yield from _snapshot_samples(transport.handlers.snapshots)
+    yield from _received_samples(local, transport.handlers.received)
+    yield from _snapshot_samples(transport._snapshots)
     if (expires_at := transport.certificate_expires_at) is not None:
         days = (expires_at - time.time()) / DAY_S
         yield "raft_pipeline_certificate_expiry_days", (local,), days
@@ -361,8 +361,8 @@ def _peer_samples(local: str, peer: Peer) -> Iterator[Sample]:
     yield "raft_pipeline_callback_errors_total", (local, to), errors
 
 
-def _received_samples(local: str, handlers: Handlers) -> Iterator[Sample]:
-    counts = handlers.counts()
+def _received_samples(local: str, received: Received) -> Iterator[Sample]:
+    counts = received.counts()
     for sender, size_bytes in counts.received_bytes.items():
         name = "" if sender is None else format_id(sender)
         yield "etcd_network_peer_received_bytes_total", (name,), size_bytes

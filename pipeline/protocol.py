@@ -40,6 +40,7 @@ __all__ = [
     "parse_id",
     "post_url",
     "probe_head",
+    "reason_phrase",
     "request_head",
     "require_versions",
     "server_version",
@@ -339,7 +340,7 @@ def check_answer(
         reason = f"unhandled error {_go_quote(body)} when precondition failed"
     else:
         reason = (
-            f"unexpected http status {_reason_phrase(status)} "
+            f"unexpected http status {reason_phrase(status)} "
             f"while posting to {_go_quote(url.encode())}"
         )
         if status == 500:
@@ -358,7 +359,8 @@ _GO_PHRASES = {
 }
 
 
-def _reason_phrase(status: int) -> str:
+def reason_phrase(status: int) -> str:
+    """Return the text of a status as Go has it; empty for one that nobody knows."""
     phrase = _GO_PHRASES.get(status)
     if phrase is None:
         try:

@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pipeline._budget import BodyShare
+from pipeline.answers import Answer, Request, render
 from pipeline.config import ReceiverConfig
-from pipeline.general import General, Then, render
-from pipeline.handlers import Answer, Handlers, Request
+from pipeline.general import General, Then
+from pipeline.handlers import Handlers
 from pipeline.pace import Pace
 from pipeline.tls import Credentials, not_after, read_certificate
 from pipeline.tunnel import tls_reason
@@ -255,6 +256,7 @@ class Sealed:
     def close(self) -> None:
         """Let go of the request and of its place in the budget, or among the snapshots."""
         if self._due is Then.DETACH:  # which nobody will hear of any more
+            assert self._handlers.snapshots is not None
             self._handlers.snapshots.end()
         self._due = None
         if self._general is not None:
@@ -381,7 +383,7 @@ class Sealed:
         try:
             self._body = self._make_body(size)
         except MemoryError:  # no room in the address space
-            self._tls.write(render(self._handlers.overloaded(self._request)))
+            self._tls.write(render(self._handlers.overloaded(self._request.remote)))
             return self._say_goodbye()
         self._body.append(data[head_len : head_len + size])
         self._plain = data[head_len + size :]
@@ -424,7 +426,7 @@ class Sealed:
                 return self._break_off()
         self._count_arrived(len(body) - came)
         if not body.count():
-            self._tls.write(render(self._handlers.overloaded(self._request)))
+            self._tls.write(render(self._handlers.overloaded(self._request.remote)))
             return self._say_goodbye()
         if not body.missing:
             return Then.DELIVER
@@ -475,7 +477,7 @@ class Sealed:
         if self._general is not None:
             out, _ = self._general.broken()
         elif self._body is not None:
-            out = render(self._handlers.read_failed(self._request))
+            out = render(self._handlers.read_failed(self._request.remote))
         if out:
             with contextlib.suppress(ssl.SSLError):
                 self._tls.write(out)

@@ -12,22 +12,22 @@ import itertools
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import h11
 
+from pipeline.answers import Answer, Request, render
 from pipeline.config import MIB, ReceiverConfig
+from pipeline.detached import BegunRequest, Connection
 from pipeline.errors import without_frames
-from pipeline.general import General, render
-from pipeline.handlers import Answer, Handlers, Request
 from pipeline.logs import get_logger
 from pipeline.pace import PIECE_S, Pace
-from pipeline.snapshot_receiver import BodyError, ClosingError
+from pipeline.snapshot_body import Body, BodyError, ClosingError
 from pipeline.snapshot_store import Saving
 from pipeline.threads import LibraryThread
 
-__all__ = ["Connection", "SnapshotConnections"]
+__all__ = ["SnapshotConnections"]
 
 logger = get_logger("pipeline.listener")
 
@@ -42,27 +42,15 @@ EVENT_S = 4 * PIECE_S
 _LINGER_S = 1.0
 
 
-class Connection(Protocol):
-    """What is asked of a connection that left the loop: a socket, or what deciphers one.
-
-    ``recv_into`` returns 0 at the end. ``shutdown`` may be called while another thread is in
-    ``recv_into``, which it ends.
-    """
-
-    def recv_into(self, buffer: memoryview, /) -> int: ...
-    def sendall(self, data: bytes, flags: int, /) -> None: ...
-    def settimeout(self, value: float, /) -> None: ...
-    def shutdown(self, how: int, /) -> None: ...
-    def close(self) -> None: ...
-    def forget_after_fork(self) -> None: ...
-
-
 class SnapshotConnections:
     """The connections of one listener on which snapshots arrive.
 
     Parameters
     ----------
-    handlers : Handlers
+    receive : callable
+        Makes an Answer of a Request and its ``Body``; blocks as long as that takes.
+    end : callable
+        Gives back the place that a receive has taken.
     config : ReceiverConfig
         ``stall_timeout_s`` and ``min_body_rate`` bound how slowly a body may come; there is no
         limit to the whole.
@@ -77,8 +65,14 @@ class SnapshotConnections:
     Thread-safe.
     """
 
-    def __init__(self, handlers: Handlers, config: ReceiverConfig) -> None:
-        self._handlers = handlers
+    def __init__(
+        self,
+        receive: Callable[[Request, Body], Answer],
+        end: Callable[[], None],
+        config: ReceiverConfig,
+    ) -> None:
+        self._receive = receive
+        self._end = end
         self._config = config
         self.name = "pipeline-snapshot"
         self._numbers = itertools.count()
@@ -86,16 +80,16 @@ class SnapshotConnections:
         self._is_closing = False
         self._threads: dict[threading.Thread, _Receiving] = {}
 
-    def take(self, connection: Connection | None, general: General) -> None:
+    def take(self, connection: Connection | None, begun: BegunRequest) -> None:
         """Receive on a connection that has left the loop, which is ours now. Does not block.
 
         None for a connection that ended meanwhile: only its place is given back.
         """
         if connection is not None:
-            if self._start(connection, general):
+            if self._start(connection, begun):
                 return
             connection.close()
-        self._handlers.snapshots.end()
+        self._end()
 
     def begin_close(self) -> None:
         """End what is still being read; what is being stored or processed may go on."""
@@ -128,9 +122,9 @@ class SnapshotConnections:
         for receiving in receives.values():
             receiving.forget_after_fork()
 
-    def _start(self, connection: Connection, general: General) -> bool:
+    def _start(self, connection: Connection, begun: BegunRequest) -> bool:
         try:
-            receiving = _Receiving(connection, general, self._config)
+            receiving = _Receiving(connection, begun, self._config)
             name = f"{self.name}-{next(self._numbers)}"
             thread = LibraryThread(self._serve, name, (receiving,))
             # Started under the lock: what is in the dictionary can be joined. It is there first:
@@ -145,19 +139,19 @@ class SnapshotConnections:
                     del self._threads[thread]
                     raise
         except (RuntimeError, MemoryError, OSError) as error:
-            logger.warning("no thread for a snapshot from %s: %s", general.request.remote, error)
+            logger.warning("no thread for a snapshot from %s: %s", begun.request.remote, error)
             return False
         return True
 
     def _serve(self, receiving: _Receiving) -> None:
-        logger.survive("a connection is closed", self._receive, receiving)
+        logger.survive("a connection is closed", self._answer, receiving)
         logger.survive("a connection is not closed", receiving.close)
-        self._handlers.snapshots.end()
+        self._end()
         with self._lock:
             self._threads.pop(threading.current_thread(), None)  # a forked child has none
 
-    def _receive(self, receiving: _Receiving) -> None:
-        receiving.answer(self._handlers.snapshots.receive(receiving.request, receiving))
+    def _answer(self, receiving: _Receiving) -> None:
+        receiving.answer(self._receive(receiving.request, receiving))
 
 
 class _Receiving:
@@ -169,14 +163,14 @@ class _Receiving:
         Bytes of the body that have not been read; None when it is chunked.
     """
 
-    def __init__(self, connection: Connection, general: General, config: ReceiverConfig) -> None:
-        assert general.framing is not None
-        self.request: Request = general.request
-        self.left = general.framing.left
+    def __init__(self, connection: Connection, begun: BegunRequest, config: ReceiverConfig) -> None:
+        assert begun.framing is not None
+        self.request: Request = begun.request
+        self.left = begun.framing.left
         self.saving: Saving | None = None
         self._connection = connection
-        self._framing = general.framing
-        self._early = general.early
+        self._framing = begun.framing
+        self._early = begun.early
         self._lock = threading.RLock()  # guards the end of the connection
         self._is_closed = False
         self._is_stopped = False

@@ -14,23 +14,26 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline._budget import BodyShare
 from pipeline._messages import Message
+from pipeline.answers import Answer, Request
 from pipeline.callbacks import require_no_awaitable
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.errors import UnmarshalError
+from pipeline.handlers import Handlers
 from pipeline.logs import get_logger, show
 from pipeline.protocol import format_id
-from pipeline.snapshot_store import Saving, SnapshotStore
+from pipeline.snapshot_body import Body, BodyError, ClosingError, NoRoomError
+from pipeline.snapshot_store import SnapshotStore
 from pipeline.stats import Histogram
 from pipeline.types import MessageType, Raft
 
 if TYPE_CHECKING:
-    from pipeline.handlers import Answer, Handlers, Request
+    from pipeline.snapshot_connections import SnapshotConnections
 
-__all__ = ["Body", "BodyError", "ClosingError", "SnapshotCounts", "SnapshotReceiver"]
+__all__ = ["SnapshotCounts", "SnapshotReceiver"]
 
 logger = get_logger(__name__)
 
@@ -48,30 +51,6 @@ _BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
 
 # Members told apart, as for bytes received; the rest is one series without a name.
 _MAX_SENDERS = 128
-
-
-class BodyError(Exception):
-    """A body broke off, stalled or is malformed."""
-
-
-class NoRoomError(BodyError):
-    """There is no memory for a message just now."""
-
-
-class ClosingError(BodyError):
-    """The listener closes, and does not wait for the rest of a body."""
-
-
-class Body(Protocol):
-    """The body of a request, read by one thread."""
-
-    #: Bytes still to come, where that was announced.
-    left: int | None
-    #: Set while its database is being stored, for who has to end that from outside.
-    saving: Saving | None
-
-    def readinto(self, view: memoryview) -> int:
-        """Read some bytes, at most ``len(view)``; 0 at the end. Raises ``BodyError``."""
 
 
 class SnapshotCounts(NamedTuple):
@@ -118,11 +97,25 @@ class SnapshotReceiver:
         self.store: SnapshotStore | None = None
         if config.snapshot_dir is not None:
             self.store = SnapshotStore(config.snapshot_dir, config)
+        #: Whether there is a place to store them.
+        self.is_taking = self.store is not None
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._handlers = handlers
+        self._config = config
         self._lock = threading.RLock()  # guards what follows
         self._free = config.snapshot_receives
         self._senders: dict[str, _Sender] = {}
+
+    def prepare(self) -> None:
+        """Make the directory, if there is to be one; ``OSError`` if it cannot be made."""
+        if self.store is not None:
+            self.store.prepare()
+
+    def connections(self) -> SnapshotConnections:
+        """Return what takes the connections of one listener on which snapshots arrive."""
+        from pipeline.snapshot_connections import SnapshotConnections  # and h11 with it
+
+        return SnapshotConnections(self.receive, self.end, self._config)
 
     def begin(self) -> bool:
         """Take one of the places for receives; False when all are taken."""
@@ -165,7 +158,7 @@ class SnapshotReceiver:
             return self._receive(request, body)
         except MemoryError:  # the machine's, and no fault of anybody's
             self.refused()
-            return self._handlers.overloaded(request)
+            return self._handlers.overloaded(request.remote)
 
     def _receive(self, request: Request, body: Body) -> Answer:
         begin = time.monotonic()
@@ -177,12 +170,12 @@ class SnapshotReceiver:
             message, size_bytes = _read_message(body, buffer, share)
         except NoRoomError:
             self.refused()
-            return handlers.overloaded(request)
+            return handlers.overloaded(request.remote)
         except BodyError as error:
-            handlers.count_failure(request.remote)
+            handlers.received.count_failure(request.remote)
             return self._failed(sender, request, 400, "failed to decode raft message", error)
         sender = format_id(message.from_)
-        handlers.count_received(message.from_, size_bytes)
+        handlers.received.count_bytes(message.from_, size_bytes)
         if message.type != MessageType.SNAP:
             return self._failed(sender, request, 400, "wrong raft message type")
         # etcd 3.5 sends an empty snapshot where there is none; there its index is 0, too.
@@ -192,7 +185,7 @@ class SnapshotReceiver:
                 saved = self._save(index, body, buffer)
             except (OSError, BodyError) as error:
                 return self._failed(sender, request, 500, "failed to save KV snapshot", error)
-            handlers.count_received(message.from_, saved)
+            handlers.received.count_bytes(message.from_, saved)
             text = "stored the database of snapshot %d of %s from %s: %d bytes in %.3f s"
             seconds = time.monotonic() - begin
             logger.info(text, index, sender, request.remote, saved, seconds)
@@ -238,7 +231,7 @@ class SnapshotReceiver:
         if isinstance(error, ClosingError):
             return self._handlers.shutting_down()
         trace = None if isinstance(error, (BodyError, OSError)) else error
-        return self._handlers.snapshot_failed(request, sender, status, text, trace)
+        return self._handlers.snapshot_failed(request.remote, sender, status, text, trace)
 
     @contextlib.contextmanager
     def _in_flight(self, sender: str) -> Iterator[None]:

@@ -27,6 +27,7 @@ from pipeline.pipeline import Pipeline
 from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.snapshot_sender import (
     RateLimiter,
     SnapshotProgress,
@@ -179,6 +180,8 @@ class Transport:
             callbacks=self.callbacks,
             versions=self._versions,
         )
+        self._snapshots = SnapshotReceiver(raft, self.handlers, self.config.receiver)
+        self.handlers.snapshots = self._snapshots
         self._prober: Prober | None = None
         if self.config.probe_interval_s:
             self._prober = Prober(
@@ -562,7 +565,7 @@ class Transport:
 
     def transport_stats(self) -> TransportStats:
         """What there is to tell of the whole: callbacks that raised, what was not delivered."""
-        counts = self.handlers.counts()
+        counts = self.handlers.received.counts()
         return TransportStats(
             self.callbacks.errors,
             counts.process_failures,
@@ -712,7 +715,7 @@ class Transport:
             If ``config.receiver.snapshot_dir`` is not set, or the index is not one.
         """
         require_id("index", index)
-        store = self.handlers.snapshots.store
+        store = self._snapshots.store
         if store is None:
             raise UsageError("snapshot_path: config.receiver.snapshot_dir is not set")
         path = store.path(index)

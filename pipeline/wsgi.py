@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from http import HTTPStatus
 from urllib.parse import quote
 from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvironment
 
 from pipeline._budget import BodyShare
+from pipeline.answers import BODILESS, Answer, Request
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Answer, Handlers, Request, behind_prefix
+from pipeline.handlers import Handlers, behind_prefix
 from pipeline.names import show_address
+from pipeline.protocol import reason_phrase
 
 __all__ = ["wsgi_app"]
 
@@ -44,9 +45,9 @@ def wsgi_app(handlers: Handlers, config: ReceiverConfig) -> WSGIApplication:
 
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         answer = _serve(handlers, config, environ)
-        status = f"{answer.status} {_phrase(answer.status)}"
+        status = f"{answer.status} {reason_phrase(answer.status) or 'Unknown'}"
         headers = list(answer.headers)
-        if answer.status not in (204, 304):
+        if answer.status not in BODILESS:
             headers.append(("Content-Length", str(len(answer.body))))
         start_response(status, headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [answer.body]
@@ -90,13 +91,13 @@ def _serve_message(
             body = _read(environ["wsgi.input"], size, config, share)
             is_whole = is_chunked or len(body) == size
     except _NoRoomError:
-        return handlers.overloaded(request)
+        return handlers.overloaded(request.remote)
     except OSError:  # it stalled, or the peer is gone
         is_whole = False
     if not is_whole:
-        return handlers.read_failed(request)
+        return handlers.read_failed(request.remote)
     if len(body) > limit:
-        return handlers.body_too_large(request)
+        return handlers.body_too_large(request.remote)
     return handlers.deliver(request, body)
 
 
@@ -150,10 +151,3 @@ def _remote(environ: WSGIEnvironment) -> str:
     if not host:
         return "unknown"
     return show_address(host, environ.get("REMOTE_PORT", ""))
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"

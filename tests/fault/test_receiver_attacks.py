@@ -342,12 +342,12 @@ def test_an_odd_head_may_be_cut_anywhere(server: Server) -> None:
 
 
 def test_refusals_and_failures_are_counted(server: Server) -> None:
-    before = server.handlers.received_failures
+    before = server.handlers.received.failures
     for row in ("gzip", "one byte too long", "chunks too large", "no message", "negative type"):
         with dial(server.listener.url) as sock:
             sock.sendall(ROWS[row][0])
             read_status(sock)
-    assert server.handlers.received_failures == before + 5
+    assert server.handlers.received.failures == before + 5
 
 
 def test_chunked_bodies_together_stay_within_the_budget() -> None:
@@ -363,7 +363,7 @@ def test_chunked_bodies_together_stay_within_the_budget() -> None:
                 (refused,), _, _ = select.select([first, second], [], [], LONG_TIMEOUT)
                 assert read_status(refused) == 503
             # One was refused, the other broke off.
-            wait_until(lambda n=2 * round_: handlers.received_failures == n)  # type: ignore[misc]
+            wait_until(lambda n=2 * round_: handlers.received.failures == n)  # type: ignore[misc]
         body = Message(type=MessageType.APP, context=bytes(MIB * 3 // 4)).marshal()
         with dial(listener.url) as sock:
             sock.sendall(raw_head(CHUNKED) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
@@ -402,7 +402,7 @@ def test_a_body_that_drips_is_ended(framing: str) -> None:
         assert drip(sock, [part] * int(LONG_TIMEOUT / 0.02), every_s=0.02)
         assert read_status(sock) == 400
         assert listener.stats().body_timeouts == 1
-    assert (raft.processed, handlers.received_failures) == ([], 1)
+    assert (raft.processed, handlers.received.failures) == ([], 1)
 
 
 def test_thousands_of_odd_chunks_are_a_message_all_the_same(server: Server) -> None:

@@ -22,6 +22,7 @@ from pipeline import Entry, Message, MessageType, ReceiverConfig, Snapshot, Snap
 from pipeline.asgi import asgi_app
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.tls import Credentials
 from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
@@ -70,6 +71,7 @@ class Node:
         self.handlers = Handlers(
             self.raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=self.config
         )
+        self.handlers.snapshots = SnapshotReceiver(self.raft, self.handlers, self.config)
         authority = Authority(directory)
         self.credentials = Credentials(authority.info())
         self.context = authority.client(*authority.issue("caller"))

@@ -26,11 +26,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline._messages import Entry, Message
+from pipeline.answers import Request
 from pipeline.asgi import asgi_app
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
-from pipeline.handlers import Handlers, Request
+from pipeline.handlers import Handlers
 from pipeline.listener import Listener
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType
 from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
@@ -178,9 +180,9 @@ def test_serve_raft_prefix(
 def test_serve_raft_prefix_when_the_body_cannot_be_read(handlers: Handlers) -> None:
     request = Request("POST", "/raft", peer_headers(), "127.0.0.1:1")
     assert handlers.check(request) is None
-    answer = handlers.read_failed(request)
+    answer = handlers.read_failed(request.remote)
     assert (answer.status, answer.body) == (400, b"error reading raft message\n")
-    assert handlers.received_failures == 1
+    assert handlers.received.failures == 1
 
 
 def test_a_delivered_message_is_answered_204_without_body(raft: FakeRaft, ask: Ask) -> None:
@@ -287,7 +289,7 @@ def test_what_is_not_a_message_is_answered_400(
     assert (reply.status, reply.body) == (400, b"error unmarshalling raft message\n")
     assert reply.headers.items() >= TEXT_HEADERS.items()
     assert raft.processed == []
-    assert (handlers.received_failures, handlers.received_bytes) == (1, {})
+    assert (handlers.received.failures, handlers.received.bytes_by_sender) == (1, {})
 
 
 @pytest.mark.parametrize("number", [0, 1, 10, 11, 12, 19, 20, 21, 22])
@@ -296,7 +298,7 @@ def test_a_process_local_message_is_answered_204_and_not_delivered(
 ) -> None:
     assert post(ask, Message(type=number, from_=7).marshal()).status == 204
     assert raft.processed == []
-    assert handlers.ignored == 1
+    assert handlers.received.ignored == 1
 
 
 @pytest.mark.parametrize("number", [24, 2**31 - 1])
@@ -312,8 +314,12 @@ def test_a_message_of_a_later_raft_is_answered_204_and_not_delivered(
     for _ in range(3):
         assert post(ask, body).status == 204
     assert raft.processed == []
-    assert (handlers.unknown, handlers.ignored, handlers.received_failures) == (3, 0, 0)
-    assert handlers.received_bytes == {7: 3 * len(body)}
+    assert (handlers.received.unknown, handlers.received.ignored, handlers.received.failures) == (
+        3,
+        0,
+        0,
+    )
+    assert handlers.received.bytes_by_sender == {7: 3 * len(body)}
     (record,) = [record for record in caplog.records if record.name == "pipeline.handlers"]
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith(f"Raft message of type {number} from member 7 at 127.")
@@ -325,7 +331,7 @@ def test_a_message_of_a_later_raft_in_chunks_is_answered_204(
     with dial(url) as sock:
         sock.sendall(raw_head(CHUNKED) + b"2\r\n\x08\x18\r\n0\r\n\r\n")
         assert read_status(sock) == 204
-    assert (raft.processed, handlers.unknown) == ([], 1)
+    assert (raft.processed, handlers.received.unknown) == ([], 1)
 
 
 def test_made_up_types_are_told_of_in_the_log_so_many_times(
@@ -334,7 +340,7 @@ def test_made_up_types_are_told_of_in_the_log_so_many_times(
     for number in range(24, 324):
         body = Message(type=number).marshal()
         assert reply_of_handlers(handlers, "POST", "/raft", peer_headers(), body).status == 204
-    assert handlers.unknown == 300
+    assert handlers.received.unknown == 300
     assert len(caplog.records) == 32
 
 
@@ -347,7 +353,7 @@ def test_every_other_message_is_delivered(raft: FakeRaft, ask: Ask, number: int)
 def test_an_empty_body_is_a_valid_hup(raft: FakeRaft, handlers: Handlers, ask: Ask) -> None:
     assert post(ask, b"").status == 204
     assert raft.processed == []
-    assert handlers.ignored == 1
+    assert handlers.received.ignored == 1
 
 
 class BrokenRejection(RequestRejected):
@@ -381,8 +387,8 @@ def test_a_raising_process_is_answered_500_and_the_connection_closed(
     assert reply.headers.items() >= TEXT_HEADERS.items()
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
     assert reply.close
-    assert handlers.process_failures == 1
-    assert handlers.received_bytes == {1: len(MESSAGE)}
+    assert handlers.received.process_failures == 1
+    assert handlers.received.bytes_by_sender == {1: len(MESSAGE)}
     (record,) = [record for record in caplog.records if record.name == "pipeline.handlers"]
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("failed to process Raft message of 1 from 127.0.0.1:")
@@ -402,7 +408,7 @@ def test_no_thread_ends_of_a_process_and_a_log_handler_that_raise_together(
     assert handler.raised >= CONFIG.handlers + 2
     raft.process_error = None
     assert post(ask).status == 204
-    assert handlers.process_failures == CONFIG.handlers + 1
+    assert handlers.received.process_failures == CONFIG.handlers + 1
 
 
 def test_a_process_that_only_makes_a_coroutine_has_processed_nothing(
@@ -412,7 +418,7 @@ def test_a_process_that_only_makes_a_coroutine_has_processed_nothing(
     for _ in range(3):
         reply = post(ask)
         assert (reply.status, reply.body) == (500, b"error processing raft message\n")
-    assert handlers.process_failures == 3
+    assert handlers.received.process_failures == 3
     (text,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert text.startswith("process: returned <coroutine object ")
 
@@ -432,7 +438,7 @@ def test_a_server_that_processes_in_its_main_thread_can_be_interrupted(
     raft.process_error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         reply_of_handlers(handlers, "POST", "/raft", peer_headers(), MESSAGE)
-    assert handlers.process_failures == 1
+    assert handlers.received.process_failures == 1
 
 
 @pytest.mark.parametrize(
@@ -461,7 +467,7 @@ def test_process_may_choose_the_answer(
     assert (reply.status, reply.body, reply.close) == (rejection.status, body, False)
     assert reply.headers.get("content-type") == content_type
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
-    assert handlers.process_failures == 0
+    assert handlers.received.process_failures == 0
 
 
 def test_a_sender_is_shown_before_its_body_is_looked_at(ask: Ask, senders: SeenSenders) -> None:
@@ -550,6 +556,7 @@ def test_a_snapshot_is_not_taken_without_a_directory(
 def test_a_front_that_cannot_detach_takes_no_snapshot(raft: FakeRaft, tmp_path: Path) -> None:
     config = ReceiverConfig(snapshot_dir=tmp_path)
     handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers.snapshots = SnapshotReceiver(raft, handlers, config)
     request = Request("POST", "/raft/snapshot", peer_headers(), "127.0.0.1:54321")
     answer = handlers.check(request)
     assert answer is not None
@@ -584,7 +591,7 @@ def test_an_encoded_body_is_answered_415(
     reply = post(ask, content_encoding=encoding)
     assert (reply.status, reply.close) == (415, True)
     assert raft.processed == []
-    assert handlers.received_failures == 1
+    assert handlers.received.failures == 1
 
 
 def message_of_size(size_bytes: int) -> bytes:
@@ -607,15 +614,15 @@ def test_a_body_one_byte_too_large_is_answered_413(
     reply = post(ask, message_of_size(CONFIG.max_body_bytes + 1))
     assert (reply.status, reply.close) == (413, True)
     assert raft.processed == []
-    assert handlers.received_failures == 1
+    assert handlers.received.failures == 1
 
 
 def test_counts_bytes_by_sender(handlers: Handlers, ask: Ask) -> None:
     other = Message(type=MessageType.APP, from_=2**64 - 1).marshal()
     for body in (MESSAGE, other, MESSAGE):
         post(ask, body)
-    assert handlers.received_bytes == {1: 2 * len(MESSAGE), 2**64 - 1: len(other)}
-    assert handlers.received_bytes_others == 0
+    assert handlers.received.bytes_by_sender == {1: 2 * len(MESSAGE), 2**64 - 1: len(other)}
+    assert handlers.received.bytes_of_others == 0
 
 
 def test_made_up_senders_cost_a_bounded_number_of_counters(handlers: Handlers) -> None:
@@ -624,9 +631,11 @@ def test_made_up_senders_cost_a_bounded_number_of_counters(handlers: Handlers) -
         body = Message(type=MessageType.APP, from_=sender).marshal()
         total += len(body)
         assert reply_of_handlers(handlers, "POST", "/raft", peer_headers(), body).status == 204
-    assert len(handlers.received_bytes) == 128
-    assert handlers.received_bytes_others > 0
-    assert sum(handlers.received_bytes.values()) + handlers.received_bytes_others == total
+    assert len(handlers.received.bytes_by_sender) == 128
+    assert handlers.received.bytes_of_others > 0
+    assert (
+        sum(handlers.received.bytes_by_sender.values()) + handlers.received.bytes_of_others == total
+    )
 
 
 def test_counts_exactly_with_many_threads(raft: FakeRaft, handlers: Handlers) -> None:
@@ -644,8 +653,8 @@ def test_counts_exactly_with_many_threads(raft: FakeRaft, handlers: Handlers) ->
     for thread in threads:
         thread.join(LONG_TIMEOUT)
     assert len(raft.processed) == 1600
-    assert handlers.received_bytes == {1: 1600 * len(MESSAGE), 0: 0}
-    assert (handlers.received_failures, handlers.ignored) == (1600, 1600)
+    assert handlers.received.bytes_by_sender == {1: 1600 * len(MESSAGE), 0: 0}
+    assert (handlers.received.failures, handlers.received.ignored) == (1600, 1600)
 
 
 def test_a_flood_of_strangers_is_warned_of_once(
@@ -768,7 +777,7 @@ def test_garbage_together_with_a_head_is_answered_once(
         sock.sendall(head + b"zz\r\n")
         assert received.read().count(b"HTTP/1.1 ") == 1
     assert post_heartbeat(url).status == 204
-    assert handlers.received_failures == failures
+    assert handlers.received.failures == failures
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
@@ -912,7 +921,7 @@ def test_asgi_counts_a_disconnect_mid_body_and_answers_nobody(
 ) -> None:
     events = [part(MESSAGE[:3], more=True), {"type": "http.disconnect"}]
     assert drive(app, http_scope(), events) == []
-    assert handlers.received_failures == 1
+    assert handlers.received.failures == 1
     assert raft.processed == []
 
 
@@ -921,7 +930,7 @@ def test_asgi_answers_a_stalled_body_400(raft: FakeRaft, handlers: Handlers) -> 
     start, body = drive(app, http_scope(), [part(MESSAGE[:3], more=True)])
     assert (start["status"], body["body"]) == (400, b"error reading raft message\n")
     assert (b"connection", b"close") in start["headers"]
-    assert handlers.received_failures == 1
+    assert handlers.received.failures == 1
     assert raft.processed == []
 
 
@@ -942,7 +951,7 @@ def test_asgi_answers_a_body_that_drips_400(raft: FakeRaft, handlers: Handlers) 
 
     asyncio.run(serve())
     assert sent[0]["status"] == 400
-    assert handlers.received_failures == 1
+    assert handlers.received.failures == 1
     assert raft.processed == []
 
 

@@ -302,4 +302,4 @@ def test_wsgi_answers_a_body_that_drips_400(raft: FakeRaft) -> None:
     statuses: list[str] = []
     wsgi_app(handlers, config)(environ, lambda status, *_: statuses.append(status))  # type: ignore[arg-type,func-returns-value]
     assert statuses == ["400 Bad Request"]
-    assert (raft.processed, handlers.received_failures) == ([], 1)
+    assert (raft.processed, handlers.received.failures) == ([], 1)

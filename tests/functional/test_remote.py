@@ -257,7 +257,7 @@ def test_a_caller_of_ipv4_is_shown_as_one_by_a_listener_that_takes_both(
             if status == 204:
                 assert [caller for _, _, caller in asked] == [ours]
         assert f"from {ours}" in caplog.text
-        assert transport.handlers.counts().received_failures == {ours: 1, "": 0}
+        assert transport.handlers.received.counts().received_failures == {ours: 1, "": 0}
 
 
 @pytest.mark.parametrize(

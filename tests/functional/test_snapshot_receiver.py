@@ -33,7 +33,7 @@ from pipeline import (
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.snapshot_connections import EVENT_S
-from pipeline.snapshot_receiver import SnapshotCounts
+from pipeline.snapshot_receiver import SnapshotCounts, SnapshotReceiver
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.events import Events
@@ -68,6 +68,8 @@ class Node:
         self.handlers = Handlers(
             self.raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=self.config
         )
+        self.snapshots = SnapshotReceiver(self.raft, self.handlers, self.config)
+        self.handlers.snapshots = self.snapshots
         self.listener = Listener(self.handlers, "http://127.0.0.1:0", self.config)
         self.url = self.listener.url
 
@@ -75,11 +77,11 @@ class Node:
         return {path.name: path.stat().st_size for path in self.directory.iterdir()}
 
     def counts(self, sender: str = "1") -> SnapshotCounts:
-        return self.handlers.snapshots.counts()[sender]
+        return self.snapshots.counts()[sender]
 
     def results(self) -> dict[str, tuple[int, int]]:
         """Success and failures by sender; nothing must be in flight."""
-        counts = self.handlers.snapshots.counts()
+        counts = self.snapshots.counts()
         assert all(count.in_flight == 0 for count in counts.values())
         return {name: (count.success, count.failures) for name, count in counts.items()}
 
@@ -134,9 +136,9 @@ def test_a_snapshot_is_stored_and_its_message_processed(
     duration = node.counts().duration
     assert sum(duration.counts) == 1
     assert duration.sum > 0
-    assert node.handlers.received_bytes == {1: len(snapshot().marshal()) + size}
-    assert node.handlers.snapshots.store is not None
-    saves, fsyncs = node.handlers.snapshots.store.histograms()
+    assert node.handlers.received.bytes_by_sender == {1: len(snapshot().marshal()) + size}
+    assert node.snapshots.store is not None
+    saves, fsyncs = node.snapshots.store.histograms()
     assert (sum(saves.counts), sum(fsyncs.counts)) == (1, 1)
 
 
@@ -340,8 +342,8 @@ def test_a_bad_request_is_refused_as_etcd_does_and_leaves_nothing(
     else:
         assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
     assert node.results() == {sender: (0, 1)}
-    assert node.handlers.received_failures == received_failures
-    assert sum(node.handlers.received_bytes.values()) == received_bytes
+    assert node.handlers.received.failures == received_failures
+    assert sum(node.handlers.received.bytes_by_sender.values()) == received_bytes
     assert node.files() == {}
     assert node.raft.processed == []
 
@@ -364,6 +366,7 @@ def test_who_sends_is_shown_to_who_wants_to_know(tmp_path: Path) -> None:
     handlers = Handlers(
         FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config, senders=Seen()
     )
+    handlers.snapshots = SnapshotReceiver(FakeRaft(), handlers, config)
     with Listener(handlers, "http://127.0.0.1:0", config) as listener:
         assert ask(listener.url, post(b"")).status == 400
         assert ask(listener.url, head(x_server_version=None)).status == 412
@@ -400,7 +403,7 @@ def test_a_raising_process_is_answered_500(node: Node, error: BaseException, tex
         f"failed to process raft message ({text})\n",
     )
     assert node.results() == {"1": (0, 1)}
-    assert node.handlers.process_failures == 1
+    assert node.handlers.received.process_failures == 1
     node.raft.process_error = None
     assert ask(node.url, post(BODY)).status == 204
 
@@ -411,7 +414,7 @@ def test_a_process_that_only_makes_a_coroutine_is_answered_500(
     monkeypatch.setattr(node.raft, "process", Unawaited())
     for _ in range(2):
         assert ask(node.url, post(BODY)).status == 500
-    assert node.handlers.process_failures == 2
+    assert node.handlers.received.process_failures == 2
     assert node.results() == {"1": (0, 2)}
     assert caplog.text.count("which is not awaited here") >= 1
 
@@ -433,6 +436,7 @@ def test_a_snapshot_s_thread_survives_a_log_handler_that_raises(
 def test_without_a_directory_it_is_501_at_once(is_chunked: bool) -> None:
     raft = FakeRaft()
     handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1")
+    handlers.snapshots = snapshots = SnapshotReceiver(raft, handlers, handlers.config)
     framing = "transfer-encoding: chunked" if is_chunked else f"content-length: {1 << 40}"
     with Listener(handlers, "http://127.0.0.1:0", handlers.config) as listener:
         with dial(listener.url) as sock:
@@ -442,7 +446,7 @@ def test_without_a_directory_it_is_501_at_once(is_chunked: bool) -> None:
             chunk = chunked([bytes(MIB)])[:-5] if is_chunked else bytes(MIB)
             with pytest.raises(ConnectionError):
                 send_for_ever(sock, chunk)
-        assert handlers.snapshots.counts()[UNKNOWN].failures == 1
+        assert snapshots.counts()[UNKNOWN].failures == 1
     assert raft.processed == []
 
 
@@ -487,7 +491,7 @@ def test_an_aborted_body_leaves_nothing_wherever_it_ends(
                 sock.shutdown(socket.SHUT_WR)
                 assert read_status(sock) in (400, 500)
     wait_until(
-        lambda: sum(c.failures for c in node.handlers.snapshots.counts().values()) == len(cuts),
+        lambda: sum(c.failures for c in node.snapshots.counts().values()) == len(cuts),
         "all have failed",
     )
     assert node.files() == {}
@@ -918,7 +922,7 @@ def test_no_descriptor_and_no_thread_is_left(node: Node) -> None:
         return len(os.listdir("/proc/self/fd"))
 
     def all_ended(failures: int) -> bool:
-        counts = node.handlers.snapshots.counts()["1"]
+        counts = node.snapshots.counts()["1"]
         return counts.failures == failures and "snapshot" not in names_of_threads()
 
     ask(node.url, post(BODY))

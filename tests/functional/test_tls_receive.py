@@ -30,11 +30,13 @@ from pipeline import (
     pace,
 )
 from pipeline._receiver import KnownHead
+from pipeline.answers import Answer, Request
 from pipeline.errors import RequestRejected
 from pipeline.general import Then
-from pipeline.handlers import Answer, Handlers, Request
+from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.sealed import Sealed, SealedServer
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.tls import Credentials
 from tests.functional.test_listener import GOOD, listener_threads
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
@@ -73,6 +75,7 @@ class Node:
             config=self.config,
             allow_member=info.allow_member,
         )
+        self.handlers.snapshots = SnapshotReceiver(self.raft, self.handlers, self.config)
         self.listener = self._stack.enter_context(
             Listener(self.handlers, ANY, self.config, self.credentials)
         )
@@ -312,7 +315,7 @@ def test_a_message_of_a_later_raft_is_answered_204_and_not_delivered(node: Node)
     ):
         sock.sendall(request)
         assert read_status(sock) == 204
-    assert (node.raft.processed, node.handlers.unknown) == ([], 3)
+    assert (node.raft.processed, node.handlers.received.unknown) == ([], 3)
 
 
 @pytest.mark.parametrize(
@@ -916,7 +919,7 @@ def test_a_body_that_ends_early_is_never_taken_for_a_whole_one(
             sock.unwrap()  # the answer, 400
     else:
         raw_of(sock).close()
-    eventually(lambda: node.handlers.received_failures == 1)
+    eventually(lambda: node.handlers.received.failures == 1)
     eventually(lambda: node.listener.stats().connections == 0)
     assert len(node.raft.processed) == known
 
@@ -931,7 +934,7 @@ def test_a_damaged_record_ends_the_connection_and_its_message(node: Node) -> Non
         raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
         while raw.recv(4096):
             pass
-    assert node.handlers.received_failures == 1
+    assert node.handlers.received.failures == 1
     assert len(node.raft.processed) == 1
 
 

@@ -109,7 +109,7 @@ def test_a_body_that_stalls_is_counted_and_answered_400(
     raft: FakeRaft, handlers: Handlers, ask: Callable[..., int]
 ) -> None:
     assert ask(Stalling(MESSAGE[:-1])) == 400
-    assert (handlers.received_failures, raft.processed) == (1, [])
+    assert (handlers.received.failures, raft.processed) == (1, [])
 
 
 def test_the_log_says_which_peer(

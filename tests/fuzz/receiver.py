@@ -25,6 +25,7 @@ from pipeline._receiver import Receiver
 from pipeline.config import ReceiverConfig
 from pipeline.general import General
 from pipeline.handlers import Handlers
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, raw_head
 
@@ -208,6 +209,8 @@ class Run:
         self.callers: list[Caller] = []
         self.config = config
         self.handlers = Handlers(self, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+        self.snapshots = SnapshotReceiver(self, self.handlers, config)
+        self.handlers.snapshots = self.snapshots
         self.receiver = Receiver(
             self.handlers, config, self.handlers.cluster_header, self._take_away
         )
@@ -243,7 +246,7 @@ class Run:
         """Take a snapshot's connection, as SnapshotConnections does, and end it."""
         if connection is not None:
             connection.close()
-        self.handlers.snapshots.end()
+        self.snapshots.end()
 
     # Steps. Each reads its arguments from the script.
 
@@ -350,12 +353,12 @@ class Run:
         self.machine.end()
         while self.machine.serve(True) or self.machine.serve(False):
             pass
-        assert self.handlers.snapshots._free == self.config.snapshot_receives
+        assert self.snapshots._free == self.config.snapshot_receives
         assert self.handlers.budget.used == 0
         for caller in self.callers:
             caller.socket.close()
         # No cycle is left, so the receiver is freed here and now.
-        del self.machine, self.receiver, self.handlers
+        del self.machine, self.receiver, self.handlers, self.snapshots
         ERRORS.raise_first()
 
 

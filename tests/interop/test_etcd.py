@@ -259,7 +259,7 @@ def test_a_snapshot_of_etcd_is_stored_and_we_go_on_from_it(tmp_path: Path, has_t
         counts = cluster.transport.handlers.snapshots.counts()[f"{etcd.id:x}"]
         assert (counts.success, counts.failures, counts.in_flight) == (1, 0, 0)
         saved = path.stat().st_size
-        assert cluster.transport.handlers.received_bytes[etcd.id] > saved
+        assert cluster.transport.handlers.received.bytes_by_sender[etcd.id] > saved
 
         written = {(b"%d" % n, b"x") for n in range(LEFT_BEHIND)} | {(b"after", b"1")}
         assert puts_in(path) | set(map(put_of, follower.committed())) - {None} == written

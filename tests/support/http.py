@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from pipeline._messages import Message
-from pipeline.handlers import Handlers, Request
+from pipeline.answers import Request
+from pipeline.handlers import Handlers
 from pipeline.types import MessageType
 from tests.support import LONG_TIMEOUT
 

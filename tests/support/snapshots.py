@@ -10,6 +10,7 @@ from pipeline import Message, MessageType, Snapshot, SnapshotMetadata
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
+from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import Raft
 from tests.support.http import CLUSTER_ID, Reply, dial, raw_head
 
@@ -63,4 +64,5 @@ def ask(url: str, request: bytes) -> Reply:
 def listen(raft: Raft, config: ReceiverConfig) -> Listener:
     """Listen on loopback; the handlers are ``handlers_of`` it."""
     handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers.snapshots = SnapshotReceiver(raft, handlers, config)
     return Listener(handlers, "http://127.0.0.1:0", config)

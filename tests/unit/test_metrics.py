@@ -27,7 +27,6 @@ from pipeline import (
     UsageError,
     aio,
 )
-from pipeline.handlers import Request
 from pipeline.logs import get_logger
 from pipeline.metrics import _FAMILIES, MetricsCollector
 from tests.support import LONG_TIMEOUT
@@ -66,7 +65,7 @@ class Exposition:
 
 
 def failed_request(transport: Transport, remote: str) -> None:
-    transport.handlers.read_failed(Request("POST", "/raft", {}, remote))
+    transport.handlers.read_failed(remote)
 
 
 def test_a_peer_s_books_and_etcd_s_series_are_shown() -> None:
@@ -174,7 +173,7 @@ def test_received_failures_are_one_series_unless_addresses_are_asked_for() -> No
 def test_senders_past_the_first_128_are_one_series() -> None:
     transport = Transport(1, CLUSTER_ID, FakeRaft())
     for sender in range(1, 131):
-        transport.handlers.count_received(sender, 10)
+        transport.handlers.received.count_bytes(sender, 10)
     name = "etcd_network_peer_received_bytes_total"
     shown = Exposition(transport.metrics_collector())
     assert len(shown.labels(name)) == 129
@@ -251,7 +250,7 @@ def test_transports_of_one_registry_share_a_collector_that_adds_up() -> None:
     with one, two:
         for transport in (one, two):
             transport.add_peer(3, ["http://127.0.0.1:1"])
-            transport.handlers.count_received(3, 10)
+            transport.handlers.received.count_bytes(3, 10)
         shown = Exposition(MetricsCollector([one, two]))
     assert shown.value("etcd_network_peer_received_bytes_total", From="3") == 20
     assert shown.labels("etcd_network_peer_sent_bytes_total") == [{"To": "3"}]
