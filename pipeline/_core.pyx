@@ -31,7 +31,8 @@ from pipeline._pipe cimport (
     EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED,
     EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
     OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTED, SEAL_NONE, SEAL_READING,
-    SEAL_WRITING, TYPE_APP, WORKER_RETIRED, event_t, job_t, limits_t, loop_queue_chores, loop_t,
+    SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
+    WORKER_WRITING, event_t, job_t, limits_t, loop_queue_chores, loop_t,
     loop_wake, pipe_begin_stop, pipe_count, pipe_count_taken, pipe_offer, pipe_retire_connections,
     pipe_t, worker_t, worker_to_python,
 )
@@ -73,6 +74,15 @@ cdef enum:
     RECORD_MAX = 16 * 1024
 
 cdef size_t COPY_LIMIT = 16 * 1024      # config.COPY_LIMIT, checked by a test
+
+# What a worker is at, in the words of ``Sender.states``.
+cdef dict STATES = {
+    WORKER_IDLE: "idle",
+    WORKER_WRITING: "writing",
+    WORKER_READING: "reading",
+    WORKER_PYTHON: "in Python",
+    WORKER_RETIRED: "retired",
+}
 
 cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
 
@@ -676,6 +686,29 @@ cdef class Sender:
         return PipelineStats(
             books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
             books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
+
+    def states(self):
+        """Return what each worker is at, for tests: a list of words. Thread-safe.
+
+        "reading odd" is a worker that waits for more of an answer which Python has begun to read.
+        A worker may have gone on by the time its word is looked at.
+        """
+        cdef worker_t* worker
+        cdef int i, state
+        cdef bint is_odd
+        states = []
+        if not self.is_open:
+            return states
+        for i in range(self.pipe.n_workers):
+            worker = &self.pipe.workers[i]
+            with nogil:
+                # The lock counts workers out; the loop changes what else they are at without it.
+                pthread_mutex_lock(&self.pipe.lock)
+                state = load_int(&worker.state)
+                is_odd = worker.is_odd
+                pthread_mutex_unlock(&self.pipe.lock)
+            states.append("reading odd" if state == WORKER_READING and is_odd else STATES[state])
+        return states
 
     def follower_stats(self):
         """Return what became of MsgApp messages: FollowerStats. Thread-safe."""

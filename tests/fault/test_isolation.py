@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 
 import pytest
 
@@ -89,8 +88,8 @@ def test_answers_that_never_end_hold_up_their_peer_only() -> None:
         for peer in (10, 11, 12):
             transport.add_peer(peer, [bad.url])
             transport.send([message(to=peer)] * 4)
-        bad.wait_requests(8)
-        time.sleep(0.1)  # for the dispatcher to start reading
+        pipelines = [transport._peers[peer].pipeline for peer in (10, 11, 12)]
+        eventually(lambda: all(p.states() == ["reading odd"] * 4 for p in pipelines))
         transport.add_peer(HEALTHY, [good.url])
         transport.send([message(to=HEALTHY)])
         good.wait_requests(1, timeout=5.0)

@@ -23,6 +23,7 @@ from tests.support.server import (
     ScriptedServer,
     always,
     black_hole,
+    dials_to,
     in_turn,
 )
 
@@ -91,8 +92,7 @@ def dialling(raft: FakeRaft) -> Iterator[Pipeline]:
         pipeline.start()
         for _ in range(10):
             pipeline.send(message())
-        eventually(lambda: pipeline.stats().in_flight == 4)
-        time.sleep(0.05)  # for the dispatcher to dial
+        eventually(lambda: dials_to(port) == 4)
         yield pipeline
 
 
@@ -108,7 +108,8 @@ def writing(raft: FakeRaft) -> Iterator[Pipeline]:
         big = memoryview(bytearray(32 << 20))
         for _ in range(10):
             pipeline.send(EncodedMessage(big, type=MessageType.APP, to=PEER))
-        server.wait_connections(3)  # the fourth is kept for small messages
+        # The fourth is kept for small messages.
+        eventually(lambda: pipeline.states() == ["idle", "writing", "writing", "writing"])
         yield pipeline
 
 
@@ -120,19 +121,18 @@ def reading(raft: FakeRaft) -> Iterator[Pipeline]:
         pipeline.start()
         for _ in range(10):
             pipeline.send(message())
-        server.wait_requests(4)
+        eventually(lambda: pipeline.states() == ["reading"] * 4)
         yield pipeline
 
 
 @contextlib.contextmanager
 def reading_an_odd_answer(raft: FakeRaft) -> Iterator[Pipeline]:
-    with ScriptedServer(always(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\n")) as server:
+    with ScriptedServer(always(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n")) as server:
         pipeline = pipeline_to(server, raft)
         pipeline.start()
         for _ in range(10):
             pipeline.send(message())
-        server.wait_requests(4)
-        time.sleep(0.05)  # for the dispatcher to read
+        eventually(lambda: pipeline.states() == ["reading odd"] * 4)
         yield pipeline
 
 
@@ -154,6 +154,7 @@ def test_stop_ends_every_state(state: State) -> None:
         # Those in flight fail with all the side effects, also at stop (spec 2.2).
         assert len(raft.unreachable) == books.failed
         assert pipeline.send(message()) is SendResult.STOPPED
+        assert pipeline.states() == ["retired"] * 4
         assert stop_timed(pipeline) == 0
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from pipeline import EncodedMessage, MessageType, Transport
 from tests.support.senders import eventually, message
-from tests.support.server import ERROR, ScriptedServer, always, black_hole
+from tests.support.server import ERROR, ScriptedServer, always, black_hole, dials_to
 
 state = sys.argv[1]
 gate = threading.Event()
@@ -44,9 +44,10 @@ server = ScriptedServer()
 if state != "made":
     transport.start()
 if state == "dialling":
-    transport.add_peer(2, [f"http://127.0.0.1:{hole.__enter__()}"])
+    port = hole.__enter__()
+    transport.add_peer(2, [f"http://127.0.0.1:{port}"])
     transport.send([message()] * 10)
-    eventually(lambda: transport.stats()[2].in_flight == 4)
+    eventually(lambda: dials_to(port) == 4)
 elif state not in ("made", "started"):
     transport.add_peer(2, [server.url])
 if state == "idle":
@@ -62,19 +63,20 @@ elif state == "writing":
     transport.send([big] * 10)
     server.wait_connections(3)
 elif state == "reading an odd answer":
-    server.script = always(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\n")
+    server.script = always(b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n")
     transport.send([message()] * 10)
-    server.wait_requests(4)
+    pipeline = transport._peers[2].pipeline
+    eventually(lambda: pipeline.states() == ["reading odd"] * 4)
 elif state.startswith("in a callback") or state == "in a blocked callback":
     server.script = always(ERROR)
     transport.send([message()] * 10)
     called.wait(10)
 elif state == "resolving":
     # getaddrinfo cannot be ended.
-    socket.getaddrinfo = lambda *args, **kwargs: time.sleep(60)  # type: ignore[assignment]
+    socket.getaddrinfo = lambda *args, **kwargs: called.set() or time.sleep(60)  # type: ignore[assignment]
     transport.add_peer(3, ["http://slow.invalid:1"])
     transport.send([message(to=3)])
-    time.sleep(0.1)
+    called.wait(10)
 elif state == "thrown away":
     transport.send([message()] * 10)
     del transport

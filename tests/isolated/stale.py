@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import gc
 import os
-import time
 import warnings
 
 from pipeline import PipelineConfig, Transport, TransportConfig
 from tests.support.raft import FakeRaft
 from tests.support.senders import eventually, message
-from tests.support.server import ScriptedServer, always, answer, black_hole
+from tests.support.server import ScriptedServer, always, answer, black_hole, dials_to
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
@@ -44,8 +43,7 @@ with black_hole() as port, server, Transport(1, 1, raft, config=config) as trans
     # The workers of this peer are likely to get the memory of those.
     transport.add_peer(3, [f"http://127.0.0.1:{port}"])
     transport.send([message(to=3)] * 4)
-    eventually(lambda: transport.stats()[3].in_flight == 4)
-    time.sleep(0.1)  # for the dispatcher to dial
+    eventually(lambda: dials_to(port) == 4)
     for connection in server.connections:
         connection.close()
     raft.wait_unreachable(8, 5.0)

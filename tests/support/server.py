@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -367,6 +369,12 @@ def refused_port() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
+def dials_to(port: int) -> int:
+    """How many dials to a port of 127.0.0.1 wait for an answer: the kernel's SYN_SENT."""
+    ends = re.compile(f" 0100007F:[0-9A-F]{{4}} 0100007F:{port:04X} 02 ")
+    return len(ends.findall(Path("/proc/net/tcp").read_text()))
+
+
 @contextlib.contextmanager
 def black_hole() -> Iterator[int]:
     """A port of 127.0.0.1 where a connect gets no answer: its backlog is full."""
@@ -378,5 +386,6 @@ def black_hole() -> Iterator[int]:
         for _ in range(3):  # one more than the backlog holds
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
+            sock.bind(("127.0.0.2", 0))  # so that dials_to does not count it
             sock.connect_ex(("127.0.0.1", port))
         yield port
