@@ -60,7 +60,7 @@ from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
 __all__ = [
-    "CLOSED", "ActiveFlag", "Channel", "EncodedMessage", "Event", "Given", "IOLoop", "Sender",
+    "CLOSED", "ActiveFlag", "Channel", "EncodedMessage", "Event", "GiveBack", "IOLoop", "Sender",
     "error_text", "recognise_204",
 ]
 
@@ -104,15 +104,15 @@ class Event(enum.IntEnum):
 cdef tuple EVENTS = (None, *Event)
 
 
-class Given(enum.IntEnum):
+class GiveBack(enum.IntEnum):
     """What became of a worker given back (``_pipe.pxd``, GIVEN_*)."""
 
     TO_LOOP = GIVEN_TO_LOOP
     RETIRED = GIVEN_RETIRED
-    NOT = GIVEN_NOT
+    HAS_JOB = GIVEN_NOT
 
 
-cdef tuple GIVENS = tuple(Given)
+cdef tuple GIVE_BACKS = tuple(GiveBack)
 
 cdef dict REASONS = {
     ERROR_CLOSED: "connection closed by the peer before it answered",
@@ -483,8 +483,8 @@ cdef class IOLoop:
 
         Returns
         -------
-        (sender, worker index, Event, error) or None
-            The sender is None when there are only chores; None when the queue is closed and empty.
+        (Worker, Event, error) or None
+            The worker is None when there are only chores; None when the queue is closed and empty.
         """
         cdef loop_t* loop = &self.loop
         cdef event_t* event
@@ -508,8 +508,8 @@ cdef class IOLoop:
         if taken.kind == EVENT_CHORES:
             store_int(&loop.chores_queued, 0)
             self.drop_finished()
-            return (None, 0, None, 0)
-        return (<Sender>taken.worker.pipe.owner, taken.worker.index, EVENTS[taken.kind],
+            return (None, None, 0)
+        return ((<Sender>taken.worker.pipe.owner).workers[taken.worker.index], EVENTS[taken.kind],
                 taken.error)
 
     def take_expired(self):
@@ -563,12 +563,16 @@ cdef class IOLoop:
 cdef class Sender:
     """msgc, the books and the workers of one peer: what ``Pipeline`` is made of in C.
 
-    Between ``open`` and ``begin_stop`` the loop runs the workers. A worker comes to Python with
-    an event and is the dispatcher thread's until ``give_back``; the calls below that take a worker
-    index are for that thread only.
+    Between ``open`` and ``begin_stop`` the loop runs the workers.
+
+    Attributes
+    ----------
+    workers : tuple of Worker
+        Empty before ``open``.
     """
 
     cdef pipe_t pipe
+    cdef readonly tuple workers
     cdef IOLoop loop
     cdef ActiveFlag active      # pipe.active points into it
     cdef int profile
@@ -585,28 +589,53 @@ cdef class Sender:
         jobs_free(self.pipe.expired)            # the same
         pipe_free(&self.pipe)
 
-    def open(self, IOLoop loop not None, ActiveFlag active not None, *, profile, int connections,
-             uint32_t queue_length, int64_t queue_bytes, double response_timeout_s,
-             double stall_timeout_s, double idle_timeout_s, double dead_link_timeout_s,
-             double max_queue_age_s):
-        """Let the loop run this sender's workers. Once."""
+    def __cinit__(self, *args, **kwargs):
+        self.workers = ()
+
+    def open(self, IOLoop loop not None, ActiveFlag active not None, config not None,
+             list lines not None):
+        """Let the loop run this sender's workers. Once.
+
+        Parameters
+        ----------
+        loop : IOLoop
+        active : ActiveFlag
+            Whether the peer is active, which a 204 of an inactive one tells Python.
+        config : PipelineConfig
+        lines : list of pool.Line
+            A connection for each worker: ``config.connections``.
+        """
         cdef limits_t limits
+        cdef Worker worker
+        cdef list workers = []
+        cdef tuple made
+        cdef int i
         if self.is_open:
             raise UsageError("start: a pipeline can be started once")
         if not loop.is_running:
             raise UsageError("start: it was stopped")
-        limits.queue_bytes = queue_bytes
-        limits.response_timeout_ns = <int64_t>(response_timeout_s * 1e9)
-        limits.stall_timeout_ns = <int64_t>(stall_timeout_s * 1e9)
-        limits.idle_timeout_ns = <int64_t>(idle_timeout_s * 1e9)
-        limits.dead_link_timeout_ns = <int64_t>(dead_link_timeout_s * 1e9)
-        limits.max_queue_age_ns = <int64_t>(max_queue_age_s * 1e9)
-        self.profile = profile_index(profile)
+        limits.queue_bytes = config.queue_bytes
+        limits.response_timeout_ns = <int64_t>(config.response_timeout_s * 1e9)
+        limits.stall_timeout_ns = <int64_t>(config.stall_timeout_s * 1e9)
+        limits.idle_timeout_ns = <int64_t>(config.idle_timeout_s * 1e9)
+        limits.dead_link_timeout_ns = <int64_t>(config.dead_link_timeout_s * 1e9)
+        limits.max_queue_age_ns = <int64_t>((config.max_queue_age or 0.0) * 1e9)
+        self.profile = profile_index(config.profile)
         self.loop = loop
         self.active = active
-        if pipe_init(&self.pipe, &loop.loop, connections, queue_length, &limits, &active.value,
-                     <void*>self) != 0:
+        for line in lines:
+            worker = Worker.__new__(Worker)
+            worker.sender = self
+            worker.line = line
+            workers.append(worker)
+        made = tuple(workers)
+        if pipe_init(&self.pipe, &loop.loop, len(made), config.queue_length, &limits,
+                     &active.value, <void*>self) != 0:
             raise MemoryError
+        for i in range(self.pipe.n_workers):
+            worker = made[i]
+            worker.c = &self.pipe.workers[i]
+        self.workers = made
         self.is_open = True
         loop.senders.add(self)
 
@@ -768,8 +797,8 @@ cdef class Sender:
             self.loop.senders.discard(self)
         return live
 
-    def on_event(self, int index, event, int error):
-        """Handle an event of worker ``index``; the subclass does."""
+    def on_event(self, Worker worker not None, event, int error):
+        """Handle an event of one of the workers; the subclass does."""
         raise NotImplementedError
 
     def on_expired(self):
@@ -818,42 +847,66 @@ cdef class Sender:
             books_check(&self.pipe.books)
             pthread_mutex_unlock(&self.pipe.lock)
 
-    # -- for the dispatcher thread that holds a worker
+    def renew(self):
+        """Have every worker dial anew before its next message. Thread-safe; never waits."""
+        if self.is_open:
+            add_int(&self.pipe.generation, 1)
 
-    cdef worker_t* worker(self, int index) except NULL:
-        if not self.is_open or not 0 <= index < self.pipe.n_workers:
-            raise InternalError(f"worker {index} does not exist")
-        return &self.pipe.workers[index]
+    def retire_connections(self):
+        """Do as ``renew``, and have idle connections closed. Thread-safe; never waits."""
+        if self.is_open:
+            with nogil:
+                # Only C state is touched.
+                pipe_retire_connections(&self.pipe)
 
-    def job(self, int index):
+
+cdef class Worker:
+    """One sending slot of a Sender, and what it sends through.
+
+    It comes to Python with an event and is the dispatcher thread's until ``give_back``; the calls
+    below are for that thread only, unless they say otherwise.
+
+    Attributes
+    ----------
+    sender : Sender
+        Whose it is.
+    line : pool.Line
+        Its connection.
+    """
+
+    cdef readonly Sender sender
+    cdef readonly object line
+    cdef worker_t* c            # in sender.pipe, and so as long there as the sender is
+
+    def job(self):
         """Return (type, to, encoded size in bytes) of the worker's message."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         if worker.job is NULL:
-            raise InternalError(f"worker {index} has no message")
+            raise InternalError("a worker has no message")
         return worker.job.type, worker.job.to, worker.job.size_bytes
 
-    def answer(self, int index):
+    def answer(self):
         """Return (bytes of the answer read so far, whether the request is written whole)."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         return (PyBytes_FromStringAndSize(<char*>worker.answer, worker.answer_len),
                 worker.job is not NULL and worker.segment > worker.job.n_segments
                 and worker.sealed_written == worker.sealed_len)
 
-    def has_job(self, int index):
+    def has_job(self):
         """Tell whether the worker has a message; it comes without one from an idle connection."""
-        return self.worker(index).job is not NULL
+        return self.c.job is not NULL
 
-    def dialled(self, int index):
+    def dialled(self):
         """Have a dispatcher thread go on with the worker, whose dial has ended. Any thread.
 
         The one that has begun the dial let go of the worker with that.
         """
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         with nogil:
             # The loop may hold the events' lock for a moment. Only C state is touched.
             worker_to_python(worker, EVENT_DIALLED, 0)
 
-    def connect(self, int index, int fd, bytes head, *, bint is_sealed=False):
+    def connect(self, int fd, bytes head, *, bint is_sealed=False):
         """Give the worker a connected socket and the request head for it.
 
         Parameters
@@ -865,7 +918,7 @@ cdef class Sender:
         is_sealed : bool
             Whether the connection is to carry TLS.
         """
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         cdef size_t n = PyBytes_GET_SIZE(head)
         cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX + LOOP_JOINED_MAX)
         if copy is NULL:
@@ -886,73 +939,73 @@ cdef class Sender:
         worker.is_ended = False
         worker.last_used_ns = clock_ns()
 
-    def disconnect(self, int index):
+    def disconnect(self):
         """Take the worker's socket away; the caller closes it, and may go on to dial another.
 
         What is dialled now is for the URL that is picked after this call.
         """
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         worker.fd = -1
         worker.sealed = NULL
         worker.sealed_len = worker.sealed_written = 0
-        worker.generation = load_int(&self.pipe.generation)
+        worker.generation = load_int(&self.c.pipe.generation)
 
-    def read_on(self, int index, double text_timeout_s=0.0):
+    def read_on(self, double text_timeout_s=0.0):
         """Have the loop read more of an answer, for Python, when the worker is given back.
 
         With ``text_timeout_s`` only its text is missing, and waited for no longer than so. What
         comes of it meanwhile does not put that off.
         """
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         worker.is_odd = True
         if text_timeout_s > 0 and worker.text_deadline_ns == 0:
             worker.text_deadline_ns = clock_ns() + <int64_t>(text_timeout_s * 1e9)
         if worker.seal == SEAL_WRITING:     # answered early: the rest is not worth writing
             worker.seal = SEAL_READING
-            worker.sealed_deadline_ns = clock_ns() + self.pipe.limits.response_timeout_ns
+            worker.sealed_deadline_ns = clock_ns() + self.c.pipe.limits.response_timeout_ns
 
-    def may_retry(self, int index, int error):
+    def may_retry(self, int error):
         """Tell whether the worker's message goes once more on a fresh connection, after ``error``.
 
         If so, it is to be dialled: it is for once only.
         """
-        return worker_may_retry(self.worker(index), error)
+        return worker_may_retry(self.c, error)
 
     # -- for a connection that carries TLS
 
-    def begin_handshake(self, int index, double timeout_s):
+    def begin_handshake(self, double timeout_s):
         """Bound the handshake that begins now."""
-        self.worker(index).sealed_deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
+        self.c.sealed_deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
 
-    def end_handshake(self, int index):
+    def end_handshake(self):
         """Note that the worker's message comes next."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         worker.seal = SEAL_WRITING
         worker.sealed_deadline_ns = 0
 
-    def take(self, int index):
+    def take(self):
         """Take the next message for the worker, which has none; False if that is for the loop."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         cdef bint is_taken
         with nogil:
             # The loop may hold the pipe's lock for a moment. Only C state is touched.
             is_taken = worker_take_sealed(worker)
         return is_taken
 
-    def post(self, int index, bytes sealed):
+    def post(self, bytes sealed):
         """Give the worker ciphertext to write. Borrowed until the next, or until it fails."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         worker.sealed = <const uint8_t*>PyBytes_AS_STRING(sealed)
         worker.sealed_len = PyBytes_GET_SIZE(sealed)
         worker.sealed_written = 0
 
-    def seal(self, int index, write):
+    def seal(self, write):
         """Pass what comes next of the worker's request to ``write``, 1 MiB at most.
 
         A request that fits into one TLS record is passed at once. Otherwise ``write`` gets views
         of the message's own memory, which end with the call.
         """
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         cdef job_t* job = worker.job
         cdef size_t left = LOOP_STEP_BYTES
         cdef size_t room
@@ -992,57 +1045,45 @@ cdef class Sender:
                 finally:
                     view.release()
 
-    def renew(self):
-        """Have every worker dial anew before its next message. Thread-safe; never waits."""
-        if self.is_open:
-            add_int(&self.pipe.generation, 1)
-
-    def retire_connections(self):
-        """Do as ``renew``, and have idle connections closed. Thread-safe; never waits."""
-        if self.is_open:
-            with nogil:
-                # Only C state is touched.
-                pipe_retire_connections(&self.pipe)
-
-    def count_failed_append(self, int index):
+    def count_failed_append(self):
         """Count the worker's message as failed for the follower, if it is a MsgApp."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         if worker.job.type == TYPE_APP:
             with nogil:
-                pthread_mutex_lock(&self.pipe.lock)
-                self.pipe.follower.fail += 1
-                pthread_mutex_unlock(&self.pipe.lock)
+                pthread_mutex_lock(&self.c.pipe.lock)
+                self.c.pipe.follower.fail += 1
+                pthread_mutex_unlock(&self.c.pipe.lock)
 
-    def keep(self, int index):
+    def keep(self):
         """Note that the worker's connection has carried an answered request and stays open."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         worker.is_reused = True
         worker.last_used_ns = clock_ns()
 
-    def finish(self, int index, bint is_sent):
+    def finish(self, bint is_sent):
         """Write the outcome of the worker's message into the books and let go of it."""
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         cdef job_t* job = worker.job
         if job is NULL:
-            raise InternalError(f"worker {index} has no message to finish")
+            raise InternalError("a worker has no message to finish")
         with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
-            pipe_count(&self.pipe, job, OUTCOME_SENT if is_sent else OUTCOME_FAILED,
+            pthread_mutex_lock(&self.c.pipe.lock)
+            pipe_count(self.c.pipe, job, OUTCOME_SENT if is_sent else OUTCOME_FAILED,
                        clock_ns() - job.taken_ns)
             worker.job = NULL
-            pthread_mutex_unlock(&self.pipe.lock)
+            pthread_mutex_unlock(&self.c.pipe.lock)
         job_free(job)
 
-    def give_back(self, int index):
+    def give_back(self):
         """Return the worker to the loop.
 
         Returns
         -------
-        Given
-            TO_LOOP; RETIRED when stopped, its socket is then the caller's to close; NOT when
+        GiveBack
+            TO_LOOP; RETIRED when stopped, its socket is then the caller's to close; HAS_JOB when
             stopped with a message that is to be failed first.
         """
-        cdef worker_t* worker = self.worker(index)
+        cdef worker_t* worker = self.c
         cdef int given
         cdef bint is_last
         with nogil:
@@ -1051,22 +1092,18 @@ cdef class Sender:
         if given == GIVEN_RETIRED:
             # After a stop that timed out nobody waits any more; the last one out unregisters.
             with nogil:
-                pthread_mutex_lock(&self.pipe.lock)
-                is_last = self.pipe.live == 0
-                pthread_mutex_unlock(&self.pipe.lock)
+                pthread_mutex_lock(&self.c.pipe.lock)
+                is_last = self.c.pipe.live == 0
+                pthread_mutex_unlock(&self.c.pipe.lock)
             if is_last:
-                self.loop.senders.discard(self)
-        return GIVENS[given]
+                self.sender.loop.senders.discard(self.sender)
+        return GIVE_BACKS[given]
 
-    def is_retired(self, int index):
+    def is_retired(self):
         """Tell whether the worker has ended, so that its socket is nobody's. Any thread."""
-        cdef worker_t* worker
         cdef bint retired
-        if not self.is_open:
-            return True
-        worker = self.worker(index)
         with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
-            retired = worker.state == WORKER_RETIRED
-            pthread_mutex_unlock(&self.pipe.lock)
+            pthread_mutex_lock(&self.c.pipe.lock)
+            retired = self.c.state == WORKER_RETIRED
+            pthread_mutex_unlock(&self.c.pipe.lock)
         return retired

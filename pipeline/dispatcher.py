@@ -13,13 +13,14 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from pipeline._core import ActiveFlag, IOLoop, Sender
+from pipeline.config import PipelineConfig
 from pipeline.dialling import Dialer
 from pipeline.errors import UsageError
 from pipeline.logs import get_logger
 from pipeline.poller import Poller
+from pipeline.pool import Line
 from pipeline.threads import LibraryThread
 
 __all__ = ["Dispatcher"]
@@ -78,11 +79,13 @@ class Dispatcher:
             self.loop.stop()
             raise
 
-    def open(self, sender: Sender, active: ActiveFlag, **settings: Any) -> None:
+    def open(
+        self, sender: Sender, active: ActiveFlag, config: PipelineConfig, lines: list[Line]
+    ) -> None:
         """Have the loop run a sender's workers (``Sender.open``); ``UsageError`` once stopped."""
         with self._lock:
             # The loop looks as well: a signal's handler may stop us on the way there.
-            sender.open(self.loop, active, **settings)
+            sender.open(self.loop, active, config, lines)
 
     def stop(self, deadline: float) -> bool:
         """End all threads; every pipeline has been told to stop before. Any number of times.
@@ -150,9 +153,10 @@ class Dispatcher:
             if event[0] is None:
                 self._run_chores()
             else:
-                sender, index, kind, error = event
-                logger.survive("an event was not handled", sender.on_event, index, kind, error)
-                del sender  # keep nothing alive while waiting
+                worker, kind, error = event
+                handle = worker.sender.on_event
+                logger.survive("an event was not handled", handle, worker, kind, error)
+                del worker, handle  # keep nothing alive while waiting
             del event
         self._run_chores()
 

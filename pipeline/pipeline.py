@@ -21,8 +21,9 @@ from pipeline._core import (
     CLOSED,
     ActiveFlag,
     Event,
-    Given,
+    GiveBack,
     Sender,
+    Worker,
     error_text,
     recognise_204,
 )
@@ -164,7 +165,6 @@ class Pipeline(Sender):
         )
         self._pools: dict[str, Pool] = {}
         self._throttle = Throttle(logger)
-        self._lines = [Line(protocol.TELLING_STATUS) for _ in range(self._config.connections)]
         self._lock = threading.RLock()  # guards the pools and callback_errors
         self._beginning = Once()
         self._ending = Once()
@@ -192,19 +192,8 @@ class Pipeline(Sender):
         if self._owns_dispatcher:
             atexit.register(self.stop)
             self._dispatcher.start()
-        self._dispatcher.open(
-            self,
-            self.status.flag,
-            profile=config.profile,
-            connections=config.connections,
-            queue_length=config.queue_length,
-            queue_bytes=config.queue_bytes,
-            response_timeout_s=config.response_timeout_s,
-            stall_timeout_s=config.stall_timeout_s,
-            idle_timeout_s=config.idle_timeout_s,
-            dead_link_timeout_s=config.dead_link_timeout_s,
-            max_queue_age_s=config.max_queue_age or 0.0,
-        )
+        lines = [Line(protocol.TELLING_STATUS) for _ in range(config.connections)]
+        self._dispatcher.open(self, self.status.flag, config, lines)
         if self._ending.is_taken():  # meanwhile, perhaps before there were workers to be ended
             self.stop()
         logger.info("started HTTP pipelining with remote peer %s", self._peer)
@@ -232,8 +221,8 @@ class Pipeline(Sender):
         """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
         self._ending.take()
         dropped = self.begin_stop()
-        for line in self._lines:
-            if (dial := line.dial) is not None:
+        for worker in self.workers:
+            if (dial := worker.line.dial) is not None:
                 self._dispatcher.dialer.cancel(dial)
         if dropped:
             logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
@@ -253,9 +242,9 @@ class Pipeline(Sender):
                 live - mine,
                 self._peer,
             )
-        for index, line in enumerate(self._lines):
-            if self.is_retired(index):
-                line.end()
+        for worker in self.workers:
+            if worker.is_retired():
+                worker.line.end()
         if self._owns_dispatcher:
             self._dispatcher.stop(deadline)
             atexit.unregister(self.stop)
@@ -290,49 +279,49 @@ class Pipeline(Sender):
         self.callbacks.forget_after_fork()
         atexit.unregister(self.stop)
         disown(self, "pipeline", _FOREIGN, stop=nothing_to_stop)
-        for line in self._lines:
-            line.forget_after_fork()
+        for worker in self.workers:
+            worker.line.forget_after_fork()
 
     # What follows runs in dispatcher threads, for one worker at a time each.
 
-    def on_event(self, index: int, event: Event, error: int) -> None:
-        """Do what the loop needs Python for, then give worker ``index`` back. Never raises."""
+    def on_event(self, worker: Worker, event: Event, error: int) -> None:
+        """Do what the loop needs Python for, then give the worker back. Never raises."""
         _handling.pipeline = self
         try:
-            self._handle(index, event, error)
+            self._handle(worker, event, error)
         except BaseException as failure:
             # Ours to fix, not the worker's to die of: its message fails like any other.
             logger.exception("internal error, please report: event %s", event.name)
-            if self.has_job(index):
-                self._fail(index, self._unreachable(index, f"internal error: {show(failure)}"))
+            if worker.has_job():
+                self._fail(worker, self._unreachable(worker, f"internal error: {show(failure)}"))
             else:
-                self._disconnect(index)
-                self._give_back(index)
+                self._disconnect(worker)
+                self._give_back(worker)
         finally:
             _handling.pipeline = None
 
-    def _handle(self, index: int, event: Event, error: int) -> None:
+    def _handle(self, worker: Worker, event: Event, error: int) -> None:
         if event is Event.CONNECT:
-            self._dial(index)
+            self._dial(worker)
         elif event is Event.DIALLED:
-            self._dialled(index)
+            self._dialled(worker)
         elif event is Event.ANSWER:
-            self._judge(index, *self.answer(index), is_ended=error != 0)
+            self._judge(worker, *worker.answer(), is_ended=error != 0)
         elif event is Event.SEAL:
-            self._seal(index)
+            self._seal(worker)
         elif event is Event.UNSEAL:
-            self._unseal(index, error)
+            self._unseal(worker, error)
         elif event is Event.HANDSHAKE:
-            self._begin_tls(index)
-        elif event is Event.FAILED and self._lines[index].odd.is_text_due:
-            self._judge(index, *self.answer(index), is_ended=True)
+            self._begin_tls(worker)
+        elif event is Event.FAILED and worker.line.odd.is_text_due:
+            self._judge(worker, *worker.answer(), is_ended=True)
         elif event is Event.FAILED:
-            self._fail(index, self._unreachable(index, self._reason(index, error)))
+            self._fail(worker, self._unreachable(worker, self._reason(worker, error)))
         elif event is Event.SUCCEEDED:
-            self._succeed(index)
+            self._succeed(worker)
         else:
-            self._disconnect(index)
-            self._give_back(index)
+            self._disconnect(worker)
+            self._give_back(worker)
 
     def pool(self, url: str) -> Pool:
         """Return the connections to one of the peer's URLs. Any thread."""
@@ -348,211 +337,211 @@ class Pipeline(Sender):
                 )
             return pool
 
-    def _dial(self, index: int) -> None:
-        self._disconnect(index)
+    def _dial(self, worker: Worker) -> None:
+        self._disconnect(worker)
         url = self.picker.pick()
-        line = self._lines[index]
-        dial = line.prepare(
-            self.pool(url), self._config.dial_timeout_s, lambda _: self.dialled(index)
-        )
+        line = worker.line
+        dial = line.prepare(self.pool(url), self._config.dial_timeout_s, lambda _: worker.dialled())
         dialer = self._dispatcher.dialer
         dialer.begin(dial)
         # From here on the worker may be in another thread's hands.
         if self._ending.is_taken():
             dialer.cancel(dial)
 
-    def _dialled(self, index: int) -> None:
-        line = self._lines[index]
+    def _dialled(self, worker: Worker) -> None:
+        line = worker.line
         try:
             fd = line.open()
         except DialError as error:
-            self._fail(index, self._unreachable(index, str(error), error))
+            self._fail(worker, self._unreachable(worker, str(error), error))
             return
-        self.connect(index, fd, line.head, is_sealed=line.is_sealed)
-        self._give_back(index)
+        worker.connect(fd, line.head, is_sealed=line.is_sealed)
+        self._give_back(worker)
 
     # What a connection that carries TLS needs besides. The loop writes and reads; it waits, and
     # knows when to stop waiting.
 
-    def _begin_tls(self, index: int) -> None:
-        self.begin_handshake(index, HANDSHAKE_TIMEOUT_S)
+    def _begin_tls(self, worker: Worker) -> None:
+        worker.begin_handshake(HANDSHAKE_TIMEOUT_S)
         try:
-            tunnel = self._lines[index].begin_tls()
+            tunnel = worker.line.begin_tls()
         except ssl.SSLError as error:
-            self._refuse_server(index, error)
+            self._refuse_server(worker, error)
         else:
-            self._shake(index, tunnel, b"")
+            self._shake(worker, tunnel, b"")
 
-    def _shake(self, index: int, tunnel: Tunnel, data: bytes) -> None:
+    def _shake(self, worker: Worker, tunnel: Tunnel, data: bytes) -> None:
         """Go on with the handshake; the message follows without another visit."""
         try:
             if tunnel.shake(data):
-                self.end_handshake(index)
-                self.seal(index, tunnel.seal)
+                worker.end_handshake()
+                worker.seal(tunnel.seal)
         except ssl.SSLError as error:
-            self._refuse_server(index, error)
+            self._refuse_server(worker, error)
         else:
-            self._post(index)
+            self._post(worker)
 
-    def _refuse_server(self, index: int, error: ssl.SSLError) -> None:
-        self._lines[index].say_why()
+    def _refuse_server(self, worker: Worker, error: ssl.SSLError) -> None:
+        worker.line.say_why()
         reason = f"TLS handshake: {tls_reason(error)}"
-        self._fail(index, self._unreachable(index, reason, error))
+        self._fail(worker, self._unreachable(worker, reason, error))
 
-    def _seal(self, index: int) -> None:
+    def _seal(self, worker: Worker) -> None:
         """Encrypt the message, or more of it; but first what came while the worker was idle."""
-        tunnel = self._tunnel(index)
-        stray, _ = self.answer(index)
+        tunnel = self._tunnel(worker)
+        stray, _ = worker.answer()
         if stray and not tunnel.is_silent(stray):
-            self._dial(index)
+            self._dial(worker)
             return
-        self.seal(index, tunnel.seal)
-        self._post(index)
+        worker.seal(tunnel.seal)
+        self._post(worker)
 
-    def _unseal(self, index: int, error: int) -> None:
+    def _unseal(self, worker: Worker, error: int) -> None:
         """Decrypt what came: of a handshake, of an answer, or nothing that concerns HTTP.
 
         ``error`` says that the stream has ended.
         """
-        tunnel = self._tunnel(index)
-        data, is_written = self.answer(index)
-        if not self.has_job(index):
+        tunnel = self._tunnel(worker)
+        data, is_written = worker.answer()
+        if not worker.has_job():
             if not tunnel.is_silent(data):
-                self._disconnect(index)
-            self._give_back(index)
+                self._disconnect(worker)
+            self._give_back(worker)
             return
         if not tunnel.is_established:
-            self._shake(index, tunnel, data)
+            self._shake(worker, tunnel, data)
             return
         try:
             text = tunnel.open(data)
         except ssl.SSLError as failure:
             reason = f"TLS: {tls_reason(failure)}"
-            self._fail(index, self._unreachable(index, reason, failure))
+            self._fail(worker, self._unreachable(worker, reason, failure))
             return
         if tunnel.is_ended:
             error = error or CLOSED
-        if text or self._lines[index].odd.has_begun:
-            self._judge_opened(index, text, is_written=is_written, is_ended=error != 0)
+        if text or worker.line.odd.has_begun:
+            self._judge_opened(worker, text, is_written=is_written, is_ended=error != 0)
         elif error == 0:
-            self._give_back(index)
-        elif self.may_retry(index, error):
-            self._dial(index)
+            self._give_back(worker)
+        elif worker.may_retry(error):
+            self._dial(worker)
         else:
-            self._fail(index, self._unreachable(index, error_text(error)))
+            self._fail(worker, self._unreachable(worker, error_text(error)))
 
-    def _judge_opened(self, index: int, text: bytes, *, is_written: bool, is_ended: bool) -> None:
+    def _judge_opened(
+        self, worker: Worker, text: bytes, *, is_written: bool, is_ended: bool
+    ) -> None:
         """Do as the loop does with a plain answer: a 204 is recognised, the rest judged."""
-        tunnel = self._tunnel(index)
-        is_whole = is_written and not is_ended and not self._lines[index].odd.has_begun
+        tunnel = self._tunnel(worker)
+        is_whole = is_written and not is_ended and not worker.line.odd.has_begun
         if is_whole and tunnel.has_answered and recognise_204(text) == len(text):
-            self.keep(index)
-            self._succeed(index)
+            worker.keep()
+            self._succeed(worker)
         else:
             tunnel.has_answered = True  # and the first answer is looked at: it may say a version
-            self._judge(index, text, is_written, is_ended=is_ended)
+            self._judge(worker, text, is_written, is_ended=is_ended)
 
-    def _post(self, index: int) -> None:
-        self.post(index, self._lines[index].take_outgoing())
-        self._give_back(index)
+    def _post(self, worker: Worker) -> None:
+        worker.post(worker.line.take_outgoing())
+        self._give_back(worker)
 
-    def _tunnel(self, index: int) -> Tunnel:
-        tunnel = self._lines[index].tunnel
+    def _tunnel(self, worker: Worker) -> Tunnel:
+        tunnel = worker.line.tunnel
         assert tunnel is not None
         return tunnel
 
-    def _judge(self, index: int, data: bytes, is_written: bool, *, is_ended: bool) -> None:
+    def _judge(self, worker: Worker, data: bytes, is_written: bool, *, is_ended: bool) -> None:
         """Have http.client read the answer, and decide by spec section 2.5."""
-        line = self._lines[index]
+        line = worker.line
         try:
             answer = line.odd.feed(data, is_ended=is_ended, is_written=is_written)
         except (http.client.HTTPException, ValueError) as error:
             reason = f"malformed or incomplete answer: {error!r}"
-            self._fail(index, self._unreachable(index, reason, error))
+            self._fail(worker, self._unreachable(worker, reason, error))
             return
         if answer is None:
-            self.read_on(index, TEXT_TIMEOUT_S if line.odd.is_text_due else 0.0)
-            self._give_back(index)
+            worker.read_on(TEXT_TIMEOUT_S if line.odd.is_text_due else 0.0)
+            self._give_back(worker)
             return
         if answer.keep:
-            self.keep(index)
+            worker.keep()
         else:
-            self._disconnect(index)
+            self._disconnect(worker)
         self.note_version(answer.headers)
         url = protocol.post_url(line.url)
         failure = protocol.check_answer(
             answer.status, answer.body, answer.headers, peer_id=self.peer_id, url=url
         )
         if failure is None:
-            self._succeed(index)
+            self._succeed(worker)
         else:
-            self._fail(index, failure, keep=answer.keep)
+            self._fail(worker, failure, keep=answer.keep)
 
     def note_version(self, headers: Mapping[str, str]) -> None:
         """See the headers of an answer, with names in lower case."""
         if self._versions is not None:
             self._versions.note(self.peer_id, headers)
 
-    def _succeed(self, index: int) -> None:
-        kind, to, _ = self.job(index)
+    def _succeed(self, worker: Worker) -> None:
+        kind, to, _ = worker.job()
         if not self.status.is_active:
             self.status.activate()
         if kind == MessageType.SNAP:
             self.report_snapshot(to, SnapshotStatus.FINISH)
-        self._finish(index, True)
-        tunnel = self._lines[index].tunnel
-        if tunnel is not None and self.take(index):
-            self.seal(index, tunnel.seal)
-            self._post(index)
+        self._finish(worker, True)
+        tunnel = worker.line.tunnel
+        if tunnel is not None and worker.take():
+            worker.seal(tunnel.seal)
+            self._post(worker)
         else:
-            self._give_back(index)
+            self._give_back(worker)
 
-    def _fail(self, index: int, error: PostError, *, keep: bool = False) -> None:
+    def _fail(self, worker: Worker, error: PostError, *, keep: bool = False) -> None:
         """Tell everyone who has to know, in etcd's order, and count."""
-        kind, to, _ = self.job(index)
+        kind, to, _ = worker.job()
         if not keep:
-            self._disconnect(index)
-        self.picker.unreachable(self._lines[index].url)
+            self._disconnect(worker)
+        self.picker.unreachable(worker.line.url)
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
             self.callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
         is_news = self.status.deactivate("pipeline", "write", error.reason)
-        self.count_failed_append(index)
+        worker.count_failed_append()
         self.report_unreachable(to, is_news=is_news)
         if kind == MessageType.SNAP:
             self.report_snapshot(to, SnapshotStatus.FAILURE)
-        self._finish(index, False)
-        self._give_back(index)
+        self._finish(worker, False)
+        self._give_back(worker)
 
-    def _finish(self, index: int, is_sent: bool) -> None:
+    def _finish(self, worker: Worker, is_sent: bool) -> None:
         """Write the outcome into the books; an idle worker keeps nothing of what it sent."""
-        self.post(index, b"")
-        self._lines[index].outgoing = b""
-        self.finish(index, is_sent)
+        worker.post(b"")
+        worker.line.outgoing = b""
+        worker.finish(is_sent)
 
-    def _reason(self, index: int, error: int) -> str:
-        tunnel = self._lines[index].tunnel
+    def _reason(self, worker: Worker, error: int) -> str:
+        tunnel = worker.line.tunnel
         is_shaking = tunnel is not None and not tunnel.is_established
         return f"{'TLS handshake: ' if is_shaking else ''}{error_text(error)}"
 
     def _unreachable(
-        self, index: int, reason: str, cause: BaseException | None = None
+        self, worker: Worker, reason: str, cause: BaseException | None = None
     ) -> PeerUnreachableError:
-        line = self._lines[index]
+        line = worker.line
         error = PeerUnreachableError(reason, peer_id=self.peer_id, url=line.url)
         error.__cause__ = cause
         return error
 
-    def _disconnect(self, index: int) -> None:
-        self.disconnect(index)
-        self._lines[index].odd.clear()
-        self._lines[index].close()
+    def _disconnect(self, worker: Worker) -> None:
+        worker.disconnect()
+        worker.line.odd.clear()
+        worker.line.close()
 
-    def _give_back(self, index: int) -> None:
-        given = self.give_back(index)
-        if given is Given.RETIRED:
-            self._lines[index].close()
-        elif given is Given.NOT:
-            self._fail(index, self._unreachable(index, STOPPED))
+    def _give_back(self, worker: Worker) -> None:
+        given = worker.give_back()
+        if given is GiveBack.RETIRED:
+            worker.line.close()
+        elif given is GiveBack.HAS_JOB:
+            self._fail(worker, self._unreachable(worker, STOPPED))
 
     def on_expired(self) -> None:
         """Fail what waited longer than ``max_queue_age``. It says nothing of the peer."""
