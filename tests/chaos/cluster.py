@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.chaos.link import Fault, Link, Network, faults
 from tests.chaos.member import Setting
 from tests.chaos.verdict import Log
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 #: For something that must happen once nothing is wrong any more: an election takes 6 s at most, and
 #: etcd starts in 1 s, on an idle machine.
@@ -33,13 +35,7 @@ class ChaosError(Exception):
     """The cluster did not recover, or a member ended by itself."""
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    """Block until something holds that does not tell us; ChaosError if it does not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise ChaosError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.02)
+wait_until = functools.partial(eventually, timeout=TIMEOUT_S, error=ChaosError)
 
 
 class OurMember:

@@ -32,6 +32,7 @@ from tests.support.server import (
     once_idle,
     then_close,
 )
+from tests.support.waiting import until_read
 
 CLOSING = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 PADDED = b"HTTP/1.1 204 No Content\r\nX-Pad: " + b"p" * 4096 + b"\r\n\r\n"
@@ -116,7 +117,7 @@ def test_an_answer_may_come_in_two_parts_cut_anywhere(data: bytes) -> None:
     def cut(connection: Connection, request: Request) -> None:
         at = next(cuts)
         connection.send(data[:at])
-        time.sleep(0.002)  # nothing tells when the first part was read
+        until_read(connection.sock)
         connection.send(data[at:])
 
     with ScriptedServer(cut) as server, pipeline_to(server, connections=1) as pipeline:
@@ -314,7 +315,7 @@ def test_the_status_line_decides_and_the_worker_is_free_at_once(
 def test_the_text_of_a_412_may_come_after_its_head(caplog: pytest.LogCaptureFixture) -> None:
     def in_two_parts(connection: Connection, request: Request) -> None:
         connection.send(CHUNKED_412[:-20])
-        time.sleep(0.05)  # nothing tells when the first part was read
+        until_read(connection.sock)
         connection.send(CHUNKED_412[-20:])
 
     caplog.set_level(logging.DEBUG, "pipeline")

@@ -13,8 +13,9 @@ from pipeline.logs import lost_lines
 from tests.support.callbacks import RudeError
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, eventually, message, pipeline_to, settle
+from tests.support.senders import PEER, message, pipeline_to, settle
 from tests.support.server import ERROR, OK, ScriptedServer, always, answer, black_hole, in_turn
+from tests.support.waiting import eventually
 
 HEALTHY = 9
 

@@ -15,7 +15,7 @@ from urllib3.util import parse_url
 
 from pipeline import EncodedMessage, Message, MessageType, SendResult, Snapshot
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, eventually, message, pipeline_to, settle
+from tests.support.senders import PEER, message, pipeline_to, settle
 from tests.support.server import (
     ERROR,
     OK,
@@ -27,6 +27,7 @@ from tests.support.server import (
     in_turn,
     reset,
 )
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 

@@ -24,7 +24,7 @@ from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
 from tests.fault.test_processes import run
-from tests.functional.test_receiver import read_answers, wait_until
+from tests.functional.test_receiver import read_answers
 from tests.support import LONG_TIMEOUT
 from tests.support.http import (
     CLUSTER_ID,
@@ -37,8 +37,8 @@ from tests.support.http import (
 )
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually
 from tests.support.snapshots import FILE as SNAPSHOT_FILE
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 MESSAGE = HEARTBEAT.marshal()
@@ -363,7 +363,7 @@ def test_chunked_bodies_together_stay_within_the_budget() -> None:
                 (refused,), _, _ = select.select([first, second], [], [], LONG_TIMEOUT)
                 assert read_status(refused) == 503
             # One was refused, the other broke off.
-            wait_until(lambda n=2 * round_: handlers.received.failures == n)  # type: ignore[misc]
+            eventually(lambda n=2 * round_: handlers.received.failures == n)  # type: ignore[misc]
         body = Message(type=MessageType.APP, context=bytes(MIB * 3 // 4)).marshal()
         with dial(listener.url) as sock:
             sock.sendall(raw_head(CHUNKED) + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))

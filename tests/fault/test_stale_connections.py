@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import EncodedMessage, MessageType
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, eventually, message, pipeline_to, settle
+from tests.support.senders import PEER, message, pipeline_to, settle
 from tests.support.server import (
     ERROR,
     OK,
@@ -22,6 +22,7 @@ from tests.support.server import (
     reset,
     then_close,
 )
+from tests.support.waiting import eventually
 
 HEARTBEAT, PROP, SNAP = MessageType.HEARTBEAT, MessageType.PROP, MessageType.SNAP
 

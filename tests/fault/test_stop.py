@@ -16,16 +16,9 @@ from pipeline import EncodedMessage, MessageType, Pipeline, SendResult, Transpor
 from pipeline.pipeline import STOP_TIMEOUT_S
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, assert_balanced, eventually, message, pipeline_to, settle
-from tests.support.server import (
-    ERROR,
-    Connection,
-    ScriptedServer,
-    always,
-    black_hole,
-    dials_to,
-    in_turn,
-)
+from tests.support.senders import PEER, assert_balanced, message, pipeline_to, settle
+from tests.support.server import ERROR, Connection, ScriptedServer, always, black_hole, in_turn
+from tests.support.waiting import dials_to, eventually
 
 SLACK_S = 1.5  # for a busy machine; what hangs, hangs for good
 

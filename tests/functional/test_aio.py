@@ -34,8 +34,9 @@ from pipeline.aio import Transport, _Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, Reply, peer_headers, reply_of_socket
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer, refused_port
+from tests.support.waiting import eventually, eventually_async
 
 # A stop that waited for the callback it is called from would take this long.
 FOREVER = TransportConfig(stop_timeout_s=3600.0)
@@ -88,12 +89,6 @@ def posting(url: str, **fields: int) -> asyncio.Task[Reply]:
     return asyncio.create_task(asyncio.to_thread(post, url, **fields))
 
 
-async def until(predicate: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LONG_TIMEOUT):
-        while not predicate():
-            await asyncio.sleep(0.002)
-
-
 def transport_of(node: Node, **changes: Any) -> Transport:
     return Transport(2, CLUSTER_ID, node, on_critical_error=node.removed, **changes)
 
@@ -128,7 +123,7 @@ def test_many_messages_go_both_ways(run: Callable[[Main], None]) -> None:
             for index in range(count):
                 one.send([Message(type=MessageType.HEARTBEAT, from_=1, to=2, index=index)])
                 two.send([Message(type=MessageType.HEARTBEAT, from_=2, to=1, index=index)])
-            await until(lambda: one.stats()[2].sent == two.stats()[1].sent == count)
+            await eventually_async(lambda: one.stats()[2].sent == two.stats()[1].sent == count)
             assert (one.active_peers(), one.active_since(2) is not None) == (1, True)
             assert one.follower_stats().keys() == {2}
         for node in (a, b):
@@ -168,7 +163,7 @@ def test_messages_of_one_member_are_processed_one_by_one_as_they_came(
                             type=MessageType.HEARTBEAT, from_=sender.member_id, to=2, index=index
                         )
                         sender.send([beat])
-                await until(lambda: one.stats()[2].sent == three.stats()[2].sent == 50)
+                await eventually_async(lambda: one.stats()[2].sent == three.stats()[2].sent == 50)
         assert most == {1: 1, 3: 1}
         assert [m.index for m in node.processed if m.from_ == 1] == list(range(50))
 
@@ -187,7 +182,7 @@ def test_calls_queue_for_their_member_in_the_order_they_were_left(
             posts = []
             for index in range(3):
                 posts.append(posting(url, index=index))
-                await until(lambda index=index: waiting(transport) == index + 1)
+                await eventually_async(lambda index=index: waiting(transport) == index + 1)
             other = await posting(url, sender=9, index=9)  # does not wait for member 1
             assert [m.index for m in node.processed] == [0, 9]
             gate.set()
@@ -241,7 +236,7 @@ def test_reports_and_critical_errors_come_on_the_loop_in_etcd_s_order(
             async with transport_of(node) as transport:
                 transport.add_peer(5, [server.url])
                 transport.send([message(MessageType.SNAP, b"s", to=5)])
-                await until(lambda: transport.stats()[5].failed == 1)
+                await eventually_async(lambda: transport.stats()[5].failed == 1)
                 removed = transport._transport._raft.is_id_removed
                 assert await asyncio.to_thread(removed, 7) is True
                 assert await asyncio.to_thread(removed, 5) is False
@@ -263,7 +258,7 @@ def test_a_report_that_raises_is_logged_and_counted(
             async with transport_of(node) as transport:
                 transport.add_peer(5, [f"http://127.0.0.1:{port}"])
                 transport.send([message(to=5), message(to=5)])
-                await until(lambda: transport.stats()[5].failed == 2)
+                await eventually_async(lambda: transport.stats()[5].failed == 2)
         assert node.reports == [(5,), (5,)]
 
     run(main())
@@ -318,7 +313,7 @@ def test_a_stuck_loop_makes_callers_wait_and_holds_no_more_calls_than_threads(
             eventually(lambda: calls() == before + 2)
             time.sleep(SHORT_TIMEOUT)
             assert (calls() - before, node.processed, replies) == (2, [], [])
-            await until(lambda: len(replies) == 8)
+            await eventually_async(lambda: len(replies) == 8)
             for thread in threads:
                 thread.join()
         assert {reply.status for reply in replies} == {204}
@@ -345,9 +340,9 @@ def test_stop_cancels_the_callbacks_that_run_and_refuses_those_that_wait(
         async with transport:
             url = (await transport.listen("http://127.0.0.1:0")).url
             first = posting(url, index=1)
-            await until(lambda: waiting(transport) == 1)
+            await eventually_async(lambda: waiting(transport) == 1)
             second = posting(url, index=2)
-            await until(lambda: waiting(transport) == 2)
+            await eventually_async(lambda: waiting(transport) == 2)
             assert await asyncio.gather(transport.stop(), transport.stop()) == [0, 0]
             assert cancelled == [1]
             assert [m.index for m in node.processed] == [1]
@@ -386,7 +381,7 @@ def test_removing_a_peer_from_its_report_waits_for_none_of_its_reports(
     async def main() -> None:
         async def report() -> None:
             if len(node.reports) == 1:
-                await until(lambda: waiting(transport) == 4)  # a worker each
+                await eventually_async(lambda: waiting(transport) == 4)  # a worker each
                 await transport.remove_peer(5)
                 raise ValueError("nobody waits for this")
 
@@ -395,7 +390,7 @@ def test_removing_a_peer_from_its_report_waits_for_none_of_its_reports(
             async with transport_of(node, config=FOREVER) as transport:
                 transport.add_peer(5, [f"http://127.0.0.1:{port}"])
                 transport.send([message(to=5)] * 4)
-                await until(lambda: len(node.reports) == 4)
+                await eventually_async(lambda: len(node.reports) == 4)
                 assert transport.stats() == {}
 
     run(main())
@@ -407,7 +402,7 @@ def test_stop_from_a_callback_waits_for_none_of_its_member_s_calls(
 ) -> None:
     async def main() -> None:
         async def process(message: Message) -> None:
-            await until(lambda: waiting(transport) == 2)
+            await eventually_async(lambda: waiting(transport) == 2)
             await transport.stop()
 
         node = Node(process)
@@ -417,7 +412,7 @@ def test_stop_from_a_callback_waits_for_none_of_its_member_s_calls(
         replies = await asyncio.gather(posting(url), posting(url))
         assert [reply.status for reply in replies] == [503, 503]
         await transport.stop()
-        await until(lambda: waiting(transport) == 0)
+        await eventually_async(lambda: waiting(transport) == 0)
         assert len(node.processed) == 1
 
     run(main())
@@ -513,7 +508,7 @@ def test_a_loop_that_ends_without_stop_leaves_no_thread_waiting(
             thread = threading.Thread(target=lambda: replies.append(post(url)))
             threads.append(thread)
             thread.start()
-            await until(lambda index=index: waiting(transport) == index + 1)
+            await eventually_async(lambda index=index: waiting(transport) == index + 1)
         # Returning cancels what runs on the loop.
 
     threads: list[threading.Thread] = []
@@ -590,14 +585,14 @@ def test_a_program_that_drops_its_transport_ends() -> None:
     program = """
 import asyncio, threading
 from pipeline.aio import Transport
-from tests.functional.test_aio import CLUSTER_ID, Node, post, until, waiting
+from tests.functional.test_aio import CLUSTER_ID, Node, eventually_async, post, waiting
 
 async def main():
     transport = Transport(2, CLUSTER_ID, Node(lambda message: asyncio.Event().wait()))
     await transport.start()
     url = (await transport.listen("http://127.0.0.1:0")).url
     threading.Thread(target=lambda: print(post(url).status)).start()
-    await until(lambda: waiting(transport) == 1)
+    await eventually_async(lambda: waiting(transport) == 1)
 
 asyncio.run(main())
 """
@@ -653,9 +648,9 @@ def test_what_a_progress_callback_raises_or_returns_is_counted_and_ends_nothing(
                 transport.add_peer(1, [server.url])
                 callbacks = transport._transport.callbacks
                 await transport.send_snapshot(snapshot_to(1), b"x", on_progress=fail)
-                await until(lambda: callbacks.errors == 4)
+                await eventually_async(lambda: callbacks.errors == 4)
                 await transport.send_snapshot(snapshot_to(1), b"x", on_progress=Unawaited())
-                await until(lambda: callbacks.errors == 8)
+                await eventually_async(lambda: callbacks.errors == 8)
         assert problems == []
 
     run(main())
@@ -691,8 +686,8 @@ def test_a_report_that_raises_on_the_loop_is_counted_and_ends_nothing(
                 transport.add_peer(1, [server.url])
                 for count in range(1, 4):
                     transport.send([message(to=1)])
-                    await until(lambda count=count: len(node.reports) == count)  # type: ignore[misc]
-                    await until(lambda: transport.stats()[1].in_flight == 0)
+                    await eventually_async(lambda count=count: len(node.reports) == count)  # type: ignore[misc]
+                    await eventually_async(lambda: transport.stats()[1].in_flight == 0)
                 assert transport._transport.callbacks.errors == 3
 
     run(main())
@@ -781,7 +776,7 @@ def test_a_snapshot_is_awaited_and_told_of_on_the_loop(run: Callable[[Main], Non
                 await transport.send_snapshot(snapshot_to(1), chunks, size=8, on_progress=progress)
                 assert node.reports == [(1, SnapshotStatus.FINISH)]
                 assert server.requests[0].body.endswith(b"helloyou")
-                await until(lambda: len(seen) == 4)
+                await eventually_async(lambda: len(seen) == 4)
                 with pytest.raises(SnapshotSourceError):
                     await transport.send_snapshot(snapshot_to(1), [b"x"], size=2)
                 with pytest.raises(MemberNotFoundError):
@@ -809,7 +804,7 @@ def test_a_snapshot_that_is_awaited_can_be_ended(run: Callable[[Main], None], by
                 else:
                     transfer = await transport.begin_snapshot(snapshot_to(1), b"x")
                     await asyncio.to_thread(server.wait_requests, 1)
-                    await until(lambda: transfer.progress.phase == "answering")
+                    await eventually_async(lambda: transfer.progress.phase == "answering")
                     if by == "handle":
                         transfer.cancel()
                     else:
@@ -818,7 +813,7 @@ def test_a_snapshot_that_is_awaited_can_be_ended(run: Callable[[Main], None], by
                         await transfer.result()
                     assert transfer.done()
                 if by != "stop":
-                    await until(lambda: node.reports == [(1, SnapshotStatus.FAILURE)])
+                    await eventually_async(lambda: node.reports == [(1, SnapshotStatus.FAILURE)])
             server.release.set()
 
     run(main())
@@ -838,7 +833,7 @@ def test_a_snapshot_whose_beginning_is_cancelled_is_cancelled(
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                await until(lambda: node.reports == [(1, SnapshotStatus.FAILURE)])
+                await eventually_async(lambda: node.reports == [(1, SnapshotStatus.FAILURE)])
             server.release.set()
 
     run(main())

@@ -29,9 +29,9 @@ from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually
 from tests.support.snapshots import LINE, framed
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 LIMIT = 16 * MIB

@@ -17,7 +17,7 @@ import urllib3
 
 import pipeline.cli
 from pipeline.cli.demo import demo
-from tests.support.etcd import wait_until
+from tests.support.waiting import eventually
 
 #: For a run of 100 writes, which takes 3 s on an idle machine.
 RUN_TIMEOUT_S = 90.0
@@ -131,7 +131,7 @@ def test_a_signal_leaves_no_etcd_and_no_directory(
             return bool(list(tmp_path.glob("*/etcd.log")))
         return any(has_committed(command) for command in commands_with(tmp_path))
 
-    wait_until(has_come, moment)
+    eventually(has_come, moment)
     process.send_signal(number)
     out, _ = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 128 + number

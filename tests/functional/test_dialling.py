@@ -32,9 +32,10 @@ from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets
 from tests.support.names import Names
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import PROBED, ScriptedServer, black_hole, refused_port
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 PEER, OTHER = 2, 3
 CHANNELS = ("message", "snapshot", "probe")

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from tests.support.http import (
     reply_of_socket,
 )
 from tests.support.raft import FakeRaft
+from tests.support.waiting import eventually
 
 ANY = "http://127.0.0.1:0"
 
@@ -63,15 +63,15 @@ def listener_threads(*, expected: int = 0) -> list[str]:
 
     A thread that has ended may be seen for a moment, one told to end needs a moment to.
     """
-    deadline = time.monotonic() + LONG_TIMEOUT
-    while True:
-        names = [thread.name for thread in threading.enumerate()]
-        names = [name for name in names if name.startswith("pipeline-")]
-        if has_native_thread():
-            names.append("pipeline-serve")
-        if len(names) <= expected or time.monotonic() > deadline:
-            return names
-        time.sleep(0.001)
+    names: list[str] = []
+
+    def are_few() -> bool:
+        names[:] = [t.name for t in threading.enumerate() if t.name.startswith("pipeline-")]
+        names.extend(["pipeline-serve"] * has_native_thread())
+        return len(names) <= expected
+
+    eventually(are_few, lambda: f"{expected} threads are left of {names}")
+    return names
 
 
 def has_native_thread() -> bool:
@@ -442,7 +442,8 @@ def test_a_connection_answered_late_is_idle_from_then_on(gate: threading.Event) 
     config = ReceiverConfig(idle_timeout_s=0.1, head_timeout_s=0.1)
     with listen(FakeRaft(gate=gate), config=config) as listener, dial(listener.url) as sock:
         sock.sendall(GOOD)
-        time.sleep(0.5)
+        with dial(listener.url) as silent:
+            assert is_closed(silent)  # in time: no earlier deadline is left
         gate.set()
         assert read_status(sock) == 204
         assert is_closed(sock)
@@ -532,9 +533,7 @@ def test_the_end_of_a_connection_is_heard_of_whoever_has_a_copy(
     """A forked child has copies of our sockets, and to close ours does not end the connection."""
     config = ReceiverConfig(**limits)
     with listen(FakeRaft(), config=config) as listener, dial(listener.url) as sock:
-        deadline = time.monotonic() + LONG_TIMEOUT
-        while listener.stats().accepted == 0 and time.monotonic() < deadline:
-            time.sleep(0.001)
+        eventually(lambda: listener.stats().accepted == 1)
         with copies_of_sockets():
             sock.sendall(sent)
             if "max_connections" in limits:

@@ -23,7 +23,7 @@ from tests.support import LONG_TIMEOUT
 from tests.support.fronts import AsgiFront, WsgiFront, running
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually
+from tests.support.waiting import eventually
 
 MESSAGE = HEARTBEAT.marshal()
 

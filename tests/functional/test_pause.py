@@ -20,8 +20,9 @@ from pipeline import (
 from tests.support import LONG_TIMEOUT
 from tests.support.http import post_heartbeat
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer, answer
+from tests.support.waiting import eventually
 
 ONE = TransportConfig(pipeline=PipelineConfig(connections=1))
 NOWHERE = "http://127.0.0.1:1"

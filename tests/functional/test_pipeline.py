@@ -34,7 +34,6 @@ from tests.support.senders import (
     MEMBER,
     PEER,
     assert_balanced,
-    eventually,
     message,
     pipeline_to,
     settle,
@@ -49,6 +48,7 @@ from tests.support.server import (
     in_turn,
     refused_port,
 )
+from tests.support.waiting import eventually
 
 ACCEPTED, QUEUE_FULL = SendResult.ACCEPTED, SendResult.QUEUE_FULL
 

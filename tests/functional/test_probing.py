@@ -19,7 +19,6 @@ from tests.support.senders import (
     FRAMINGS,
     INTERIMS,
     ParsedHeads,
-    eventually,
     many_interims,
     message,
     unfinished,
@@ -39,6 +38,7 @@ from tests.support.server import (
     reset,
     then_close,
 )
+from tests.support.waiting import eventually
 
 QUICK = TransportConfig(probe_interval_s=0.01)
 

@@ -18,8 +18,9 @@ from pipeline import (
 )
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, assert_balanced, eventually, message, pipeline_to, settle
+from tests.support.senders import PEER, assert_balanced, message, pipeline_to, settle
 from tests.support.server import OK, ScriptedServer, black_hole
+from tests.support.waiting import eventually
 
 AGE_S = 0.05
 

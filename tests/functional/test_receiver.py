@@ -45,6 +45,7 @@ from tests.support.http import (
 )
 from tests.support.memory import IS_SANITIZED, rss
 from tests.support.raft import FakeRaft
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 MESSAGE = HEARTBEAT.marshal()
@@ -91,14 +92,6 @@ def settle(listener: Listener) -> None:
     assert reply_of_socket(listener.url, "GET", "/raft/probing", {}, b"").status == 200
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll what has no event, such as a counter of the loop."""
-    deadline = time.monotonic() + LONG_TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen"
-        time.sleep(0.005)
-
-
 def fill(sock: socket.socket, data: memoryview) -> int:
     """Send until nothing more is taken; how much was."""
     sent = 0
@@ -111,7 +104,7 @@ def fill(sock: socket.socket, data: memoryview) -> int:
 
 
 def wait_for_memory(bound: int) -> None:
-    wait_until(lambda: rss() < bound)
+    eventually(lambda: rss() < bound)
 
 
 # What epoll says once
@@ -159,16 +152,16 @@ def test_a_caller_that_half_closes_is_answered_first() -> None:
                 sock.shutdown(socket.SHUT_WR)
                 assert read_status(sock) == 204
                 assert is_closed(sock)
-        wait_until(lambda: listener.stats().connections == 0)
+        eventually(lambda: listener.stats().connections == 0)
 
 
 def test_a_connection_whose_descriptor_is_copied_touches_nothing_freed() -> None:
     """A forked child has copies; to close ours then does not take it out of epoll (epoll(7))."""
     with listen(FakeRaft(), config=ReceiverConfig(head_timeout_s=0.05)) as listener:
         sock = dial(listener.url)
-        wait_until(lambda: listener.stats().connections == 1)
+        eventually(lambda: listener.stats().connections == 1)
         with copies_of_sockets():
-            wait_until(lambda: listener.stats().connections == 0)
+            eventually(lambda: listener.stats().connections == 0)
             for _ in range(50):
                 with contextlib.suppress(ConnectionError):  # it has been shut
                     sock.send(b"x")
@@ -188,7 +181,7 @@ def test_accepting_goes_on_when_a_connection_becomes_idle(gate: threading.Event)
         raft.wait_processed(2)
         late = dial(listener.url)
         late.sendall(GOOD)
-        wait_until(lambda: listener.stats().accept_pauses == 1)
+        eventually(lambda: listener.stats().accept_pauses == 1)
         assert listener.stats().connections == 2
         gate.set()
         assert [read_status(sock) for sock in (*busy, late)] == [204] * 3
@@ -205,7 +198,7 @@ def test_accepting_goes_on_when_a_connection_closes() -> None:
             assert read_status(reading) == 204
             late = dial(listener.url)
             late.sendall(GOOD)
-            wait_until(lambda: listener.stats().accept_pauses == 1)
+            eventually(lambda: listener.stats().accept_pauses == 1)
         assert read_status(late) == 204
         late.close()
 
@@ -235,7 +228,7 @@ def test_a_peer_that_does_not_read_its_answer_counts_as_idle() -> None:
     with listen(raft, config=ReceiverConfig(stall_timeout_s=0.1)) as listener:
         with dial(listener.url) as sock:
             sock.sendall(GOOD)
-            wait_until(lambda: listener.stats().idle_timeouts == 1)
+            eventually(lambda: listener.stats().idle_timeouts == 1)
             assert is_closed(sock)
         assert listener.stats().head_timeouts == 0
 
@@ -251,7 +244,7 @@ def test_what_is_begun_in_any_order_stays_within_the_budget() -> None:
     with listen(FakeRaft(), config=config) as listener:
         post_heartbeat(listener.url)
         socks = [dial(listener.url) for _ in range(4)]
-        wait_until(lambda: listener.stats().accepted == 5)
+        eventually(lambda: listener.stats().accepted == 5)
         before = rss()
         for sock in reversed(socks):  # the one idle longest begins last
             sock.sendall(head_of(size))
@@ -291,7 +284,7 @@ def test_proposals_that_wait_for_a_leader_are_within_the_budget(gate: threading.
         senders = [threading.Thread(target=sock.sendall, args=(proposal,)) for sock in socks]
         for sender in senders:
             sender.start()
-        wait_until(lambda: listener.stats().body_pauses >= 1)
+        eventually(lambda: listener.stats().body_pauses >= 1)
         settle(listener)
         # 1 from the beginning, then as many proposals as there is room for.
         assert listener.stats().fast_requests <= 1 + 3
@@ -431,11 +424,11 @@ def queue_behind_one(
             caller.sendall(request)
             callers.append(caller)
             if is_general:
-                wait_until(lambda n=count: handlers.budget.used == n * len(beat_of(1)))
+                eventually(lambda n=count: handlers.budget.used == n * len(beat_of(1)))
                 settle(listener)  # the general thread has given it back
                 settle(listener)  # and the loop has queued it
             else:
-                wait_until(lambda n=count: listener.stats().fast_requests == 1 + n)
+                eventually(lambda n=count: listener.stats().fast_requests == 1 + n)
         gate.set()
         assert [read_status(caller) for caller in callers] == [204] * len(callers)
     return [message.from_ for message in raft.processed[1:]]

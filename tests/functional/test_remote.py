@@ -24,8 +24,9 @@ from tests.support.http import (
 )
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer
+from tests.support.waiting import eventually
 
 ONE = TransportConfig(pipeline=PipelineConfig(connections=1))
 NOWHERE = "http://127.0.0.1:1"

@@ -22,7 +22,7 @@ from pipeline import (
 from pipeline.handlers import Handlers
 from tests.support.http import CLUSTER_ID, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually
+from tests.support.waiting import eventually
 
 
 @dataclass

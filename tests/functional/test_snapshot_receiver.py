@@ -51,6 +51,7 @@ from tests.support.snapshots import (
     read_reply,
     snapshot,
 )
+from tests.support.waiting import eventually
 
 MIB = 1 << 20
 DATABASE = os.urandom(100_003)
@@ -104,14 +105,6 @@ def make_node(tmp_path: Path) -> Iterator[MakeNode]:
 @pytest.fixture
 def node(make_node: MakeNode) -> Node:
     return make_node()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Wait for something on the disk, or of another thread's, that tells nobody."""
-    deadline = time.monotonic() + LONG_TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
 
 
 # -- what is taken
@@ -212,7 +205,7 @@ def test_two_that_arrive_together_do_not_disturb_each_other(
     with dial(node.url) as one, dial(node.url) as two:
         one.sendall(requests[0][:-1])
         two.sendall(requests[1][:-1])
-        wait_until(
+        eventually(
             lambda: sorted(node.files().values()) == [49_999, 59_999], "both are being stored"
         )
         assert node.counts().in_flight == 2
@@ -455,14 +448,14 @@ def test_a_snapshot_too_many_is_answered_503_and_others_go_on(make_node: MakeNod
     with dial(node.url) as one, dial(node.url) as two:
         for sock in (one, two):
             sock.sendall(post(BODY)[:-1])
-        wait_until(lambda: len(node.files()) == 2, "both are being stored")
+        eventually(lambda: len(node.files()) == 2, "both are being stored")
         reply = ask(node.url, post(BODY))
         assert (reply.status, reply.body) == (503, b"too many snapshots at once\n")
         for sock in (one, two):
             sock.sendall(BODY[-1:])
             assert read_reply(sock).status == 204
     # The places are free again when the connections have ended.
-    wait_until(lambda: ask(node.url, post(BODY)).status == 204, "there is room again")
+    eventually(lambda: ask(node.url, post(BODY)).status == 204, "there is room again")
     assert node.counts(UNKNOWN).failures >= 1
 
 
@@ -490,7 +483,7 @@ def test_an_aborted_body_leaves_nothing_wherever_it_ends(
             else:
                 sock.shutdown(socket.SHUT_WR)
                 assert read_status(sock) in (400, 500)
-    wait_until(
+    eventually(
         lambda: sum(c.failures for c in node.snapshots.counts().values()) == len(cuts),
         "all have failed",
     )
@@ -738,7 +731,7 @@ def test_a_file_system_that_cannot_sync_is_gone_on_with(
     before = len(os.listdir("/proc/self/fd"))
     for index in (INDEX, INDEX + 1):
         assert ask(node.url, post(framed(snapshot(index), DATABASE))).status == 204
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
     assert set(node.files().values()) == {len(DATABASE)}
     assert len(node.files()) == len(node.raft.processed) == 2
     what = "directory" if is_directory else "file"
@@ -804,7 +797,7 @@ def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
     reply = ask(node.url, post(BODY))
     assert reply.status == 500
     assert os.strerror(errno.EROFS).encode() in reply.body
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
     assert "cannot remove" in caplog.text
 
 
@@ -816,7 +809,7 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(make_node: MakeNode) 
         (node.directory / name).write_bytes(b"x")
     with dial(node.url) as sock:
         sock.sendall(post(framed(snapshot(7), DATABASE))[:-1])
-        wait_until(lambda: len(node.files()) == 6, "one is arriving")
+        eventually(lambda: len(node.files()) == 6, "one is arriving")
         again = make_node()  # another listener over the same directory
         assert ours not in again.files()
         assert kept < set(again.files())
@@ -841,9 +834,9 @@ def test_a_close_ends_what_is_being_received(node: Node, sent: int, is_chunked: 
     start = request.index(b"\r\n\r\n") + 4
     with dial(node.url) as sock:
         sock.sendall(request[: start + sent])
-        wait_until(lambda: node.listener.stats().connections == 0, "it has left the loop")
+        eventually(lambda: node.listener.stats().connections == 0, "it has left the loop")
         if sent > 1000:
-            wait_until(lambda: node.files() != {}, "it is being stored")
+            eventually(lambda: node.files() != {}, "it is being stored")
         began = time.monotonic()
         node.listener.close(deadline_s=LONG_TIMEOUT)
         assert time.monotonic() - began < LONG_TIMEOUT / 2
@@ -885,7 +878,7 @@ def test_a_close_does_not_wait_for_ever_for_the_disk(
         assert node.files() == {}
         gate.set()
         assert sock.recv(1) == b""
-    wait_until(lambda: "snapshot" not in names_of_threads(), "its thread has ended")
+    eventually(lambda: "snapshot" not in names_of_threads(), "its thread has ended")
     assert node.results() == {"1": (0, 1)}
     assert node.files() == {}
     assert node.raft.processed == []
@@ -926,14 +919,14 @@ def test_no_descriptor_and_no_thread_is_left(node: Node) -> None:
         return counts.failures == failures and "snapshot" not in names_of_threads()
 
     ask(node.url, post(BODY))
-    wait_until(lambda: all_ended(0), "its thread has ended")
+    eventually(lambda: all_ended(0), "its thread has ended")
     before = descriptors()
     for n in range(20):
         assert ask(node.url, post(BODY)).status == 204
         assert ask(node.url, post(framed(HEARTBEAT))).status == 400
         with dial(node.url) as sock:
             sock.sendall(post(BODY)[:-1])
-        wait_until(lambda n=n: all_ended(2 * n + 2), "its threads have ended")  # type: ignore[misc]
+        eventually(lambda n=n: all_ended(2 * n + 2), "its threads have ended")  # type: ignore[misc]
     assert descriptors() == before
     assert node.listener.stats().connections == 0
 
@@ -946,7 +939,7 @@ def test_a_connection_that_left_the_loop_makes_room_for_another(make_node: MakeN
     node = make_node(max_connections=1)
     with dial(node.url) as one:
         one.sendall(post(BODY)[:-1])
-        wait_until(lambda: node.files() != {}, "it has left the loop")
+        eventually(lambda: node.files() != {}, "it has left the loop")
         assert ask(node.url, post(BODY)).status == 204
         one.sendall(BODY[-1:])
         assert read_reply(one).status == 204

@@ -61,7 +61,6 @@ from tests.support.senders import (
     FRAMINGS,
     INTERIMS,
     ParsedHeads,
-    eventually,
     many_interims,
     message,
     unfinished,
@@ -82,6 +81,7 @@ from tests.support.server import (
     then_close,
 )
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 MEMBER, PEER, CLUSTER = 1, 2, 0xCDF818194E3A8C32
 MIB = 1 << 20

@@ -45,8 +45,8 @@ from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_he
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually
 from tests.support.tls import DAY, Authority, now
+from tests.support.waiting import eventually, until_read
 
 MIB = 1 << 20
 ANY = "https://127.0.0.1:0"
@@ -295,7 +295,7 @@ def test_what_the_core_leaves_to_h11_works_as_without_tls(node: Node, way: str) 
             sock.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
         elif way == "in two parts":
             sock.sendall(post(body)[:100])
-            time.sleep(SHORT_TIMEOUT)
+            until_read(sock)
             sock.sendall(post(body)[100:])
         else:
             sock.sendall(raw_head(f"content-length: {len(body)}", "expect: 100-continue"))

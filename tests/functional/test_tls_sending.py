@@ -35,7 +35,6 @@ from tests.support.senders import (
     MEMBER,
     PEER,
     assert_balanced,
-    eventually,
     message,
     pipeline_to,
     settle,
@@ -51,6 +50,7 @@ from tests.support.server import (
     then_close,
 )
 from tests.support.tls import DAY, Authority, now
+from tests.support.waiting import eventually
 
 HEARTBEAT, PROP, SNAP = MessageType.HEARTBEAT, MessageType.PROP, MessageType.SNAP
 VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)

@@ -30,7 +30,7 @@ from pipeline import (
 from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import (
     OK,
     ScriptedServer,
@@ -41,6 +41,7 @@ from tests.support.server import (
     refused_port,
 )
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 ONE = TransportConfig(pipeline=PipelineConfig(connections=1))
 

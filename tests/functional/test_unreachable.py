@@ -11,8 +11,9 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.peer import Peer
 from pipeline.snapshot_sender import RateLimiter
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, eventually, message, pipeline_to, settle
+from tests.support.senders import PEER, message, pipeline_to, settle
 from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, always, in_turn
+from tests.support.waiting import eventually
 
 
 def send_one_by_one(pipeline: Pipeline, count: int, type_: MessageType = MessageType.APP) -> None:

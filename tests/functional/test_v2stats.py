@@ -12,8 +12,9 @@ from pipeline import stats as stats_module
 from pipeline.stats import ServerStats
 from tests.support.http import CLUSTER_ID, peer_headers, reply_of_handlers
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import OK, ScriptedServer, answer, in_turn
+from tests.support.waiting import eventually
 
 
 class Clock:

@@ -12,9 +12,10 @@ from pipeline.pipeline import Pipeline
 from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 PEER = 2
 CONFIG = TransportConfig(pipeline=PipelineConfig(connections=1), probe_interval_s=0)

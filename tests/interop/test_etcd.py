@@ -29,14 +29,9 @@ from pipeline import (
 from pipeline.examples.etcd import EtcdError, put_of, puts_in
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
-from tests.support.etcd import (
-    LEFT_BEHIND,
-    Cluster,
-    assert_balanced,
-    left_behind,
-    wait_until,
-)
+from tests.support.etcd import LEFT_BEHIND, Cluster, assert_balanced, left_behind
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.etcd
 
@@ -125,7 +120,7 @@ def test_etcd_counts_the_bytes_that_we_count_as_sent(cluster: Cluster) -> None:
         # Only an instant without a heartbeat between the two readings says anything.
         return received == before.sent_bytes and before == cluster.stats()
 
-    wait_until(is_equal, "both count the same bytes")
+    eventually(is_equal, "both count the same bytes")
 
 
 def test_a_linearizable_read_is_answered_because_we_echo_the_context(cluster: Cluster) -> None:
@@ -145,7 +140,7 @@ def test_etcd_hands_its_leadership_to_us_and_takes_it_back(cluster: Cluster) -> 
     assert cluster.follower.sent[MessageType.READ_INDEX_RESP] >= 1
     led_term = cluster.follower.state().term
 
-    wait_until(cluster.follower.transfer_leadership, "etcd holds our whole log")
+    eventually(cluster.follower.transfer_leadership, "etcd holds our whole log")
     assert cluster.follower.wait_for(lambda s: s.leader == cluster.etcd.id, LONG_TIMEOUT)
     cluster.etcd.put(b"under etcd again", b"3")
 
@@ -184,8 +179,8 @@ def test_the_cluster_goes_on_when_etcd_is_killed_and_started_again(
     cluster.etcd.stop()
     if leader == "us":
         assert cluster.follower.wait_for(lambda s: s.role is Role.LEADER, 0)
-        wait_until(lambda: cluster.stats().failed > 0, "a heartbeat fails")
-        wait_until(lambda: cluster.follower.unreachable > 0, "we are told so")
+        eventually(lambda: cluster.stats().failed > 0, "a heartbeat fails")
+        eventually(lambda: cluster.follower.unreachable > 0, "we are told so")
         assert_balanced(cluster.stats())
     cluster.etcd.start()
     cluster.etcd.wait_ready()
@@ -227,7 +222,7 @@ def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, le
 
 def test_etcd_hears_at_once_that_its_snapshot_is_refused(tmp_path: Path) -> None:
     with left_behind(tmp_path, TransportConfig(), takes_snapshots=False) as cluster:
-        wait_until(
+        eventually(
             lambda: "unexpected http status Not Implemented" in cluster.etcd.log_tail(500),
             "etcd hears that its snapshot was refused",
         )
@@ -323,7 +318,7 @@ def send_a_snapshot(cluster: Cluster, database: Path) -> None:
     broken = transport.send_snapshot(message, [bytes(1 << 20)], size=(1 << 20) + 1)
     with pytest.raises(SnapshotSourceError):
         broken.result(LONG_TIMEOUT)
-    wait_until(
+    eventually(
         lambda: etcd.metric(f"etcd_network_snapshot_receive_failures{from_us}") == 1,
         "etcd has seen it break off",
     )
@@ -359,16 +354,16 @@ def test_a_message_after_a_long_silence_is_not_lost(tmp_path: Path, idle_timeout
     )
     try:
         cluster.etcd.start()
-        wait_until(lambda: is_listening(cluster.etcd.peer_url), "etcd listens")
-        wait_until(lambda: connections_to(cluster.etcd.peer_url) == 0, "and has heard nothing yet")
+        eventually(lambda: is_listening(cluster.etcd.peer_url), "etcd listens")
+        eventually(lambda: connections_to(cluster.etcd.peer_url) == 0, "and has heard nothing yet")
         cluster.start_ours(listening=False)  # else etcd's elections would keep us talking
         assert cluster.transport is not None
         cluster.transport.send([heartbeat])
-        wait_until(lambda: cluster.stats().sent == 1, "the first is sent")
+        eventually(lambda: cluster.stats().sent == 1, "the first is sent")
         assert connections_to(cluster.etcd.peer_url) == 1
-        wait_until(lambda: connections_to(cluster.etcd.peer_url) == 0, "the connection is closed")
+        eventually(lambda: connections_to(cluster.etcd.peer_url) == 0, "the connection is closed")
         cluster.transport.send([heartbeat])
-        wait_until(lambda: cluster.stats().sent == 2, "the second is sent")
+        eventually(lambda: cluster.stats().sent == 2, "the second is sent")
         assert cluster.stats().failed == 0
     finally:
         cluster.stop()
@@ -389,7 +384,7 @@ def test_a_wrong_cluster_id_is_refused_on_both_sides(
                 ignored = [line for line in lines if "request sent was ignored" in line]
                 return any(f"{cluster.our_cluster_id:x}" in line for line in ignored)
 
-            wait_until(has_learnt, "etcd learns of our 412")
+            eventually(has_learnt, "etcd learns of our 412")
             assert cluster.transport is not None
             cluster.transport.send(
                 [
@@ -401,7 +396,7 @@ def test_a_wrong_cluster_id_is_refused_on_both_sides(
                     )
                 ]
             )
-            wait_until(lambda: cluster.follower.unreachable > 0, "we are told so")
+            eventually(lambda: cluster.follower.unreachable > 0, "we are told so")
         assert "cluster ID mismatch" in caplog.text
         stats = cluster.stats()
         assert (stats.sent, stats.failed) == (0, 1)
@@ -420,7 +415,7 @@ def cluster_version(cluster: Cluster) -> str:
 def test_the_leader_learns_our_version_and_raises_the_cluster_s(cluster: Cluster) -> None:
     claimed = cluster.config.server_version
     assert claimed.rpartition(".")[0] == cluster.etcd.version.rpartition(".")[0]
-    wait_until(
+    eventually(
         lambda: cluster_version(cluster) == claimed,
         "the cluster's version is that of its members",
     )
@@ -433,9 +428,9 @@ def test_etcd_answers_our_probes_on_one_connection(tmp_path: Path) -> None:
         cluster.start()
         assert cluster.transport is not None
         transport, etcd = cluster.transport, cluster.etcd.id
-        wait_until(lambda: transport.probe_stats()[etcd].is_healthy, "etcd answers a probe")
+        eventually(lambda: transport.probe_stats()[etcd].is_healthy, "etcd answers a probe")
         before = transport.probe_stats()[etcd]
-        wait_until(lambda: transport.probe_stats()[etcd].total > before.total + 5, "and more")
+        eventually(lambda: transport.probe_stats()[etcd].total > before.total + 5, "and more")
         after = transport.probe_stats()[etcd]
         assert after.lost == before.lost
         assert after.last_rtt_s is not None

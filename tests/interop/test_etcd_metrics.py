@@ -19,8 +19,9 @@ from pipeline import (
     TransportConfig,
 )
 from tests.support import LONG_TIMEOUT
-from tests.support.etcd import left_behind, wait_until
+from tests.support.etcd import left_behind
 from tests.support.http import peer_headers, reply_of_socket
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.etcd
 
@@ -76,10 +77,10 @@ def test_our_series_are_called_and_labelled_as_etcd_s(tmp_path: Path) -> None:
         us, them = f"{etcd.other_id:x}", f"{etcd.id:x}"
         gone = f'etcd_network_disconnected_peers_total{{Local="{them}",Remote="{us}"}}'
         failed = f'etcd_network_peer_sent_failures_total{{To="{us}"}}'
-        wait_until(lambda: etcd.metric(gone) > 0 and etcd.metric(failed) > 0, "etcd has seen us go")
+        eventually(lambda: etcd.metric(gone) > 0 and etcd.metric(failed) > 0, "etcd has seen us go")
         # etcd looks at its probes 5 s after it began them.
         trips = "etcd_network_peer_round_trip_time_seconds"
-        wait_until(lambda: trips in shapes(of_etcd()), "etcd has counted round trips")
+        eventually(lambda: trips in shapes(of_etcd()), "etcd has counted round trips")
         theirs = of_etcd()
 
     mine, etcds = shapes(ours), shapes(theirs)

@@ -13,9 +13,10 @@ import pytest
 from pipeline import Message, MessageType, TLSInfo, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
 from tests.interop.test_etcd import move_leadership_to_us, puts_in_our_log
-from tests.support.etcd import Cluster, wait_until
+from tests.support.etcd import Cluster
 from tests.support.raft import FakeRaft
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.etcd
 
@@ -60,13 +61,13 @@ def test_etcd_takes_what_we_post_over_mutual_tls(etcd: EtcdMember, authority: Au
     info, raft = authority.info(), FakeRaft()
     with our_transport(etcd, info, raft) as transport:
         # Etcd answers probes as soon as it listens.
-        wait_until(lambda: transport.probe_stats()[etcd.id].is_healthy, "a probe over TLS")
+        eventually(lambda: transport.probe_stats()[etcd.id].is_healthy, "a probe over TLS")
         for i in range(50):
             transport.send([heartbeat(etcd, bytes(i * 1000))])
-        wait_until(lambda: transport.stats()[etcd.id].sent == 50, "etcd answers 204")
+        eventually(lambda: transport.stats()[etcd.id].sent == 50, "etcd answers 204")
         assert transport.reload_tls()
         transport.send([heartbeat(etcd)])
-        wait_until(lambda: transport.stats()[etcd.id].sent == 51, "etcd answers after a rotation")
+        eventually(lambda: transport.stats()[etcd.id].sent == 51, "etcd answers after a rotation")
         books = transport.stats()[etcd.id]
         assert (books.failed, raft.unreachable) == (0, [])
 
@@ -77,11 +78,11 @@ def test_etcd_refuses_a_certificate_of_another_authority(
     stranger = Authority(tmp_path / "other").info(trusted_ca_file=authority.ca_file)
     raft = FakeRaft()
     with our_transport(etcd, authority.info(), FakeRaft()) as ours:
-        wait_until(lambda: ours.probe_stats()[etcd.id].is_healthy, "a probe over TLS")
+        eventually(lambda: ours.probe_stats()[etcd.id].is_healthy, "a probe over TLS")
     with our_transport(etcd, stranger, raft) as transport:
         transport.send([heartbeat(etcd)])
         assert raft.wait_unreachable(1) == [etcd.id]
-        wait_until(
+        eventually(
             lambda: "alert" in transport.probe_stats()[etcd.id].last_error, "the reason is told"
         )
         assert transport.stats()[etcd.id].sent == 0
@@ -139,7 +140,7 @@ def test_an_etcd_whose_certificate_we_do_not_allow_is_kept_out_and_lives(
         cluster.start_ours()
         cluster.etcd.start()
         theirs = "certificate not allowed for this member"
-        wait_until(lambda: theirs in cluster.etcd.log_tail(1000), "etcd logs our answer")
+        eventually(lambda: theirs in cluster.etcd.log_tail(1000), "etcd logs our answer")
         assert set(asked) == {cluster.etcd.id}
         assert cluster.follower.messages == []
         assert cluster.etcd.is_running()
@@ -153,7 +154,7 @@ def test_an_etcd_of_another_authority_is_kept_out(tmp_path: Path, authority: Aut
     try:
         cluster.start_ours()
         cluster.etcd.start()
-        wait_until(lambda: cluster.listener.stats().handshake_failures > 0, "etcd is refused")
+        eventually(lambda: cluster.listener.stats().handshake_failures > 0, "etcd is refused")
         assert cluster.listener.stats().handshakes == 0
         assert cluster.follower.messages == []
     finally:
@@ -167,5 +168,5 @@ def test_new_certificates_are_taken_by_both_without_a_restart(cluster: Cluster) 
     assert cluster.transport.reload_tls()
     # Old connections end; nothing that was posted on them is lost for good.
     cluster.etcd.put(b"after", b"2")
-    wait_until(lambda: cluster.listener.stats().handshakes > before, "etcd connects anew")
+    eventually(lambda: cluster.listener.stats().handshakes > before, "etcd connects anew")
     assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}

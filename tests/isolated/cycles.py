@@ -35,9 +35,10 @@ from pipeline import (
 )
 from tests.support.http import CLUSTER_ID, dial, peer_headers
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ERROR, ScriptedServer, always, refused_port, then_close
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 #: Often enough to tell what each leaves from what there is once.
 N = 20

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 
 from pipeline import EncodedMessage, MessageType, Transport
-from tests.support.senders import eventually, message
-from tests.support.server import ERROR, ScriptedServer, always, black_hole, dials_to
+from tests.support.senders import message
+from tests.support.server import ERROR, ScriptedServer, always, black_hole
+from tests.support.waiting import dials_to, eventually
 
 state = sys.argv[1]
 gate = threading.Event()

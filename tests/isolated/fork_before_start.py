@@ -11,8 +11,9 @@ import warnings
 
 from pipeline import Transport, TransportConfig
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer
+from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 

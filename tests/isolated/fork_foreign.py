@@ -29,9 +29,10 @@ from pipeline import (
 from pipeline.answers import Request
 from tests.support.http import peer_headers
 from tests.support.raft import FakeRaft
-from tests.support.senders import CLUSTER, eventually, message
+from tests.support.senders import CLUSTER, message
 from tests.support.server import ScriptedServer
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 

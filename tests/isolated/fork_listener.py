@@ -20,9 +20,9 @@ from pipeline import Message, MessageType, ReceiverConfig, TLSInfo, Transport, T
 from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, raw_head
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually
 from tests.support.snapshots import LINE, framed, snapshot
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 

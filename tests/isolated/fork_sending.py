@@ -20,9 +20,10 @@ from pipeline import MessageType, PipelineConfig, Transport, TransportConfig
 from pipeline._sockets import own_sockets
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer, black_hole
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 

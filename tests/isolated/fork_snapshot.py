@@ -14,8 +14,9 @@ from pipeline import MessageType, Transport, UsageError
 from tests.support import LONG_TIMEOUT
 from tests.support.locks import held_elsewhere
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import Connection, ScriptedServer
+from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from pipeline import Transport, TransportConfig
 from tests.support.locks import held_elsewhere
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer
 from tests.support.tls import Authority
+from tests.support.waiting import eventually, exit_status_of
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
@@ -50,14 +51,7 @@ if child == 0:
     assert time.monotonic() - begin < 2.0
     sys.exit(0)  # with atexit handlers and all
 
-deadline = time.monotonic() + 20
-while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-    if time.monotonic() > deadline:
-        os.kill(child, 9)
-        sys.exit("the child hangs")
-    time.sleep(0.005)
-if ended[1] != 0:
-    sys.exit(f"the child ended with {ended[1]}")
+assert exit_status_of(child) == 0
 
 before = transport.probe_stats()[2].total
 eventually(lambda: transport.probe_stats()[2].total >= before + 5)

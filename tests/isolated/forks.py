@@ -15,6 +15,7 @@ from pipeline import Pipeline, UsageError
 from tests.support.raft import FakeRaft
 from tests.support.senders import message, settle
 from tests.support.server import OK, Connection, Request, ScriptedServer, always, answer
+from tests.support.waiting import exit_status_of, until_read
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
@@ -24,7 +25,7 @@ how = sys.argv[1]
 def in_two_parts(connection: Connection, request: Request) -> None:
     """An odd answer of which a dispatcher thread must wait for the rest."""
     connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-    time.sleep(0.05)
+    until_read(connection.sock)
     connection.send(OK)
 
 
@@ -55,14 +56,7 @@ if child == 0:
         assert time.monotonic() - begin < 2.0
     sys.exit(0)  # with atexit handlers and all
 
-deadline = time.monotonic() + 20
-while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-    if time.monotonic() > deadline:
-        os.kill(child, 9)
-        sys.exit("the child hangs")
-    time.sleep(0.005)
-if ended[1] != 0:
-    sys.exit(f"the child ended with {ended[1]}")
+assert exit_status_of(child) == 0
 
 server.release.set()
 settle(pipeline)

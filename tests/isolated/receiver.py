@@ -18,6 +18,7 @@ from tests.functional.test_listener import GOOD, dial, is_closed, listen
 from tests.support.http import post_heartbeat, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
+from tests.support.waiting import eventually, exit_status_of
 from tests.unit.test_wire import span
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
@@ -39,10 +40,7 @@ def no_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
     for client in clients:
         client.connect((host, int(port)))
-    deadline = time.monotonic() + 20
-    while listener.stats().accept_pauses < 1:
-        assert time.monotonic() < deadline, "accepting was not paused"
-        time.sleep(0.01)
+    eventually(lambda: listener.stats().accept_pauses > 0, "accepting is paused")
     began = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - began < 0.1, "it spins"
@@ -91,14 +89,11 @@ def entries() -> None:
     }
     for row, body in rows.items():
         before = rss()
-        read = listener.stats().fast_requests
+        expected = listener.stats().fast_requests + 60
         socks = [dial(listener.url) for _ in range(60)]
         for sock in socks:
             sock.sendall(raw_head(f"content-length: {len(body)}") + body)
-        deadline = time.monotonic() + 20
-        while listener.stats().fast_requests < read + 60:
-            assert time.monotonic() < deadline, f"{row}: not read"
-            time.sleep(0.01)
+        eventually(lambda n=expected: listener.stats().fast_requests == n, f"{row} are read")
         # Three are objects, in a handler thread each.
         bound = len(socks) * len(body) + 3 * 20 * MIB
         assert rss() - before < bound, f"{row}: {rss() - before} bytes"
@@ -153,13 +148,7 @@ def forks() -> None:
     assert post_heartbeat(again.url).status == 204
     again.close()
     os.close(writer)
-    deadline = time.monotonic() + 20
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() > deadline:
-            os.kill(child, 9)
-            sys.exit("the child hangs")
-        time.sleep(0.005)
-    assert ended[1] == 0, f"the child ended with {ended[1]}"
+    assert exit_status_of(child) == 0
 
 
 def blocked_memory() -> None:

@@ -57,6 +57,7 @@ from pipeline.snapshot_sender import SnapshotTransfer
 from tests.support.raft import FakeRaft
 from tests.support.server import black_hole
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 #: No call of these takes a second; what takes this long hangs.
 HANG_S = 30.0
@@ -220,13 +221,12 @@ class World:
         self.transport.stop()
         self.pipeline.stop()
         self.assert_stopped()
-        deadline = time.monotonic() + HANG_S / 2
         for transfer in self.transfers:
             with contextlib.suppress(PipelineError):
                 transfer.result(HANG_S)
-        while left := [t.name for t in threading.enumerate() if is_ours(t)]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.001)
+        eventually(
+            lambda: not any(map(is_ours, threading.enumerate())), "no thread is left", HANG_S / 2
+        )
 
     def assert_stopped(self) -> None:
         """There is nothing left to be stopped, nor will there be."""

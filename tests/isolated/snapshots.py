@@ -6,9 +6,7 @@ import os
 import resource
 import sys
 import threading
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.config import ReceiverConfig
@@ -27,6 +25,7 @@ from tests.support.snapshots import (
     read_reply,
     snapshot,
 )
+from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 MIB = 1 << 20
@@ -65,7 +64,7 @@ def memory(directory: Path) -> None:
     for sock in socks:
         body = MAX_MESSAGE_BYTES.to_bytes(8, "big") + bytes(100)
         sock.sendall(raw_head(f"content-length: {1 << 40}", line=LINE) + body)
-    wait_until(lambda: listener.stats().accepted == 6 and listener.stats().connections == 0)
+    eventually(lambda: listener.stats().accepted == 6 and listener.stats().connections == 0)
     grown = peak() - before
     assert grown < 16 * MIB, f"{grown} bytes"
     for sock in socks:
@@ -94,7 +93,7 @@ def forks(directory: Path) -> None:
     request = post(framed(snapshot(), bytes(100_000)))
     with dial(listener.url) as sock:
         sock.sendall(request[:-1])
-        wait_until(lambda: len(list(directory.iterdir())) == 1)
+        eventually(lambda: len(list(directory.iterdir())) == 1)
         child = os.fork()
         if child == 0:
             listener.close(deadline_s=20)
@@ -111,7 +110,7 @@ def exits(directory: Path) -> None:
     listener = listen(FakeRaft(), ReceiverConfig(snapshot_dir=directory))
     sock = dial(listener.url)
     sock.sendall(post(framed(snapshot(), bytes(100_000)))[:-1])
-    wait_until(lambda: len(list(directory.iterdir())) == 1)
+    eventually(lambda: len(list(directory.iterdir())) == 1)
     sock.detach()  # open until the end
 
 
@@ -123,13 +122,6 @@ def exits_in_process(directory: Path) -> None:
     sock.sendall(post(framed(snapshot(), bytes(100_000))))
     raft.wait_processed(1)
     sock.detach()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 CASES = {

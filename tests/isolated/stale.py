@@ -12,8 +12,9 @@ import warnings
 
 from pipeline import PipelineConfig, Transport, TransportConfig
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
-from tests.support.server import ScriptedServer, always, answer, black_hole, dials_to
+from tests.support.senders import message
+from tests.support.server import ScriptedServer, always, answer, black_hole
+from tests.support.waiting import dials_to, eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 

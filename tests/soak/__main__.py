@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import random
 import socket
 import sys
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from pipeline import (
 from pipeline.examples.etcd import free_port
 from tests.soak.verdict import MIB, Sample, fix_malloc, growths
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 #: For something that must happen on a machine that is not overloaded.
 TIMEOUT_S = 60.0
@@ -56,13 +58,7 @@ class SoakError(Exception):
     """Something did not happen in time, or the books do not balance."""
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Block until something holds; SoakError if it does not in time."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SoakError(f"not within {TIMEOUT_S:g} s: {what}")
-        time.sleep(0.01)
+wait_until = functools.partial(eventually, timeout=TIMEOUT_S, error=SoakError)
 
 
 def balances(b: PipelineStats) -> bool:

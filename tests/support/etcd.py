@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port
 from pipeline.examples.follower import Follower
-from tests.support import LONG_TIMEOUT
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 #: Writes that a member has missed whose log is lost (``left_behind``).
 LEFT_BEHIND = 300
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Poll something that cannot be waited for otherwise, such as another process."""
-    deadline = time.monotonic() + LONG_TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {LONG_TIMEOUT:g} s: {what}"
-        time.sleep(0.01)
 
 
 def assert_balanced(stats: PipelineStats) -> None:
@@ -96,7 +87,7 @@ class Cluster:
             self.follower.transfer_leadership()  # on a busy machine we may have been first
             return self.follower.state().leader == self.etcd.id
 
-        wait_until(etcd_leads, "etcd leads")
+        eventually(etcd_leads, "etcd leads")
 
     def start_ours(self, *, listening: bool = True) -> None:
         """Start our member, with the log it had when it was stopped."""
@@ -152,7 +143,7 @@ def left_behind(
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(lambda n: cluster.etcd.put(b"%d" % n, b"x"), range(LEFT_BEHIND)):
                 pass
-        wait_until(cluster.etcd.has_snapshot, "etcd's snapshot")
+        eventually(cluster.etcd.has_snapshot, "etcd's snapshot")
         cluster.stop_ours()
         cluster.follower = RecordingFollower(
             cluster.etcd.other_id, cluster.etcd.id, takes_snapshots=takes_snapshots

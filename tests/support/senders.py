@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import time
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -22,6 +21,7 @@ from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.server import Connection, Request, Script, ScriptedServer
+from tests.support.waiting import eventually, until_read
 
 MEMBER, PEER, CLUSTER = 1, 2, 1
 
@@ -56,21 +56,11 @@ def pipeline_to(
     )
 
 
-def eventually(
-    predicate: Callable[[], bool], what: str = "", timeout: float = LONG_TIMEOUT
-) -> None:
-    """Wait for what has no event to wait for: the books, the kernel."""
-    deadline = time.monotonic() + timeout
-    while not predicate():
-        assert time.monotonic() < deadline, f"did not happen within {timeout:g} s {what}"
-        time.sleep(0.002)
-
-
 def settle(pipeline: Pipeline, timeout: float = LONG_TIMEOUT) -> PipelineStats:
     """Wait until every accepted message has its outcome; return the books."""
     eventually(
         lambda: pipeline.stats().queued == 0 and pipeline.stats().in_flight == 0,
-        str(pipeline.stats()),
+        lambda: f"no message is queued or in flight: {pipeline.stats()}",
         timeout,
     )
     return pipeline.stats()
@@ -105,7 +95,7 @@ def many_interims(final: bytes) -> Script:
     def script(connection: Connection, request: Request) -> None:
         for _ in range(INTERIMS):
             connection.send(b"HTTP/1.1 102 Processing\r\n\r\n")
-            time.sleep(0.002)  # nothing tells when it was read
+            until_read(connection.sock)
         connection.send(final)
 
     return script

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -367,12 +365,6 @@ def refused_port() -> Iterator[int]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         yield sock.getsockname()[1]
-
-
-def dials_to(port: int) -> int:
-    """How many dials to a port of 127.0.0.1 wait for an answer: the kernel's SYN_SENT."""
-    ends = re.compile(f" 0100007F:[0-9A-F]{{4}} 0100007F:{port:04X} 02 ")
-    return len(ends.findall(Path("/proc/net/tcp").read_text()))
 
 
 @contextlib.contextmanager

@@ -33,9 +33,10 @@ from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, peer_headers, post_heartbeat, reply_of_socket
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
-from tests.support.senders import eventually, message
+from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer
 from tests.support.snapshots import ask, framed, post, snapshot
+from tests.support.waiting import eventually
 
 CLUSTER_ID = 0xCDF818194E3A8C32
 

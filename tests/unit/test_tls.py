@@ -17,8 +17,8 @@ from pipeline import TLSInfo, UsageError
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.logs import handler_that_raises
-from tests.support.senders import eventually
 from tests.support.tls import DAY, Authority
+from tests.support.waiting import eventually
 
 FILES = {"cert_file": "c", "key_file": "k", "trusted_ca_file": "t"}
 
