@@ -69,10 +69,12 @@ class Poller:
         self._wake = -1
         self._is_stopping = False
         self._has_ended = False  # the thread has: who asks from then on does it himself
-        self._thread = LibraryThread(self._run, f"pipeline-poll-{name}")
-        # Made by ``start``: processes that were forked before it and share one would be told of
-        # each other's connections.
+        self._name = name
+        # Both are made by ``start``, for a process may be forked before it. Two that share a
+        # selector would be told of each other's connections, and from 3.13 on a child cannot start
+        # a thread that its parent made.
         self._selector: selectors.BaseSelector | None = None
+        self._thread: LibraryThread | None = None
         self._watched: dict[OwnSocket, Callable[[], object]] = {}
 
     @property
@@ -90,6 +92,7 @@ class Poller:
             self._selector = selectors.DefaultSelector()
             self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             self._selector.register(self._wake, READABLE)
+            self._thread = LibraryThread(self._run, f"pipeline-poll-{self._name}")
             self._thread.start()
         except BaseException:
             self._has_ended = True
@@ -100,7 +103,8 @@ class Poller:
         """Have the clients end, and the thread; wait for it until ``deadline`` (monotonic)."""
         self._is_stopping = True
         self._wake_up()
-        self._thread.wait_ended(max(deadline, time.monotonic() + END_S))
+        if self._thread is not None:
+            self._thread.wait_ended(max(deadline, time.monotonic() + END_S))
 
     def ask(self, work: Callable[[], object]) -> None:
         """Have ``work`` done in the thread, soon and in order; here, once the thread has ended."""
