@@ -27,8 +27,8 @@ from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_pos
 from pipeline._sync cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MADV_HUGEPAGE,
     MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MSG_DONTWAIT,
-    MSG_NOSIGNAL, MSG_TRUNC, PROT_READ, PROT_WRITE, SHUT_WR, add_i64, cas_ptr, clock_ns, count_add,
-    epoll_ctl, errno, format_http_date, invariant, load_i64, load_int, load_ptr, madvise, mmap,
+    MSG_NOSIGNAL, MSG_TRUNC, PROT_READ, PROT_WRITE, SHUT_WR, add_i64, clock_ns, count_add,
+    epoll_ctl, errno, format_http_date, invariant, list_push, load_i64, load_int, madvise, mmap,
     munmap, pthread_cond_signal, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_trylock, pthread_mutex_unlock, pthread_t, recv, send, shutdown, sockaddr_storage,
     store_int, swap_int, time, time_t, write,
@@ -698,7 +698,6 @@ cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
     """
     cdef server_t* server = conn.server
     cdef bint is_urgent = not conn.is_answered or conn.buffer_len > 0
-    cdef void* head
     if handler is not NULL:
         handler.was_seen = False
         handler.is_stuck = False
@@ -712,11 +711,7 @@ cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
     if server.is_ended:
         conn_free(conn)
         return False
-    head = load_ptr(<void**>&server.returned)
-    while True:
-        conn.next_returned = <conn_t*>head
-        if cas_ptr(<void**>&server.returned, &head, <void*>conn):
-            break
+    list_push(&server.returned, &conn.next_returned, conn)
     # An answered connection can wait until the loop wakes by itself, at the latest for its next
     # request. If that came while the connection was ours, the loop has noted so before it slept.
     if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):

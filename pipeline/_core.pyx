@@ -45,10 +45,11 @@ from pipeline._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )
 from pipeline._sync cimport (
-    add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, load_int, load_ptr,
+    add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
+    load_int,
     pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
-    swap_int, swap_ptr, timespec,
+    swap_int, timespec,
 )
 
 import enum
@@ -462,7 +463,7 @@ cdef class IOLoop:
 
     cdef void drop_finished(self) noexcept:
         """Free finished jobs and drop what they borrowed."""
-        cdef job_t* job = <job_t*>swap_ptr(<void**>&self.loop.finished, NULL)
+        cdef job_t* job = <job_t*>list_take(&self.loop.finished)
         cdef job_t* following
         cdef int64_t jobs = 0, size = 0
         cdef job_t* first = job
@@ -673,7 +674,7 @@ cdef class Sender:
         cdef bint is_needed = False
         if not self.is_open:
             raise UsageError("send: the pipeline was not started")
-        if load_ptr(<void**>&self.loop.loop.finished) is not NULL:
+        if not list_is_empty(&self.loop.loop.finished):
             self.loop.drop_finished()
         if isinstance(message, Message):
             job = job_from_message(<Message>message, self.profile)

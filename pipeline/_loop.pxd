@@ -19,9 +19,9 @@ from pipeline._sync cimport (
     AF_INET, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, clock_ns, close,
     cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    getsockopt, invariant, load_i64, load_int, load_ptr, pthread_cond_destroy, pthread_join,
+    getsockopt, invariant, list_is_empty, list_take, load_i64, load_int, pthread_cond_destroy, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-    sched_yield, setsockopt, socket, socklen_t, store_int, swap_ptr, thread_start,
+    sched_yield, setsockopt, socket, socklen_t, store_int, thread_start,
 )
 from pipeline._worker cimport (
     worker_check_deadline, worker_ready, worker_returned, worker_start, worker_write,
@@ -99,7 +99,7 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
 
 
 cdef inline void loop_run_returned(loop_t* loop) noexcept nogil:
-    cdef worker_t* worker = <worker_t*>swap_ptr(<void**>&loop.returned, NULL)
+    cdef worker_t* worker = <worker_t*>list_take(&loop.returned)
     cdef worker_t* following
     while worker is not NULL:
         following = worker.next
@@ -169,9 +169,9 @@ cdef inline void* loop_main(void* argument) noexcept nogil:
     while True:
         # Detached is taken before ready and returned: what a pipe's owner pushed there before
         # it stopped the pipe is then seen before the pipe is forgotten.
-        detached = <pipe_t*>swap_ptr(<void**>&loop.detached, NULL)
+        detached = <pipe_t*>list_take(&loop.detached)
         loop_run_returned(loop)
-        loop_run_ready(loop, <pipe_t*>swap_ptr(<void**>&loop.ready, NULL))
+        loop_run_ready(loop, <pipe_t*>list_take(&loop.ready))
         while detached is not NULL:
             following = detached.next_detached
             loop_detach(loop, detached)
@@ -183,9 +183,9 @@ cdef inline void* loop_main(void* argument) noexcept nogil:
         if timeout_ms != 0:
             # Announce the sleep, then look once more: whoever pushed before saw us awake.
             store_int(&loop.is_sleeping, 1)
-            if load_ptr(<void**>&loop.ready) is not NULL \
-                    or load_ptr(<void**>&loop.returned) is not NULL \
-                    or load_ptr(<void**>&loop.detached) is not NULL \
+            if not list_is_empty(&loop.ready) \
+                    or not list_is_empty(&loop.returned) \
+                    or not list_is_empty(&loop.detached) \
                     or load_int(&loop.is_stopping):
                 timeout_ms = 0
         n = epoll_wait(loop.epfd, events, LOOP_EVENTS, timeout_ms)
@@ -201,8 +201,8 @@ cdef inline void* loop_main(void* argument) noexcept nogil:
             if load_i64(&loop.finished_jobs) > 0:       # a send may have been quicker
                 loop_queue_chores(loop)
         if load_int(&loop.is_stopping) and loop.attached is NULL \
-                and load_ptr(<void**>&loop.detached) is NULL \
-                and load_ptr(<void**>&loop.returned) is NULL:
+                and list_is_empty(&loop.detached) \
+                and list_is_empty(&loop.returned):
             return NULL
 
 

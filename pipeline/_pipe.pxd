@@ -25,7 +25,7 @@ from pipeline._counters cimport books_check, books_t, follower_success, follower
 from pipeline._http cimport HTTP_ANSWER_MAX
 from pipeline._ring cimport ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push
 from pipeline._sync cimport (
-    EPOLL_CTL_DEL, add_i64, add_int, cas_ptr, clock_ns, epoll_ctl, load_i64, load_int, load_ptr,
+    EPOLL_CTL_DEL, add_i64, add_int, clock_ns, epoll_ctl, list_push, load_i64, load_int,
     pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, pthread_t, store_int, swap_int, write,
 )
@@ -242,40 +242,6 @@ cdef struct loop_t:
     int64_t release_due_ns          # 0 is none
 
 
-# -- lists that anyone pushes and one thread takes whole, so that there is no ABA
-
-cdef inline void push_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
-    cdef void* head = load_ptr(<void**>&loop.ready)
-    while True:
-        pipe.next_ready = <pipe_t*>head
-        if cas_ptr(<void**>&loop.ready, &head, <void*>pipe):
-            return
-
-
-cdef inline void push_detached(loop_t* loop, pipe_t* pipe) noexcept nogil:
-    cdef void* head = load_ptr(<void**>&loop.detached)
-    while True:
-        pipe.next_detached = <pipe_t*>head
-        if cas_ptr(<void**>&loop.detached, &head, <void*>pipe):
-            return
-
-
-cdef inline void push_returned(loop_t* loop, worker_t* worker) noexcept nogil:
-    cdef void* head = load_ptr(<void**>&loop.returned)
-    while True:
-        worker.next = <worker_t*>head
-        if cas_ptr(<void**>&loop.returned, &head, <void*>worker):
-            return
-
-
-cdef inline void push_finished(loop_t* loop, job_t* job) noexcept nogil:
-    cdef void* head = load_ptr(<void**>&loop.finished)
-    while True:
-        job.next = <job_t*>head
-        if cas_ptr(<void**>&loop.finished, &head, <void*>job):
-            return
-
-
 cdef inline void loop_wake(loop_t* loop) noexcept nogil:
     """Make a sleeping loop look at its lists. Costs one load while it is awake."""
     cdef uint64_t one = 1
@@ -368,7 +334,7 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     # Busy workers look at msgc themselves when they finish; only an idle one needs the loop.
     if pipe.idle is not NULL and not pipe.is_scheduled:
         pipe.is_scheduled = True
-        push_ready(loop, pipe)
+        list_push(&loop.ready, &pipe.next_ready, pipe)
         is_needed[0] = True
     books_check(books)
     return OFFER_ACCEPTED
@@ -490,7 +456,7 @@ cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
             job.next = first
             first = job
         books_check(&pipe.books)
-        push_detached(pipe.loop, pipe)
+        list_push(&pipe.loop.detached, &pipe.next_detached, pipe)
     pthread_mutex_unlock(&pipe.lock)
     loop_wake(pipe.loop)
     return first
@@ -505,7 +471,7 @@ cdef inline void pipe_retire_connections(pipe_t* pipe) noexcept nogil:
         pipe.is_retiring = True
         if not pipe.is_scheduled:
             pipe.is_scheduled = is_needed = True
-            push_ready(pipe.loop, pipe)
+            list_push(&pipe.loop.ready, &pipe.next_ready, pipe)
     pthread_mutex_unlock(&pipe.lock)
     if is_needed:
         loop_wake(pipe.loop)
@@ -546,7 +512,7 @@ cdef inline void loop_job_done(loop_t* loop, job_t* job) noexcept nogil:
         return
     add_i64(&loop.finished_bytes, <int64_t>job.size_bytes)
     add_i64(&loop.finished_jobs, 1)
-    push_finished(loop, job)
+    list_push(&loop.finished, &job.next, job)
     if loop.release_due_ns == 0:
         loop.release_due_ns = loop.now_ns + RELEASE_DELAY_NS
     if load_i64(&loop.finished_jobs) >= RELEASE_JOBS \

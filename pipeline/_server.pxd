@@ -36,10 +36,10 @@ from pipeline._sync cimport (
     EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
     cond_init_monotonic, count_add, count_set, deadline_timespec, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, errno, eventfd, invariant, itimerspec, load_i64, load_int, load_ptr,
-    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_timedwait,
+    epoll_event, epoll_wait, errno, eventfd, invariant, itimerspec, list_is_empty, list_take,
+    load_i64, load_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_timedwait,
     pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int, swap_int, swap_ptr,
+    pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int, swap_int,
     thread_start, timerfd_create, timerfd_settime, timespec, write,
 )
 from pipeline._turns cimport LANES, turns_join, turns_take, turns_wait
@@ -318,7 +318,7 @@ cdef inline void server_resume(server_t* server) noexcept nogil:
 
 
 cdef inline void server_run_returned(server_t* server) noexcept nogil:
-    cdef conn_t* conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
+    cdef conn_t* conn = <conn_t*>list_take(&server.returned)
     cdef conn_t* following
     cdef bint is_some = conn is not NULL
     while conn is not NULL:
@@ -424,7 +424,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     cdef epoll_event events[SERVER_EVENTS]
     cdef void* pointer
     cdef int n, i, timeout_ms
-    if load_ptr(<void**>&server.returned) is not NULL:
+    if not list_is_empty(&server.returned):
         server.now_ns = clock_ns()
         server_run_returned(server)
     server_run(server, &server.runnable, INT64_MAX)
@@ -458,7 +458,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     if timeout_ms != 0:
         store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
         store_int(&server.is_sleeping, 1)
-        if load_ptr(<void**>&server.returned) is not NULL \
+        if not list_is_empty(&server.returned) \
                 or load_int(&server.has_spare) == SPARE_NEW \
                 or load_int(&server.in_budget.has_news) \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
@@ -611,7 +611,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         while conn is not NULL:
             conn_free(conn)
             conn = <conn_t*>turns_take(&server.turns, i)
-    conn = <conn_t*>swap_ptr(<void**>&server.returned, NULL)
+    conn = <conn_t*>list_take(&server.returned)
     while conn is not NULL:
         following = conn.next_returned
         conn_free(conn)

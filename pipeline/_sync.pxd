@@ -179,9 +179,28 @@ cdef extern from * nogil:
     int add_int "sync_add"(int*, int)
     int64_t load_i64 "sync_load"(int64_t*)
     int64_t add_i64 "sync_add"(int64_t*, int64_t)
-    void* load_ptr "sync_load"(void**)
-    void* swap_ptr "sync_swap"(void**, void*)
-    bint cas_ptr "sync_cas"(void**, void**, void*)
+
+# A list that any thread pushes onto and one thread takes whole, the newest first: nothing is ever
+# popped off it singly, so there is no ABA. It is a pointer to its first item, and each item has a
+# pointer to the next in a field of its own.
+cdef extern from * nogil:
+    """
+    /* Of any struct: a pointer to it may be read and written as one to nothing in particular. */
+    typedef void *__attribute__((may_alias)) sync_link;
+    static inline void sync_list_push(void *list, void *next, void *item) {
+        sync_link *first = (sync_link *)list, *link = (sync_link *)next;
+        void *second = sync_load(first);
+        do {
+            *link = second;
+        } while (!sync_cas(first, &second, item));
+    }
+    #define sync_list_take(list) sync_swap((sync_link *)(list), NULL)
+    #define sync_list_is_empty(list) (sync_load((sync_link *)(list)) == NULL)
+    """
+    # Arguments: where the list begins, the item's field for the next one, the item.
+    void list_push "sync_list_push"(void*, void*, void*)
+    void* list_take "sync_list_take"(void*)
+    bint list_is_empty "sync_list_is_empty"(void*)
 
 # Of counters that one thread at a time adds to, while others look at them: no more is promised than
 # that each is read whole.

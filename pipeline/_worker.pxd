@@ -21,13 +21,13 @@ from pipeline._pipe cimport (
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
     TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, job_t,
     loop_add_runnable, loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire,
-    pipe_t, pipe_take, push_returned, worker_retire, worker_t, worker_to_python,
+    pipe_t, pipe_take, worker_retire, worker_t, worker_to_python,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
     EPOLLRDHUP, EPOLL_CTL_ADD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET,
-    SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, load_int,
-    msghdr, pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t,
+    SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, list_push,
+    load_int, msghdr, pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t,
     tcp_info,
 )
 
@@ -534,7 +534,7 @@ cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
     cdef int given = GIVEN_TO_LOOP
     pthread_mutex_lock(&pipe.lock)
     if not pipe.is_detached:
-        push_returned(pipe.loop, worker)
+        list_push(&loop.returned, &worker.next, worker)
     elif worker.job is NULL:
         worker_retire(worker)
         given = GIVEN_RETIRED
