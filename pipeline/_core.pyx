@@ -21,6 +21,7 @@ from libc.string cimport memcpy
 from posix.uio cimport iovec
 
 from pipeline._counters cimport books_check, books_t, follower_stddev_ms, follower_t
+from pipeline._gil cimport lock_with_gil, try_lock
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport (
     loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop, pipe_free, pipe_init,
@@ -32,8 +33,8 @@ from pipeline._pipe cimport (
     EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
     OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTED, SEAL_NONE, SEAL_READING,
     SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
-    WORKER_WRITING, event_t, job_t, limits_t, loop_queue_chores, loop_t,
-    loop_wake, pipe_begin_stop, pipe_count, pipe_count_taken, pipe_offer, pipe_retire_connections,
+    WORKER_WRITING, event_t, job_t, limits_t, loop_queue_chores, loop_t, pipe_begin_stop,
+    pipe_count, pipe_count_taken, pipe_offer_locked, pipe_retire_connections,
     pipe_t, worker_t, worker_to_python,
 )
 from pipeline._worker cimport worker_give_back, worker_may_retry, worker_take_sealed
@@ -46,10 +47,8 @@ from pipeline._ring cimport (
 )
 from pipeline._sync cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
-    load_int,
-    pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, store_int,
-    swap_int, timespec,
+    load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int, timespec,
 )
 
 import enum
@@ -143,23 +142,6 @@ def recognise_204(const uint8_t[::1] data not None):
     if data.shape[0] == 0:
         return 0
     return http_recognise_204(&data[0], min(data.shape[0], 2048))
-
-
-# -- locks: the GIL is not waited for under a lock, nor a lock under the GIL. The I/O thread takes
-# the same locks, and would wait with whoever holds one for the GIL.
-
-cdef enum:
-    # What is done under a lock takes some 50 ns; who does not get it by then was preempted in it.
-    LOCK_TRIES = 100
-
-
-cdef inline bint try_lock(pthread_mutex_t* mutex) noexcept nogil:
-    """Take a lock without waiting for its owner to be scheduled; False if that did not do."""
-    cdef int _tries
-    for _tries in range(LOCK_TRIES):
-        if pthread_mutex_trylock(mutex) == 0:
-            return True
-    return False
 
 
 # -- jobs
@@ -525,19 +507,17 @@ cdef class IOLoop:
     def has_waiter(self):
         """Tell whether a dispatcher thread is waiting for an event."""
         cdef int waiters
-        with nogil:
-            pthread_mutex_lock(&self.loop.event_lock)
-            waiters = self.loop.event_waiters
-            pthread_mutex_unlock(&self.loop.event_lock)
+        lock_with_gil(&self.loop.event_lock)
+        waiters = self.loop.event_waiters
+        pthread_mutex_unlock(&self.loop.event_lock)
         return waiters > 0
 
     def close_events(self):
         """Let ``next_event`` return None in every dispatcher thread, once the queue is empty."""
-        with nogil:
-            pthread_mutex_lock(&self.loop.event_lock)
-            self.loop.events_closed = True
-            pthread_cond_broadcast(&self.loop.event_cond)
-            pthread_mutex_unlock(&self.loop.event_lock)
+        lock_with_gil(&self.loop.event_lock)
+        self.loop.events_closed = True
+        pthread_cond_broadcast(&self.loop.event_cond)
+        pthread_mutex_unlock(&self.loop.event_lock)
 
     def forget_after_fork(self):
         """Cut loose in a forked child, which has none of our threads: everything is stopped.
@@ -671,7 +651,6 @@ cdef class Sender:
         """
         cdef job_t* job
         cdef int rc
-        cdef bint is_needed = False
         if not self.is_open:
             raise UsageError("send: the pipeline was not started")
         if not list_is_empty(&self.loop.loop.finished):
@@ -683,18 +662,13 @@ cdef class Sender:
         else:
             job = job_from_protobuf(message)
         if try_lock(&self.pipe.lock):
-            rc = pipe_offer(&self.pipe, job, &is_needed)
-            pthread_mutex_unlock(&self.pipe.lock)
-            if is_needed:       # not under the lock, which the loop is about to want
-                loop_wake(&self.loop.loop)
+            rc = pipe_offer_locked(&self.pipe, job)
         else:
             with nogil:
-                # The lock's owner was preempted. Only C state is touched.
+                # The lock's owner was preempted. The job is offered before the GIL is had again,
+                # which may be long in coming. Only C state is touched.
                 pthread_mutex_lock(&self.pipe.lock)
-                rc = pipe_offer(&self.pipe, job, &is_needed)
-                pthread_mutex_unlock(&self.pipe.lock)
-                if is_needed:   # before the GIL, which may be long in coming
-                    loop_wake(&self.loop.loop)
+                rc = pipe_offer_locked(&self.pipe, job)
         if rc != OFFER_ACCEPTED:
             job_free(job)
         return <object>RESULTS[rc]
@@ -704,15 +678,9 @@ cdef class Sender:
         cdef books_t books
         if not self.is_open:
             return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-        if try_lock(&self.pipe.lock):
-            books = self.pipe.books
-            pthread_mutex_unlock(&self.pipe.lock)
-        else:
-            with nogil:
-                # The lock's owner was preempted. Only C state is touched.
-                pthread_mutex_lock(&self.pipe.lock)
-                books = self.pipe.books
-                pthread_mutex_unlock(&self.pipe.lock)
+        lock_with_gil(&self.pipe.lock)
+        books = self.pipe.books
+        pthread_mutex_unlock(&self.pipe.lock)
         return PipelineStats(
             books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
             books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
@@ -745,15 +713,9 @@ cdef class Sender:
         cdef follower_t follower
         if not self.is_open:
             return FollowerStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        if try_lock(&self.pipe.lock):
-            follower = self.pipe.follower
-            pthread_mutex_unlock(&self.pipe.lock)
-        else:
-            with nogil:
-                # The lock's owner was preempted. Only C state is touched.
-                pthread_mutex_lock(&self.pipe.lock)
-                follower = self.pipe.follower
-                pthread_mutex_unlock(&self.pipe.lock)
+        lock_with_gil(&self.pipe.lock)
+        follower = self.pipe.follower
+        pthread_mutex_unlock(&self.pipe.lock)
         return FollowerStats(
             follower.success, follower.fail, follower.current_ms, follower.mean_ms,
             follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
@@ -820,17 +782,15 @@ cdef class Sender:
         cdef list expired = []
         if not self.is_open:
             return expired
-        with nogil:
-            # The loop may hold the pipe's lock for a moment. Only C state is touched.
-            pthread_mutex_lock(&self.pipe.lock)
-            first = job = self.pipe.expired
-            self.pipe.expired = NULL
-            while job is not NULL:
-                pipe_count_taken(&self.pipe, job)
-                if job.type == TYPE_APP:
-                    self.pipe.follower.fail += 1
-                job = job.next
-            pthread_mutex_unlock(&self.pipe.lock)
+        lock_with_gil(&self.pipe.lock)
+        first = job = self.pipe.expired
+        self.pipe.expired = NULL
+        while job is not NULL:
+            pipe_count_taken(&self.pipe, job)
+            if job.type == TYPE_APP:
+                self.pipe.follower.fail += 1
+            job = job.next
+        pthread_mutex_unlock(&self.pipe.lock)
         job = first
         while job is not NULL:
             expired.append((job.type, job.to))
@@ -841,12 +801,11 @@ cdef class Sender:
 
     def finish_expired(self, uint64_t count):
         """Write the outcome of ``count`` messages taken by ``take_expired`` into the books."""
-        with nogil:
-            pthread_mutex_lock(&self.pipe.lock)
-            self.pipe.books.in_flight -= count
-            self.pipe.books.failed += count
-            books_check(&self.pipe.books)
-            pthread_mutex_unlock(&self.pipe.lock)
+        lock_with_gil(&self.pipe.lock)
+        self.pipe.books.in_flight -= count
+        self.pipe.books.failed += count
+        books_check(&self.pipe.books)
+        pthread_mutex_unlock(&self.pipe.lock)
 
     def renew(self):
         """Have every worker dial anew before its next message. Thread-safe; never waits."""

@@ -340,6 +340,16 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept n
     return OFFER_ACCEPTED
 
 
+cdef inline int pipe_offer_locked(pipe_t* pipe, job_t* job) noexcept nogil:
+    """Offer a job and let go of the lock, which the caller has taken; OFFER_*."""
+    cdef bint is_needed = False
+    cdef int rc = pipe_offer(pipe, job, &is_needed)
+    pthread_mutex_unlock(&pipe.lock)
+    if is_needed:       # not under the lock, which the loop is about to want
+        loop_wake(pipe.loop)
+    return rc
+
+
 cdef inline job_t* pipe_pop(pipe_t* pipe, bint with_large) noexcept nogil:
     """Take the oldest job out of msgc, or NULL; the books are the caller's, who holds the lock."""
     cdef job_t* job = <job_t*>ring_peek(&pipe.msgc)

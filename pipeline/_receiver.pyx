@@ -20,6 +20,7 @@ from libc.string cimport memcpy, memset
 
 from pipeline._budget cimport BODY_SMALL, BodyShare, share_end, share_set
 from pipeline._descriptors cimport descriptors_shut
+from pipeline._gil cimport lock_with_gil
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
@@ -539,11 +540,9 @@ cdef class Receiver:
         if general.is_member is not None:
             conn.is_member = general.is_member
         if then == THEN_DELIVER:
-            with nogil:
-                # The lock's owner may be at work. Only C state is touched.
-                pthread_mutex_lock(&self.server.lock)
-                conn_set_member(conn, sender)
-                pthread_mutex_unlock(&self.server.lock)
+            lock_with_gil(&self.server.lock)
+            conn_set_member(conn, sender)
+            pthread_mutex_unlock(&self.server.lock)
             body_free(&request.body)
             body = general.take_body()
             if isinstance(body, Body):
