@@ -35,7 +35,7 @@ from pipeline._server cimport (
     server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
     server_retire_soon, server_start, server_stop, server_wait,
 )
-from pipeline._sockets cimport own_descriptors
+from pipeline._sockets cimport fork_count, own_descriptors
 from pipeline._sync cimport (
     add_int, clock_ns, count_get, deadline_timespec, pthread_cond_timedwait, pthread_join,
     pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, store_int, timespec,
@@ -60,19 +60,6 @@ logger = get_logger("pipeline.listener")
 cdef enum:
     # Asked for at once; ssl takes an int, and gives one record of at most 16 KiB.
     BODY_STEP_BYTES = 1 << 20
-
-
-# How often this process was forked from one that had the module: a thread that came here with its
-# stack in the middle of a request is not to go on with it.
-cdef int n_forks = 0
-
-
-def _after_fork_in_child():
-    global n_forks
-    n_forks += 1
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class ReceiverStats(NamedTuple):
@@ -355,11 +342,11 @@ cdef class Receiver:
         """
         cdef handler_t handler
         cdef answer_204_t answer = self.server.answer_204
-        cdef int forks = n_forks
+        cdef int forks = fork_count()
         answer.second = 0
         if is_general:
             self.run(NULL, NULL)
-            if forks == n_forks:
+            if forks == fork_count():
                 for connection in list(self.generals):
                     self.forget(connection)
             return
@@ -367,7 +354,7 @@ cdef class Receiver:
         try:
             self.run(&handler, &answer)
         finally:
-            if forks == n_forks:
+            if forks == fork_count():
                 server_remove_handler(&self.server, &handler)
 
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1:
@@ -394,7 +381,7 @@ cdef class Receiver:
 
         False in a child that was forked meanwhile, in a callback: the connection is the parent's.
         """
-        cdef int forks = n_forks
+        cdef int forks = fork_count()
         cdef uint64_t id = conn.id
         cdef bint is_taken = True
         if handler is not NULL:
@@ -414,7 +401,7 @@ cdef class Receiver:
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
             conn.then = THEN_CLOSE
-        if forks != n_forks:
+        if forks != fork_count():
             return False
         if handler is not NULL:
             add_int(&self.server.busy, -1)

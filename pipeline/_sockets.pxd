@@ -3,3 +3,4 @@
 from pipeline._descriptors cimport descriptors_t
 
 cdef descriptors_t* own_descriptors() noexcept
+cdef int fork_count() noexcept

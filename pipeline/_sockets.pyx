@@ -28,6 +28,19 @@ cdef descriptors_t* own_descriptors() noexcept:
     return &descriptors
 
 
+# How many forks lie between the process that loaded the library and this one.
+cdef int n_forks = 0
+
+
+cdef int fork_count() noexcept:
+    """Return a number that a forked child has another one of than its parent.
+
+    A thread that came into the child in the middle of its work sees by it that the work, and what
+    it works on, is the parent's.
+    """
+    return n_forks
+
+
 # In a forked child they are not to close descriptors that are others' by then.
 own_sockets = weakref.WeakSet()
 
@@ -42,6 +55,8 @@ cdef void fork_ends() noexcept nogil:
 
 
 cdef void forked() noexcept nogil:
+    global n_forks
+    n_forks += 1
     descriptors_forked(&descriptors)
 
 
