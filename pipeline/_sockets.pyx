@@ -93,10 +93,6 @@ class OwnSocket(socket.socket):
                 # A fork may be under way. Only C state is touched.
                 descriptors_shut(&descriptors, fd)
 
-    def forget_after_fork(self):
-        """In a forked child, where the descriptor is closed already."""
-        self.detach()
-
 
 def open_socket(int family, int kind, int protocol):
     """Make a socket that does not block: an OwnSocket. Raises ``OSError``."""

@@ -566,11 +566,6 @@ class SealedSocket:
             self._say_goodbye()
         self._sock.close()
 
-    def forget_after_fork(self) -> None:
-        """In a forked child: say nothing, for the session is the parent's."""
-        self._is_said = True
-        self._sock.forget_after_fork()
-
     def _say_goodbye(self) -> None:
         if not self._is_said:
             self._is_said = True

@@ -228,7 +228,6 @@ class _Receiving:
         """In a forked child: the connection and the file are the parent's."""
         self._lock = threading.RLock()
         self._is_closed = self._is_stopped = True
-        self._connection.forget_after_fork()
         if self.saving is not None:
             self.saving.forget_after_fork()
 
