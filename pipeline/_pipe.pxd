@@ -47,8 +47,6 @@ cdef enum:
     RELEASE_BYTES = 1 << 20
     RELEASE_DELAY_NS = 100000000
     ANSWER_KNOWN_MAX = 512
-    # What is sent on a live link is acknowledged within this: a round trip, a delayed ACK.
-    LINK_ANSWER_MS = 500
     # Larger messages never take a pipe's first worker: a snapshot, or a run of large appends,
     # must not delay heartbeats and votes (design section 5).
     LARGE_MIN = 64 * 1024

@@ -3,7 +3,7 @@
 import socket
 import weakref
 
-__all__ = ["OwnSocket", "open_socket"]
+__all__ = ["OwnSocket", "link_is_dead", "open_socket"]
 
 class OwnSocket(socket.socket):
     def __init__(
@@ -12,4 +12,5 @@ class OwnSocket(socket.socket):
 
 own_sockets: weakref.WeakSet[OwnSocket]
 
+def link_is_dead(sock: socket.socket, timeout_s: float) -> bool: ...
 def open_socket(family: int, kind: int, protocol: int) -> OwnSocket: ...

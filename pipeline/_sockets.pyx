@@ -5,9 +5,12 @@
 lock held, everything else by ``open_socket``.
 """
 
+from libc.stdint cimport int64_t
+
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
 )
+from pipeline._link cimport link_is_dead as c_link_is_dead
 from pipeline._sync cimport (
     SOCK_CLOEXEC, SOCK_NONBLOCK, errno, pthread_atfork, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, socket as c_socket,
@@ -17,7 +20,7 @@ import os
 import socket
 import weakref
 
-__all__ = ["OwnSocket", "open_socket"]
+__all__ = ["OwnSocket", "link_is_dead", "open_socket"]
 
 cdef descriptors_t descriptors
 pthread_mutex_init(&descriptors.lock, NULL)
@@ -92,6 +95,14 @@ class OwnSocket(socket.socket):
             with nogil:
                 # A fork may be under way. Only C state is touched.
                 descriptors_shut(&descriptors, fd)
+
+
+def link_is_dead(sock not None, double timeout_s):
+    """Tell whether a socket's peer has acknowledged nothing for ``timeout_s`` although it should.
+
+    The rule of the sending loop (``_link.pxd``). False where the system does not tell.
+    """
+    return c_link_is_dead(sock.fileno(), <int64_t>(timeout_s * 1e9))
 
 
 def open_socket(int family, int kind, int protocol):

@@ -12,11 +12,12 @@ from posix.uio cimport iovec
 from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
 )
+from pipeline._link cimport link_is_dead, link_is_silent
 from pipeline._pipe cimport (
     ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED,
     EVENT_CONNECT, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL,
-    EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LINK_ANSWER_MS,
+    EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP,
     LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US, OUTCOME_SENT,
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
     TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, job_t,
@@ -44,25 +45,6 @@ cdef inline void worker_await_answer(worker_t* worker, int64_t answer_deadline_n
     if worker.text_deadline_ns and (deadline_ns == 0 or worker.text_deadline_ns < deadline_ns):
         deadline_ns = worker.text_deadline_ns
     worker_set_deadline(worker, deadline_ns)
-
-
-cdef inline bint worker_link_is_dead(worker_t* worker) noexcept nogil:
-    """Tell whether the peer has not acknowledged anything for too long although it should have.
-
-    Not TCP_USER_TIMEOUT, which also ends a connection whose live peer does not read for a while:
-    that is for the stall timeout. A peer that owes no acknowledgement is probed by keepalive.
-    """
-    cdef tcp_info info
-    cdef socklen_t size = sizeof(info)
-    if getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) != 0:
-        return False
-    if <int64_t>info.tcpi_last_ack_recv * 1000000 < worker.pipe.limits.dead_link_timeout_ns:
-        return False
-    # A live peer with a closed window answers each retransmission, and each probe, however far
-    # apart back-off puts them.
-    return info.tcpi_probes >= 2 or (
-        info.tcpi_unacked > 0
-        and info.tcpi_last_ack_recv > info.tcpi_last_data_sent + LINK_ANSWER_MS)
 
 
 cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
@@ -272,7 +254,6 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
 cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
     """Give an idle worker a job; without a connection fit for use it goes to Python first."""
     cdef loop_t* loop = worker.pipe.loop
-    cdef uint8_t byte
     job.taken_ns = loop.now_ns
     worker.job = job
     if worker.pipe.limits.max_queue_age_ns:
@@ -283,9 +264,7 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     # An idle connection must be silent: an end of stream or stray bytes make it unfit.
-    if was_idle and worker.seal == SEAL_NONE \
-            and (recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0
-                 or errno != EAGAIN):
+    if was_idle and worker.seal == SEAL_NONE and not link_is_silent(worker.fd):
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     worker_begin(worker)
@@ -299,12 +278,11 @@ cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
     """
     cdef pipe_t* pipe = worker.pipe
     cdef int64_t now_ns = clock_ns()
-    cdef uint8_t byte
     if worker.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&pipe.generation) \
             or now_ns - worker.last_used_ns > pipe.limits.idle_timeout_ns:
         return False
-    if recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0 or errno != EAGAIN:
+    if not link_is_silent(worker.fd):
         return False
     pthread_mutex_lock(&pipe.lock)
     pipe_expire(pipe, now_ns)
@@ -518,7 +496,7 @@ cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcep
                             else ERROR_RESPONSE_TIMEOUT)
             return
         if now_ns >= worker.link_check_ns:
-            if worker_link_is_dead(worker):
+            if link_is_dead(worker.fd, worker.pipe.limits.dead_link_timeout_ns):
                 worker_fail(worker, ERROR_DEAD_LINK)
                 return
             worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns // 4

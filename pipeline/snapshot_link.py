@@ -13,12 +13,11 @@ import os
 import select
 import socket
 import ssl
-import struct
 import threading
 import time
 from collections.abc import Callable
 
-from pipeline._sockets import OwnSocket
+from pipeline._sockets import OwnSocket, link_is_dead
 from pipeline.dialling import Dial, Dialer, DialError
 from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, SnapshotSourceError
 from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
@@ -32,18 +31,12 @@ __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 
 #: How often a wait looks whether the peer still acknowledges.
 LINK_CHECK_S = 1.0
-#: What is sent on a live link is acknowledged within this: a round trip, a delayed ACK.
-LINK_ANSWER_MS = 500
 #: Enciphered at once: four records.
 TLS_BYTES = 64 * 1024
 #: For the rest of the head of an answer that has begun.
 ANSWER_REST_S = 5.0
 
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
-
-# struct tcp_info, as far as it is looked at: probes; unacked; last_data_sent and last_ack_recv,
-# milliseconds ago.
-_TCP_INFO = struct.Struct("@3xB20xI16xI8xI")
 
 
 class Ending:
@@ -358,20 +351,8 @@ class SnapshotLink:
                 return found[sock.fileno()]
             if left_s <= 0:
                 return 0
-            if self._is_dead(sock):
+            if link_is_dead(sock, self._dead_link_timeout_s):
                 raise self._unreachable("dead link")
-
-    def _is_dead(self, sock: socket.socket) -> bool:
-        """Tell whether the peer acknowledges nothing although it should: see ``_worker.pxd``."""
-        info = b""
-        with contextlib.suppress(OSError):  # a system that does not tell
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-        if len(info) < _TCP_INFO.size:
-            return False
-        probes, unacked, sent_ms, acked_ms = _TCP_INFO.unpack(info)
-        if acked_ms < self._dead_link_timeout_s * 1000:
-            return False
-        return bool(probes >= 2 or (unacked > 0 and acked_ms > sent_ms + LINK_ANSWER_MS))
 
     def _unreachable(self, reason: str, cause: BaseException | None = None) -> PeerUnreachableError:
         # Of a transfer that is to end the peer has done nothing worth a report.
