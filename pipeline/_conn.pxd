@@ -1297,8 +1297,11 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     conn_write(conn)
 
 
-cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
-    """Act on what epoll says, or on EPOLLIN when the connection was runnable."""
+cdef inline void conn_ready(conn_t* conn, uint32_t flags, bint is_its_turn) noexcept nogil:
+    """Act on what epoll says, or on EPOLLIN when the connection was runnable.
+
+    What there may be much of waits for ``is_its_turn``.
+    """
     if conn.state == CONN_CLOSED:
         return
     # Told of once, maybe long before all that was sent ahead of it is read.
@@ -1312,28 +1315,18 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags) noexcept nogil:
         return
     if not flags & ~EPOLLOUT:
         return
-    if conn_is_bulk(conn):
+    if not is_its_turn and conn_is_bulk(conn):
         conn_add_runnable(conn)
         return
     store_int(&conn.has_event, conn.has_ended)  # a thread that has given it back may still look
     if conn.state == CONN_BODY:
         conn_read_body(conn)
+    elif conn.state == CONN_LINGERING:
+        conn_discard(conn)
     else:
         conn_read(conn)
     if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_GENERAL):
         conn_add_runnable(conn)
-
-
-cdef inline void conn_run(conn_t* conn) noexcept nogil:
-    """Look again at a connection that was runnable."""
-    if not conn_is_bulk(conn):
-        conn_ready(conn, EPOLLIN)
-        return
-    store_int(&conn.has_event, conn.has_ended)  # a thread that has given it back may still look
-    if conn.state == CONN_BODY:
-        conn_read_body(conn)
-    else:
-        conn_discard(conn)
 
 
 cdef inline bint conn_is_idle(const conn_t* conn) noexcept nogil:

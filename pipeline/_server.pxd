@@ -24,7 +24,7 @@ from pipeline._conn cimport (
     CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_STRANGERS, SERVER_EVENTS, SERVER_TURN_BYTES, SPARES,
     SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, body_free,
     body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
-    conn_is_idle, conn_ready, conn_returned, conn_run, conn_set_deadline, conn_t, handler_t,
+    conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t,
     queue_take, runnable_t, server_limits_t, server_look_at, server_may_take, server_t, server_take,
     server_take_spare,
 )
@@ -299,7 +299,7 @@ cdef inline void server_run(server_t* server, runnable_t* runnable, int64_t bulk
         conn = runnable.head
         runnable.head = conn.next_runnable
         conn.is_runnable = False
-        conn_run(conn)
+        conn_ready(conn, EPOLLIN, True)
         if conn is last:
             return
 
@@ -477,7 +477,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
                 < <void*>(server.listening + server.n_listening):
             server_accept(server, (<int*>pointer)[0])
         else:
-            conn_ready(<conn_t*>pointer, events[i].events)
+            conn_ready(<conn_t*>pointer, events[i].events, False)
     if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
         server_check_deadlines(server)
     return True
