@@ -15,27 +15,27 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.uio cimport iovec
 
-from pipeline._counters cimport books_check, books_t, follower_stddev_ms, follower_t
+from pipeline._books cimport (
+    OUTCOME_FAILED, OUTCOME_SENT, books_check, books_t, follower_stddev_ms, follower_t,
+)
+from pipeline._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_take_expired, job_t
 from pipeline._gil cimport lock_with_gil, try_lock
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
-from pipeline._loop cimport (
-    loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop, pipe_free, pipe_init,
-)
+from pipeline._loop cimport loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop
 from pipeline._pipe cimport (
-    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
-    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED,
-    EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED,
-    EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES,
-    OFFER_ACCEPTED, OUTCOME_FAILED, OUTCOME_SENT, SEAL_CONNECTED, SEAL_NONE, SEAL_READING,
-    SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
-    WORKER_WRITING, event_t, job_t, limits_t, loop_queue_chores, loop_t, pipe_begin_stop,
-    pipe_count, pipe_count_taken, pipe_offer_locked, pipe_retire_connections,
-    pipe_t, worker_t, worker_to_python,
+    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
+    ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED,
+    EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
+    GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, SEAL_CONNECTED, SEAL_NONE,
+    SEAL_READING, SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING,
+    WORKER_RETIRED, WORKER_WRITING, event_t, limits_t, loop_queue_chores, loop_t, pipe_begin_stop,
+    pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_t,
+    worker_to_python,
 )
 from pipeline._worker cimport worker_give_back, worker_may_retry, worker_take_sealed
 from pipeline._messages cimport (
@@ -47,8 +47,8 @@ from pipeline._ring cimport (
 )
 from pipeline._sync cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
-    load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int, timespec,
+    load_i64, load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int, timespec,
 )
 
 import enum
@@ -441,7 +441,7 @@ cdef class IOLoop:
     @property
     def queued_bytes(self):
         """Bytes queued by all senders."""
-        return add_i64(&self.loop.queued_bytes, 0)
+        return load_i64(&self.loop.budget.bytes)
 
     cdef void drop_finished(self) noexcept:
         """Free finished jobs and drop what they borrowed."""
@@ -535,7 +535,7 @@ cdef class IOLoop:
             sender.forget_after_fork()
             pthread_mutex_init(&sender.pipe.lock, NULL)
             cond_init_monotonic(&sender.pipe.retired)
-            sender.pipe.is_stopping = True
+            sender.pipe.channel.is_stopping = True
             sender.pipe.is_detached = True
             sender.pipe.live = 0
         self.senders.clear()
@@ -567,7 +567,7 @@ cdef class Sender:
             if self.pipe.workers[i].job is not NULL:
                 job_free(self.pipe.workers[i].job)
                 self.pipe.workers[i].job = NULL
-        jobs_free(self.pipe.expired)            # the same
+        jobs_free(self.pipe.channel.expired)    # the same
         pipe_free(&self.pipe)
 
     def __cinit__(self, *args, **kwargs):
@@ -586,6 +586,7 @@ cdef class Sender:
         lines : list of pool.Line
             A connection for each worker: ``config.connections``.
         """
+        cdef channel_limits_t channel_limits
         cdef limits_t limits
         cdef Worker worker
         cdef list workers = []
@@ -595,12 +596,13 @@ cdef class Sender:
             raise UsageError("start: a pipeline can be started once")
         if not loop.is_running:
             raise UsageError("start: it was stopped")
-        limits.queue_bytes = config.queue_bytes
+        channel_limits.messages = config.queue_length
+        channel_limits.bytes = config.queue_bytes
+        channel_limits.max_age_ns = <int64_t>((config.max_queue_age or 0.0) * 1e9)
         limits.response_timeout_ns = <int64_t>(config.response_timeout_s * 1e9)
         limits.stall_timeout_ns = <int64_t>(config.stall_timeout_s * 1e9)
         limits.idle_timeout_ns = <int64_t>(config.idle_timeout_s * 1e9)
         limits.dead_link_timeout_ns = <int64_t>(config.dead_link_timeout_s * 1e9)
-        limits.max_queue_age_ns = <int64_t>((config.max_queue_age or 0.0) * 1e9)
         self.profile = profile_index(config.profile)
         self.loop = loop
         self.active = active
@@ -610,7 +612,7 @@ cdef class Sender:
             worker.line = line
             workers.append(worker)
         made = tuple(workers)
-        if pipe_init(&self.pipe, &loop.loop, len(made), config.queue_length, &limits,
+        if pipe_init(&self.pipe, &loop.loop, len(made), &channel_limits, &limits,
                      &active.value, <void*>self) != 0:
             raise MemoryError
         for i in range(self.pipe.n_workers):
@@ -662,13 +664,13 @@ cdef class Sender:
         else:
             job = job_from_protobuf(message)
         if try_lock(&self.pipe.lock):
-            rc = pipe_offer_locked(&self.pipe, job)
+            rc = pipe_offer(&self.pipe, job)
         else:
             with nogil:
                 # The lock's owner was preempted. The job is offered before the GIL is had again,
                 # which may be long in coming. Only C state is touched.
                 pthread_mutex_lock(&self.pipe.lock)
-                rc = pipe_offer_locked(&self.pipe, job)
+                rc = pipe_offer(&self.pipe, job)
         if rc != OFFER_ACCEPTED:
             job_free(job)
         return <object>RESULTS[rc]
@@ -679,7 +681,7 @@ cdef class Sender:
         if not self.is_open:
             return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         lock_with_gil(&self.pipe.lock)
-        books = self.pipe.books
+        books = self.pipe.channel.books
         pthread_mutex_unlock(&self.pipe.lock)
         return PipelineStats(
             books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
@@ -783,10 +785,8 @@ cdef class Sender:
         if not self.is_open:
             return expired
         lock_with_gil(&self.pipe.lock)
-        first = job = self.pipe.expired
-        self.pipe.expired = NULL
+        first = job = channel_take_expired(&self.pipe.channel)
         while job is not NULL:
-            pipe_count_taken(&self.pipe, job)
             if job.type == TYPE_APP:
                 self.pipe.follower.fail += 1
             job = job.next
@@ -802,9 +802,9 @@ cdef class Sender:
     def finish_expired(self, uint64_t count):
         """Write the outcome of ``count`` messages taken by ``take_expired`` into the books."""
         lock_with_gil(&self.pipe.lock)
-        self.pipe.books.in_flight -= count
-        self.pipe.books.failed += count
-        books_check(&self.pipe.books)
+        self.pipe.channel.books.in_flight -= count
+        self.pipe.channel.books.failed += count
+        books_check(&self.pipe.channel.books)
         pthread_mutex_unlock(&self.pipe.lock)
 
     def renew(self):

@@ -4,22 +4,20 @@ It waits in ``epoll_wait`` for sockets, the next deadline, or an eventfd, which 
 while the loop sleeps. Who may touch what is told in ``_pipe.pxd``.
 """
 
-from libc.stdint cimport int64_t, uint32_t
-from libc.stdlib cimport calloc, free
+from libc.stdint cimport int64_t
 from libc.string cimport memset
 
+from pipeline._channel cimport channel_take, job_t
 from pipeline._pipe cimport (
     ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, LOOP_EVENTS, SEND_BUFFER_NEAR, WORKER_IDLE,
-    WORKER_PYTHON, WORKER_WRITING, job_t, limits_t, loop_add_runnable, loop_queue_chores, loop_t,
-    loop_wake, pipe_check_age, pipe_expire, pipe_t, pipe_take, worker_retire, worker_t,
-    worker_to_python,
+    WORKER_PYTHON, WORKER_WRITING, loop_add_runnable, loop_queue_chores, loop_t, loop_wake,
+    pipe_check_age, pipe_expire, pipe_t, worker_retire, worker_t, worker_to_python,
 )
-from pipeline._ring cimport RING_OK, ring_free, ring_init
 from pipeline._sync cimport (
     AF_INET, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, clock_ns, close,
     cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    getsockopt, invariant, list_is_empty, list_take, load_i64, load_int, pthread_cond_destroy, pthread_join,
+    getsockopt, list_is_empty, list_take, load_i64, load_int, pthread_cond_destroy, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
     sched_yield, setsockopt, socket, socklen_t, store_int, thread_start,
 )
@@ -82,7 +80,7 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
         link = &pipe.idle
         while link[0] is not NULL:
             worker = link[0]
-            job = pipe_take(pipe, worker.index > 0)
+            job = channel_take(&pipe.channel, worker.index > 0)
             if job is NULL:         # the first worker may find nothing where another does
                 link = &worker.next
                 continue
@@ -227,7 +225,7 @@ cdef inline bint grants_near_buffer() noexcept nogil:
 cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
     """Make a loop that is not running yet; 0 or an errno."""
     memset(loop, 0, sizeof(loop_t))
-    loop.queue_bytes = queue_bytes
+    loop.budget.limit = queue_bytes
     loop.has_near_buffer = grants_near_buffer()
     loop.epfd = loop.wakefd = -1
     if pthread_mutex_init(&loop.event_lock, NULL) != 0 \
@@ -283,43 +281,3 @@ cdef inline void loop_stop(loop_t* loop) noexcept nogil:
     while load_int(&loop.wakers) > 0:
         sched_yield()
     loop_close_descriptors(loop)
-
-
-cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers, uint32_t queue_length,
-                          const limits_t* limits, int* active, void* owner) noexcept nogil:
-    """Make a pipe with idle workers and no connections; 0, or -1 without memory."""
-    cdef int i
-    memset(pipe, 0, sizeof(pipe_t))
-    pipe.loop = loop
-    pipe.limits = limits[0]
-    pipe.active = active
-    pipe.owner = owner
-    pipe.workers = <worker_t*>calloc(n_workers, sizeof(worker_t))
-    if pipe.workers is NULL or ring_init(&pipe.msgc, queue_length) != RING_OK \
-            or ring_init(&pipe.large, queue_length) != RING_OK:
-        ring_free(&pipe.msgc)
-        free(pipe.workers)
-        return -1
-    pthread_mutex_init(&pipe.lock, NULL)
-    cond_init_monotonic(&pipe.retired)
-    pipe.n_workers = pipe.live = n_workers
-    for i in range(n_workers):      # the first worker ends up last on the stack
-        pipe.workers[i].pipe = pipe
-        pipe.workers[i].index = i
-        pipe.workers[i].fd = -1
-        pipe.workers[i].next = pipe.idle
-        pipe.idle = &pipe.workers[i]
-    return 0
-
-
-cdef inline void pipe_free(pipe_t* pipe) noexcept nogil:
-    """Free a pipe that was never used, or is detached with no worker live and no job left."""
-    cdef int i
-    for i in range(pipe.n_workers):
-        invariant(pipe.workers[i].job is NULL)
-        free(pipe.workers[i].head)
-    free(pipe.workers)
-    ring_free(&pipe.msgc)
-    ring_free(&pipe.large)
-    pthread_cond_destroy(&pipe.retired)
-    pthread_mutex_destroy(&pipe.lock)

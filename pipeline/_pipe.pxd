@@ -1,11 +1,11 @@
-"""A pipe: msgc, the books and the workers of one peer, and what it shares with the loop.
+"""A pipe: the channel and the workers of one peer, and what it shares with the loop.
 
 Source: etcd rafthttp/pipeline.go. There the four workers of a pipeline are goroutines on the
 runtime's netpoller; here a worker is a connection slot with a state (``_worker.pxd``), and the loop
 (``_loop.pxd``) is the netpoller.
 
     who                 may touch                                           guarded by
-    producers           ring, books, idle stack: pipe_offer                 pipe.lock
+    producers           channel, idle stack: pipe_offer                     pipe.lock
     the loop's thread   the same; workers not in WORKER_PYTHON; fds         pipe.lock; one thread
     dispatcher threads  workers in WORKER_PYTHON; books: pipe_count         pipe.lock; the hand-over
 
@@ -17,17 +17,21 @@ forgets a pipe (its fds, its place in every list) while it holds the pipe's lock
 worker is counted out.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint64_t, uint8_t
-from libc.stdlib cimport free
-from posix.uio cimport iovec
+from libc.stdint cimport int64_t, uint64_t, uint8_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
-from pipeline._counters cimport books_check, books_t, follower_success, follower_t
+from pipeline._books cimport OUTCOME_SENT, follower_success, follower_t
+from pipeline._channel cimport (
+    OFFER_ACCEPTED, channel_drop_all, channel_expire, channel_expires_at, channel_free,
+    channel_init, channel_limits_t, channel_offer, channel_settle, channel_t, job_t, queue_budget_t,
+)
 from pipeline._http cimport HTTP_ANSWER_MAX
-from pipeline._ring cimport ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push
 from pipeline._sync cimport (
-    EPOLL_CTL_DEL, add_i64, add_int, clock_ns, epoll_ctl, list_push, load_i64, load_int,
-    pthread_cond_broadcast, pthread_cond_signal, pthread_cond_t, pthread_mutex_lock,
-    pthread_mutex_t, pthread_mutex_unlock, pthread_t, store_int, swap_int, write,
+    EPOLL_CTL_DEL, add_i64, add_int, cond_init_monotonic, epoll_ctl, invariant, list_push, load_i64,
+    load_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
+    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, pthread_t, store_int, swap_int, write,
 )
 
 cdef enum:
@@ -94,33 +98,9 @@ cdef enum:
     SEAL_READING            # the answer; also between two requests
 
 cdef enum:
-    OFFER_ACCEPTED = 0
-    OFFER_FULL = 1
-    OFFER_STOPPED = 2
-
-cdef enum:
     GIVEN_TO_LOOP = 0
     GIVEN_RETIRED = 1       # nobody touches it again
     GIVEN_NOT = 2           # it has a job and no loop any more: fail the job first
-
-cdef enum:
-    OUTCOME_SENT
-    OUTCOME_FAILED
-
-# One message on its way. A single allocation: the struct, its segments, its owners, its bytes.
-cdef struct job_t:
-    job_t* next             # on loop.finished
-    uint64_t to
-    size_t size_bytes       # of the protobuf message: Content-Length
-    uint64_t number         # order of offers, over both rings of a pipe
-    int64_t offered_ns      # only with limits.max_queue_age_ns
-    int64_t taken_ns        # when a worker took it; latency counts from here
-    int32_t type
-    bint retried            # already moved once to a fresh connection
-    int n_segments
-    int n_owners
-    iovec* segments         # the body in order; into this allocation or into an owner's memory
-    void** owners           # owned PyObject*; only a thread with the GIL may drop them
 
 cdef struct event_t:
     event_t* next
@@ -168,25 +148,18 @@ cdef struct worker_t:
     uint8_t known[ANSWER_KNOWN_MAX]     # the answer recognised last: a repeat needs no scan
 
 cdef struct limits_t:
-    int64_t queue_bytes
     int64_t response_timeout_ns
     int64_t stall_timeout_ns
     int64_t idle_timeout_ns
     int64_t dead_link_timeout_ns
-    int64_t max_queue_age_ns        # 0 is none
 
 cdef struct pipe_t:
     pthread_mutex_t lock    # guards what follows, down to the blank line
     pthread_cond_t retired  # broadcast when live falls
-    ring_t msgc             # small messages
-    ring_t large            # those above LARGE_MIN; both together hold msgc.cap
-    int64_t large_bytes     # in the latter
-    books_t books
+    channel_t channel
     follower_t follower
-    job_t* expired          # out of msgc, queued in the books: for Python to fail, newest first
     worker_t* idle          # stack: the warmest connection is used first
     int live                # workers not retired
-    bint is_stopping        # offers are refused
     bint is_detached        # the loop has forgotten this pipe
     bint is_scheduled       # on loop.ready
     bint is_retiring        # idle connections of an earlier generation are to be closed
@@ -219,9 +192,7 @@ cdef struct loop_t:
     int64_t finished_bytes  # atomic
     int chores_queued       # atomic: the event is in the queue
     int has_expired         # atomic: some pipe has expired jobs
-    int64_t queued_bytes    # atomic: of all pipes
-    int64_t large_bytes     # atomic: of large messages among them
-    int64_t queue_bytes     # budget for queued_bytes
+    queue_budget_t budget   # of all pipes' channels
     bint has_near_buffer    # the kernel grants SEND_BUFFER_NEAR; never changes
 
     pthread_mutex_t event_lock      # guards what follows, down to the blank line
@@ -282,141 +253,83 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     loop_queue_event(worker.pipe.loop, &worker.event)
 
 
-# -- the pipe: msgc and the books
+# -- the pipe: what is offered, and whoever is idle
 
-cdef inline bint pipe_is_large(const pipe_t* pipe, const job_t* job) noexcept nogil:
-    """Tell whether the first worker is kept from the job; a pipe's only worker is not."""
-    return job.size_bytes > LARGE_MIN and pipe.n_workers > 1
+cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers,
+                          channel_limits_t* channel_limits, const limits_t* limits, int* active,
+                          void* owner) noexcept nogil:
+    """Make a pipe with idle workers and no connections; 0, or -1 without memory.
 
-
-cdef inline int pipe_offer(pipe_t* pipe, job_t* job, bint* is_needed) noexcept nogil:
-    """Accept or refuse a job; OFFER_*. The caller holds the lock, and owns a refused job.
-
-    ``is_needed`` is set when the loop has to look at this pipe: ``loop_wake`` is then to follow.
+    ``channel_limits.large_min`` is the pipe's to say: its only worker takes whatever there is.
     """
-    cdef loop_t* loop = pipe.loop
-    cdef books_t* books = &pipe.books
-    cdef int64_t size = <int64_t>job.size_bytes
-    cdef int64_t held, held_by_all
-    cdef bint is_large = pipe_is_large(pipe, job)
-    cdef ring_t* ring
-    books.offered += 1
-    if pipe.is_stopping:
-        books.refused += 1
-        return OFFER_STOPPED
-    # An empty queue takes one message of any size, whatever the other peers hold: a large
-    # snapshot must be sendable, and a dead peer's backlog must not silence a healthy one. Small
-    # messages are not refused for the bytes of large ones, which must not silence them either.
-    ring = &pipe.large if is_large else &pipe.msgc
-    held = <int64_t>books.queued_bytes
-    held_by_all = add_i64(&loop.queued_bytes, size)
-    if not is_large:
-        held -= pipe.large_bytes
-        held_by_all -= load_i64(&loop.large_bytes)
-    if (held_by_all > loop.queue_bytes or held + size > pipe.limits.queue_bytes) \
-            and (ring_len(ring) > 0 or pipe.expired is not NULL) \
-            or books.queued >= pipe.msgc.cap:
-        add_i64(&loop.queued_bytes, -size)
-        books.refused += 1
-        return OFFER_FULL
-    ring_try_push(ring, job)
-    if is_large:
-        pipe.large_bytes += size
-        add_i64(&loop.large_bytes, size)
-    job.number = books.accepted
-    if pipe.limits.max_queue_age_ns:
-        job.offered_ns = clock_ns()
-    books.accepted += 1
-    books.queued += 1
-    books.queued_bytes += job.size_bytes
-    # Busy workers look at msgc themselves when they finish; only an idle one needs the loop.
-    if pipe.idle is not NULL and not pipe.is_scheduled:
-        pipe.is_scheduled = True
-        list_push(&loop.ready, &pipe.next_ready, pipe)
-        is_needed[0] = True
-    books_check(books)
-    return OFFER_ACCEPTED
+    cdef int i
+    memset(pipe, 0, sizeof(pipe_t))
+    pipe.loop = loop
+    pipe.limits = limits[0]
+    pipe.active = active
+    pipe.owner = owner
+    channel_limits.large_min = LARGE_MIN if n_workers > 1 else <size_t>-1
+    pipe.workers = <worker_t*>calloc(n_workers, sizeof(worker_t))
+    if pipe.workers is NULL or channel_init(&pipe.channel, channel_limits, &loop.budget) != 0:
+        free(pipe.workers)
+        return -1
+    pthread_mutex_init(&pipe.lock, NULL)
+    cond_init_monotonic(&pipe.retired)
+    pipe.n_workers = pipe.live = n_workers
+    for i in range(n_workers):      # the first worker ends up last on the stack
+        pipe.workers[i].pipe = pipe
+        pipe.workers[i].index = i
+        pipe.workers[i].fd = -1
+        pipe.workers[i].next = pipe.idle
+        pipe.idle = &pipe.workers[i]
+    return 0
 
 
-cdef inline int pipe_offer_locked(pipe_t* pipe, job_t* job) noexcept nogil:
-    """Offer a job and let go of the lock, which the caller has taken; OFFER_*."""
+cdef inline void pipe_free(pipe_t* pipe) noexcept nogil:
+    """Free a pipe that was never used, or is detached with no worker live and no job left."""
+    cdef int i
+    for i in range(pipe.n_workers):
+        invariant(pipe.workers[i].job is NULL)
+        free(pipe.workers[i].head)
+    free(pipe.workers)
+    channel_free(&pipe.channel)
+    pthread_cond_destroy(&pipe.retired)
+    pthread_mutex_destroy(&pipe.lock)
+
+
+cdef inline int pipe_offer(pipe_t* pipe, job_t* job) noexcept nogil:
+    """Accept or refuse a job, and let go of the lock, which the caller has taken; OFFER_*.
+
+    The caller owns a refused job.
+    """
     cdef bint is_needed = False
-    cdef int rc = pipe_offer(pipe, job, &is_needed)
+    cdef int rc = channel_offer(&pipe.channel, job)
+    # Busy workers look at msgc themselves when they finish; only an idle one needs the loop.
+    if rc == OFFER_ACCEPTED and pipe.idle is not NULL and not pipe.is_scheduled:
+        pipe.is_scheduled = is_needed = True
+        list_push(&pipe.loop.ready, &pipe.next_ready, pipe)
     pthread_mutex_unlock(&pipe.lock)
     if is_needed:       # not under the lock, which the loop is about to want
         loop_wake(pipe.loop)
     return rc
 
 
-cdef inline job_t* pipe_pop(pipe_t* pipe, bint with_large) noexcept nogil:
-    """Take the oldest job out of msgc, or NULL; the books are the caller's, who holds the lock."""
-    cdef job_t* job = <job_t*>ring_peek(&pipe.msgc)
-    cdef job_t* large = <job_t*>ring_peek(&pipe.large) if with_large else NULL
-    if large is not NULL and (job is NULL or large.number < job.number):
-        return <job_t*>ring_try_pop(&pipe.large)
-    return <job_t*>ring_try_pop(&pipe.msgc)
-
-
-cdef inline void pipe_count_taken(pipe_t* pipe, const job_t* job) noexcept nogil:
-    """Write into the books that a queued job is in flight. The caller holds the lock."""
-    pipe.books.queued -= 1
-    pipe.books.queued_bytes -= job.size_bytes
-    add_i64(&pipe.loop.queued_bytes, -<int64_t>job.size_bytes)
-    if pipe_is_large(pipe, job):
-        pipe.large_bytes -= <int64_t>job.size_bytes
-        add_i64(&pipe.loop.large_bytes, -<int64_t>job.size_bytes)
-    pipe.books.in_flight += 1
-
-
-cdef inline job_t* pipe_take(pipe_t* pipe, bint with_large) noexcept nogil:
-    """Move the oldest queued job into flight, or NULL. The caller holds the lock."""
-    cdef job_t* job = pipe_pop(pipe, with_large)
-    if job is not NULL:
-        pipe_count_taken(pipe, job)
-    return job
-
-
 cdef inline void pipe_expire(pipe_t* pipe, int64_t now_ns) noexcept nogil:
-    """Leave jobs that waited too long to Python, which fails them. The caller holds the lock.
-
-    Differs from etcd: if asked for; etcd sends a message however old.
-    They need no worker: a backlog goes even while all workers are busy with a peer that is dead.
-    Until Python has them they count as queued, so that what is held keeps its bounds.
-    """
-    cdef int64_t oldest_ns = now_ns - pipe.limits.max_queue_age_ns
-    cdef job_t* small
-    cdef job_t* large
-    cdef job_t* job
-    if pipe.limits.max_queue_age_ns == 0:
-        return
-    while True:
-        small = <job_t*>ring_peek(&pipe.msgc)
-        large = <job_t*>ring_peek(&pipe.large)
-        if (small is NULL or small.offered_ns > oldest_ns) \
-                and (large is NULL or large.offered_ns > oldest_ns):
-            return
-        job = pipe_pop(pipe, True)      # the older one of the two
-        job.next = pipe.expired
-        pipe.expired = job
+    """Leave jobs that waited too long to Python, which fails them. The caller holds the lock."""
+    if channel_expire(&pipe.channel, now_ns):
         store_int(&pipe.loop.has_expired, 1)
         loop_queue_chores(pipe.loop)
 
 
 cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
     """Expire what waits for busy workers, and note when to look again."""
-    cdef int64_t age_ns = pipe.limits.max_queue_age_ns
-    cdef job_t* job
+    cdef int64_t age_ns = pipe.channel.limits.max_age_ns
     cdef int i
     if age_ns == 0:
         return
     pthread_mutex_lock(&pipe.lock)
     pipe_expire(pipe, now_ns)
-    job = <job_t*>ring_peek(&pipe.msgc)
-    if job is not NULL:
-        loop_look_at(pipe.loop, job.offered_ns + age_ns)
-    job = <job_t*>ring_peek(&pipe.large)
-    if job is not NULL:
-        loop_look_at(pipe.loop, job.offered_ns + age_ns)
+    loop_look_at(pipe.loop, channel_expires_at(&pipe.channel))
     pthread_mutex_unlock(&pipe.lock)
     for i in range(pipe.n_workers):     # what is offered from now on may have to wait for it
         if pipe.workers[i].state != WORKER_IDLE:
@@ -427,15 +340,9 @@ cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
 cdef inline void pipe_count(pipe_t* pipe, const job_t* job, int outcome,
                             int64_t latency_ns) noexcept nogil:
     """Write a job's one outcome into the books. The caller holds the lock."""
-    pipe.books.in_flight -= 1
-    if outcome == OUTCOME_SENT:
-        if job.type == TYPE_APP:
-            follower_success(&pipe.follower, latency_ns)
-        pipe.books.sent += 1
-        pipe.books.sent_bytes += job.size_bytes
-    else:
-        pipe.books.failed += 1
-    books_check(&pipe.books)
+    if outcome == OUTCOME_SENT and job.type == TYPE_APP:
+        follower_success(&pipe.follower, latency_ns)
+    channel_settle(&pipe.channel, job, outcome)
 
 
 cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
@@ -443,27 +350,10 @@ cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
 
     NULL, and nothing done, when the pipe is stopping already.
     """
-    cdef job_t* job
     cdef job_t* first = NULL
     pthread_mutex_lock(&pipe.lock)
-    if not pipe.is_stopping:
-        pipe.is_stopping = True
-        job = pipe_take(pipe, True)
-        while job is not NULL:
-            pipe.books.in_flight -= 1
-            pipe.books.dropped += 1
-            job.next = first
-            first = job
-            job = pipe_take(pipe, True)
-        while pipe.expired is not NULL:     # Raft will not hear of these any more
-            job = pipe.expired
-            pipe.expired = job.next
-            pipe_count_taken(pipe, job)
-            pipe.books.in_flight -= 1
-            pipe.books.dropped += 1
-            job.next = first
-            first = job
-        books_check(&pipe.books)
+    if not pipe.channel.is_stopping:
+        first = channel_drop_all(&pipe.channel)
         list_push(&pipe.loop.detached, &pipe.next_detached, pipe)
     pthread_mutex_unlock(&pipe.lock)
     loop_wake(pipe.loop)
@@ -475,7 +365,7 @@ cdef inline void pipe_retire_connections(pipe_t* pipe) noexcept nogil:
     cdef bint is_needed = False
     add_int(&pipe.generation, 1)
     pthread_mutex_lock(&pipe.lock)
-    if not pipe.is_stopping:
+    if not pipe.channel.is_stopping:
         pipe.is_retiring = True
         if not pipe.is_scheduled:
             pipe.is_scheduled = is_needed = True

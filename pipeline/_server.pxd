@@ -16,16 +16,14 @@ from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from pipeline._budget cimport (
-    budget_add, budget_join, budget_leave, budget_left, budget_t, budget_wait,
-)
+from pipeline._budget cimport budget_join, budget_leave, budget_left, budget_t, budget_wait
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
     CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_STRANGERS, SERVER_EVENTS, SERVER_TURN_BYTES, SPARES,
     SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, body_free,
     body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
-    conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t,
-    queue_take, runnable_t, server_limits_t, server_look_at, server_may_take, server_t, server_take,
+    conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t, queue_take,
+    runnable_t, server_limits_t, server_look_at, server_may_take, server_t, server_take,
     server_take_spare,
 )
 from pipeline._descriptors cimport (
@@ -37,10 +35,10 @@ from pipeline._sync cimport (
     MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
     cond_init_monotonic, count_add, count_set, deadline_timespec, epoll_create1, epoll_ctl,
     epoll_event, epoll_wait, errno, eventfd, invariant, itimerspec, list_is_empty, list_take,
-    load_i64, load_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_timedwait,
-    pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int, swap_int,
-    thread_start, timerfd_create, timerfd_settime, timespec, write,
+    load_i64, load_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int,
+    swap_int, thread_start, timerfd_create, timerfd_settime, timespec, write,
 )
 from pipeline._turns cimport LANES, turns_join, turns_take, turns_wait
 

@@ -9,26 +9,27 @@ from libc.stdint cimport int64_t, uint32_t, uint8_t
 from libc.string cimport memcmp, memcpy, memset
 from posix.uio cimport iovec
 
+from pipeline._books cimport OUTCOME_SENT
+from pipeline._channel cimport channel_take, job_t
 from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
 )
 from pipeline._link cimport link_is_dead, link_is_silent
 from pipeline._pipe cimport (
     ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
-    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED,
-    EVENT_CONNECT, EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL,
-    EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP,
-    LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US, OUTCOME_SENT,
+    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT,
+    EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
+    GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US,
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
-    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, job_t,
-    loop_add_runnable, loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire,
-    pipe_t, pipe_take, worker_retire, worker_t, worker_to_python,
+    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, loop_add_runnable,
+    loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t, worker_retire,
+    worker_t, worker_to_python,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
     EPOLLRDHUP, EPOLL_CTL_ADD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET,
-    SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, list_push,
-    load_int, msghdr, pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t,
+    SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, list_push, load_int,
+    msghdr, pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t,
     tcp_info,
 )
 
@@ -256,8 +257,8 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
     cdef loop_t* loop = worker.pipe.loop
     job.taken_ns = loop.now_ns
     worker.job = job
-    if worker.pipe.limits.max_queue_age_ns:
-        loop_look_at(loop, loop.now_ns + worker.pipe.limits.max_queue_age_ns)
+    if worker.pipe.channel.limits.max_age_ns:
+        loop_look_at(loop, loop.now_ns + worker.pipe.channel.limits.max_age_ns)
     if worker.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&worker.pipe.generation) \
             or loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
@@ -286,7 +287,8 @@ cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
         return False
     pthread_mutex_lock(&pipe.lock)
     pipe_expire(pipe, now_ns)
-    worker.job = pipe_take(pipe, worker.index > 0)      # none, when the pipe is stopping
+    # There is none when the pipe is stopping.
+    worker.job = channel_take(&pipe.channel, worker.index > 0)
     pthread_mutex_unlock(&pipe.lock)
     if worker.job is NULL:
         return False
@@ -310,7 +312,7 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     if done is not NULL:
         pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
     pipe_expire(pipe, pipe.loop.now_ns)
-    job = pipe_take(pipe, worker.index > 0)
+    job = channel_take(&pipe.channel, worker.index > 0)
     worker.job = job
     if job is NULL and not is_closed:
         worker.state = WORKER_IDLE

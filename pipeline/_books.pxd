@@ -1,6 +1,7 @@
-"""The books of a pipe and the statistics of a follower: plain structs under the pipe's lock.
+"""The books of a channel and the statistics of a follower: plain structs under their owner's lock.
 
-Invariant, whenever the lock is free (design R4; checked in debug builds):
+Every offer is accepted or refused, and every accepted message has one outcome. Invariant, whenever
+the lock is free (design R4; checked in debug builds):
     offered = accepted + refused
     accepted = sent + failed + dropped + queued + in_flight
 """
@@ -9,6 +10,11 @@ from libc.math cimport sqrt
 from libc.stdint cimport int64_t, uint64_t
 
 from pipeline._sync cimport invariant
+
+
+cdef enum:
+    OUTCOME_SENT
+    OUTCOME_FAILED
 
 
 cdef struct books_t:
@@ -28,6 +34,48 @@ cdef inline void books_check(const books_t* books) noexcept nogil:
     invariant(books.offered == books.accepted + books.refused)
     invariant(books.accepted == books.sent + books.failed + books.dropped
               + books.queued + books.in_flight)
+
+
+cdef inline void books_offer(books_t* books) noexcept nogil:
+    """Count an offer; ``books_refuse`` or ``books_accept`` follows under the same lock."""
+    books.offered += 1
+
+
+cdef inline void books_refuse(books_t* books) noexcept nogil:
+    books.refused += 1
+
+
+cdef inline void books_accept(books_t* books, size_t size_bytes) noexcept nogil:
+    """The message is queued."""
+    books.accepted += 1
+    books.queued += 1
+    books.queued_bytes += size_bytes
+    books_check(books)
+
+
+cdef inline void books_take(books_t* books, size_t size_bytes) noexcept nogil:
+    """A queued message is in flight."""
+    books.queued -= 1
+    books.queued_bytes -= size_bytes
+    books.in_flight += 1
+
+
+cdef inline void books_settle(books_t* books, size_t size_bytes, int outcome) noexcept nogil:
+    """A message in flight has its outcome: OUTCOME_*."""
+    books.in_flight -= 1
+    if outcome == OUTCOME_SENT:
+        books.sent += 1
+        books.sent_bytes += size_bytes
+    else:
+        books.failed += 1
+    books_check(books)
+
+
+cdef inline void books_drop(books_t* books) noexcept nogil:
+    """A message in flight is let go of, for its peer is being stopped."""
+    books.in_flight -= 1
+    books.dropped += 1
+    books_check(books)
 
 
 # Source: etcd server/etcdserver/api/v2stats/leader.go, FollowerStats. Only MsgApp counts.
