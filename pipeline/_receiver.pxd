@@ -3,7 +3,8 @@ targets in tests/fuzz, which run a receiver's loop and its requests in one threa
 """
 
 from pipeline._budget cimport BodyBudget, share_t
-from pipeline._conn cimport answer_204_t, body_t, conn_t, handler_t, server_t
+from pipeline._conn cimport answer_204_t, conn_t, handler_t, server_t
+from pipeline._memory cimport body_t
 from pipeline._http cimport http_post_t
 from pipeline._sync cimport sockaddr_storage
 

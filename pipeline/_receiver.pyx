@@ -1,11 +1,11 @@
 # cython: auto_pickle=False
 """The receiving core: where the receiving loop meets Python on the way in.
 
-``_conn`` and ``_server`` hold what runs without the GIL. Handler threads run ``Receiver.serve``:
-they take requests, make messages of them, have ``handlers.py`` answer, and give the connection
-back. A thread goes on from request to request without letting go of the GIL, as long as there are
-any; each request is taken singly, so that one that blocks holds up nothing but its own connection.
-When there are none, one of them runs the loop.
+``_requests``, ``_queues`` and ``_server`` hold what runs without the GIL. Handler threads run
+``Receiver.serve``: they take requests, make messages of them, have ``handlers.py`` answer, and give
+the connection back. A thread goes on from request to request without letting go of the GIL, as long
+as there are any; each request is taken singly, so that one that blocks holds up nothing but its own
+connection. When there are none, one of them runs the loop.
 """
 
 cimport cython
@@ -24,16 +24,22 @@ from pipeline._gil cimport lock_with_gil
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
-    ANSWER_204_MAX, BODY_MAPPED_MIN, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL, REQUEST_GONE,
-    REQUEST_LARGE, REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
-    answer_204_t, body_free, body_grown, body_init, body_resident, body_t, conn_answer_here,
-    conn_give_back, conn_give_back_locked, conn_save, conn_set_member, conn_t, handler_t, request_t,
-    server_counts_t, server_decode, server_detach, server_learn, server_limits_t, server_recycle,
-    server_reuse_body, server_take, server_tell,
+    ANSWER_204_MAX, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL, REQUEST_GONE, REQUEST_LARGE,
+    REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
+    conn_save, conn_set_member, conn_t, handler_t, request_t, server_counts_t, server_learn,
+    server_limits_t, server_recycle, server_reuse_body, server_tell,
 )
+from pipeline._lead cimport server_start, server_wait
+from pipeline._memory cimport (
+    BODY_MAPPED_MIN, body_free, body_grown, body_init, body_resident, body_t,
+)
+from pipeline._queues cimport (
+    conn_give_back, conn_give_back_locked, server_add_handler, server_decode, server_detach,
+    server_remove_handler, server_take,
+)
+from pipeline._requests cimport conn_answer_here
 from pipeline._server cimport (
-    server_add_handler, server_close_descriptors, server_free, server_init, server_remove_handler,
-    server_retire_soon, server_start, server_stop, server_wait,
+    server_close_descriptors, server_free, server_init, server_retire_soon, server_stop,
 )
 from pipeline._sockets cimport fork_count, own_descriptors
 from pipeline._sync cimport (

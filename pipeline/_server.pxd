@@ -1,173 +1,41 @@
 """The receiving loop: accepts, waits, and has connections read and answered, without the GIL.
 
 Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``;
-what is done with one connection is in ``_conn.pxd``.
-
-The loop is run by one thread at a time, the *leader*. To wake another for each request would cost
-more than the request. So a handler thread with nothing to do leads, until it has read a request;
-then it gives up the lead, has the request processed, answers it, and leads again. Meanwhile others
-may be waited for in vain: ``process`` may block, and so may the GIL. Then the native thread, the
-*stand-in*, leads. A timer tells it that nobody has for STAND_IN_NS; nobody leads without that
-timer running. It gives the lead to the next handler thread it has to wake for a request anyway. It
-also leads first, and alone once the loop is to stop.
+what is done with one connection is in ``_requests.pxd``, and who runs it in ``_lead.pxd``.
 """
 
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from pipeline._budget cimport budget_join, budget_leave, budget_left, budget_t, budget_wait
+from pipeline._budget cimport budget_leave, budget_left, budget_t, budget_wait
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
-    CONN_WRITING, QUEUES, QUEUE_CHECK_NS, QUEUE_STRANGERS, SERVER_EVENTS, SERVER_TURN_BYTES, SPARES,
-    SPARE_KNOWN, SPARE_NEW, SPARE_NONE, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, body_free,
-    body_t, conn_add_runnable, conn_append, conn_broken, conn_close, conn_end, conn_free,
-    conn_is_idle, conn_ready, conn_returned, conn_set_deadline, conn_t, handler_t, queue_take,
-    runnable_t, server_limits_t, server_look_at, server_may_take, server_t, server_take,
-    server_take_spare,
+    CONN_WRITING, QUEUES, SERVER_EVENTS, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE,
+    THEN_READ_BODY, conn_add_runnable, conn_append, conn_set_deadline, conn_t, runnable_t,
+    server_check_spare, server_limits_t, server_look_at, server_t,
 )
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
+)
+from pipeline._heads cimport heads_free
+from pipeline._memory cimport SPARE_NEW, SPARE_NONE, body_free, body_t, spares_take
+from pipeline._queues cimport conn_free, queue_take, server_signal_handlers
+from pipeline._requests cimport (
+    conn_broken, conn_close, conn_end, conn_is_idle, conn_ready, conn_returned,
 )
 from pipeline._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
-    cond_init_monotonic, count_add, count_set, deadline_timespec, epoll_create1, epoll_ctl,
-    epoll_event, epoll_wait, errno, eventfd, invariant, itimerspec, list_is_empty, list_take,
-    load_i64, load_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, read, send, shutdown, sockaddr, socklen_t, store_int,
-    swap_int, thread_start, timerfd_create, timerfd_settime, timespec, write,
+    cond_init_monotonic, count_add, count_set, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
+    errno, eventfd, invariant, list_is_empty, list_take, load_i64, load_int, pthread_cond_broadcast,
+    pthread_cond_destroy, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, send, shutdown, sockaddr, socklen_t, store_int, swap_int, timerfd_create,
+    write,
 )
-from pipeline._turns cimport LANES, turns_join, turns_take, turns_wait
+from pipeline._turns cimport LANES, turns_join, turns_take
 
-
-# -- to the handler threads and back
-
-cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept nogil:
-    """Free what was kept and not used in time, and see to it that the rest will be.
-
-    When memory is scarce nothing is kept.
-    """
-    cdef body_t older[SPARES]
-    cdef int i, n_older = 0
-    pthread_mutex_lock(&server.lock)
-    while server.n_spares > 0 and (is_scarce or server.spares[0].until_ns <= server.now_ns):
-        older[n_older] = server_take_spare(server, 0)
-        n_older += 1
-    if server.n_spares > 0:
-        server_look_at(server, server.spares[0].until_ns)
-    store_int(&server.has_spare, SPARE_KNOWN if server.n_spares > 0 else SPARE_NONE)
-    pthread_mutex_unlock(&server.lock)
-    for i in range(n_older):
-        body_free(&older[i])
-
-
-cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
-    """Wait for a request; NULL when there will be none any more. No handler: something general."""
-    cdef bint is_general = handler is NULL
-    cdef timespec at
-    cdef conn_t* conn
-    pthread_mutex_lock(&server.lock)
-    conn = server_take(server, is_general)
-    while conn is NULL and not server.is_closed:
-        if is_general and server.queues[QUEUE_STRANGERS].head is not NULL:
-            at = deadline_timespec(server.strangers_at_ns)
-            pthread_cond_timedwait(&server.general_queued, &server.lock, &at)
-        elif is_general:
-            pthread_cond_wait(&server.general_queued, &server.lock)
-        elif load_int(&server.is_led) or load_int(&server.is_stopping):
-            handler.is_waiting = True
-            pthread_cond_wait(&server.handlers_queued, &server.lock)
-            handler.is_waiting = False
-        else:
-            conn = server_lead(server)
-            continue
-        conn = server_take(server, is_general)
-    pthread_mutex_unlock(&server.lock)
-    return conn
-
-
-cdef inline void server_add_handler(server_t* server, handler_t* handler) noexcept nogil:
-    memset(handler, 0, sizeof(handler_t))
-    pthread_mutex_lock(&server.lock)
-    handler.next = server.handlers
-    server.handlers = handler
-    pthread_mutex_unlock(&server.lock)
-
-
-cdef inline void server_remove_handler(server_t* server, handler_t* handler) noexcept nogil:
-    cdef handler_t** link
-    pthread_mutex_lock(&server.lock)
-    link = &server.handlers
-    while link[0] is not handler:
-        link = &link[0].next
-    link[0] = handler.next
-    pthread_mutex_unlock(&server.lock)
-
-
-cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcept nogil:
-    """Wake a handler thread for what is queued, unless one is awake to come to it.
-
-    A wake-up and a hand-over of the GIL cost more than a small message, so one thread goes on
-    from message to message. But ``process`` may block: while something is queued we look again
-    every QUEUE_CHECK_NS, and count no more on a thread that has been on one request since. For the
-    stand-in: a handler thread that leads takes what it has queued itself.
-    """
-    cdef handler_t* handler
-    cdef bint is_queued = False, is_cared_for = False, is_any_waiting = False
-    cdef int lane
-    server.has_queued = False
-    pthread_mutex_lock(&server.lock)
-    for lane in range(LANES):
-        if turns_wait(&server.turns, lane) and server_may_take(server, lane):
-            is_queued = True
-    handler = server.handlers
-    while handler is not NULL:
-        if handler.is_waiting:
-            is_any_waiting = True
-        else:
-            if is_check:
-                handler.is_stuck = handler.was_seen
-                handler.was_seen = True
-            if not handler.is_stuck:
-                is_cared_for = True
-        handler = handler.next
-    if is_queued and is_any_waiting and not is_cared_for:
-        pthread_cond_signal(&server.handlers_queued)
-        server.has_signalled = True
-    pthread_mutex_unlock(&server.lock)
-    if not is_queued or not is_any_waiting:
-        server.queue_check_ns = 0
-    elif is_check or server.queue_check_ns == 0:
-        server.queue_check_ns = server.now_ns + QUEUE_CHECK_NS
-        server_look_at(server, server.queue_check_ns)
-
-
-cdef inline void server_free_buried(server_t* server) noexcept nogil:
-    """Free what was closed in this turn, but for what is still listed as runnable.
-
-    No event is pending.
-    """
-    cdef conn_t* conn = server.buried
-    cdef conn_t* following
-    server.buried = NULL
-    if conn is NULL:
-        return
-    pthread_mutex_lock(&server.lock)
-    while conn is not NULL:
-        following = conn.next
-        if conn.is_runnable:
-            conn.next = server.buried
-            server.buried = conn
-        else:
-            conn_free(conn)
-        conn = following
-    pthread_mutex_unlock(&server.lock)
-
-
-# -- the loop
 
 cdef inline bint server_make_room(server_t* server) noexcept nogil:
     """Close the connection that can be spared best; False when none can.
@@ -285,6 +153,28 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             conn_close(conn)
 
 
+cdef inline void server_free_buried(server_t* server) noexcept nogil:
+    """Free what was closed in this turn, but for what is still listed as runnable.
+
+    No event is pending.
+    """
+    cdef conn_t* conn = server.buried
+    cdef conn_t* following
+    server.buried = NULL
+    if conn is NULL:
+        return
+    pthread_mutex_lock(&server.lock)
+    while conn is not NULL:
+        following = conn.next
+        if conn.is_runnable:
+            conn.next = server.buried
+            server.buried = conn
+        else:
+            conn_free(conn)
+        conn = following
+    pthread_mutex_unlock(&server.lock)
+
+
 cdef inline void server_run(server_t* server, runnable_t* runnable, int64_t bulk) noexcept nogil:
     """Look at the connections that are runnable now, until ``bulk`` bytes have been read of them.
 
@@ -339,7 +229,7 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             server_signal_handlers(server, True)
         else:
             server.next_deadline_ns = server.queue_check_ns
-    if load_int(&server.has_spare) != SPARE_NONE:
+    if load_int(&server.spares.state) != SPARE_NONE:
         server_check_spare(server, False)
     if server.accept_at_ns > 0:
         if server.now_ns >= server.accept_at_ns:
@@ -429,7 +319,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     # Small requests come first: what has much to read waits until others have been looked at.
     server_run(server, &server.bulk, SERVER_TURN_BYTES)
     server_free_buried(server)
-    if load_int(&server.has_spare) == SPARE_NEW:
+    if load_int(&server.spares.state) == SPARE_NEW:
         server_check_spare(server, False)
     if load_int(&server.in_budget.has_news) and swap_int(&server.in_budget.has_news, 0):
         server_check_spare(server, budget_left(server.budget) < load_i64(&server.budget.spare))
@@ -457,7 +347,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
         store_int(&server.is_sleeping, 1)
         if not list_is_empty(&server.returned) \
-                or load_int(&server.has_spare) == SPARE_NEW \
+                or load_int(&server.spares.state) == SPARE_NEW \
                 or load_int(&server.in_budget.has_news) \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
                 or load_int(&server.is_stopping) == 2:
@@ -479,94 +369,6 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
         server_check_deadlines(server)
     return True
-
-
-# -- who leads
-
-cdef enum:
-    # How long nobody leads before the stand-in does. Longer than a small message takes; under load
-    # its timer goes off once in this time, and finds that somebody leads.
-    STAND_IN_NS = 500000
-
-
-cdef inline void server_arm(server_t* server, int64_t after_ns) noexcept nogil:
-    """Have the stand-in look after so long. The caller holds the lock."""
-    cdef itimerspec at
-    memset(&at, 0, sizeof(at))
-    at.it_value.tv_nsec = <long>after_ns
-    server.is_armed = True
-    timerfd_settime(server.timerfd, 0, &at, NULL)
-
-
-cdef inline void server_leave(server_t* server) noexcept nogil:
-    """Give up the lead. The caller holds the lock.
-
-    The timer is not disarmed when somebody leads again: that would be a system call per message.
-    """
-    store_int(&server.is_led, False)
-    server.left_ns = server.now_ns
-    if not server.is_armed:
-        server_arm(server, STAND_IN_NS)
-
-
-cdef inline conn_t* server_lead(server_t* server) noexcept nogil:
-    """Lead until there is a request for this handler thread, or the loop is to stop: NULL.
-
-    The caller holds the lock, which is let go of meanwhile, and nobody leads.
-    """
-    cdef conn_t* conn = NULL
-    store_int(&server.is_led, True)
-    server.queue_check_ns = 0       # we come to what is queued ourselves
-    while conn is NULL and not load_int(&server.is_stopping):
-        pthread_mutex_unlock(&server.lock)
-        while not server.has_queued and not load_int(&server.is_stopping):
-            server_turn(server)
-        pthread_mutex_lock(&server.lock)
-        server.has_queued = False
-        conn = server_take(server, False)
-    server_leave(server)
-    return conn
-
-
-cdef inline void server_stand_by(server_t* server) noexcept nogil:
-    """Give up the lead, and take it again when nobody has had it for STAND_IN_NS."""
-    cdef uint64_t expirations
-    cdef int64_t left_ns
-    server.has_signalled = False
-    pthread_mutex_lock(&server.lock)
-    server_leave(server)
-    while True:
-        pthread_mutex_unlock(&server.lock)
-        read(server.timerfd, &expirations, sizeof(expirations))
-        pthread_mutex_lock(&server.lock)
-        server.is_armed = False
-        if load_int(&server.is_led):
-            continue
-        left_ns = server.left_ns + STAND_IN_NS - clock_ns()
-        if left_ns <= 0:
-            break
-        server_arm(server, left_ns)
-    store_int(&server.is_led, True)
-    pthread_mutex_unlock(&server.lock)
-    server.has_queued = True        # perhaps, and whoever was to come to it may be stuck
-
-
-cdef inline void* server_main(void* argument) noexcept nogil:
-    """The native thread: leads at first, and whenever no handler thread is there to.
-
-    Ends when told to, once no connection is left or the deadline is over.
-    """
-    cdef server_t* server = <server_t*>argument
-    cdef bint has_stood_by = False
-    while server_turn(server):
-        if server.has_queued:
-            server_signal_handlers(server, has_stood_by)
-            has_stood_by = False
-        if server.has_signalled and not server.has_begun_stop:
-            server_stand_by(server)
-            has_stood_by = True
-    server_end(server)
-    return NULL
 
 
 cdef inline void server_end(server_t* server) noexcept nogil:
@@ -614,8 +416,8 @@ cdef inline void server_end(server_t* server) noexcept nogil:
         following = conn.next_returned
         conn_free(conn)
         conn = following
-    while server.n_spares > 0:
-        body = server_take_spare(server, 0)
+    while server.spares.n > 0:
+        body = spares_take(&server.spares, server.budget, 0)
         body_free(&body)
     count_set(&server.counts.connections, 0)
     server.is_closed = True
@@ -669,8 +471,7 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     for i in range(server.n_listening):
         descriptors_shut(server.descriptors, server.listening[i])
     free(server.listening)
-    for i in range(server.n_heads):
-        free(server.heads[i].data)
+    heads_free(&server.heads)
     server_close_descriptors(server)
     free(server.answer_503)
     pthread_cond_destroy(&server.handlers_queued)
@@ -688,16 +489,6 @@ cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
     if server.timerfd >= 0:
         descriptors_close(server.descriptors, server.timerfd)
     server.epfd = server.wakefd = server.timerfd = -1
-
-
-cdef inline int server_start(server_t* server) noexcept nogil:
-    """Start the thread; 0 or an errno."""
-    server.now_ns = clock_ns()
-    server_resume_accept(server)
-    server.is_led = True            # by the thread to be started
-    server.in_budget.wakefd = server.wakefd
-    budget_join(server.budget, &server.in_budget)
-    return thread_start(&server.thread, server_main, server, b"pipeline-serve")
 
 
 cdef inline void server_stop(server_t* server, int how) noexcept nogil:

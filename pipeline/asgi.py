@@ -200,7 +200,7 @@ async def _read_pieces(
         if not share.set(len(body) + len(part)):
             raise _NoRoomError
         body += part
-        if config.min_body_rate:  # as conn_body_arrived in _conn.pxd
+        if config.min_body_rate:  # as conn_body_arrived in _requests.pxd
             left_s += len(part) / config.min_body_rate - (time.monotonic() - begin)
             left_s = min(left_s, config.stall_timeout_s)
         if len(body) > config.max_body_bytes:

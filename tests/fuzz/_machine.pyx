@@ -10,13 +10,13 @@ from libc.stdlib cimport calloc
 
 from pipeline._conn cimport (
     CONN_BODY, CONN_CLOSED, CONN_HANDLED, QUEUE_STRANGERS, answer_204_t, conn_t, handler_t,
-    server_t, server_take,
+    server_t,
 )
+from pipeline._queues cimport (
+    server_add_handler, server_remove_handler, server_signal_handlers, server_take,
+)
+from pipeline._server cimport server_end, server_resume_accept, server_turn
 from pipeline._receiver cimport Receiver
-from pipeline._server cimport (
-    server_add_handler, server_end, server_remove_handler, server_resume_accept,
-    server_signal_handlers, server_turn,
-)
 from pipeline._sync cimport clock_ns, store_int
 from pipeline._turns cimport LANES
 
