@@ -1,4 +1,4 @@
-"""Fixtures that check what a test leaves behind."""
+"""Fixtures that check what a test leaves behind, and the settings of hypothesis."""
 
 from __future__ import annotations
 
@@ -49,3 +49,11 @@ def no_tls_shared() -> Iterator[None]:
     tls_use.shared.clear()
     yield
     assert not tls_use.shared, tls_use.shared[0]
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Hold every call of ``process``; opened at the end of the test."""
+    gate = threading.Event()
+    yield gate
+    gate.set()

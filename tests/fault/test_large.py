@@ -14,6 +14,7 @@ import pytest
 from urllib3.util import parse_url
 
 from pipeline import EncodedMessage, Message, MessageType, SendResult, Snapshot
+from tests.support import MIB
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, message, pipeline_to, settle
 from tests.support.server import (
@@ -28,8 +29,6 @@ from tests.support.server import (
     reset,
 )
 from tests.support.waiting import eventually
-
-MIB = 1 << 20
 
 
 def is_free(buffer: bytearray) -> bool:

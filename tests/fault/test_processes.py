@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,30 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ISOLATED = ROOT / "tests" / "isolated"
-TIMEOUT_S = 60.0
-
-Run = subprocess.CompletedProcess[str]
-
-
-def run(script: str, *args: str) -> Run:
-    """Run a script of tests/isolated with the package and the tests as they are here."""
-    return run_python(str(ISOLATED / script), *args)
-
-
-def run_python(*args: str) -> Run:
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
-    return subprocess.run(
-        [sys.executable, "-W", "error", *args],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        env=environment,
-        cwd=ROOT,
-    )
+from tests.support.processes import ISOLATED, TIMEOUT_S, run
 
 
 @contextlib.contextmanager

@@ -23,29 +23,19 @@ from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
-from tests.fault.test_processes import run
-from tests.functional.test_receiver import read_answers
-from tests.support import LONG_TIMEOUT
-from tests.support.http import (
-    CLUSTER_ID,
-    HEARTBEAT,
-    dial,
-    peer_headers,
-    post_heartbeat,
-    raw_head,
-    read_status,
-)
+from tests.support import LONG_TIMEOUT, MIB
+from tests.support.http import HEARTBEAT, handlers_of, peer_headers, post_heartbeat
+from tests.support.listening import GOOD, dial, raw_head, read_answers, read_status
 from tests.support.memory import rss
+from tests.support.processes import run
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import FILE as SNAPSHOT_FILE
 from tests.support.waiting import eventually
 
-MIB = 1 << 20
 MESSAGE = HEARTBEAT.marshal()
 SIZE = len(MESSAGE)
 LENGTH = f"content-length: {SIZE}"
 CHUNKED = "transfer-encoding: chunked"
-GOOD = raw_head(LENGTH) + MESSAGE
 STRANGER = peer_headers(x_etcd_cluster_id="1")
 CONFIG = ReceiverConfig(max_body_bytes=MIB, max_head_bytes=16 * 1024, handlers=2)
 
@@ -62,7 +52,7 @@ class Server:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Server]:
     raft = FakeRaft()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+    handlers = handlers_of(raft, CONFIG)
     with Listener(handlers, "http://127.0.0.1:0", CONFIG) as listener:
         for _ in range(2):
             with dial(listener.url) as sock:
@@ -353,7 +343,7 @@ def test_refusals_and_failures_are_counted(server: Server) -> None:
 def test_chunked_bodies_together_stay_within_the_budget() -> None:
     config = ReceiverConfig(max_buffered_bytes=MIB)
     raft = FakeRaft()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(raft, config)
     part = raw_head(CHUNKED) + b"%x\r\n" % (2 * MIB) + bytes(MIB * 3 // 4)
     with Listener(handlers, "http://127.0.0.1:0", config) as listener:
         for round_ in (1, 2):  # what they held is given back
@@ -390,7 +380,7 @@ def test_a_body_that_drips_is_ended(framing: str) -> None:
     # Some 20 ms between two bytes, far from a stall; but a byte is worth 10 us.
     config = ReceiverConfig(stall_timeout_s=0.3, min_body_rate=100_000)
     raft = FakeRaft()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(raft, config)
     # The framing comes at four times the least rate; only what is body counts.
     much = (raw_head(CHUNKED), b"1;" + b"x" * 8000 + b"\r\nx\r\n")
     head, part = DRIPS.get(framing, much)
@@ -419,7 +409,7 @@ def test_thousands_of_odd_chunks_are_a_message_all_the_same(server: Server) -> N
 def test_a_listener_that_closes_does_not_wait_for_odd_chunks() -> None:
     raft = FakeRaft()
     config = ReceiverConfig()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(raft, config)
     with (
         Listener(handlers, "http://127.0.0.1:0", config) as listener,
         dial(listener.url) as sock,
@@ -439,7 +429,7 @@ def test_a_listener_that_closes_does_not_wait_for_odd_chunks() -> None:
 @pytest.mark.parametrize("framing", DRIPS)
 def test_a_body_that_is_slow_arrives(framing: str, rate: int) -> None:
     config = ReceiverConfig(stall_timeout_s=1.0, min_body_rate=rate)
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(FakeRaft(), config)
     body = Message(type=MessageType.HEARTBEAT, context=bytes(20)).marshal()
     parts = [b"%c" % byte for byte in body]
     if framing == "chunked":

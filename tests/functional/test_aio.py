@@ -33,7 +33,7 @@ from pipeline import (
 from pipeline.aio import Transport, _Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
-from tests.support.http import CLUSTER_ID, Reply, peer_headers, reply_of_socket
+from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat
 from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer, refused_port
 from tests.support.waiting import eventually, eventually_async
@@ -79,14 +79,8 @@ class Node:
         self.reports.append((error.peer_id, "removed"))
 
 
-def post(url: str, *, sender: int = 1, index: int = 0) -> Reply:
-    """Post a message as a peer does; blocks."""
-    body = Message(type=MessageType.HEARTBEAT, from_=sender, to=2, index=index).marshal()
-    return reply_of_socket(url, "POST", "/raft", peer_headers(), body)
-
-
 def posting(url: str, **fields: int) -> asyncio.Task[Reply]:
-    return asyncio.create_task(asyncio.to_thread(post, url, **fields))
+    return asyncio.create_task(asyncio.to_thread(post_heartbeat, url, **fields))
 
 
 def transport_of(node: Node, **changes: Any) -> Transport:
@@ -183,7 +177,7 @@ def test_calls_queue_for_their_member_in_the_order_they_were_left(
             for index in range(3):
                 posts.append(posting(url, index=index))
                 await eventually_async(lambda index=index: waiting(transport) == index + 1)
-            other = await posting(url, sender=9, index=9)  # does not wait for member 1
+            other = await posting(url, from_=9, index=9)  # does not wait for member 1
             assert [m.index for m in node.processed] == [0, 9]
             gate.set()
             replies = [other, *await asyncio.gather(*posts)]
@@ -304,7 +298,7 @@ def test_a_stuck_loop_makes_callers_wait_and_holds_no_more_calls_than_threads(
             before = calls()
             replies: list[Reply] = []
             threads = [
-                threading.Thread(target=lambda n=n: replies.append(post(url, sender=n)))
+                threading.Thread(target=lambda n=n: replies.append(post_heartbeat(url, from_=n)))
                 for n in range(1, 9)
             ]
             for thread in threads:
@@ -441,7 +435,7 @@ def test_a_callback_that_ends_the_program_ends_it(run: Callable[[Main], None]) -
     async def main() -> None:
         await transport.start()
         url = (await transport.listen("http://127.0.0.1:0")).url
-        thread.append(threading.Thread(target=lambda: replies.append(post(url))))
+        thread.append(threading.Thread(target=lambda: replies.append(post_heartbeat(url))))
         thread[0].start()
         await asyncio.Event().wait()
 
@@ -517,7 +511,7 @@ def test_a_loop_that_ends_without_stop_leaves_no_thread_waiting(
         await transport.start()
         url = (await transport.listen("http://127.0.0.1:0")).url
         for index in range(2):  # one runs, one waits for its turn
-            thread = threading.Thread(target=lambda: replies.append(post(url)))
+            thread = threading.Thread(target=lambda: replies.append(post_heartbeat(url)))
             threads.append(thread)
             thread.start()
             await eventually_async(lambda index=index: waiting(transport) == index + 1)
@@ -539,7 +533,7 @@ def test_while_the_loop_does_not_run_messages_are_refused() -> None:
     with asyncio.Runner() as runner:
         runner.run(transport.start())
         listener = runner.run(transport.listen("http://127.0.0.1:0"))
-        assert post(listener.url).status == 503
+        assert post_heartbeat(listener.url).status == 503
         runner.run(asyncio.sleep(0))  # what was given up is not begun
         assert node.processed == []
         runner.run(transport.stop())
@@ -597,13 +591,15 @@ def test_a_program_that_drops_its_transport_ends() -> None:
     program = """
 import asyncio, threading
 from pipeline.aio import Transport
-from tests.functional.test_aio import CLUSTER_ID, Node, eventually_async, post, waiting
+from tests.functional.test_aio import CLUSTER_ID, Node, waiting
+from tests.support.http import post_heartbeat
+from tests.support.waiting import eventually_async
 
 async def main():
     transport = Transport(2, CLUSTER_ID, Node(lambda message: asyncio.Event().wait()))
     await transport.start()
     url = (await transport.listen("http://127.0.0.1:0")).url
-    threading.Thread(target=lambda: print(post(url).status)).start()
+    threading.Thread(target=lambda: print(post_heartbeat(url).status)).start()
     await eventually_async(lambda: waiting(transport) == 1)
 
 asyncio.run(main())

@@ -20,20 +20,18 @@ import pytest
 
 from pipeline import Entry, Message, MessageType, ReceiverConfig, Snapshot, SnapshotMetadata
 from pipeline.asgi import asgi_app
-from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.tls import Credentials
 from pipeline.wsgi import wsgi_app
-from tests.support import LONG_TIMEOUT
-from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
+from tests.support import LONG_TIMEOUT, MIB
+from tests.support.http import HEARTBEAT, handlers_of, peer_headers
+from tests.support.listening import GOOD, dial, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import LINE, framed
 from tests.support.tls import Authority
 from tests.support.waiting import eventually
 
-MIB = 1 << 20
 LIMIT = 16 * MIB
 SIZE = 3 * MIB
 SMALL = HEARTBEAT.marshal()
@@ -68,10 +66,7 @@ class Node:
         self.config = ReceiverConfig(
             max_buffered_bytes=LIMIT, snapshot_dir=directory / "snapshots", stall_timeout_s=5.0
         )
-        self.handlers = Handlers(
-            self.raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=self.config
-        )
-        self.handlers.snapshots = SnapshotReceiver(self.raft, self.handlers, self.config)
+        self.handlers = handlers_of(self.raft, self.config)
         authority = Authority(directory)
         self.credentials = Credentials(authority.info())
         self.context = authority.client(*authority.issue("caller"))
@@ -104,7 +99,7 @@ class Node:
         )
         if not is_chunked:
             # The second request of a connection: over TLS the core reads it.
-            sock.sendall(raw_head(f"content-length: {len(SMALL)}") + SMALL)
+            sock.sendall(GOOD)
             assert read_status(sock) == 204
         with contextlib.suppress(ConnectionError, ssl.SSLError):  # refused before it was sent
             sock.sendall(head)
@@ -223,7 +218,7 @@ def test_a_plain_body_without_room_waits_for_whoever_gives_it_back(node: Node) -
 def test_memory_that_is_used_again_counts_from_its_first_byte(node: Node, is_sealed: bool) -> None:
     size = 8 * MIB
     sock = node.call(is_sealed=is_sealed)
-    sock.sendall(raw_head(f"content-length: {len(SMALL)}") + SMALL)
+    sock.sendall(GOOD)
     assert read_status(sock) == 204
     body = append_of(size)
     for _ in range(20):  # kept for two seconds; this may be a busy machine, but not each time
@@ -246,7 +241,7 @@ def test_memory_that_is_used_again_counts_from_its_first_byte(node: Node, is_sea
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["plain", "TLS"])
 def test_a_large_page_counts_as_a_whole(node: Node, is_sealed: bool) -> None:
     sock = node.call(is_sealed=is_sealed)
-    sock.sendall(raw_head(f"content-length: {len(SMALL)}") + SMALL)
+    sock.sendall(GOOD)
     assert read_status(sock) == 204
     sock.sendall(raw_head(f"content-length: {8 * MIB}") + bytes(2 * MIB + 1))
     eventually(lambda: node.used == 4 * MIB)
@@ -274,7 +269,7 @@ def test_a_listener_that_closes_gives_back_what_it_has_begun(node: Node) -> None
     for is_sealed in (False, True):
         for framing in ("transfer-encoding: chunked", f"content-length: {8 * MIB}"):
             sock = node.call(is_sealed=is_sealed)
-            sock.sendall(raw_head(f"content-length: {len(SMALL)}") + SMALL)
+            sock.sendall(GOOD)
             assert read_status(sock) == 204
             part = bytes(MIB)
             sock.sendall(raw_head(framing) + (b"%x\r\n" % (8 * MIB) if "chunk" in framing else b""))

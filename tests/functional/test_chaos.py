@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.link import Fault, Link, Network, faults
-from tests.functional.test_demo import assert_nothing_is_left
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support.processes import assert_nothing_is_left
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,6 +17,8 @@ import urllib3
 
 import pipeline.cli
 from pipeline.cli.demo import demo
+from tests.support.etcd import hide_etcds, make_pretender
+from tests.support.processes import assert_nothing_is_left, commands_with
 from tests.support.waiting import eventually
 
 #: For a run of 100 writes, which takes 3 s on an idle machine.
@@ -49,23 +51,6 @@ def start_demo(tmp_path: Path) -> Iterator[StartDemo]:
             process.communicate()
 
 
-def commands_with(directory: Path) -> Iterator[list[str]]:
-    """Find the command lines of processes that were started with a file of this directory."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue  # ended meanwhile
-        if os.fsencode(directory) in command:
-            yield os.fsdecode(command).split("\0")
-
-
-def assert_nothing_is_left(directory: Path) -> None:
-    """Neither files nor a process that was started with one of them."""
-    assert list(directory.iterdir()) == []
-    assert list(commands_with(directory)) == []
-
-
 def has_committed(etcd: list[str]) -> bool:
     """Tell whether the etcd of a command line has committed some of the demo's writes."""
     url = etcd[etcd.index("--listen-client-urls") + 1]
@@ -75,14 +60,6 @@ def has_committed(etcd: list[str]) -> bool:
         return False  # not listening yet
     found = re.search(r"^etcd_server_proposals_committed_total (\S+)$", metrics, re.MULTILINE)
     return found is not None and float(found[1]) > 20
-
-
-def make_pretender(directory: Path) -> Path:
-    """Write a program that says it is an etcd, and ends when it is started as one."""
-    binary = directory / "pretender"
-    binary.write_text("#!/bin/sh\necho 'etcd Version: 3.5.1'\n")
-    binary.chmod(0o755)
-    return binary
 
 
 @pytest.mark.etcd
@@ -156,13 +133,6 @@ def test_what_is_no_etcd_is_reported(start_demo: StartDemo, tmp_path: Path) -> N
     assert process.returncode == 1
     assert "/bin/false is no etcd" in err
     assert_nothing_is_left(tmp_path)
-
-
-def hide_etcds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this the process of a machine without any etcd."""
-    monkeypatch.delenv("PIPELINE_ETCD", raising=False)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("shutil.which", lambda *_, **__: None)
 
 
 def test_without_an_etcd_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,6 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
-from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType
 from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
@@ -42,14 +41,13 @@ from tests.support.http import (
     CLUSTER_ID,
     HEARTBEAT,
     Reply,
-    dial,
+    handlers_of,
     peer_headers,
     post_heartbeat,
-    raw_head,
-    read_status,
     reply_of_handlers,
     reply_of_socket,
 )
+from tests.support.listening import GOOD, dial, raw_head, read_status
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 
@@ -91,9 +89,7 @@ def senders() -> SeenSenders:
 
 @pytest.fixture
 def handlers(raft: FakeRaft, senders: SeenSenders) -> Handlers:
-    return Handlers(
-        raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG, senders=senders
-    )
+    return handlers_of(raft, CONFIG, senders=senders)
 
 
 @pytest.fixture
@@ -144,7 +140,7 @@ def ask(request: pytest.FixtureRequest, handlers: Handlers) -> Iterator[Ask]:
         yield ask_wsgi
 
 
-def post(ask: Ask, body: bytes = MESSAGE, **changes: str | None) -> Reply:
+def reply_to(ask: Ask, body: bytes = MESSAGE, **changes: str | None) -> Reply:
     return ask("POST", "/raft", peer_headers(**changes), body)
 
 
@@ -189,7 +185,7 @@ def test_a_delivered_message_is_answered_204_without_body(raft: FakeRaft, ask: A
     message = Message(
         type=MessageType.APP, from_=1, to=2, term=3, entries=[Entry(term=3, index=4, data=b"x")]
     )
-    reply = post(ask, message.marshal())
+    reply = reply_to(ask, message.marshal())
     assert (reply.status, reply.body, reply.close) == (204, b"", False)
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
     assert "content-length" not in reply.headers
@@ -198,7 +194,7 @@ def test_a_delivered_message_is_answered_204_without_body(raft: FakeRaft, ask: A
 
 @pytest.mark.parametrize("profile", ["3.5", "3.6", "3.7"])
 def test_takes_messages_of_every_era(raft: FakeRaft, ask: Ask, profile: str) -> None:
-    assert post(ask, HEARTBEAT.marshal(profile)).status == 204
+    assert reply_to(ask, HEARTBEAT.marshal(profile)).status == 204
     assert raft.processed == [HEARTBEAT]
 
 
@@ -241,7 +237,7 @@ def test_another_method_is_answered_before_anything_else_is_checked(ask: Ask, me
 def test_a_stranger_is_answered_412(
     raft: FakeRaft, ask: Ask, changes: dict[str, str | None], text: str
 ) -> None:
-    reply = post(ask, **changes)
+    reply = reply_to(ask, **changes)
     assert (reply.status, reply.body) == (412, f"{text}\n".encode())
     assert reply.headers.items() >= TEXT_HEADERS.items()
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
@@ -269,7 +265,7 @@ def test_a_stranger_is_answered_412(
 def test_a_peer_is_let_in_whatever_else_it_says(
     raft: FakeRaft, ask: Ask, changes: dict[str, str | None]
 ) -> None:
-    assert post(ask, **changes).status == 204
+    assert reply_to(ask, **changes).status == 204
     assert raft.processed == [HEARTBEAT]
 
 
@@ -285,7 +281,7 @@ def test_a_peer_is_let_in_whatever_else_it_says(
 def test_what_is_not_a_message_is_answered_400(
     raft: FakeRaft, handlers: Handlers, ask: Ask, body: bytes
 ) -> None:
-    reply = post(ask, body)
+    reply = reply_to(ask, body)
     assert (reply.status, reply.body) == (400, b"error unmarshalling raft message\n")
     assert reply.headers.items() >= TEXT_HEADERS.items()
     assert raft.processed == []
@@ -296,7 +292,7 @@ def test_what_is_not_a_message_is_answered_400(
 def test_a_process_local_message_is_answered_204_and_not_delivered(
     raft: FakeRaft, handlers: Handlers, ask: Ask, number: int
 ) -> None:
-    assert post(ask, Message(type=number, from_=7).marshal()).status == 204
+    assert reply_to(ask, Message(type=number, from_=7).marshal()).status == 204
     assert raft.processed == []
     assert handlers.received.ignored == 1
 
@@ -312,7 +308,7 @@ def test_a_message_of_a_later_raft_is_answered_204_and_not_delivered(
 ) -> None:
     body = Message(type=number, from_=7).marshal()
     for _ in range(3):
-        assert post(ask, body).status == 204
+        assert reply_to(ask, body).status == 204
     assert raft.processed == []
     assert (handlers.received.unknown, handlers.received.ignored, handlers.received.failures) == (
         3,
@@ -346,12 +342,12 @@ def test_made_up_types_are_told_of_in_the_log_so_many_times(
 
 @pytest.mark.parametrize("number", [2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 18, 23])
 def test_every_other_message_is_delivered(raft: FakeRaft, ask: Ask, number: int) -> None:
-    assert post(ask, Message(type=number, from_=7).marshal()).status == 204
+    assert reply_to(ask, Message(type=number, from_=7).marshal()).status == 204
     assert [message.type for message in raft.processed] == [number]
 
 
 def test_an_empty_body_is_a_valid_hup(raft: FakeRaft, handlers: Handlers, ask: Ask) -> None:
-    assert post(ask, b"").status == 204
+    assert reply_to(ask, b"").status == 204
     assert raft.processed == []
     assert handlers.received.ignored == 1
 
@@ -382,7 +378,7 @@ def test_a_raising_process_is_answered_500_and_the_connection_closed(
     error: BaseException,
 ) -> None:
     raft.process_error = error
-    reply = post(ask)
+    reply = reply_to(ask)
     assert (reply.status, reply.body) == (500, b"error processing raft message\n")
     assert reply.headers.items() >= TEXT_HEADERS.items()
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
@@ -393,7 +389,7 @@ def test_a_raising_process_is_answered_500_and_the_connection_closed(
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("failed to process Raft message of 1 from 127.0.0.1:")
     raft.process_error = None
-    assert post(ask).status == 204
+    assert reply_to(ask).status == 204
 
 
 @pytest.mark.parametrize("log_error", [SystemExit, RecursionError])
@@ -403,11 +399,11 @@ def test_no_thread_ends_of_a_process_and_a_log_handler_that_raise_together(
     raft.process_error = RudeError()
     with handler_that_raises("", log_error) as handler:
         for _ in range(CONFIG.handlers + 1):
-            assert post(ask).status == 500
+            assert reply_to(ask).status == 500
         assert ask("POST", "/raft", peer_headers(x_etcd_cluster_id="1"), MESSAGE).status == 412
     assert handler.raised >= CONFIG.handlers + 2
     raft.process_error = None
-    assert post(ask).status == 204
+    assert reply_to(ask).status == 204
     assert handlers.received.process_failures == CONFIG.handlers + 1
 
 
@@ -416,7 +412,7 @@ def test_a_process_that_only_makes_a_coroutine_has_processed_nothing(
 ) -> None:
     raft.process = Unawaited()  # type: ignore[method-assign]
     for _ in range(3):
-        reply = post(ask)
+        reply = reply_to(ask)
         assert (reply.status, reply.body) == (500, b"error processing raft message\n")
     assert handlers.received.process_failures == 3
     (text,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -463,7 +459,7 @@ def test_process_may_choose_the_answer(
     content_type: str | None,
 ) -> None:
     raft.process_error = rejection
-    reply = post(ask)
+    reply = reply_to(ask)
     assert (reply.status, reply.body, reply.close) == (rejection.status, body, False)
     assert reply.headers.get("content-type") == content_type
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
@@ -472,7 +468,7 @@ def test_process_may_choose_the_answer(
 
 def test_a_sender_is_shown_before_its_body_is_looked_at(ask: Ask, senders: SeenSenders) -> None:
     urls = "http://10.0.0.1:2380,http://10.0.0.2:2380"
-    assert post(ask, b"malformed garbage", x_server_from="A1", x_peerurls=urls).status == 400
+    assert reply_to(ask, b"malformed garbage", x_server_from="A1", x_peerurls=urls).status == 400
     ((sender, seen, caller),) = senders.seen
     assert (sender, seen) == (0xA1, ("http://10.0.0.1:2380", "http://10.0.0.2:2380"))
     assert caller.startswith("127.0.0.1:")
@@ -492,7 +488,7 @@ def test_a_sender_is_shown_before_its_body_is_looked_at(ask: Ask, senders: SeenS
 def test_a_sender_is_not_shown(
     ask: Ask, senders: SeenSenders, changes: dict[str, str | None]
 ) -> None:
-    post(ask, **changes)
+    reply_to(ask, **changes)
     assert senders.seen == []
 
 
@@ -555,8 +551,7 @@ def test_a_snapshot_is_not_taken_without_a_directory(
 
 def test_a_front_that_cannot_detach_takes_no_snapshot(raft: FakeRaft, tmp_path: Path) -> None:
     config = ReceiverConfig(snapshot_dir=tmp_path)
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    handlers.snapshots = SnapshotReceiver(raft, handlers, config)
+    handlers = handlers_of(raft, config)
     request = Request("POST", "/raft/snapshot", peer_headers(), "127.0.0.1:54321")
     answer = handlers.check(request)
     assert answer is not None
@@ -588,7 +583,7 @@ def test_the_query_is_not_part_of_the_path(raft: FakeRaft, url: str) -> None:
 def test_an_encoded_body_is_answered_415(
     raft: FakeRaft, handlers: Handlers, ask: Ask, encoding: str
 ) -> None:
-    reply = post(ask, content_encoding=encoding)
+    reply = reply_to(ask, content_encoding=encoding)
     assert (reply.status, reply.close) == (415, True)
     assert raft.processed == []
     assert handlers.received.failures == 1
@@ -604,14 +599,14 @@ def message_of_size(size_bytes: int) -> bytes:
 
 
 def test_the_largest_body_allowed_is_taken(raft: FakeRaft, ask: Ask) -> None:
-    assert post(ask, message_of_size(CONFIG.max_body_bytes)).status == 204
+    assert reply_to(ask, message_of_size(CONFIG.max_body_bytes)).status == 204
     assert len(raft.processed) == 1
 
 
 def test_a_body_one_byte_too_large_is_answered_413(
     raft: FakeRaft, handlers: Handlers, ask: Ask
 ) -> None:
-    reply = post(ask, message_of_size(CONFIG.max_body_bytes + 1))
+    reply = reply_to(ask, message_of_size(CONFIG.max_body_bytes + 1))
     assert (reply.status, reply.close) == (413, True)
     assert raft.processed == []
     assert handlers.received.failures == 1
@@ -620,7 +615,7 @@ def test_a_body_one_byte_too_large_is_answered_413(
 def test_counts_bytes_by_sender(handlers: Handlers, ask: Ask) -> None:
     other = Message(type=MessageType.APP, from_=2**64 - 1).marshal()
     for body in (MESSAGE, other, MESSAGE):
-        post(ask, body)
+        reply_to(ask, body)
     assert handlers.received.bytes_by_sender == {1: 2 * len(MESSAGE), 2**64 - 1: len(other)}
     assert handlers.received.bytes_of_others == 0
 
@@ -690,7 +685,7 @@ HEADER_NAMES = ["content-length", "content-encoding", *peer_headers(), "x-raft-t
 def test_any_request_is_answered_with_a_known_status_and_clean_headers(
     method: str, path: str, changes: dict[str, str | None], body: bytes
 ) -> None:
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+    handlers = handlers_of(FakeRaft(), CONFIG)
     request = Request(method, path, peer_headers(**changes), "127.0.0.1:1")
     answer = handlers.check(request)
     if answer is None:
@@ -702,7 +697,6 @@ def test_any_request_is_answered_with_a_known_status_and_clean_headers(
 
 
 CHUNKED = "transfer-encoding: chunked"
-GOOD = raw_head(f"content-length: {len(MESSAGE)}") + MESSAGE
 
 
 @pytest.mark.parametrize(

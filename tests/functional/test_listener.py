@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,76 +18,28 @@ import pytest
 from pipeline import listener as listener_module
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UsageError
-from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from tests.support import LONG_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets
 from tests.support.http import (
-    CLUSTER_ID,
     HEARTBEAT,
-    dial,
+    handlers_of,
     peer_headers,
     post_heartbeat,
-    raw_head,
-    read_status,
     reply_of_socket,
+)
+from tests.support.listening import (
+    A_SECOND,
+    ANY,
+    GOOD,
+    dial,
+    is_closed,
+    listen,
+    listener_threads,
+    read_status,
 )
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually
-
-ANY = "http://127.0.0.1:0"
-
-# A limit that must not strike: long enough to send one request in, however busy the machine is.
-A_SECOND = 1.0
-GOOD = raw_head(f"content-length: {len(HEARTBEAT.marshal())}") + HEARTBEAT.marshal()
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """Hold every call of ``process``; opened at the end of the test."""
-    gate = threading.Event()
-    yield gate
-    gate.set()
-
-
-def listen(raft: FakeRaft, url: str = ANY, config: ReceiverConfig | None = None) -> Listener:
-    config = config or ReceiverConfig()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    return Listener(handlers, url, config)
-
-
-def listener_threads(*, expected: int = 0) -> list[str]:
-    """Of any listener, once no more than expected are left: handlers, general and native threads.
-
-    A thread that has ended may be seen for a moment, one told to end needs a moment to.
-    """
-    names: list[str] = []
-
-    def are_few() -> bool:
-        names[:] = [t.name for t in threading.enumerate() if t.name.startswith("pipeline-")]
-        names.extend(["pipeline-serve"] * has_native_thread())
-        return len(names) <= expected
-
-    eventually(are_few, lambda: f"{expected} threads are left of {names}")
-    return names
-
-
-def has_native_thread() -> bool:
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it has ended since
-            if (task / "comm").read_text().strip() == "pipeline-serve":
-                return True
-    return False
-
-
-def is_closed(sock: socket.socket) -> bool:
-    """Wait for the end of the connection, whatever is received before it."""
-    try:
-        while sock.recv(4096):
-            pass
-    except ConnectionResetError:
-        pass
-    return True
 
 
 @pytest.mark.parametrize(
@@ -201,7 +151,7 @@ def test_an_address_that_cannot_be_listened_at_is_named(
         "no text": (f"http://{'a' * 64}.test:1", "is not a host name", UsageError),
     }[failure]
     config = ReceiverConfig()
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(FakeRaft(), config)
     free = "http://127.0.0.3:0"
     if failure == "resolver":
         free = url
@@ -494,7 +444,8 @@ def test_answers_carry_date_and_no_server_as_gos_do() -> None:
 
 BLOCKED_AT_EXIT = """
 import threading
-from tests.functional.test_listener import FakeRaft, GOOD, dial, listen
+from tests.support.listening import GOOD, dial, listen
+from tests.support.raft import FakeRaft
 raft = FakeRaft(gate=threading.Event())
 listener = listen(raft)
 sock = dial(listener.url)

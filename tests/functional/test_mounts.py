@@ -17,11 +17,11 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from pipeline import Message, ReceiverConfig, Transport, TransportConfig
-from pipeline.handlers import Handlers, behind_prefix
+from pipeline.handlers import behind_prefix
 from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
 from tests.support.fronts import AsgiFront, WsgiFront, running
-from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers
+from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually
 
@@ -289,7 +289,7 @@ class Dripping(io.BytesIO):
 
 def test_wsgi_answers_a_body_that_drips_400(raft: FakeRaft) -> None:
     config = ReceiverConfig(stall_timeout_s=0.2, min_body_rate=10_000)
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(raft, config)
     environ: dict[str, Any] = {
         "REQUEST_METHOD": "POST",
         "PATH_INFO": "/raft",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import socket
 import threading
@@ -22,41 +21,34 @@ from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
-from tests.functional.test_listener import (
+from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT, ipv6
+from tests.support.descriptors import copies_of_sockets
+from tests.support.http import (
+    HEARTBEAT,
+    handlers_of,
+    peer_headers,
+    post_heartbeat,
+    reply_of_socket,
+)
+from tests.support.listening import (
     A_SECOND,
     ANY,
     GOOD,
-    ipv6,
+    catch_up,
+    dial,
     is_closed,
     listen,
     listener_threads,
-)
-from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
-from tests.support.descriptors import copies_of_sockets
-from tests.support.http import (
-    CLUSTER_ID,
-    HEARTBEAT,
-    dial,
-    peer_headers,
-    post_heartbeat,
+    post,
     raw_head,
+    read_answers,
     read_status,
-    reply_of_socket,
 )
 from tests.support.memory import IS_SANITIZED, rss
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually
 
-MIB = 1 << 20
 MESSAGE = HEARTBEAT.marshal()
-
-
-@pytest.fixture
-def gate() -> Iterator[threading.Event]:
-    """Hold every call of ``process``; opened at the end of the test."""
-    gate = threading.Event()
-    yield gate
-    gate.set()
 
 
 def head_of(body: bytes | int, *extra: str) -> bytes:
@@ -64,32 +56,8 @@ def head_of(body: bytes | int, *extra: str) -> bytes:
     return raw_head(*extra, f"content-length: {size}")
 
 
-def post(body: bytes) -> bytes:
-    return head_of(body) + body
-
-
 def message_of(kind: MessageType, size: int = 0) -> bytes:
     return Message(type=kind, from_=1, entries=[Entry(data=bytes(size))]).marshal()
-
-
-def read_answers(sock: socket.socket, count: int) -> list[bytes]:
-    """Read so many answers; each without its Date."""
-    answers = []
-    with sock.makefile("rb") as received:
-        for _ in range(count):
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                line = received.readline()
-                assert line, f"the connection ended after {answers}"
-                head += b"" if line.lower().startswith(b"date:") else line
-            length = re.search(rb"content-length: ([0-9]+)", head.lower())
-            answers.append(head + received.read(int(length[1]) if length else 0))
-    return answers
-
-
-def settle(listener: Listener) -> None:
-    """Wait until the loop has seen what was sent before."""
-    assert reply_of_socket(listener.url, "GET", "/raft/probing", {}, b"").status == 200
 
 
 def fill(sock: socket.socket, data: memoryview) -> int:
@@ -118,7 +86,7 @@ def test_a_request_that_comes_with_the_end_of_a_body_is_answered(size: int) -> N
         sock.sendall(GOOD)
         assert read_status(sock) == 204
         sock.sendall(head_of(body))
-        settle(listener)
+        catch_up(listener)
         sock.sendall(body + GOOD + post(body) + GOOD)
         assert len(read_answers(sock, 4)) == 4
     assert len(raft.processed) == 5
@@ -138,7 +106,7 @@ def test_the_end_of_a_connection_is_noticed_behind_many_requests(gate: threading
             sender.start()
             sender.join(LONG_TIMEOUT)
             sock.shutdown(socket.SHUT_WR)
-            settle(listener)
+            catch_up(listener)
             gate.set()
             assert len(read_answers(sock, count + 1)) == count + 1
             assert sock.recv(1) == b"", "still open although the peer has ended"
@@ -165,7 +133,7 @@ def test_a_connection_whose_descriptor_is_copied_touches_nothing_freed() -> None
             for _ in range(50):
                 with contextlib.suppress(ConnectionError):  # it has been shut
                     sock.send(b"x")
-                settle(listener)
+                catch_up(listener)
         sock.close()
 
 
@@ -249,7 +217,7 @@ def test_what_is_begun_in_any_order_stays_within_the_budget() -> None:
         for sock in reversed(socks):  # the one idle longest begins last
             sock.sendall(head_of(size))
             fill(sock, data)
-        settle(listener)
+        catch_up(listener)
         # One body, one budget, and what each read one step beyond.
         assert rss() - before < size + 12 * MIB
         assert listener.stats().body_pauses >= 3
@@ -263,11 +231,11 @@ def test_a_heartbeat_in_two_parts_does_not_wait_for_the_memory_of_others() -> No
         post_heartbeat(listener.url)
         with dial(listener.url) as large, dial(listener.url) as small:
             large.sendall(head_of(8 * MIB) + bytes(4 * MIB))
-            settle(listener)
+            catch_up(listener)
             small.sendall(GOOD)  # the other body was begun before this one's
             assert read_status(small) == 204
             small.sendall(GOOD[:-3])
-            settle(listener)
+            catch_up(listener)
             small.sendall(GOOD[-3:])
             assert read_status(small) == 204
 
@@ -285,7 +253,7 @@ def test_proposals_that_wait_for_a_leader_are_within_the_budget(gate: threading.
         for sender in senders:
             sender.start()
         eventually(lambda: listener.stats().body_pauses >= 1)
-        settle(listener)
+        catch_up(listener)
         # 1 from the beginning, then as many proposals as there is room for.
         assert listener.stats().fast_requests <= 1 + 3
         assert post_heartbeat_processed(listener, raft)
@@ -413,7 +381,7 @@ def queue_behind_one(
     """
     raft = Leaderless(gate, MessageType.VOTE)
     config = ReceiverConfig(handlers=1)
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(raft, config)
     with Listener(handlers, ANY, config) as listener, contextlib.ExitStack() as stack:
         blocking = stack.enter_context(dial(listener.url))
         blocking.sendall(post(message_of(MessageType.VOTE)))
@@ -425,8 +393,8 @@ def queue_behind_one(
             callers.append(caller)
             if is_general:
                 eventually(lambda n=count: handlers.budget.used == n * len(beat_of(1)))
-                settle(listener)  # the general thread has given it back
-                settle(listener)  # and the loop has queued it
+                catch_up(listener)  # the general thread has given it back
+                catch_up(listener)  # and the loop has queued it
             else:
                 eventually(lambda n=count: listener.stats().fast_requests == 1 + n)
         gate.set()
@@ -510,7 +478,7 @@ def test_others_are_read_while_a_large_message_is_decoded() -> None:
         with dial(listener.url) as large, dial(listener.url) as small:
             large.sendall(head_of(size))
             large.sendall(memoryview(body)[:-1])
-            settle(listener)
+            catch_up(listener)
             large.sendall(body[-1:])
             before = len(raft.processed)
             while MessageType.APP not in [message.type for message in raft.processed]:
@@ -534,7 +502,7 @@ def test_the_loop_goes_on_while_the_thread_that_ran_it_is_blocked(gate: threadin
             blocked.sendall(GOOD)
             raft.wait_processed(2)
             late.sendall(GOOD[:9])
-            settle(listener)
+            catch_up(listener)
             stranger = peer_headers(x_etcd_cluster_id="1")
             assert reply_of_socket(listener.url, "POST", "/raft", stranger, b"").status == 412
             assert is_closed(late)
@@ -557,7 +525,7 @@ def test_nothing_is_lost_when_the_lead_changes_hands(handlers: int) -> None:
                 sock.sendall(GOOD)
                 assert read_status(sock) == 204
                 if n % 8 == 0:
-                    settle(listener)
+                    catch_up(listener)
         done.release()
 
     raft = Uneven()
@@ -820,7 +788,7 @@ def test_close_in_any_state_is_prompt_and_leaves_nothing(state: str) -> None:
     post_heartbeat(listener.url)
     with dial(listener.url) as sock:
         sock.sendall(STATES[state])
-        settle(listener)
+        catch_up(listener)
         began = time.monotonic()
         listener.close(deadline_s=LONG_TIMEOUT)
         assert time.monotonic() - began < LONG_TIMEOUT / 2, "waited for the deadline"

@@ -15,13 +15,11 @@ from tests.support.callbacks import Unawaited
 from tests.support.http import (
     CLUSTER_ID,
     HEARTBEAT,
-    dial,
     peer_headers,
-    raw_head,
-    read_status,
     reply_of_handlers,
     reply_of_socket,
 )
+from tests.support.listening import dial, raw_head, read_status
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
@@ -50,7 +48,7 @@ def learning(*, allows: bool = True, loopback: bool = False) -> Iterator[tuple[T
         yield transport, asked
 
 
-def post(transport: Transport, **changes: str | None) -> int:
+def status_of(transport: Transport, **changes: str | None) -> int:
     """Have the handlers answer a message from 7 at 10.0.0.7, or as ``changes`` say."""
     changes = {"x_server_from": "7", "x_peerurls": "http://10.0.0.7:2380", **changes}
     return reply_of_handlers(
@@ -171,7 +169,7 @@ def test_what_a_remote_has_queued_is_told_at_stop() -> None:
 
 def test_nobody_is_learned_without_a_policy() -> None:
     with Transport(2, CLUSTER_ID, FakeRaft(), allow_loopback_remotes=True) as transport:
-        assert post(transport) == 204
+        assert status_of(transport) == 204
         assert transport.remote_stats() == {}
 
 
@@ -179,7 +177,7 @@ def test_nobody_is_learned_without_a_policy() -> None:
 def test_the_policy_decides(allows: bool) -> None:
     with learning(allows=allows) as (transport, asked):
         changes = {"x_peerurls": "http://10.0.0.8:2380,http://10.0.0.7:2380"}
-        assert post(transport, **changes) == 204
+        assert status_of(transport, **changes) == 204
         urls = ("http://10.0.0.7:2380", "http://10.0.0.8:2380")
         assert asked == [(7, urls, "127.0.0.1:54321")]
         stats = transport.remote_stats()
@@ -225,7 +223,7 @@ def test_the_policy_decides(allows: bool) -> None:
 )
 def test_the_policy_is_not_asked_about_what_is_never_learned(urls: str) -> None:
     with learning() as (transport, asked):
-        assert post(transport, x_peerurls=urls) == 204
+        assert status_of(transport, x_peerurls=urls) == 204
         assert asked == []
         assert transport.remote_stats() == {}
 
@@ -235,7 +233,7 @@ def test_the_policy_is_not_asked_about_what_is_never_learned(urls: str) -> None:
 )
 def test_loopback_is_asked_about_when_it_is_allowed(urls: str) -> None:
     with learning(loopback=True) as (transport, asked):
-        assert post(transport, x_peerurls=urls) == 204
+        assert status_of(transport, x_peerurls=urls) == 204
         assert len(asked) == 1
         assert list(transport.remote_stats()) == [7]
 
@@ -278,7 +276,7 @@ def test_a_caller_of_ipv4_is_shown_as_one_by_a_listener_that_takes_both(
 def test_who_is_not_learned(changes: dict[str, str | None], status: int) -> None:
     with learning() as (transport, asked):
         transport.add_peer(1, [NOWHERE])
-        assert post(transport, **changes) == status
+        assert status_of(transport, **changes) == status
         assert asked == []
         assert transport.remote_stats() == {}
 
@@ -291,7 +289,7 @@ def test_a_policy_that_raises_allows_nobody_and_the_message_is_taken(
 
     raft = FakeRaft()
     with Transport(2, CLUSTER_ID, raft, remote_policy=policy) as transport:
-        assert post(transport) == 204
+        assert status_of(transport) == 204
         assert transport.remote_stats() == {}
         assert len(raft.processed) == 1
     assert "undecided" in caplog.text
@@ -318,7 +316,7 @@ def test_the_thread_that_asks_the_policy_survives_whatever_it_raises(
 def test_a_policy_that_only_makes_a_coroutine_allows_nobody() -> None:
     raft = FakeRaft()
     with Transport(2, CLUSTER_ID, raft, remote_policy=Unawaited(True)) as transport:
-        assert post(transport) == 204
+        assert status_of(transport) == 204
         assert transport.remote_stats() == {}
         assert transport.callbacks.errors == 1
         assert len(raft.processed) == 1
@@ -330,19 +328,19 @@ def test_learned_remotes_are_bounded_and_the_unused_are_forgotten(
     with learning() as (transport, _):
         transport.add_remote(3, [NOWHERE])
         for sender in range(0x100, 0x120):
-            post(transport, x_server_from=f"{sender:x}")
+            status_of(transport, x_server_from=f"{sender:x}")
         assert list(transport.remote_stats()) == [3, *range(0x100, 0x110)]
         monkeypatch.setattr(remote_module, "UNUSED_S", -1.0)  # all are unused for long enough
-        post(transport, x_server_from="999", x_peerurls="http://10.0.0.9:2380")
+        status_of(transport, x_server_from="999", x_peerurls="http://10.0.0.9:2380")
         assert list(transport.remote_stats()) == [3, 0x999]
         monkeypatch.undo()
-        post(transport, x_server_from="999", x_peerurls="http://10.0.0.10:2380")
+        status_of(transport, x_server_from="999", x_peerurls="http://10.0.0.10:2380")
         assert transport.remote_stats()[0x999].urls == ("http://10.0.0.9:2380",)
 
 
 def test_a_stranger_can_be_answered_where_it_says_it_is() -> None:
     with ScriptedServer() as stranger, learning(loopback=True) as (transport, _):
-        assert post(transport, x_peerurls=stranger.url) == 204
+        assert status_of(transport, x_peerurls=stranger.url) == 204
         transport.send([message(MessageType.HEARTBEAT_RESP, to=7)])
         assert stranger.wait_requests(1)[0].line == "POST /raft HTTP/1.1"
 

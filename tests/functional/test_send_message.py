@@ -19,8 +19,7 @@ from pipeline import (
     SnapshotStatus,
     Transport,
 )
-from pipeline.handlers import Handlers
-from tests.support.http import CLUSTER_ID, peer_headers, reply_of_socket
+from tests.support.http import handlers_of, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually
 
@@ -110,7 +109,7 @@ def test_message_above_the_limit() -> None:
     """A message is encoded whatever its size; the receiver has the limit."""
     config = ReceiverConfig(max_body_bytes=1000)
     raft = FakeRaft()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(raft, config)
     body = Message(type=MessageType.PROP, from_=1, to=2, entries=[Entry(data=bytes(1010))])
     with Listener(handlers, "http://127.0.0.1:0", config) as listener:
         reply = reply_of_socket(listener.url, "POST", "/raft", peer_headers(), body.marshal())

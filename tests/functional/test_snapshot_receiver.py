@@ -30,30 +30,19 @@ from pipeline import (
     UsageError,
     pace,
 )
-from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.snapshot_connections import EVENT_S
-from pipeline.snapshot_receiver import SnapshotCounts, SnapshotReceiver
-from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from pipeline.snapshot_receiver import SnapshotCounts
+from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.events import Events
-from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
+from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
+from tests.support.listening import ask, chunked, dial, raw_head, read_reply, read_status
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
-from tests.support.snapshots import (
-    FILE,
-    INDEX,
-    LINE,
-    ask,
-    chunked,
-    framed,
-    post,
-    read_reply,
-    snapshot,
-)
+from tests.support.snapshots import FILE, INDEX, LINE, framed, post_snapshot, snapshot
 from tests.support.waiting import eventually
 
-MIB = 1 << 20
 DATABASE = os.urandom(100_003)
 BODY = framed(snapshot(), DATABASE)
 UNKNOWN = "UNKNOWN_SNAPSHOT_SENDER"
@@ -66,11 +55,8 @@ class Node:
         self.directory = directory
         self.config = ReceiverConfig(snapshot_dir=directory, **settings)  # type: ignore[arg-type]
         self.raft = FakeRaft()
-        self.handlers = Handlers(
-            self.raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=self.config
-        )
-        self.snapshots = SnapshotReceiver(self.raft, self.handlers, self.config)
-        self.handlers.snapshots = self.snapshots
+        self.handlers = handlers_of(self.raft, self.config)
+        self.snapshots = self.handlers.snapshots
         self.listener = Listener(self.handlers, "http://127.0.0.1:0", self.config)
         self.url = self.listener.url
 
@@ -116,7 +102,7 @@ def test_a_snapshot_is_stored_and_its_message_processed(
     node: Node, is_chunked: bool, size: int
 ) -> None:
     database = os.urandom(size)
-    reply = ask(node.url, post(framed(snapshot(), database), is_chunked=is_chunked))
+    reply = ask(node.url, post_snapshot(framed(snapshot(), database), is_chunked=is_chunked))
     assert (reply.status, reply.body, reply.close) == (204, b"", True)
     assert reply.headers["x-etcd-cluster-id"] == f"{CLUSTER_ID:x}"
     assert node.raft.processed == [snapshot()]
@@ -138,7 +124,7 @@ def test_a_snapshot_is_stored_and_its_message_processed(
 def test_the_file_is_in_place_when_process_is_called(node: Node) -> None:
     seen: list[dict[str, int]] = []
     node.raft.process = lambda _message: seen.append(node.files())  # type: ignore[method-assign]
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
     assert seen == [{FILE: len(DATABASE)}]
 
 
@@ -146,7 +132,7 @@ def test_the_file_is_in_place_when_process_is_called(node: Node) -> None:
 def test_bytes_that_drip_are_taken(node: Node, is_chunked: bool) -> None:
     with dial(node.url) as sock:
         body = framed(snapshot(), b"database")
-        for byte in post(body, is_chunked=is_chunked):
+        for byte in post_snapshot(body, is_chunked=is_chunked):
             sock.sendall(bytes([byte]))
         assert read_reply(sock).status == 204
     assert (node.directory / FILE).read_bytes() == b"database"
@@ -161,18 +147,18 @@ def test_bytes_that_drip_are_taken(node: Node, is_chunked: bool) -> None:
     ids=["no snapshot", "no metadata"],
 )
 def test_a_snapshot_without_metadata_has_index_0(node: Node, message: Message) -> None:
-    assert ask(node.url, post(framed(message, b"x"))).status == 204
+    assert ask(node.url, post_snapshot(framed(message, b"x"))).status == 204
     assert node.files() == {f"{0:016x}.snap.db": 1}
 
 
 def test_the_largest_index_has_a_name(node: Node) -> None:
-    assert ask(node.url, post(framed(snapshot(2**64 - 1), b"x"))).status == 204
+    assert ask(node.url, post_snapshot(framed(snapshot(2**64 - 1), b"x"))).status == 204
     assert node.files() == {"ffffffffffffffff.snap.db": 1}
 
 
 def test_a_file_that_is_there_stays_and_that_is_a_success(node: Node) -> None:
     (node.directory / FILE).write_bytes(b"the first")
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
     assert node.files() == {FILE: len(b"the first")}
     assert node.raft.processed == [snapshot()]
     assert node.results() == {"1": (1, 0)}
@@ -181,7 +167,7 @@ def test_a_file_that_is_there_stays_and_that_is_a_success(node: Node) -> None:
 @pytest.mark.parametrize("body", [BODY, framed(snapshot(), bytes(MIB))], ids=["small", "large"])
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])
 def test_expect_100_continue_is_honoured(node: Node, body: bytes, is_chunked: bool) -> None:
-    request = post(body, "expect: 100-continue", is_chunked=is_chunked)
+    request = post_snapshot(body, "expect: 100-continue", is_chunked=is_chunked)
     end = request.index(b"\r\n\r\n") + 4
     with dial(node.url) as sock:
         sock.sendall(request[:end])
@@ -199,7 +185,7 @@ def test_two_that_arrive_together_do_not_disturb_each_other(
 ) -> None:
     databases = [os.urandom(50_000), os.urandom(60_000)]
     requests = [
-        post(framed(snapshot(index), database))
+        post_snapshot(framed(snapshot(index), database))
         for index, database in zip(indexes, databases, strict=True)
     ]
     with dial(node.url) as one, dial(node.url) as two:
@@ -225,7 +211,7 @@ def test_the_transport_says_where_the_database_is(tmp_path: Path) -> None:
     with Transport(2, CLUSTER_ID, FakeRaft(), config=config) as transport:
         url = transport.listen("http://127.0.0.1:0").url
         assert transport.snapshot_path(INDEX) is None
-        assert ask(url, post(BODY)).status == 204
+        assert ask(url, post_snapshot(BODY)).status == 204
         path = transport.snapshot_path(INDEX)
         assert path == tmp_path / "a" / "snap" / FILE
         assert path.read_bytes() == DATABASE
@@ -279,40 +265,40 @@ REFUSED = {
         head(content_encoding="gzip"),
         (415, "unsupported content encoding", UNKNOWN, 1, 0),
     ),
-    "no body": (post(b""), (400, "failed to decode raft message (EOF)", "0", 1, 0)),
+    "no body": (post_snapshot(b""), (400, "failed to decode raft message (EOF)", "0", 1, 0)),
     "half a length": (
-        post(b"\0\0\0"),
+        post_snapshot(b"\0\0\0"),
         (400, "failed to decode raft message (unexpected EOF)", "0", 1, 0),
     ),
     "no message": (
-        post(framed(bytes(9))[:8]),
+        post_snapshot(framed(bytes(9))[:8]),
         (400, "failed to decode raft message (EOF)", "0", 1, 0),
     ),
     "half a message": (
-        post(BODY[:20]),
+        post_snapshot(BODY[:20]),
         (400, "failed to decode raft message (unexpected EOF)", "0", 1, 0),
     ),
     "64 MiB and a byte": (
-        post(LONGER),
+        post_snapshot(LONGER),
         (400, "failed to decode raft message (rafthttp: error limit exceeded)", "0", 1, 0),
     ),
     "2^63": (
-        post((1 << 63).to_bytes(8, "big") + BODY),
+        post_snapshot((1 << 63).to_bytes(8, "big") + BODY),
         (400, "failed to decode raft message (rafthttp: error limit exceeded)", "0", 1, 0),
     ),
     "2^64-1": (
-        post(b"\xff" * 8 + BODY, is_chunked=True),
+        post_snapshot(b"\xff" * 8 + BODY, is_chunked=True),
         (400, "failed to decode raft message (rafthttp: error limit exceeded)", "0", 1, 0),
     ),
     "no protobuf": (
-        post(framed(b"\xff" * 10)),
+        post_snapshot(framed(b"\xff" * 10)),
         (400, "failed to decode raft message (", "0", 1, 0),
     ),
     "not MsgSnap": (
-        post(framed(HEARTBEAT, DATABASE)),
+        post_snapshot(framed(HEARTBEAT, DATABASE)),
         (400, "wrong raft message type", "1", 0, len(HEARTBEAT.marshal())),
     ),
-    "an empty message": (post(framed(b"")), (400, "wrong raft message type", "0", 0, 0)),
+    "an empty message": (post_snapshot(framed(b"")), (400, "wrong raft message type", "0", 0, 0)),
 }
 
 
@@ -356,19 +342,16 @@ def test_who_sends_is_shown_to_who_wants_to_know(tmp_path: Path) -> None:
             return False
 
     config = ReceiverConfig(snapshot_dir=tmp_path)
-    handlers = Handlers(
-        FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config, senders=Seen()
-    )
-    handlers.snapshots = SnapshotReceiver(FakeRaft(), handlers, config)
+    handlers = handlers_of(FakeRaft(), config, senders=Seen())
     with Listener(handlers, "http://127.0.0.1:0", config) as listener:
-        assert ask(listener.url, post(b"")).status == 400
+        assert ask(listener.url, post_snapshot(b"")).status == 400
         assert ask(listener.url, head(x_server_version=None)).status == 412
     assert seen == [(1, ("http://10.0.0.1:2380",))]
 
 
 def test_a_rejection_by_the_node_is_its_own_answer_and_no_failure(node: Node) -> None:
     node.raft.process_error = RequestRejected(403, b"gone", "application/json")
-    reply = ask(node.url, post(BODY))
+    reply = ask(node.url, post_snapshot(BODY))
     assert (reply.status, reply.body) == (403, b"gone")
     assert reply.headers["content-type"] == "application/json"
     assert node.results() == {"1": (0, 0)}
@@ -390,7 +373,7 @@ class Unprintable(Exception):
 )
 def test_a_raising_process_is_answered_500(node: Node, error: BaseException, text: str) -> None:
     node.raft.process_error = error
-    reply = ask(node.url, post(BODY))
+    reply = ask(node.url, post_snapshot(BODY))
     assert (reply.status, reply.body.decode()) == (
         500,
         f"failed to process raft message ({text})\n",
@@ -398,7 +381,7 @@ def test_a_raising_process_is_answered_500(node: Node, error: BaseException, tex
     assert node.results() == {"1": (0, 1)}
     assert node.handlers.received.process_failures == 1
     node.raft.process_error = None
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
 
 
 def test_a_process_that_only_makes_a_coroutine_is_answered_500(
@@ -406,7 +389,7 @@ def test_a_process_that_only_makes_a_coroutine_is_answered_500(
 ) -> None:
     monkeypatch.setattr(node.raft, "process", Unawaited())
     for _ in range(2):
-        assert ask(node.url, post(BODY)).status == 500
+        assert ask(node.url, post_snapshot(BODY)).status == 500
     assert node.handlers.received.process_failures == 2
     assert node.results() == {"1": (0, 2)}
     assert caplog.text.count("which is not awaited here") >= 1
@@ -418,18 +401,18 @@ def test_a_snapshot_s_thread_survives_a_log_handler_that_raises(
 ) -> None:
     node.raft.process_error = Unprintable()
     with handler_that_raises("", log_error) as handler:
-        assert ask(node.url, post(BODY)).status == 500
+        assert ask(node.url, post_snapshot(BODY)).status == 500
         node.raft.process_error = None
         for _ in range(node.handlers.config.snapshot_receives + 1):
-            assert ask(node.url, post(BODY)).status == 204
+            assert ask(node.url, post_snapshot(BODY)).status == 204
     assert handler.raised > 0
 
 
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])
 def test_without_a_directory_it_is_501_at_once(is_chunked: bool) -> None:
     raft = FakeRaft()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1")
-    handlers.snapshots = snapshots = SnapshotReceiver(raft, handlers, handlers.config)
+    handlers = handlers_of(raft)
+    snapshots = handlers.snapshots
     framing = "transfer-encoding: chunked" if is_chunked else f"content-length: {1 << 40}"
     with Listener(handlers, "http://127.0.0.1:0", handlers.config) as listener:
         with dial(listener.url) as sock:
@@ -447,15 +430,15 @@ def test_a_snapshot_too_many_is_answered_503_and_others_go_on(make_node: MakeNod
     node = make_node(snapshot_receives=2)
     with dial(node.url) as one, dial(node.url) as two:
         for sock in (one, two):
-            sock.sendall(post(BODY)[:-1])
+            sock.sendall(post_snapshot(BODY)[:-1])
         eventually(lambda: len(node.files()) == 2, "both are being stored")
-        reply = ask(node.url, post(BODY))
+        reply = ask(node.url, post_snapshot(BODY))
         assert (reply.status, reply.body) == (503, b"too many snapshots at once\n")
         for sock in (one, two):
             sock.sendall(BODY[-1:])
             assert read_reply(sock).status == 204
     # The places are free again when the connections have ended.
-    eventually(lambda: ask(node.url, post(BODY)).status == 204, "there is room again")
+    eventually(lambda: ask(node.url, post_snapshot(BODY)).status == 204, "there is room again")
     assert node.counts(UNKNOWN).failures >= 1
 
 
@@ -472,7 +455,7 @@ def send_for_ever(sock: socket.socket, data: bytes) -> None:
 def test_an_aborted_body_leaves_nothing_wherever_it_ends(
     node: Node, is_chunked: bool, is_reset: bool
 ) -> None:
-    request = post(BODY, is_chunked=is_chunked)
+    request = post_snapshot(BODY, is_chunked=is_chunked)
     start = request.index(b"\r\n\r\n") + 4
     cuts = [start, start + 5, start + 30, start + 2000, len(request) - 1]
     for cut in cuts:
@@ -494,7 +477,7 @@ def test_an_aborted_body_leaves_nothing_wherever_it_ends(
 
 def test_a_body_cut_short_is_answered_as_etcd_does(node: Node) -> None:
     with dial(node.url) as sock:
-        sock.sendall(post(BODY)[:-1])
+        sock.sendall(post_snapshot(BODY)[:-1])
         sock.shutdown(socket.SHUT_WR)
         reply = read_reply(sock)
     assert (reply.status, reply.body) == (500, b"failed to save KV snapshot (unexpected EOF)\n")
@@ -620,14 +603,19 @@ def test_a_database_above_a_limit_is_answered_500(
 ) -> None:
     node = make_node(**{setting: 3 * MIB})
     largest, larger = bytes(3 * MIB), bytes(3 * MIB + 1)
-    reply = ask(node.url, post(framed(snapshot(), larger), is_chunked=is_chunked))
+    reply = ask(node.url, post_snapshot(framed(snapshot(), larger), is_chunked=is_chunked))
     assert (reply.status, reply.body.decode()) == (500, f"failed to save KV snapshot ({text})\n")
     assert node.files() == {}
     assert node.raft.processed == []
-    assert ask(node.url, post(framed(snapshot(), largest), is_chunked=is_chunked)).status == 204
+    assert (
+        ask(node.url, post_snapshot(framed(snapshot(), largest), is_chunked=is_chunked)).status
+        == 204
+    )
     # The limit of the directory is that of all of them; other files there do not count.
     (node.directory / "0000000000000001-0000000000000001.snap").write_bytes(bytes(MIB))
-    status = ask(node.url, post(framed(snapshot(INDEX + 1), b"x"), is_chunked=is_chunked)).status
+    status = ask(
+        node.url, post_snapshot(framed(snapshot(INDEX + 1), b"x"), is_chunked=is_chunked)
+    ).status
     assert status == (204 if setting == "snapshot_max_bytes" else 500)
 
 
@@ -654,13 +642,13 @@ def test_an_error_of_the_disk_is_answered_500_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/path/that/is/ours")
 
     monkeypatch.setattr(f"pipeline.snapshot_store.os.{name}", fail)
-    reply = ask(node.url, post(BODY))
+    reply = ask(node.url, post_snapshot(BODY))
     text = f"failed to save KV snapshot ({os.strerror(errno.ENOSPC)})\n"
     assert (reply.status, reply.body.decode()) == (500, text)
     monkeypatch.undo()
     assert node.files() == {}
     assert node.results() == {"1": (0, 1)}
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
@@ -675,7 +663,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(
         return write(fd, data[:1000])  # and a disk may take less than it is given
 
     monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
-    reply = ask(node.url, post(BODY))
+    reply = ask(node.url, post_snapshot(BODY))
     assert (reply.status, reply.body.decode()) == (
         500,
         f"failed to save KV snapshot ({os.strerror(number)})\n",
@@ -683,7 +671,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(
     monkeypatch.undo()
     assert node.files() == {}
     assert node.raft.processed == []
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
 
 
 def test_a_machine_without_memory_is_answered_503(
@@ -693,11 +681,11 @@ def test_a_machine_without_memory_is_answered_503(
         raise MemoryError
 
     monkeypatch.setattr("pipeline.snapshot_receiver._read_message", fail)
-    assert ask(node.url, post(BODY)).status == 503
+    assert ask(node.url, post_snapshot(BODY)).status == 503
     assert "internal error" not in caplog.text
     monkeypatch.undo()
     assert node.files() == {}
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
 
 
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -730,7 +718,7 @@ def test_a_file_system_that_cannot_sync_is_gone_on_with(
     monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
     before = len(os.listdir("/proc/self/fd"))
     for index in (INDEX, INDEX + 1):
-        assert ask(node.url, post(framed(snapshot(index), DATABASE))).status == 204
+        assert ask(node.url, post_snapshot(framed(snapshot(index), DATABASE))).status == 204
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
     assert set(node.files().values()) == {len(DATABASE)}
     assert len(node.files()) == len(node.raft.processed) == 2
@@ -751,10 +739,10 @@ def test_a_directory_that_could_not_be_synced_is_an_error(
         fsync(fd)
 
     monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
-    assert ask(node.url, post(BODY)).status == 500
+    assert ask(node.url, post_snapshot(BODY)).status == 500
     assert node.raft.processed == []
     monkeypatch.undo()
-    assert ask(node.url, post(BODY)).status == 204
+    assert ask(node.url, post_snapshot(BODY)).status == 204
 
 
 def statvfs_of(**values: int) -> Callable[[object], Any]:
@@ -782,7 +770,7 @@ def test_a_file_system_that_does_not_tell_what_it_has_free_is_tried(
     node: Node, monkeypatch: pytest.MonkeyPatch, statvfs: Callable[[object], Any], status: int
 ) -> None:
     monkeypatch.setattr("pipeline.snapshot_store.os.statvfs", statvfs)
-    assert ask(node.url, post(BODY)).status == status
+    assert ask(node.url, post_snapshot(BODY)).status == status
 
 
 def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
@@ -794,7 +782,7 @@ def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
     monkeypatch.setattr("pipeline.snapshot_store.os.unlink", fail)
-    reply = ask(node.url, post(BODY))
+    reply = ask(node.url, post_snapshot(BODY))
     assert reply.status == 500
     assert os.strerror(errno.EROFS).encode() in reply.body
     eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
@@ -808,7 +796,7 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(make_node: MakeNode) 
     for name in kept | {ours}:
         (node.directory / name).write_bytes(b"x")
     with dial(node.url) as sock:
-        sock.sendall(post(framed(snapshot(7), DATABASE))[:-1])
+        sock.sendall(post_snapshot(framed(snapshot(7), DATABASE))[:-1])
         eventually(lambda: len(node.files()) == 6, "one is arriving")
         again = make_node()  # another listener over the same directory
         assert ours not in again.files()
@@ -830,7 +818,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_listen(tmp_path: Path) -
 @pytest.mark.parametrize("sent", [0, 5, 30, 50_000])
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])
 def test_a_close_ends_what_is_being_received(node: Node, sent: int, is_chunked: bool) -> None:
-    request = post(BODY, is_chunked=is_chunked)
+    request = post_snapshot(BODY, is_chunked=is_chunked)
     start = request.index(b"\r\n\r\n") + 4
     with dial(node.url) as sock:
         sock.sendall(request[: start + sent])
@@ -849,7 +837,7 @@ def test_a_close_ends_what_is_being_received(node: Node, sent: int, is_chunked: 
 def test_a_close_waits_for_process_within_its_deadline(node: Node) -> None:
     node.raft.gate = threading.Event()
     with dial(node.url) as sock:
-        sock.sendall(post(BODY))
+        sock.sendall(post_snapshot(BODY))
         node.raft.wait_processed(1)
         closer = threading.Thread(target=node.listener.close, kwargs={"deadline_s": LONG_TIMEOUT})
         closer.start()
@@ -872,7 +860,7 @@ def test_a_close_does_not_wait_for_ever_for_the_disk(
 
     monkeypatch.setattr("pipeline.snapshot_store.os.fsync", stuck)
     with dial(node.url) as sock:
-        sock.sendall(post(BODY))
+        sock.sendall(post_snapshot(BODY))
         assert reached.wait(LONG_TIMEOUT)
         node.listener.close(deadline_s=SHORT_TIMEOUT)
         assert node.files() == {}
@@ -893,7 +881,7 @@ def test_a_transport_stopped_from_process_stops(tmp_path: Path) -> None:
     raft = Stopping()
     config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=tmp_path))
     with Transport(2, CLUSTER_ID, raft, config=config) as transport:
-        assert ask(transport.listen("http://127.0.0.1:0").url, post(BODY)).status == 204
+        assert ask(transport.listen("http://127.0.0.1:0").url, post_snapshot(BODY)).status == 204
         raft.wait_processed(1)
 
 
@@ -902,7 +890,7 @@ def test_a_transport_stopped_from_process_stops(tmp_path: Path) -> None:
 
 def test_made_up_senders_cost_a_bounded_number_of_series(node: Node) -> None:
     for sender in range(130):
-        assert ask(node.url, post(framed(snapshot(from_=sender + 1), b""))).status == 204
+        assert ask(node.url, post_snapshot(framed(snapshot(from_=sender + 1), b""))).status == 204
     results = node.results()
     assert len(results) == 129
     assert results[""] == (2, 0)
@@ -918,14 +906,14 @@ def test_no_descriptor_and_no_thread_is_left(node: Node) -> None:
         counts = node.snapshots.counts()["1"]
         return counts.failures == failures and "snapshot" not in names_of_threads()
 
-    ask(node.url, post(BODY))
+    ask(node.url, post_snapshot(BODY))
     eventually(lambda: all_ended(0), "its thread has ended")
     before = descriptors()
     for n in range(20):
-        assert ask(node.url, post(BODY)).status == 204
-        assert ask(node.url, post(framed(HEARTBEAT))).status == 400
+        assert ask(node.url, post_snapshot(BODY)).status == 204
+        assert ask(node.url, post_snapshot(framed(HEARTBEAT))).status == 400
         with dial(node.url) as sock:
-            sock.sendall(post(BODY)[:-1])
+            sock.sendall(post_snapshot(BODY)[:-1])
         eventually(lambda n=n: all_ended(2 * n + 2), "its threads have ended")  # type: ignore[misc]
     assert descriptors() == before
     assert node.listener.stats().connections == 0
@@ -938,8 +926,8 @@ def names_of_threads() -> str:
 def test_a_connection_that_left_the_loop_makes_room_for_another(make_node: MakeNode) -> None:
     node = make_node(max_connections=1)
     with dial(node.url) as one:
-        one.sendall(post(BODY)[:-1])
+        one.sendall(post_snapshot(BODY)[:-1])
         eventually(lambda: node.files() != {}, "it has left the loop")
-        assert ask(node.url, post(BODY)).status == 204
+        assert ask(node.url, post_snapshot(BODY)).status == 204
         one.sendall(BODY[-1:])
         assert read_reply(one).status == 204

@@ -52,7 +52,7 @@ from pipeline import snapshot_sender as module
 from pipeline.odd_answer import Answer
 from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
-from tests.support import LONG_TIMEOUT
+from tests.support import LONG_TIMEOUT, MIB
 from tests.support.callbacks import Unawaited
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
@@ -84,7 +84,6 @@ from tests.support.tls import Authority
 from tests.support.waiting import eventually
 
 MEMBER, PEER, CLUSTER = 1, 2, 0xCDF818194E3A8C32
-MIB = 1 << 20
 NO_PROBES = TransportConfig(probe_interval_s=0)
 
 

@@ -24,7 +24,8 @@ from pipeline.examples.etcd import (
     puts_in,
 )
 from pipeline.examples.three_nodes import Put
-from tests.functional.test_demo import assert_nothing_is_left, hide_etcds, make_pretender
+from tests.support.etcd import hide_etcds, make_pretender
+from tests.support.processes import assert_nothing_is_left
 
 #: It takes 12 s on an idle machine.
 RUN_TIMEOUT_S = 120.0

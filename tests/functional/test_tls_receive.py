@@ -33,22 +33,19 @@ from pipeline._receiver import KnownHead
 from pipeline.answers import Answer, Request
 from pipeline.errors import RequestRejected
 from pipeline.general import Then
-from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.sealed import Sealed, SealedServer
-from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.tls import Credentials
-from tests.functional.test_listener import GOOD, listener_threads
-from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
+from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
-from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, peer_headers, raw_head, read_status
+from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
+from tests.support.listening import GOOD, dial, listener_threads, post, raw_head, read_status
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.tls import DAY, Authority, now
 from tests.support.waiting import eventually, until_read
 
-MIB = 1 << 20
 ANY = "https://127.0.0.1:0"
 PROBE = raw_head(line="GET /raft/probing HTTP/1.1")
 
@@ -68,14 +65,11 @@ class Node:
         info = self.authority.info(**settings)
         self.config = config or ReceiverConfig()
         self.credentials = Credentials(info)
-        self.handlers = Handlers(
+        self.handlers = handlers_of(
             self.raft,
-            cluster_id=CLUSTER_ID,
-            server_version="3.5.1",
-            config=self.config,
+            self.config,
             allow_member=info.allow_member,
         )
-        self.handlers.snapshots = SnapshotReceiver(self.raft, self.handlers, self.config)
         self.listener = self._stack.enter_context(
             Listener(self.handlers, ANY, self.config, self.credentials)
         )
@@ -112,10 +106,6 @@ def node(tmp_path: Path) -> Iterator[Node]:
     yield node
     node.close()
     assert listener_threads() == []
-
-
-def post(body: bytes) -> bytes:
-    return raw_head(f"content-length: {len(body)}") + body
 
 
 def append_of(size: int) -> Message:

@@ -13,7 +13,7 @@ from pipeline import Transport
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
 from pipeline.wsgi import wsgi_app
-from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers
+from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.raft import FakeRaft
 
 CONFIG = ReceiverConfig(max_body_bytes=1000, max_head_bytes=2000)
@@ -37,7 +37,7 @@ def raft() -> FakeRaft:
 
 @pytest.fixture
 def handlers(raft: FakeRaft) -> Handlers:
-    return Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=CONFIG)
+    return handlers_of(raft, CONFIG)
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ from pipeline._receiver import recognise_post
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UnmarshalError
 from pipeline.general import General, Then
-from pipeline.handlers import Handlers
 from pipeline.raftpb import raft_pb2
-from tests.support.http import CLUSTER_ID
+from tests.support.http import handlers_of
 from tests.support.raft import FakeRaft
 
 PROFILES = ["3.5", "3.6", "3.7"]
@@ -261,7 +260,7 @@ def check_request(data: bytes) -> bool:
 def is_let_through(data: bytes) -> bool:
     """Tell whether the checks ahead of h11 in general.py let a head through to the handlers."""
     config = ReceiverConfig(max_head_bytes=32 * 1024, max_body_bytes=1 << 40)
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(FakeRaft(), config)
     heads: list[bytes] = []
 
     def learn(head: bytes, sender: int) -> bool:

@@ -27,7 +27,8 @@ from pipeline.general import General
 from pipeline.handlers import Handlers
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType
-from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, raw_head
+from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers
+from tests.support.listening import raw_head
 
 MAX_CALLERS = 8
 #: Of a script; what is behind them is ignored.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pipeline._receiver import KnownHead, recognise_post
 from pipeline.request_body import RequestBody
 from tests.fuzz.oracles import check_request, is_let_through
-from tests.support.http import raw_head
+from tests.support.listening import raw_head
 
 GO = (
     b"POST /raft HTTP/1.1\r\nHost: 127.0.0.1:2380\r\nUser-Agent: Go-http-client/1.1\r\n"

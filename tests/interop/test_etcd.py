@@ -29,7 +29,14 @@ from pipeline import (
 from pipeline.examples.etcd import EtcdError, put_of, puts_in
 from pipeline.examples.follower import Role
 from tests.support import LONG_TIMEOUT
-from tests.support.etcd import LEFT_BEHIND, Cluster, assert_balanced, left_behind
+from tests.support.etcd import (
+    LEFT_BEHIND,
+    Cluster,
+    assert_balanced,
+    left_behind,
+    move_leadership_to_us,
+    puts_in_our_log,
+)
 from tests.support.tls import Authority
 from tests.support.waiting import eventually
 
@@ -45,17 +52,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
-
-
-def puts_in_our_log(cluster: Cluster) -> dict[bytes, bytes]:
-    """Return what is committed in our log, once all of it is."""
-    assert cluster.follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT)
-    return dict(put for entry in cluster.follower.committed() if (put := put_of(entry)))
-
-
-def move_leadership_to_us(cluster: Cluster) -> None:
-    cluster.etcd.move_leader(cluster.follower.member_id)
-    assert cluster.follower.state().role is Role.LEADER
 
 
 def test_both_accept_the_posts_of_the_other(cluster: Cluster) -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from pipeline import Message, MessageType, TLSInfo, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, find_etcd, free_port
-from tests.interop.test_etcd import move_leadership_to_us, puts_in_our_log
-from tests.support.etcd import Cluster
+from tests.support.etcd import Cluster, move_leadership_to_us, puts_in_our_log
 from tests.support.raft import FakeRaft
 from tests.support.tls import Authority
 from tests.support.waiting import eventually

@@ -33,7 +33,8 @@ from pipeline import (
     UsageError,
     aio,
 )
-from tests.support.http import CLUSTER_ID, dial, peer_headers
+from tests.support.http import CLUSTER_ID, peer_headers
+from tests.support.listening import dial
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
 from tests.support.server import ERROR, ScriptedServer, always, refused_port, then_close

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from pipeline import Message, MessageType, ReceiverConfig, TLSInfo, Transport, TransportConfig
 from tests.support import LONG_TIMEOUT
-from tests.support.http import CLUSTER_ID, HEARTBEAT, dial, raw_head
+from tests.support.http import CLUSTER_ID
+from tests.support.listening import GOOD, dial, post, raw_head
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import LINE, framed, snapshot
 from tests.support.tls import Authority
@@ -26,9 +27,8 @@ from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
-GOOD = raw_head(f"content-length: {len(HEARTBEAT.marshal())}") + HEARTBEAT.marshal()
 PROPOSAL = Message(type=MessageType.PROP, from_=1, to=2).marshal()
-BLOCKED = raw_head(f"content-length: {len(PROPOSAL)}") + PROPOSAL
+BLOCKED = post(PROPOSAL)
 BODY = raw_head("content-length: 100000")
 SNAPSHOT = raw_head("content-length: 10000000", line=LINE) + framed(snapshot(), b"database")
 

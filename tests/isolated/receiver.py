@@ -14,15 +14,15 @@ import warnings
 
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
-from tests.functional.test_listener import GOOD, dial, is_closed, listen
-from tests.support.http import post_heartbeat, raw_head, read_status
+from tests.support import MIB
+from tests.support.http import post_heartbeat
+from tests.support.listening import GOOD, dial, is_closed, listen, post, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually, exit_status_of
-from tests.unit.test_wire import span
+from tests.support.wire import span
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
-MIB = 1 << 20
 
 
 def no_descriptors() -> None:
@@ -92,7 +92,7 @@ def entries() -> None:
         expected = listener.stats().fast_requests + 60
         socks = [dial(listener.url) for _ in range(60)]
         for sock in socks:
-            sock.sendall(raw_head(f"content-length: {len(body)}") + body)
+            sock.sendall(post(body))
         eventually(lambda n=expected: listener.stats().fast_requests == n, f"{row} are read")
         # Three are objects, in a handler thread each.
         bound = len(socks) * len(body) + 3 * 20 * MIB

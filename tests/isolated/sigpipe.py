@@ -26,7 +26,6 @@ from pipeline.config import ReceiverConfig
 from pipeline.dialling import Dialer
 from pipeline.errors import PeerUnreachableError
 from pipeline.general import General, Then
-from pipeline.handlers import Handlers
 from pipeline.picker import URLPicker
 from pipeline.poller import Poller
 from pipeline.pool import Line, Pool
@@ -34,11 +33,11 @@ from pipeline.probing import Prober, _Target
 from pipeline.sealed import SealedSocket
 from pipeline.snapshot_connections import _Receiving
 from pipeline.snapshot_link import Ending, SnapshotLink
-from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.snapshot_source import FileSource
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
-from tests.support.http import CLUSTER_ID, raw_head
+from tests.support.http import handlers_of
+from tests.support.listening import raw_head
 from tests.support.raft import FakeRaft
 from tests.support.tls import Authority
 
@@ -172,8 +171,7 @@ def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
         peer = wrapped
         mine = SealedSocket(sock, tls, incoming, outgoing)
     config = ReceiverConfig(snapshot_dir=directory)
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
-    handlers.snapshots = SnapshotReceiver(FakeRaft(), handlers, config)
+    handlers = handlers_of(FakeRaft(), config)
     general = General(handlers, config, "here", lambda *_: False)
     line = "POST /raft/snapshot HTTP/1.1"
     head = raw_head("Expect: 100-continue", "Content-Length: 9", line=line)

@@ -11,24 +11,14 @@ from pathlib import Path
 
 from pipeline.config import ReceiverConfig
 from pipeline.snapshot_receiver import MAX_MESSAGE_BYTES
-from tests.support.http import dial, raw_head
+from tests.support import MIB
+from tests.support.listening import ask, chunked, dial, raw_head, read_reply
 from tests.support.memory import IS_SANITIZED
 from tests.support.raft import FakeRaft
-from tests.support.snapshots import (
-    FILE,
-    LINE,
-    ask,
-    chunked,
-    framed,
-    listen,
-    post,
-    read_reply,
-    snapshot,
-)
+from tests.support.snapshots import FILE, LINE, framed, listen, post_snapshot, snapshot
 from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
-MIB = 1 << 20
 
 
 def peak() -> int:
@@ -38,7 +28,7 @@ def peak() -> int:
 
 def memory(directory: Path) -> None:
     """A database of 256 MiB, of either framing, costs two buffers; what is announced, nothing."""
-    listener = listen(FakeRaft(), ReceiverConfig(snapshot_dir=directory))
+    listener = listen(FakeRaft(), config=ReceiverConfig(snapshot_dir=directory))
     part = os.urandom(MIB)
     prefix = framed(snapshot())
     pieces = [part[at : at + 32 * 1024] for at in range(0, MIB, 32 * 1024)]
@@ -47,7 +37,7 @@ def memory(directory: Path) -> None:
         "length": raw_head(f"content-length: {len(prefix) + 256 * MIB}", line=LINE) + prefix,
         "chunked": raw_head("transfer-encoding: chunked", line=LINE) + chunked([prefix])[:-5],
     }
-    ask(listener.url, post(framed(snapshot(), part), is_chunked=True))
+    ask(listener.url, post_snapshot(framed(snapshot(), part), is_chunked=True))
     (directory / FILE).unlink()
     before = peak()
     for framing, head in heads.items():
@@ -75,22 +65,24 @@ def memory(directory: Path) -> None:
 def file_limit(directory: Path) -> None:
     """A file that the system does not let grow is answered 500, and nothing is left."""
     raft = FakeRaft()
-    listener = listen(raft, ReceiverConfig(snapshot_dir=directory))
+    listener = listen(raft, config=ReceiverConfig(snapshot_dir=directory))
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB + 1, MIB + 1))
     for is_chunked in (False, True):
-        reply = ask(listener.url, post(framed(snapshot(), bytes(3 * MIB)), is_chunked=is_chunked))
+        reply = ask(
+            listener.url, post_snapshot(framed(snapshot(), bytes(3 * MIB)), is_chunked=is_chunked)
+        )
         assert reply.status == 500, reply
         assert reply.body.startswith(b"failed to save KV snapshot (File too large"), reply
     assert list(directory.iterdir()) == []
     assert raft.processed == []
-    assert ask(listener.url, post(framed(snapshot(), bytes(MIB)))).status == 204
+    assert ask(listener.url, post_snapshot(framed(snapshot(), bytes(MIB)))).status == 204
     listener.close()
 
 
 def forks(directory: Path) -> None:
     """A child forked in the middle neither ends a receive nor removes its file."""
-    listener = listen(FakeRaft(), ReceiverConfig(snapshot_dir=directory))
-    request = post(framed(snapshot(), bytes(100_000)))
+    listener = listen(FakeRaft(), config=ReceiverConfig(snapshot_dir=directory))
+    request = post_snapshot(framed(snapshot(), bytes(100_000)))
     with dial(listener.url) as sock:
         sock.sendall(request[:-1])
         eventually(lambda: len(list(directory.iterdir())) == 1)
@@ -107,9 +99,9 @@ def forks(directory: Path) -> None:
 
 def exits(directory: Path) -> None:
     """The interpreter ends in the middle of a receive, and nothing is left."""
-    listener = listen(FakeRaft(), ReceiverConfig(snapshot_dir=directory))
+    listener = listen(FakeRaft(), config=ReceiverConfig(snapshot_dir=directory))
     sock = dial(listener.url)
-    sock.sendall(post(framed(snapshot(), bytes(100_000)))[:-1])
+    sock.sendall(post_snapshot(framed(snapshot(), bytes(100_000)))[:-1])
     eventually(lambda: len(list(directory.iterdir())) == 1)
     sock.detach()  # open until the end
 
@@ -117,9 +109,9 @@ def exits(directory: Path) -> None:
 def exits_in_process(directory: Path) -> None:
     """The interpreter ends although ``process`` never returns."""
     raft = FakeRaft(gate=threading.Event())
-    listener = listen(raft, ReceiverConfig(snapshot_dir=directory))
+    listener = listen(raft, config=ReceiverConfig(snapshot_dir=directory))
     sock = dial(listener.url)
-    sock.sendall(post(framed(snapshot(), bytes(100_000))))
+    sock.sendall(post_snapshot(framed(snapshot(), bytes(100_000))))
     raft.wait_processed(1)
     sock.detach()
 

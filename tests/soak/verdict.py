@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from tests.support import MIB
+
 KIB = 1024
-MIB = 1024 * KIB
 
 
 class _MallInfo(ctypes.Structure):

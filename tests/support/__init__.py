@@ -6,6 +6,8 @@ import socket
 
 import pytest
 
+MIB = 1 << 20
+
 # An event that is expected: long enough for a busy machine, reached only when a test fails.
 LONG_TIMEOUT = 30.0
 

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from pipeline import Message, PipelineStats, Transport, TransportConfig
-from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port
-from pipeline.examples.follower import Follower
+from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port, put_of
+from pipeline.examples.follower import Follower, Role
+from tests.support import LONG_TIMEOUT
 from tests.support.tls import Authority
 from tests.support.waiting import eventually
 
@@ -157,3 +160,29 @@ def left_behind(
         yield cluster
     finally:
         cluster.stop()
+
+
+def puts_in_our_log(cluster: Cluster) -> dict[bytes, bytes]:
+    """Return what is committed in our log, once all of it is."""
+    assert cluster.follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT)
+    return dict(put for entry in cluster.follower.committed() if (put := put_of(entry)))
+
+
+def move_leadership_to_us(cluster: Cluster) -> None:
+    cluster.etcd.move_leader(cluster.follower.member_id)
+    assert cluster.follower.state().role is Role.LEADER
+
+
+def make_pretender(directory: Path) -> Path:
+    """Write a program that says it is an etcd, and ends when it is started as one."""
+    binary = directory / "pretender"
+    binary.write_text("#!/bin/sh\necho 'etcd Version: 3.5.1'\n")
+    binary.chmod(0o755)
+    return binary
+
+
+def hide_etcds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this the process of a machine without any etcd."""
+    monkeypatch.delenv("PIPELINE_ETCD", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda *_, **__: None)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline._messages import Message
 from pipeline.answers import Request
+from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
-from pipeline.types import MessageType
+from pipeline.snapshot_receiver import SnapshotReceiver
+from pipeline.types import MessageType, Raft
 from tests.support import LONG_TIMEOUT
 
 CLUSTER_ID = 0xCDF818194E3A8C32
@@ -39,6 +41,16 @@ class Reply:
     headers: Mapping[str, str]  # names in lower case
     body: bytes
     close: bool
+
+
+def handlers_of(raft: Raft, config: ReceiverConfig | None = None, **settings: Any) -> Handlers:
+    """Return handlers and what takes snapshots, as Transport has them; settings are theirs."""
+    config = config or ReceiverConfig()
+    handlers = Handlers(
+        raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config, **settings
+    )
+    handlers.snapshots = SnapshotReceiver(raft, handlers, config)
+    return handlers
 
 
 def reply_of_handlers(
@@ -79,36 +91,7 @@ def reply_of_socket(
         connection.close()
 
 
-def post_heartbeat(url: str) -> Reply:
+def post_heartbeat(url: str, *, from_: int = 1, index: int = 0) -> Reply:
     """Send a good message."""
-    return reply_of_socket(url, "POST", "/raft", peer_headers(), HEARTBEAT.marshal())
-
-
-def dial(url: str, *, source: str = "") -> socket.socket:
-    """Connect to a listener, from the address ``source`` if there is one."""
-    parts = urlsplit(url)
-    sock = socket.create_connection(
-        (parts.hostname, parts.port), LONG_TIMEOUT, (source, 0) if source else None
-    )
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
-
-
-def raw_head(
-    *extra: str, line: str = "POST /raft HTTP/1.1", headers: Mapping[str, str] | None = None
-) -> bytes:
-    """Return a request head as bytes, ``extra`` lines before the empty one."""
-    lines = [line, "host: test"]
-    lines += [f"{name}: {value}" for name, value in (headers or peer_headers()).items()]
-    return "\r\n".join([*lines, *extra, "", ""]).encode("latin-1")
-
-
-def read_status(sock: socket.socket) -> int | None:
-    """Read the status of an answer; None if the connection ends without one."""
-    received = b""
-    while b"\r\n" not in received:
-        chunk = sock.recv(4096)
-        if not chunk:
-            return None
-        received += chunk
-    return int(received.split()[1])
+    body = Message(type=MessageType.HEARTBEAT, from_=from_, to=2, term=1, index=index).marshal()
+    return reply_of_socket(url, "POST", "/raft", peer_headers(), body)

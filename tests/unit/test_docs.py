@@ -24,6 +24,7 @@ from pipeline import (
     TransportStats,
 )
 from pipeline._receiver import ReceiverStats
+from tests.support import MIB
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -34,7 +35,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ben
 # Long enough for a busy machine; reached only when the program hangs.
 RUN_TIMEOUT_S = 60.0
 
-KIB, MIB = 1 << 10, 1 << 20
+KIB = 1 << 10
 
 each_document = pytest.mark.parametrize(
     "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))

@@ -10,9 +10,9 @@ import pytest
 from pipeline import general, request_body
 from pipeline.config import ReceiverConfig
 from pipeline.general import General, Then
-from pipeline.handlers import Handlers
 from tests.support.events import Events
-from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, raw_head
+from tests.support.http import HEARTBEAT, handlers_of, peer_headers
+from tests.support.listening import raw_head
 from tests.support.raft import FakeRaft
 
 HEAD = raw_head(line="GET /raft/probing HTTP/1.1")
@@ -32,7 +32,7 @@ class Counting:
 
 def make(**settings: Any) -> General:
     config = ReceiverConfig(**settings)
-    handlers = Handlers(FakeRaft(), cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+    handlers = handlers_of(FakeRaft(), config)
     return General(handlers, config, "127.0.0.1:1", lambda _head, _sender: False)
 
 

@@ -31,11 +31,12 @@ from pipeline.logs import get_logger
 from pipeline.metrics import _FAMILIES, MetricsCollector
 from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, peer_headers, post_heartbeat, reply_of_socket
+from tests.support.listening import ask
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer
-from tests.support.snapshots import ask, framed, post, snapshot
+from tests.support.snapshots import framed, post_snapshot, snapshot
 from tests.support.waiting import eventually
 
 CLUSTER_ID = 0xCDF818194E3A8C32
@@ -186,9 +187,9 @@ def test_snapshots_received_are_shown_under_etcd_s_names(tmp_path: Path) -> None
     config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=tmp_path))
     with Transport(1, CLUSTER_ID, FakeRaft(), config=config) as transport:
         url = transport.listen("http://127.0.0.1:0").url
-        assert ask(url, post(framed(snapshot(from_=0xB2), b"x"))).status == 204
-        assert ask(url, post(framed(HEARTBEAT))).status == 400
-        assert ask(url, post(b"").replace(b"POST", b"GET")).status == 405
+        assert ask(url, post_snapshot(framed(snapshot(from_=0xB2), b"x"))).status == 204
+        assert ask(url, post_snapshot(framed(HEARTBEAT))).status == 400
+        assert ask(url, post_snapshot(b"").replace(b"POST", b"GET")).status == 405
         shown = Exposition(transport.metrics_collector())
         twice = Exposition(MetricsCollector([transport, transport]))
     name = "etcd_network_snapshot_receive"

@@ -7,23 +7,11 @@ import pytest
 from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from pipeline.errors import UnmarshalError
 from pipeline.types import EntryType, MessageType
+from tests.support.wire import span, varint
 
 MAX_ENTRIES = 1 << 17
 MAX_IDS = 1 << 16
 MAX_GROUP_DEPTH = 100
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def span(tag: int, body: bytes) -> bytes:
-    return varint(tag) + varint(len(body)) + body
 
 
 def in_conf_state(body: bytes) -> bytes:
