@@ -21,7 +21,7 @@ from pipeline.protocol import format_id
 from pipeline.snapshot_sender import RateLimiter, SnapshotSender
 from pipeline.status import LastError, PeerStatus
 from pipeline.tls import Credentials
-from pipeline.types import MessageType, Raft, Sendable, SendResult, SnapshotStatus
+from pipeline.types import MessageType, Raft, Sendable, SendResult
 from pipeline.versions import Versions
 
 __all__ = ["Peer", "PeerStats"]
@@ -134,7 +134,6 @@ class Peer:
             config=config,
             answer_timeout_s=snapshot_answer_timeout_s,
             limiter=limiter,
-            on_critical_error=on_critical_error,
         )
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
@@ -230,6 +229,4 @@ class Peer:
         with self._lock:
             self._refused = 0
             snapshots, self._refused_snapshots = self._refused_snapshots, 0
-        self.pipeline.report_not_sent(self.peer_id)
-        for _ in range(snapshots):
-            self.pipeline.report_snapshot(self.peer_id, SnapshotStatus.FAILURE)
+        self.pipeline.reports.not_tried(self.peer_id, snapshots=snapshots)

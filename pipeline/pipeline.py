@@ -38,11 +38,12 @@ from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
+from pipeline.reports import Reports
 from pipeline.status import STOPPED, PeerStatus
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason
-from pipeline.types import MessageType, Raft, SnapshotStatus
+from pipeline.types import MessageType, Raft
 from pipeline.urls import parse_peer_urls
 from pipeline.versions import Versions
 
@@ -142,12 +143,19 @@ class Pipeline(Sender):
         self.peer_id = peer_id
         self.picker = picker or URLPicker(urls)
         self.status = status or PeerStatus(member_id, peer_id, ActiveFlag())
-        #: How the application is called on behalf of this peer.
-        self.callbacks = Callbacks(logger, callbacks)
+        self._callbacks = Callbacks(logger, callbacks)
         self._peer = protocol.format_id(peer_id)
-        self._raft = raft
         self._config = config or defaults.pipeline
-        self._on_critical_error = on_critical_error
+        #: Tells what became of messages to this peer, whatever carries them.
+        self.reports = Reports(
+            peer_id,
+            raft,
+            picker=self.picker,
+            status=self.status,
+            callbacks=self._callbacks,
+            is_every_told=self._config.unreachable_reports == "every",
+            on_critical_error=on_critical_error,
+        )
         self._credentials = credentials
         self._versions = versions
         self._owns_dispatcher = dispatcher is None
@@ -175,7 +183,7 @@ class Pipeline(Sender):
     @property
     def callback_errors(self) -> int:
         """Calls of Raft and of ``on_critical_error`` that raised; the log has each."""
-        return self.callbacks.errors
+        return self._callbacks.errors
 
     def start(self) -> None:
         """Start the workers. A pipeline can be started once.
@@ -276,7 +284,7 @@ class Pipeline(Sender):
     def forget_after_fork(self) -> None:
         """Cut loose in a forked child: close its copies of the connections, which are not its."""
         self._lock = threading.RLock()
-        self.callbacks.forget_after_fork()
+        self._callbacks.forget_after_fork()
         atexit.unregister(self.stop)
         disown(self, "pipeline", _FOREIGN, stop=nothing_to_stop)
         for worker in self.workers:
@@ -484,10 +492,7 @@ class Pipeline(Sender):
 
     def _succeed(self, worker: Worker) -> None:
         kind, to, _ = worker.job()
-        if not self.status.is_active:
-            self.status.activate()
-        if kind == MessageType.SNAP:
-            self.report_snapshot(to, SnapshotStatus.FINISH)
+        self.reports.delivered(kind, to)
         self._finish(worker, True)
         tunnel = worker.line.tunnel
         if tunnel is not None and worker.take():
@@ -497,18 +502,11 @@ class Pipeline(Sender):
             self._give_back(worker)
 
     def _fail(self, worker: Worker, error: PostError, *, keep: bool = False) -> None:
-        """Tell everyone who has to know, in etcd's order, and count."""
+        """Tell everyone who has to know, and count."""
         kind, to, _ = worker.job()
         if not keep:
             self._disconnect(worker)
-        self.picker.unreachable(worker.line.url)
-        if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
-            self.callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
-        is_news = self.status.deactivate("pipeline", "write", error.reason)
-        worker.count_failed_append()
-        self.report_unreachable(to, is_news=is_news)
-        if kind == MessageType.SNAP:
-            self.report_snapshot(to, SnapshotStatus.FAILURE)
+        self.reports.failed(kind, to, error, worker.line.url, worker.count_failed_append)
         self._finish(worker, False)
         self._give_back(worker)
 
@@ -549,9 +547,7 @@ class Pipeline(Sender):
         if not expired:
             return
         for kind, to in expired:
-            self.report_not_sent(to)
-            if kind == MessageType.SNAP:
-                self.report_snapshot(to, SnapshotStatus.FAILURE)
+            self.reports.not_tried(to, snapshots=int(kind == MessageType.SNAP))
         self.finish_expired(len(expired))
         self._throttle.warning(
             "dropped %d messages to peer %s that waited longer than %g s",
@@ -559,24 +555,6 @@ class Pipeline(Sender):
             self._peer,
             self._config.max_queue_age,
         )
-
-    def report_not_sent(self, to: int) -> None:
-        """Tell Raft that the network was not even tried: the queue was full, or too slow.
-
-        A success in between need not reach Python, so this is no change by itself: with
-        ``unreachable_reports="change"`` it is told unless Raft has heard already that the peer
-        cannot be reached.
-        """
-        self.report_unreachable(to, is_news=not self.status.is_unreachable)
-
-    def report_unreachable(self, to: int, *, is_news: bool) -> None:
-        """Tell Raft of a failure; with ``unreachable_reports="change"`` only if it is news."""
-        if is_news or self._config.unreachable_reports == "every":
-            self.callbacks.tell(self._raft, "report_unreachable", self._peer, to)
-
-    def report_snapshot(self, to: int, status: SnapshotStatus) -> None:
-        """Tell Raft how a MsgSnap ended."""
-        self.callbacks.tell(self._raft, "report_snapshot", self._peer, to, status)
 
 
 # What a forked child is refused: what applications ask of a pipeline. The rest is for our threads.

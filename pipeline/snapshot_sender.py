@@ -35,7 +35,6 @@ from pipeline.config import PipelineConfig, require_rate
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import (
     InternalError,
-    MemberRemovedError,
     PeerUnreachableError,
     PipelineError,
     PostError,
@@ -58,7 +57,7 @@ from pipeline.snapshot_source import (
 from pipeline.stats import Histogram
 from pipeline.status import STOPPED
 from pipeline.threads import LibraryThread, Once
-from pipeline.types import MessageType, Sendable, SnapshotStatus
+from pipeline.types import MessageType, Sendable
 
 __all__ = [
     "RateLimiter",
@@ -367,8 +366,7 @@ class SnapshotSender:
     Parameters
     ----------
     pipeline : Pipeline
-        The peer's; its picker, status and heads are shared, and the application is called
-        through it.
+        The peer's; its picker, heads and reports are shared.
     dispatcher : Dispatcher
         Tells Raft of those that were given up before their turn.
     config : PipelineConfig
@@ -376,8 +374,6 @@ class SnapshotSender:
         From the last byte written to the answer.
     limiter : RateLimiter
         The node's.
-    on_critical_error : callable or None
-        Called with a ``MemberRemovedError`` when the peer answers 403.
 
     Notes
     -----
@@ -392,16 +388,15 @@ class SnapshotSender:
         config: PipelineConfig,
         answer_timeout_s: float,
         limiter: RateLimiter,
-        on_critical_error: Callable[[MemberRemovedError], None] | None,
     ) -> None:
         self._pipeline = pipeline
+        self._reports = pipeline.reports
         self._peer = protocol.format_id(pipeline.peer_id)
         self._dispatcher = dispatcher
         self._head = partial(pipeline.head, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE)
         self._config = config
         self._answer_timeout_s = answer_timeout_s
         self._limiter = limiter
-        self._on_critical_error = on_critical_error
         self._ending = Once()
         # Who has it runs a transfer, or starts the thread that does.
         self._turn = Once()
@@ -418,7 +413,7 @@ class SnapshotSender:
 
         Nothing is locked: another thread may come in between, and a signal's handler.
         """
-        transfer.attach(self, self._pipeline.callbacks)
+        transfer.attach(self, self._reports.callbacks)
         if self._ending.is_taken():
             return False
         if self._turn.take():
@@ -516,7 +511,7 @@ class SnapshotSender:
             self._failures += 1
 
         def tell() -> None:
-            self._tell_raft(SnapshotStatus.FAILURE)
+            self._reports.snapshot_given_up()
             transfer.finish(transfer.ending.error())
 
         # Never from here: a Raft that cancels while it holds a lock must not be called back.
@@ -575,8 +570,7 @@ class SnapshotSender:
             transfer.finish(error)
 
     def _succeed(self, transfer: SnapshotTransfer, took_s: float) -> None:
-        self._pipeline.status.activate()
-        self._tell_raft(SnapshotStatus.FINISH)
+        self._reports.snapshot_delivered()
         logger.info("database snapshot was sent to %s in %.1f s", self._peer, took_s)
         with self._lock:
             self._sent_bytes += len(transfer.message) + transfer.total_bytes
@@ -585,23 +579,15 @@ class SnapshotSender:
 
     def _fail(self, url: str, error: PipelineError) -> None:
         logger.warning("failed to send database snapshot to %s: %s", self._peer, error)
-        pipeline = self._pipeline
-        if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
-            callbacks = pipeline.callbacks
-            callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
         # Differs from etcd: what happened on our side says nothing of the peer. There only a stop
         # ends a transfer, and a database that cannot be read makes its peer unreachable.
         is_stop = isinstance(error, SnapshotCancelledError) and self._ending.is_taken()
         if isinstance(error, PostError) or is_stop:
-            pipeline.picker.unreachable(url)
-            is_news = pipeline.status.deactivate("sendMsgSnap", "post", str(error))
-            pipeline.report_unreachable(pipeline.peer_id, is_news=is_news)
-        self._tell_raft(SnapshotStatus.FAILURE)
+            self._reports.snapshot_failed(error, url)
+        else:
+            self._reports.snapshot_given_up()
         with self._lock:
             self._failures += 1
-
-    def _tell_raft(self, status: SnapshotStatus) -> None:
-        self._pipeline.report_snapshot(self._pipeline.peer_id, status)
 
     def _post(self, transfer: SnapshotTransfer, url: str) -> None:
         config = self._config
