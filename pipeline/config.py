@@ -18,8 +18,8 @@ from pipeline.arguments import (
     require_whole,
 )
 from pipeline.errors import UsageError
+from pipeline.identity import require_versions
 from pipeline.logs import show
-from pipeline.protocol import require_versions
 
 __all__ = ["PipelineConfig", "ReceiverConfig", "TransportConfig", "require_rate"]
 

@@ -18,12 +18,12 @@ from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
 from pipeline.detached import BegunRequest, Connection
 from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.identity import MIN_CLUSTER_VERSION, require_versions
 from pipeline.logs import Throttle, get_logger
 from pipeline.protocol import (
     CLUSTER_ID,
     CLUSTER_ID_MISMATCH,
     INCOMPATIBLE_VERSION,
-    MIN_CLUSTER_VERSION,
     PEER_URLS,
     PROBING_PATH,
     RAFT_PATH,
@@ -34,7 +34,6 @@ from pipeline.protocol import (
     check_version_compatibility,
     format_id,
     min_cluster_version,
-    require_versions,
     server_version,
 )
 from pipeline.received import Received

@@ -6,23 +6,15 @@ Source: etcd rafthttp/peer.go.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
-from pipeline._core import ActiveFlag
-from pipeline.callbacks import Callbacks
-from pipeline.config import PipelineConfig
 from pipeline.dispatcher import Dispatcher
-from pipeline.errors import MemberRemovedError
 from pipeline.logs import Throttle, get_logger
-from pipeline.picker import URLPicker
-from pipeline.pipeline import Pipeline
+from pipeline.pipeline import PeerPipeline
 from pipeline.protocol import format_id
-from pipeline.snapshot_sender import RateLimiter, SnapshotSender
-from pipeline.status import LastError, PeerStatus
-from pipeline.tls import Credentials
-from pipeline.types import MessageType, Raft, Sendable, SendResult
-from pipeline.versions import Versions
+from pipeline.snapshot_sender import SnapshotSender
+from pipeline.status import LastError
+from pipeline.types import MessageType, Sendable, SendResult
 
 __all__ = ["Peer", "PeerStats"]
 
@@ -59,23 +51,12 @@ class Peer:
 
     Parameters
     ----------
-    peer_id : int
-        The member's ID, 64 bits.
-    urls : iterable of str
-        Its peer URLs.
-    raft : Raft
+    pipeline : PeerPipeline
+        Carries its messages; its picker and status are the peer's.
+    snapshots : SnapshotSender
+        Carries its databases.
     dispatcher : Dispatcher
-        Runs the pipeline's workers and calls Raft.
-    member_id, cluster_id, config, peer_urls, server_version, min_cluster_version
-    on_critical_error, credentials, callbacks, versions
-        As for :class:`pipeline.Pipeline`.
-    limiter, snapshot_answer_timeout_s
-        As for :class:`pipeline.snapshot_sender.SnapshotSender`.
-
-    Raises
-    ------
-    UsageError
-        If a URL is not valid.
+        Tells Raft of what was refused.
 
     Notes
     -----
@@ -88,53 +69,13 @@ class Peer:
     """
 
     def __init__(
-        self,
-        peer_id: int,
-        urls: Iterable[str],
-        raft: Raft,
-        *,
-        dispatcher: Dispatcher,
-        member_id: int,
-        cluster_id: int,
-        config: PipelineConfig,
-        peer_urls: Iterable[str],
-        server_version: str,
-        min_cluster_version: str,
-        on_critical_error: Callable[[MemberRemovedError], None] | None,
-        limiter: RateLimiter,
-        snapshot_answer_timeout_s: float,
-        credentials: Credentials | None = None,
-        callbacks: Callbacks | None = None,
-        versions: Versions | None = None,
+        self, pipeline: PeerPipeline, snapshots: SnapshotSender, dispatcher: Dispatcher
     ) -> None:
-        self.peer_id = peer_id
-        self.picker = URLPicker(urls)
-        self.status = PeerStatus(member_id, peer_id, ActiveFlag())
-        self.pipeline = Pipeline(
-            peer_id,
-            (),
-            raft,
-            member_id=member_id,
-            cluster_id=cluster_id,
-            config=config,
-            peer_urls=peer_urls,
-            server_version=server_version,
-            min_cluster_version=min_cluster_version,
-            on_critical_error=on_critical_error,
-            credentials=credentials,
-            picker=self.picker,
-            status=self.status,
-            dispatcher=dispatcher,
-            callbacks=callbacks,
-            versions=versions,
-        )
-        self.snapshots = SnapshotSender(
-            self.pipeline,
-            dispatcher=dispatcher,
-            config=config,
-            answer_timeout_s=snapshot_answer_timeout_s,
-            limiter=limiter,
-        )
+        self.peer_id = pipeline.peer_id
+        self.picker = pipeline.picker
+        self.status = pipeline.status
+        self.pipeline = pipeline
+        self.snapshots = snapshots
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
         self._lock = threading.RLock()  # guards what follows

@@ -12,9 +12,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from pipeline import protocol
 from pipeline._core import (
@@ -34,6 +33,7 @@ from pipeline.dialling import DialError
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.forks import disown, nothing_to_stop
+from pipeline.identity import MIN_CLUSTER_VERSION, Identity
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
@@ -59,32 +59,26 @@ WAIT_STEP_S = 0.1
 _handling = threading.local()  # .pipeline: whose event this thread is handling
 
 
-class Pipeline(Sender):
-    """Messages to one peer over at most ``config.connections`` connections.
+class PeerPipeline(Sender):
+    """Messages to one peer, or remote, of a node over at most ``config.connections`` connections.
 
     Parameters
     ----------
     peer_id : int
         The member it sends to; 64 bits.
     urls : iterable of str
-        The peer's URLs, ``http://host:port`` or ``https://host:port``. Ignored when ``picker`` is
-        given.
+        The peer's URLs, ``http://host:port`` or ``https://host:port``.
     raft : Raft
         Told of what could not be delivered, from the dispatcher's threads.
-    member_id, cluster_id : int
-        Ours; 64 bits.
+    identity : Identity
+        Who sends.
+    dispatcher : Dispatcher
+        Runs the workers and calls Raft.
     config : PipelineConfig
-    peer_urls : iterable of str
-        Where we are reached; sent as X-PeerURLs.
-    server_version, min_cluster_version : str
-        Sent as X-Server-Version and X-Min-Cluster-Version.
     on_critical_error : callable, optional
-        Called with a ``MemberRemovedError`` when the peer answers 403. Stopping the node is the
-        application's decision.
+        Called with a ``MemberRemovedError`` when the peer answers 403.
     credentials : Credentials, optional
         For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
-    picker, status, dispatcher
-        Shared with the peer's other channels; a pipeline on its own makes its own.
     callbacks : Callbacks, optional
         Counts callbacks that raise for the whole transport.
     versions : Versions, optional
@@ -93,59 +87,46 @@ class Pipeline(Sender):
     Raises
     ------
     UsageError
-        If a URL or an ID is not valid, ``raft`` lacks a method, or a callback is ``async``.
+        If a URL or an ID is not valid.
 
     Notes
     -----
     ``send``, ``stats`` and ``follower_stats`` are :class:`pipeline._core.Sender`'s, without a
-    Python frame in between. All methods are thread-safe. A context manager: starts and stops.
-    There is no order among messages in flight.
+    Python frame in between. All methods are thread-safe. There is no order among messages in
+    flight.
     """
+
+    # What applications ask of a pipeline, and a forked child is refused. The rest our threads ask.
+    _ASKED: ClassVar[tuple[str, ...]] = (
+        "start",
+        "send",
+        "stats",
+        "follower_stats",
+        "callback_errors",
+        "update",
+    )
 
     def __init__(
         self,
         peer_id: int,
         urls: Iterable[str],
         raft: Raft,
+        identity: Identity,
         *,
-        member_id: int,
-        cluster_id: int,
-        config: PipelineConfig | None = None,
-        peer_urls: Iterable[str] = (),
-        server_version: str | None = None,
-        min_cluster_version: str = protocol.MIN_CLUSTER_VERSION,
+        dispatcher: Dispatcher,
+        config: PipelineConfig,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
         credentials: Credentials | None = None,
-        picker: URLPicker | None = None,
-        status: PeerStatus | None = None,
-        dispatcher: Dispatcher | None = None,
         callbacks: Callbacks | None = None,
         versions: Versions | None = None,
     ) -> None:
-        require_raft(raft)
-        require_callable("on_critical_error", on_critical_error)
-        require_real_threads()
-        defaults = TransportConfig()
-        require_id("peer_id", peer_id)
-        require_id("member_id", member_id)
-        require_id("cluster_id", cluster_id)
-        for name, given, kind in (
-            ("config", config, PipelineConfig),
-            ("credentials", credentials, Credentials),
-            ("picker", picker, URLPicker),
-            ("status", status, PeerStatus),
-            ("dispatcher", dispatcher, Dispatcher),
-            ("callbacks", callbacks, Callbacks),
-            ("versions", versions, Versions),
-        ):
-            if given is not None:
-                require_instance(name, given, kind)
         self.peer_id = peer_id
-        self.picker = picker or URLPicker(urls)
-        self.status = status or PeerStatus(member_id, peer_id, ActiveFlag())
+        self.identity = identity
+        self.picker = URLPicker(urls)
+        self.status = PeerStatus(identity.member_id, peer_id, ActiveFlag())
         self._callbacks = Callbacks(logger, callbacks)
         self._peer = protocol.format_id(peer_id)
-        self._config = config or defaults.pipeline
+        self._config = config
         #: Tells what became of messages to this peer, whatever carries them.
         self.reports = Reports(
             peer_id,
@@ -153,27 +134,15 @@ class Pipeline(Sender):
             picker=self.picker,
             status=self.status,
             callbacks=self._callbacks,
-            is_every_told=self._config.unreachable_reports == "every",
+            is_every_told=config.unreachable_reports == "every",
             on_critical_error=on_critical_error,
         )
         self._credentials = credentials
         self._versions = versions
-        self._owns_dispatcher = dispatcher is None
-        self._dispatcher = dispatcher or Dispatcher(
-            self._peer, queue_bytes=defaults.queue_bytes, max_threads=defaults.dispatchers
-        )
-        #: Makes the head of a request to a URL (``protocol.request_head``).
-        self.head = partial(
-            protocol.request_head,
-            member_id=member_id,
-            cluster_id=cluster_id,
-            peer_urls=parse_peer_urls(peer_urls, "peer_urls", may_be_empty=True),
-            server_version=defaults.server_version if server_version is None else server_version,
-            min_cluster_version=min_cluster_version,
-        )
+        self._dispatcher = dispatcher
         self._pools: dict[str, Pool] = {}
         self._throttle = Throttle(logger)
-        self._lock = threading.RLock()  # guards the pools and callback_errors
+        self._lock = threading.RLock()  # guards the pools
         self._beginning = Once()
         self._ending = Once()
         for url in self.picker.urls:
@@ -193,15 +162,16 @@ class Pipeline(Sender):
         UsageError
             If it was started before.
         """
-        config = self._config
-        require_real_threads()
+        self._take_beginning()
+        self._open()
+
+    def _take_beginning(self) -> None:
         if self._ending.is_taken() or not self._beginning.take():
             raise UsageError("start: a pipeline can be started once")
-        if self._owns_dispatcher:
-            atexit.register(self.stop)
-            self._dispatcher.start()
-        lines = [Line(protocol.TELLING_STATUS) for _ in range(config.connections)]
-        self._dispatcher.open(self, self.status.flag, config, lines)
+
+    def _open(self) -> None:
+        lines = [Line(protocol.TELLING_STATUS) for _ in range(self._config.connections)]
+        self._dispatcher.open(self, self.status.flag, self._config, lines)
         if self._ending.is_taken():  # meanwhile, perhaps before there were workers to be ended
             self.stop()
         logger.info("started HTTP pipelining with remote peer %s", self._peer)
@@ -253,9 +223,6 @@ class Pipeline(Sender):
         for worker in self.workers:
             if worker.is_retired():
                 worker.line.end()
-        if self._owns_dispatcher:
-            self._dispatcher.stop(deadline)
-            atexit.unregister(self.stop)
         if live == 0:
             logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
 
@@ -269,24 +236,11 @@ class Pipeline(Sender):
             for old in self._pools.keys() - set(urls):
                 self._pools.pop(old, None)
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
     def forget_after_fork(self) -> None:
         """Cut loose in a forked child: close its copies of the connections, which are not its."""
         self._lock = threading.RLock()
         self._callbacks.forget_after_fork()
-        atexit.unregister(self.stop)
-        disown(self, "pipeline", _FOREIGN, stop=nothing_to_stop)
+        disown(self, "pipeline", self._ASKED, stop=nothing_to_stop)
         for worker in self.workers:
             worker.line.forget_after_fork()
 
@@ -338,7 +292,7 @@ class Pipeline(Sender):
             if pool is None:
                 pool = self._pools[url] = Pool(
                     url,
-                    self.head(url),
+                    protocol.request_head(self.identity, url),
                     size=self._config.connections,
                     dead_link_timeout_s=self._config.dead_link_timeout_s,
                     credentials=self._credentials,
@@ -557,5 +511,122 @@ class Pipeline(Sender):
         )
 
 
-# What a forked child is refused: what applications ask of a pipeline. The rest is for our threads.
-_FOREIGN = ("start", "send", "stats", "follower_stats", "callback_errors", "update", "__enter__")
+class Pipeline(PeerPipeline):
+    """A pipeline to one peer, without a Transport: it has threads of its own.
+
+    Parameters
+    ----------
+    peer_id : int
+        The member it sends to; 64 bits.
+    urls : iterable of str
+        The peer's URLs, ``http://host:port`` or ``https://host:port``.
+    raft : Raft
+        Told of what could not be delivered, from the dispatcher's threads.
+    member_id, cluster_id : int
+        Ours; 64 bits.
+    config : PipelineConfig
+    peer_urls : iterable of str
+        Where we are reached; sent as X-PeerURLs.
+    server_version, min_cluster_version : str
+        Sent as X-Server-Version and X-Min-Cluster-Version.
+    on_critical_error : callable, optional
+        Called with a ``MemberRemovedError`` when the peer answers 403. Stopping the node is the
+        application's decision.
+    credentials : Credentials, optional
+        For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
+
+    Raises
+    ------
+    UsageError
+        If a URL or an ID is not valid, ``raft`` lacks a method, or a callback is ``async``.
+
+    Notes
+    -----
+    As of :class:`PeerPipeline`. A context manager: starts and stops.
+    """
+
+    _ASKED: ClassVar[tuple[str, ...]] = (*PeerPipeline._ASKED, "__enter__")
+
+    def __init__(
+        self,
+        peer_id: int,
+        urls: Iterable[str],
+        raft: Raft,
+        *,
+        member_id: int,
+        cluster_id: int,
+        config: PipelineConfig | None = None,
+        peer_urls: Iterable[str] = (),
+        server_version: str | None = None,
+        min_cluster_version: str = MIN_CLUSTER_VERSION,
+        on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        require_raft(raft)
+        require_callable("on_critical_error", on_critical_error)
+        require_real_threads()
+        require_id("peer_id", peer_id)
+        if config is not None:
+            require_instance("config", config, PipelineConfig)
+        if credentials is not None:
+            require_instance("credentials", credentials, Credentials)
+        defaults = TransportConfig()
+        identity = Identity(
+            member_id,
+            cluster_id,
+            parse_peer_urls(peer_urls, "peer_urls", may_be_empty=True),
+            defaults.server_version if server_version is None else server_version,
+            min_cluster_version,
+        )
+        dispatcher = Dispatcher(
+            protocol.format_id(peer_id),
+            queue_bytes=defaults.queue_bytes,
+            max_threads=defaults.dispatchers,
+        )
+        super().__init__(
+            peer_id,
+            urls,
+            raft,
+            identity,
+            dispatcher=dispatcher,
+            config=config or defaults.pipeline,
+            on_critical_error=on_critical_error,
+            credentials=credentials,
+        )
+
+    def start(self) -> None:
+        """Start the threads and the workers. A pipeline can be started once.
+
+        Raises
+        ------
+        UsageError
+            If it was started before.
+        """
+        require_real_threads()
+        self._take_beginning()
+        atexit.register(self.stop)
+        self._dispatcher.start()
+        self._open()
+
+    def stop_end(self, deadline: float) -> None:
+        """Wait for the workers and the threads until ``deadline`` (``time.monotonic()``)."""
+        super().stop_end(deadline)
+        self._dispatcher.stop(deadline)
+        atexit.unregister(self.stop)
+
+    def forget_after_fork(self) -> None:
+        """As of :class:`PeerPipeline`."""
+        atexit.unregister(self.stop)
+        super().forget_after_fork()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

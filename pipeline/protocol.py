@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import http
 import re
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from pipeline._version import __version__
 from pipeline.arguments import require_id
@@ -20,21 +19,18 @@ from pipeline.errors import (
     UnexpectedStatusError,
     UsageError,
 )
-from pipeline.logs import show
+from pipeline.identity import Identity, Version, compare_major_minor
 from pipeline.names import zoneless
 from pipeline.urls import parse_peer_urls
 
 __all__ = [
-    "MIN_CLUSTER_VERSION",
     "PROBING_PATH",
     "RAFT_PATH",
     "SNAPSHOT_PATH",
     "STREAM_PREFIX",
     "VERSION_PATH",
-    "Version",
     "check_answer",
     "check_version_compatibility",
-    "compare_major_minor",
     "format_id",
     "min_cluster_version",
     "parse_id",
@@ -42,7 +38,6 @@ __all__ = [
     "probe_head",
     "reason_phrase",
     "request_head",
-    "require_versions",
     "server_version",
 ]
 
@@ -68,9 +63,6 @@ CONTENT_TYPE = "application/protobuf"
 #: How the User-Agent of every member of this library begins.
 PRODUCT_NAME = "raft-pipeline/"
 PRODUCT = f"{PRODUCT_NAME}{__version__}"
-
-#: The lowest cluster version we can take part in; etcd ``version.MinClusterVersion`` of every 3.x.
-MIN_CLUSTER_VERSION = "3.0.0"
 
 INCOMPATIBLE_VERSION = "incompatible version"
 CLUSTER_ID_MISMATCH = "cluster ID mismatch"
@@ -102,57 +94,8 @@ def parse_id(text: str) -> int:
     raise UsageError(f"id: {text[:64]!r} is not a hexadecimal number of at most 64 bits")
 
 
-class Version(NamedTuple):
-    """An etcd version. Only ``major`` and ``minor`` decide compatibility."""
-
-    major: int
-    minor: int
-    #: As it was written, with patch, pre-release and build metadata.
-    text: str
-
-    @classmethod
-    def parse(cls, text: str) -> Version:
-        """Read a version, strict (``2.1.0-alpha.0+git``) or lenient (``3.5``, ``v3.5.0``).
-
-        Raises ``UsageError`` for anything else. Source: etcd 3.4 takes only the strict form, the
-        newest one both (semver ``NewVersion``).
-        """
-        match = _VERSION.fullmatch(text)
-        if match is None:
-            raise UsageError(f"version: {text[:64]!r} is not major.minor.patch[-pre][+meta]")
-        return cls(int(match[1]), int(match[2] or 0), text)
-
-    def __str__(self) -> str:
-        return self.text
-
-
-# At most 18 digits a part, so that no number is costly to convert.
-_VERSION = re.compile(
-    r"v?([0-9]{1,18})(?:\.([0-9]{1,18}))?(?:\.[0-9]{1,18})?"
-    r"(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?"
-)
-_STRICT_VERSION = re.compile(
-    r"(?:0|[1-9][0-9]{0,8})(?:\.(?:0|[1-9][0-9]{0,8})){2}(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?"
-)
-
 # What a peer that does not say is taken for: etcd 2.0 had no version headers.
 _UNSTATED = Version(2, 0, "2.0.0")
-
-
-def require_versions(server: str, min_cluster: str) -> tuple[Version, Version]:
-    """Return the versions we claim; ``UsageError`` for those that an etcd would not bear.
-
-    In the strict form: etcd up to 3.7 panics at any other in a header.
-    """
-    versions = []
-    for name, text in (("server_version", server), ("min_cluster_version", min_cluster)):
-        if not isinstance(text, str) or not _STRICT_VERSION.fullmatch(text):
-            raise UsageError(f"{name}: {show(text)} is not major.minor.patch[-pre][+meta]")
-        versions.append(Version.parse(text))
-    ours, lowest = versions
-    if compare_major_minor(lowest, ours) > 0:
-        raise UsageError(f"min_cluster_version: {show(min_cluster)} is above our own, {server}")
-    return ours, lowest
 
 
 def server_version(headers: Mapping[str, str]) -> Version | None:
@@ -176,12 +119,6 @@ def _version_header(headers: Mapping[str, str], name: str) -> Version | None:
         return Version.parse(text)
     except UsageError:
         return None
-
-
-def compare_major_minor(a: Version, b: Version) -> int:
-    """Return -1, 0 or 1 as ``a`` is older than, equal to or newer than ``b``, patch ignored."""
-    left, right = a[:2], b[:2]
-    return (left > right) - (left < right)
 
 
 def check_version_compatibility(
@@ -211,15 +148,7 @@ def post_url(url: str, path: str = RAFT_PATH) -> str:
 
 
 def request_head(
-    url: str,
-    *,
-    member_id: int,
-    cluster_id: int,
-    peer_urls: Iterable[str] = (),
-    server_version: str,
-    min_cluster_version: str = MIN_CLUSTER_VERSION,
-    path: str = RAFT_PATH,
-    content_type: str = CONTENT_TYPE,
+    identity: Identity, url: str, *, path: str = RAFT_PATH, content_type: str = CONTENT_TYPE
 ) -> bytes:
     r"""Build what stands before the body of a POST, up to and including ``Content-Length: ``.
 
@@ -227,14 +156,10 @@ def request_head(
 
     Parameters
     ----------
+    identity : Identity
+        Who posts. The header with our URLs is left out if there are none.
     url : str
         The peer's URL, ``http`` or ``https``, as :func:`pipeline.urls.parse_peer_urls` takes it.
-    member_id, cluster_id : int
-        Ours, 64 bits.
-    peer_urls : iterable of str
-        The URLs we are reached at. The header is left out if there are none.
-    server_version, min_cluster_version : str
-        Sent as they are written.
 
     Raises
     ------
@@ -255,21 +180,20 @@ def request_head(
         raise UsageError(f"content_type: {content_type!r} is not printable ASCII")
     if path not in (RAFT_PATH, SNAPSHOT_PATH):
         raise UsageError(f"path: {path!r} is neither {RAFT_PATH} nor {SNAPSHOT_PATH}")
-    ours, lowest = require_versions(server_version, min_cluster_version)
-    urls = tuple(peer_urls)
     lines = [
         f"POST {path} HTTP/1.1",
         f"Host: {host}",
         f"User-Agent: {PRODUCT}",
         f"Content-Type: {content_type}",
-        f"{CLUSTER_ID}: {format_id(cluster_id)}",
-        f"{MIN_CLUSTER}: {lowest}",
+        f"{CLUSTER_ID}: {format_id(identity.cluster_id)}",
+        f"{MIN_CLUSTER}: {identity.min_cluster_version}",
     ]
-    if urls:
-        lines.append(f"{PEER_URLS}: {','.join(map(zoneless, parse_peer_urls(urls)))}")
+    if identity.peer_urls:
+        urls = map(zoneless, parse_peer_urls(identity.peer_urls))
+        lines.append(f"{PEER_URLS}: {','.join(urls)}")
     lines += [
-        f"{SERVER_FROM}: {format_id(member_id)}",
-        f"{SERVER_VERSION}: {ours}",
+        f"{SERVER_FROM}: {format_id(identity.member_id)}",
+        f"{SERVER_VERSION}: {identity.server_version}",
         # A refusal is a line of text: nothing to compress, and nothing to inflate.
         "Accept-Encoding: identity",
         "Content-Length: ",

@@ -19,7 +19,7 @@ from pipeline.callbacks import Callbacks
 from pipeline.errors import UsageError
 from pipeline.logs import Throttle, get_logger
 from pipeline.names import literal_address
-from pipeline.pipeline import STOP_TIMEOUT_S, Pipeline
+from pipeline.pipeline import STOP_TIMEOUT_S, PeerPipeline
 from pipeline.protocol import format_id
 from pipeline.stats import PipelineStats
 from pipeline.status import LastError
@@ -65,7 +65,7 @@ class Remote:
     is queued and panics when done twice.
     """
 
-    def __init__(self, pipeline: Pipeline, *, is_learned: bool) -> None:
+    def __init__(self, pipeline: PeerPipeline, *, is_learned: bool) -> None:
         self.pipeline = pipeline
         self.is_learned = is_learned
         self.used_at = time.monotonic()
@@ -138,7 +138,7 @@ class Remotes:
     def __init__(
         self,
         member_id: int,
-        make: Callable[[int, Iterable[str]], Pipeline],
+        make: Callable[[int, Iterable[str]], PeerPipeline],
         *,
         is_peer: Callable[[int], bool],
         call_soon: Callable[[Callable[[], None]], None],

@@ -45,7 +45,7 @@ from pipeline.errors import (
 )
 from pipeline.forks import disown, foreign_error
 from pipeline.logs import get_logger, show
-from pipeline.pipeline import Pipeline
+from pipeline.pipeline import PeerPipeline
 from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
 from pipeline.snapshot_source import (
     FileSource,
@@ -365,7 +365,7 @@ class SnapshotSender:
 
     Parameters
     ----------
-    pipeline : Pipeline
+    pipeline : PeerPipeline
         The peer's; its picker, heads and reports are shared.
     dispatcher : Dispatcher
         Tells Raft of those that were given up before their turn.
@@ -382,7 +382,7 @@ class SnapshotSender:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: PeerPipeline,
         *,
         dispatcher: Dispatcher,
         config: PipelineConfig,
@@ -393,7 +393,6 @@ class SnapshotSender:
         self._reports = pipeline.reports
         self._peer = protocol.format_id(pipeline.peer_id)
         self._dispatcher = dispatcher
-        self._head = partial(pipeline.head, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE)
         self._config = config
         self._answer_timeout_s = answer_timeout_s
         self._limiter = limiter
@@ -588,6 +587,11 @@ class SnapshotSender:
             self._reports.snapshot_given_up()
         with self._lock:
             self._failures += 1
+
+    def _head(self, url: str) -> bytes:
+        return protocol.request_head(
+            self._pipeline.identity, url, path=protocol.SNAPSHOT_PATH, content_type=CONTENT_TYPE
+        )
 
     def _post(self, transfer: SnapshotTransfer, url: str) -> None:
         config = self._config

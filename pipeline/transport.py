@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from pipeline.arguments import require_bool, require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
@@ -21,9 +21,10 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.forks import disown, nothing_to_stop, public_names
 from pipeline.handlers import Handlers
+from pipeline.identity import Identity
 from pipeline.logs import get_logger, lost_lines, show
 from pipeline.peer import Peer, PeerStats
-from pipeline.pipeline import Pipeline
+from pipeline.pipeline import PeerPipeline
 from pipeline.probing import Prober, ProbeStats
 from pipeline.protocol import format_id
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
@@ -31,6 +32,7 @@ from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.snapshot_sender import (
     RateLimiter,
     SnapshotProgress,
+    SnapshotSender,
     SnapshotTransfer,
     is_transfer_thread,
 )
@@ -135,7 +137,15 @@ class Transport:
         #: What ``tls`` is made of; handed to everything that speaks TLS.
         self.credentials = None if tls is None else Credentials(tls)
         self._server_stats = ServerStats(member_id)
+        self._identity = Identity(
+            member_id,
+            cluster_id,
+            self.peer_urls,
+            self.config.server_version,
+            self.config.min_cluster_version,
+        )
         self._raft = raft
+        self._on_critical_error = on_critical_error
         #: How the application is called on behalf of all of it.
         self.callbacks = Callbacks(logger)
         self._versions = Versions(self.config.server_version, lambda: self._peers)
@@ -144,23 +154,10 @@ class Transport:
             queue_bytes=self.config.queue_bytes,
             max_threads=self.config.dispatchers,
         )
-        self._channel: dict[str, Any] = {  # what every pipeline is made with
-            "dispatcher": self._dispatcher,
-            "member_id": member_id,
-            "cluster_id": cluster_id,
-            "config": self.config.pipeline,
-            "peer_urls": self.peer_urls,
-            "server_version": self.config.server_version,
-            "min_cluster_version": self.config.min_cluster_version,
-            "on_critical_error": on_critical_error,
-            "credentials": self.credentials,
-            "callbacks": self.callbacks,
-            "versions": self._versions,
-        }
         self._limiter = RateLimiter(self.config.snapshot_rate_limit)
         self._remotes = Remotes(
             member_id,
-            lambda peer_id, urls: Pipeline(peer_id, urls, raft, **self._channel),
+            self._make_pipeline,
             is_peer=lambda peer_id: peer_id in self._peers,
             call_soon=self._dispatcher.call_soon,
             policy=remote_policy,
@@ -426,14 +423,7 @@ class Transport:
         self._require_running("add_peer")
         if peer_id in self._peers:
             return
-        peer = Peer(
-            peer_id,
-            checked,
-            self._raft,
-            limiter=self._limiter,
-            snapshot_answer_timeout_s=self.config.snapshot_answer_timeout_s,
-            **self._channel,
-        )
+        peer = self._make_peer(peer_id, checked)
         self._live_peers.add(peer)
         try:
             peer.start()
@@ -744,6 +734,31 @@ class Transport:
         from pipeline.wsgi import wsgi_app
 
         return wsgi_app(self.handlers, self.config.receiver)
+
+    def _make_peer(self, peer_id: int, urls: Iterable[str]) -> Peer:
+        pipeline = self._make_pipeline(peer_id, urls)
+        snapshots = SnapshotSender(
+            pipeline,
+            dispatcher=self._dispatcher,
+            config=self.config.pipeline,
+            answer_timeout_s=self.config.snapshot_answer_timeout_s,
+            limiter=self._limiter,
+        )
+        return Peer(pipeline, snapshots, self._dispatcher)
+
+    def _make_pipeline(self, peer_id: int, urls: Iterable[str]) -> PeerPipeline:
+        return PeerPipeline(
+            peer_id,
+            urls,
+            self._raft,
+            self._identity,
+            dispatcher=self._dispatcher,
+            config=self.config.pipeline,
+            on_critical_error=self._on_critical_error,
+            credentials=self.credentials,
+            callbacks=self.callbacks,
+            versions=self._versions,
+        )
 
     def _end_peers(self, peers: Sequence[Peer]) -> int:
         """See those that are peers no more to their end; the number of messages dropped."""

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline import MessageType, PipelineConfig, SnapshotStatus, TransportConfig, UsageError
+from pipeline import MessageType, PipelineConfig, SnapshotStatus, UsageError
 from pipeline.dispatcher import Dispatcher
 from pipeline.peer import Peer
-from pipeline.snapshot_sender import RateLimiter
 from pipeline.types import SendResult
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, message
+from tests.support.senders import PEER, message, peer_to
 from tests.support.server import ScriptedServer
 
 TIMEOUT_S = 1.0
@@ -31,22 +30,7 @@ def dispatcher() -> Iterator[Dispatcher]:
 def start_peer(
     url: str, dispatcher: Dispatcher, raft: FakeRaft, config: PipelineConfig | None = None
 ) -> Peer:
-    defaults = TransportConfig()
-    peer = Peer(
-        PEER,
-        [url],
-        raft,
-        dispatcher=dispatcher,
-        member_id=1,
-        cluster_id=1,
-        config=config or defaults.pipeline,
-        peer_urls=(),
-        server_version=defaults.server_version,
-        min_cluster_version=defaults.min_cluster_version,
-        on_critical_error=None,
-        limiter=RateLimiter(None),
-        snapshot_answer_timeout_s=1.0,
-    )
+    peer = peer_to(url, dispatcher, raft, config)
     peer.start()
     return peer
 

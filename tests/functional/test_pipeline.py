@@ -23,7 +23,6 @@ from pipeline import (
     UsageError,
     protocol,
 )
-from pipeline._core import ActiveFlag
 from pipeline.picker import URLPicker
 from pipeline.pipeline import STOP_TIMEOUT_S
 from pipeline.status import PeerStatus
@@ -202,18 +201,16 @@ class Recorder:
                 calls.append(("deactivate", source, action, reason))
                 return super().deactivate(source, action, reason)
 
-        self.picker = Picker([url])
-        self.status = Status(MEMBER, PEER, ActiveFlag())
         self.pipeline = Pipeline(
             PEER,
-            (),
+            [url],
             self,
             member_id=MEMBER,
             cluster_id=CLUSTER,
-            picker=self.picker,
-            status=self.status,
             on_critical_error=lambda error: calls.append(("critical", type(error))),
         )
+        self.pipeline.picker.__class__ = Picker
+        self.pipeline.status.__class__ = Status
 
     def report_unreachable(self, member_id: int) -> None:
         self.calls.append(("unreachable", member_id))

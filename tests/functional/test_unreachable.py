@@ -8,10 +8,8 @@ import pytest
 
 from pipeline import MessageType, Pipeline, PipelineConfig, SendResult, SnapshotStatus, UsageError
 from pipeline.dispatcher import Dispatcher
-from pipeline.peer import Peer
-from pipeline.snapshot_sender import RateLimiter
 from tests.support.raft import FakeRaft
-from tests.support.senders import PEER, message, pipeline_to, settle
+from tests.support.senders import PEER, message, peer_to, pipeline_to, settle
 from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, always, in_turn
 from tests.support.waiting import eventually
 
@@ -94,21 +92,8 @@ def test_a_refusal_is_told_unless_raft_knows(is_unreachable: bool) -> None:
     dispatcher.start()
     with ScriptedServer() as server:
         server.script = server.hold
-        peer = Peer(
-            PEER,
-            [server.url],
-            raft,
-            dispatcher=dispatcher,
-            member_id=1,
-            cluster_id=1,
-            config=PipelineConfig(connections=1, queue_length=1, unreachable_reports="change"),
-            peer_urls=(),
-            server_version="3.5.1",
-            min_cluster_version="3.0.0",
-            on_critical_error=None,
-            limiter=RateLimiter(None),
-            snapshot_answer_timeout_s=10.0,
-        )
+        config = PipelineConfig(connections=1, queue_length=1, unreachable_reports="change")
+        peer = peer_to(server.url, dispatcher, raft, config)
         peer.start()
         if is_unreachable:
             peer.status.deactivate("sendMsgSnap", "post", "as another channel does")

@@ -16,7 +16,13 @@ from pipeline import (
     PipelineStats,
     Raft,
     Snapshot,
+    TransportConfig,
 )
+from pipeline.dispatcher import Dispatcher
+from pipeline.identity import Identity
+from pipeline.peer import Peer
+from pipeline.pipeline import PeerPipeline
+from pipeline.snapshot_sender import RateLimiter, SnapshotSender
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
@@ -54,6 +60,23 @@ def pipeline_to(
         on_critical_error=on_critical_error,
         credentials=credentials,
     )
+
+
+def peer_to(
+    url: str, dispatcher: Dispatcher, raft: Raft, config: PipelineConfig | None = None
+) -> Peer:
+    """A peer, not started, as a Transport makes it."""
+    config = config or PipelineConfig()
+    identity = Identity(MEMBER, CLUSTER, (), TransportConfig().server_version)
+    pipeline = PeerPipeline(PEER, [url], raft, identity, dispatcher=dispatcher, config=config)
+    snapshots = SnapshotSender(
+        pipeline,
+        dispatcher=dispatcher,
+        config=config,
+        answer_timeout_s=LONG_TIMEOUT,
+        limiter=RateLimiter(None),
+    )
+    return Peer(pipeline, snapshots, dispatcher)
 
 
 def settle(pipeline: Pipeline, timeout: float = LONG_TIMEOUT) -> PipelineStats:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from pipeline import protocol
 from pipeline._version import __version__
 from pipeline.errors import (
     ClusterIDMismatchError,
@@ -15,17 +18,15 @@ from pipeline.errors import (
     UnexpectedStatusError,
     UsageError,
 )
+from pipeline.identity import Identity, Version, compare_major_minor
 from pipeline.protocol import (
-    Version,
     check_answer,
     check_version_compatibility,
-    compare_major_minor,
     format_id,
     min_cluster_version,
     parse_id,
     post_url,
     probe_head,
-    request_head,
     server_version,
 )
 
@@ -157,6 +158,12 @@ HEAD = {
     "server_version": "3.4.23",
     "min_cluster_version": "3.0.0",
 }
+
+
+def request_head(url: str, *, peer_urls: Sequence[str], **given: Any) -> bytes:
+    """Build the head of a member that is described by ``HEAD``, or nearly so."""
+    how = {name: given.pop(name) for name in ("path", "content_type") if name in given}
+    return protocol.request_head(Identity(peer_urls=tuple(peer_urls), **given), url, **how)
 
 
 def test_request_head_has_etcds_lines_in_gos_order() -> None:
