@@ -52,7 +52,7 @@ class Receiver:
         handlers: Handlers,
         config: ReceiverConfig,
         cluster_header: bytes,
-        take: Callable[[Connection | None, BegunRequest], None] | None,
+        take: Callable[[Connection, BegunRequest], None] | None,
         credentials: Credentials | None = None,
     ) -> Receiver: ...
     def start(self, plain: list[OwnSocket], sealed: list[OwnSocket]) -> None: ...

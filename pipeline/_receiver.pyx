@@ -208,9 +208,8 @@ cdef class Receiver:
         The header lines every 204 carries, each with its CRLF.
     take : callable or None
         Called with a non-blocking socket, which it owns from then on, and the ``General`` that has
-        read the head, when a connection leaves the loop; with None for the socket when the loop
-        has closed it meanwhile. It must not block. None where nobody receives snapshots: then no
-        connection leaves.
+        read the head, when a connection leaves the loop. It must not block. None where nobody
+        receives snapshots: then no connection leaves.
     credentials : Credentials or None
         What https listening sockets are served with.
 
@@ -576,14 +575,13 @@ cdef class Receiver:
                 fd = -1
                 if conn.is_sealed:
                     connection, general = general.detach(connection)
-            self.take(connection, general)
+                self.take(connection, general)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
             if fd >= 0:
                 descriptors_shut(own_descriptors(), fd)
             if connection is not None:
                 connection.close()
-            self.take(None, general)
         return 0
 
     def make_body(self, size_t size):

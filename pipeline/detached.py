@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from pipeline.answers import Request
+from pipeline.places import Place
 
 if TYPE_CHECKING:
     from pipeline.request_body import RequestBody
@@ -27,10 +28,13 @@ class Connection(Protocol):
 
 
 class BegunRequest(Protocol):
-    """A request that has been let past, and whose body is still to be read."""
+    """A request that has been let past and has a place; its body is still to be read."""
 
     request: Request
     #: Reads the body; not None once the head is whole.
     framing: RequestBody | None
     #: What has come behind the head, and ``framing`` has not seen.
     early: bytes
+
+    def move_place(self) -> Place:
+        """Hand over the place that was taken for it. Once."""

@@ -26,6 +26,7 @@ from pipeline.answers import (
 from pipeline.config import ReceiverConfig
 from pipeline.errors import without_frames
 from pipeline.handlers import Handlers
+from pipeline.places import Place
 from pipeline.protocol import SNAPSHOT_PATH, reason_phrase
 from pipeline.request_body import RequestBody
 
@@ -147,6 +148,7 @@ class General:
         self._is_message = False  # a message for Raft; otherwise answered before its body
         self._seen = 0  # bytes of the body
         self.share = handlers.budget.share()
+        self._place: Place | None = None  # of a snapshot, until it has left the loop
         self._out: list[bytes] = []
 
     def feed(self, data: bytes) -> tuple[bytes, Then]:
@@ -181,9 +183,18 @@ class General:
         body, self.body = self.body, bytearray()
         return body
 
+    def move_place(self) -> Place:
+        """Hand over the place that was taken for a snapshot, with ``Then.DETACH``. Once."""
+        place, self._place = self._place, None
+        assert place is not None
+        return place
+
     def close(self) -> None:
-        """Let go of the body and of its place in the budget."""
+        """Let go of the body, of its share of the budget, and of a place that nobody took over."""
         self.share.close()
+        if self._place is not None:
+            self._place.give_back()
+            self._place = None
         self.body = bytearray()
 
     def _feed(self, data: bytes) -> Then:
@@ -240,9 +251,9 @@ class General:
         self.sender = sender_of(self.request) or 0
         answer = self._handlers.check(self.request, can_detach=True)
         if answer is None and path == SNAPSHOT_PATH:
-            snapshots = self._handlers.snapshots
-            assert snapshots is not None  # or ``check`` would have answered
-            if not snapshots.begin():
+            assert self._handlers.snapshots is not None  # or ``check`` would have answered
+            self._place = self._handlers.snapshots.take_place()
+            if self._place is None:
                 answer = self._handlers.too_many_snapshots(self.request.remote)
         if answer is not None:
             return self._answer_at_once(answer, self.framing, data)

@@ -20,6 +20,7 @@ from pipeline.detached import BegunRequest, Connection
 from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.identity import MIN_CLUSTER_VERSION, require_versions
 from pipeline.logs import Throttle, get_logger
+from pipeline.places import Place
 from pipeline.protocol import (
     CLUSTER_ID,
     CLUSTER_ID_MISMATCH,
@@ -86,11 +87,8 @@ class Connections(Protocol):
     #: Of the threads, before ``-<n>``; set before the first connection.
     name: str
 
-    def take(self, connection: Connection | None, begun: BegunRequest) -> None:
-        """Receive on a connection that has left the loop. Does not block.
-
-        None for a connection that ended meanwhile: only its place is given back.
-        """
+    def take(self, connection: Connection, begun: BegunRequest) -> None:
+        """Receive on a connection that has left the loop. Does not block."""
 
     def begin_close(self) -> None:
         """End what is still being read; what is being stored or processed may go on."""
@@ -111,11 +109,8 @@ class Snapshots(Protocol):
     def prepare(self) -> None:
         """Make the place; ``OSError`` if it cannot be made."""
 
-    def begin(self) -> bool:
-        """Take one of the places for receives; False when all are taken."""
-
-    def end(self) -> None:
-        """Give a place back."""
+    def take_place(self) -> Place | None:
+        """Take one of the places for receives; None when all are taken."""
 
     def refused(self) -> None:
         """Count a request that was answered without its body being looked at."""

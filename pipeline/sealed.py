@@ -254,10 +254,7 @@ class Sealed:
         return news
 
     def close(self) -> None:
-        """Let go of the request and of its place in the budget, or among the snapshots."""
-        if self._due is Then.DETACH:  # which nobody will hear of any more
-            assert self._handlers.snapshots is not None
-            self._handlers.snapshots.end()
+        """Let go of the request, and of all that was taken for it."""
         self._due = None
         if self._general is not None:
             self._general.close()

@@ -23,6 +23,7 @@ from pipeline.detached import BegunRequest, Connection
 from pipeline.errors import without_frames
 from pipeline.logs import get_logger
 from pipeline.pace import PIECE_S, Pace
+from pipeline.places import Place
 from pipeline.snapshot_body import Body, BodyError, ClosingError
 from pipeline.snapshot_store import Saving
 from pipeline.threads import LibraryThread
@@ -49,8 +50,6 @@ class SnapshotConnections:
     ----------
     receive : callable
         Makes an Answer of a Request and its ``Body``; blocks as long as that takes.
-    end : callable
-        Gives back the place that a receive has taken.
     config : ReceiverConfig
         ``stall_timeout_s`` and ``min_body_rate`` bound how slowly a body may come; there is no
         limit to the whole.
@@ -68,11 +67,9 @@ class SnapshotConnections:
     def __init__(
         self,
         receive: Callable[[Request, Body], Answer],
-        end: Callable[[], None],
         config: ReceiverConfig,
     ) -> None:
         self._receive = receive
-        self._end = end
         self._config = config
         self.name = "pipeline-snapshot"
         self._numbers = itertools.count()
@@ -80,16 +77,16 @@ class SnapshotConnections:
         self._is_closing = False
         self._threads: dict[threading.Thread, _Receiving] = {}
 
-    def take(self, connection: Connection | None, begun: BegunRequest) -> None:
-        """Receive on a connection that has left the loop, which is ours now. Does not block.
-
-        None for a connection that ended meanwhile: only its place is given back.
-        """
-        if connection is not None:
-            if self._start(connection, begun):
-                return
-            connection.close()
-        self._end()
+    def take(self, connection: Connection, begun: BegunRequest) -> None:
+        """Receive on a connection that has left the loop, which is ours now. Does not block."""
+        place = begun.move_place()
+        is_started = False
+        try:
+            is_started = self._start(connection, begun, place)
+        finally:
+            if not is_started:
+                connection.close()
+                place.give_back()
 
     def begin_close(self) -> None:
         """End what is still being read; what is being stored or processed may go on."""
@@ -122,9 +119,9 @@ class SnapshotConnections:
         for receiving in receives.values():
             receiving.forget_after_fork()
 
-    def _start(self, connection: Connection, begun: BegunRequest) -> bool:
+    def _start(self, connection: Connection, begun: BegunRequest, place: Place) -> bool:
         try:
-            receiving = _Receiving(connection, begun, self._config)
+            receiving = _Receiving(connection, begun, place, self._config)
             name = f"{self.name}-{next(self._numbers)}"
             thread = LibraryThread(self._serve, name, (receiving,))
             # Started under the lock: what is in the dictionary can be joined. It is there first:
@@ -146,7 +143,7 @@ class SnapshotConnections:
     def _serve(self, receiving: _Receiving) -> None:
         logger.survive("a connection is closed", self._answer, receiving)
         logger.survive("a connection is not closed", receiving.close)
-        self._end()
+        receiving.place.give_back()
         with self._lock:
             self._threads.pop(threading.current_thread(), None)  # a forked child has none
 
@@ -161,11 +158,20 @@ class _Receiving:
     ----------
     left : int or None
         Bytes of the body that have not been read; None when it is chunked.
+    place : Place
+        Given back when the connection is closed.
     """
 
-    def __init__(self, connection: Connection, begun: BegunRequest, config: ReceiverConfig) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        begun: BegunRequest,
+        place: Place,
+        config: ReceiverConfig,
+    ) -> None:
         assert begun.framing is not None
         self.request: Request = begun.request
+        self.place = place
         self.left = begun.framing.left
         self.saving: Saving | None = None
         self._connection = connection

@@ -24,6 +24,7 @@ from pipeline.config import MIB, ReceiverConfig
 from pipeline.errors import UnmarshalError
 from pipeline.handlers import Handlers
 from pipeline.logs import get_logger, show
+from pipeline.places import Place, Places
 from pipeline.protocol import format_id
 from pipeline.snapshot_body import Body, BodyError, ClosingError, NoRoomError
 from pipeline.snapshot_store import SnapshotStore
@@ -100,10 +101,10 @@ class SnapshotReceiver:
         #: Whether there is a place to store them.
         self.is_taking = self.store is not None
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
+        self._places = Places(config.snapshot_receives)
         self._handlers = handlers
         self._config = config
         self._lock = threading.RLock()  # guards what follows
-        self._free = config.snapshot_receives
         self._senders: dict[str, _Sender] = {}
 
     def prepare(self) -> None:
@@ -115,20 +116,11 @@ class SnapshotReceiver:
         """Return what takes the connections of one listener on which snapshots arrive."""
         from pipeline.snapshot_connections import SnapshotConnections  # and h11 with it
 
-        return SnapshotConnections(self.receive, self.end, self._config)
+        return SnapshotConnections(self.receive, self._config)
 
-    def begin(self) -> bool:
-        """Take one of the places for receives; False when all are taken."""
-        with self._lock:
-            if self._free == 0:
-                return False
-            self._free -= 1
-            return True
-
-    def end(self) -> None:
-        """Give a place back."""
-        with self._lock:
-            self._free += 1
+    def take_place(self) -> Place | None:
+        """Take one of the places for receives; None when all are taken."""
+        return self._places.take()
 
     def refused(self) -> None:
         """Count a request that was answered without its body being looked at."""

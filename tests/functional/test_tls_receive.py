@@ -1199,8 +1199,10 @@ def test_a_snapshot_whose_connection_ends_before_it_leaves_the_loop_gives_its_pl
     assert then is Then.AGAIN  # with what is written first the connection may be lost
     getattr(shaken.sealed, ending)()
     shaken.sealed.close()
-    assert node.handlers.snapshots.begin()
-    assert not node.handlers.snapshots.begin()
+    assert node.handlers.snapshots is not None
+    place = node.handlers.snapshots.take_place()
+    assert place is not None
+    assert node.handlers.snapshots.take_place() is None
 
 
 def test_of_tiny_records_of_a_snapshot_its_thread_rests(

@@ -245,9 +245,8 @@ class Run:
 
     def _take_away(self, connection: Any, general: General) -> None:
         """Take a snapshot's connection, as SnapshotConnections does, and end it."""
-        if connection is not None:
-            connection.close()
-        self.snapshots.end()
+        connection.close()
+        general.move_place().give_back()
 
     # Steps. Each reads its arguments from the script.
 
@@ -354,7 +353,7 @@ class Run:
         self.machine.end()
         while self.machine.serve(True) or self.machine.serve(False):
             pass
-        assert self.snapshots._free == self.config.snapshot_receives
+        assert self.snapshots._places.free == self.config.snapshot_receives
         assert self.handlers.budget.used == 0
         for caller in self.callers:
             caller.socket.close()

@@ -176,7 +176,7 @@ def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
     line = "POST /raft/snapshot HTTP/1.1"
     head = raw_head("Expect: 100-continue", "Content-Length: 9", line=line)
     assert general.feed(head) == (b"", Then.DETACH)
-    receiver = _Receiving(mine, general, config)
+    receiver = _Receiving(mine, general, general.move_place(), config)
     kill(sock, peer)
     write(receiver)
     receiver.close()
