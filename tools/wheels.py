@@ -232,6 +232,9 @@ def build_wheel(source: Path, python: Path, zig: str, target: Platform, *, folde
         "SOURCE_DATE_EPOCH": release_time(),
     }
     with tempfile.TemporaryDirectory() as scratch:
+        # Several modules at a time, each compiled by one thread.
+        settings["DIST_EXTRA_CONFIG"] = f"{scratch}/setup.cfg"
+        Path(scratch, "setup.cfg").write_text(f"[build_ext]\nparallel = {os.cpu_count()}\n")
         run(
             python,
             *("-m", "build", "--wheel", "--no-isolation", "--outdir", scratch),
@@ -302,9 +305,7 @@ def build(
     zig = run(TOOLS, "-c", ask).strip()
     made = [sdist]
     for version, python in pythons.items():
-        builder = environment(
-            f"builder-{version}", python, "build", "setuptools>=77", "Cython>=3.2"
-        )
+        builder = environment(f"builder-{version}", python, *BUILDERS)
         for target in platforms:
             made.append(build_wheel(source, builder, zig, target, folder=folder))
             print(f"built {made[-1].name}", flush=True)

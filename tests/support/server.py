@@ -308,8 +308,14 @@ class ScriptedServer:
             thread = threading.Thread(
                 target=self._serve, args=(connection,), name="server-serve", daemon=True
             )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                # From 3.12 on a program that ends lets no thread begin any more.
+                if "interpreter shutdown" not in str(error):
+                    raise
+                return
             self._threads.append(thread)
-            thread.start()
 
     def _serve(self, connection: Connection) -> None:
         # The client going away, and the script closing the connection, end it.
