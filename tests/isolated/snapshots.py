@@ -12,10 +12,10 @@ from pathlib import Path
 from pipeline.config import ReceiverConfig
 from pipeline.snapshot_receiver import MAX_MESSAGE_BYTES
 from tests.support import MIB
-from tests.support.listening import ask, chunked, dial, raw_head, read_reply
+from tests.support.listening import ask, chunked, dial, listen, raw_head, read_reply
 from tests.support.memory import IS_SANITIZED
 from tests.support.raft import FakeRaft
-from tests.support.snapshots import FILE, LINE, framed, listen, post_snapshot, snapshot
+from tests.support.snapshots import FILE, LINE, framed, post_snapshot, snapshot
 from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
