@@ -23,7 +23,7 @@ from pipeline._memory cimport (
     spares_keep, spares_t, spares_want,
 )
 from pipeline._sync cimport (
-    load_int, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
+    invariant, load_int, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
     pthread_mutex_unlock, pthread_t, sockaddr_storage, store_int, swap_int, time_t, write,
 )
 from pipeline._turns cimport LANES, host_join, member_t, turn_t, turns_leave, turns_t
@@ -52,6 +52,7 @@ cdef enum:
     STRANGERS_PAUSE_NS = 5000000
     ANSWER_204_MAX = 256
 
+# Changed by conn_set_state alone.
 cdef enum:
     CONN_HEAD = 0           # reads a head; idle while nothing of one has arrived
     CONN_BODY               # reads the body of a recognised request
@@ -266,6 +267,30 @@ cdef struct server_t:
     size_t answer_503_len
     answer_204_t answer_204     # the loop's copy
     uint8_t scratch[SERVER_SCRATCH]
+
+
+# -- a connection's states
+
+cdef inline int conn_next_states(int state) noexcept nogil:
+    """Return the states that may follow one, as bits."""
+    if state == CONN_HEAD:          # its head has come; TLS is to begin; something is for a thread
+        return 1 << CONN_BODY | 1 << CONN_GENERAL | 1 << CONN_HANDLED | 1 << CONN_CLOSED
+    if state == CONN_BODY:          # it is whole, or will not be
+        return 1 << CONN_HANDLED | 1 << CONN_CLOSED
+    if state == CONN_GENERAL:       # bytes have come, or a deadline
+        return 1 << CONN_HANDLED | 1 << CONN_CLOSED
+    if state == CONN_HANDLED or state == CONN_WRITING:      # given back; the answer is out
+        return 1 << CONN_HEAD | 1 << CONN_GENERAL | 1 << CONN_HANDLED | 1 << CONN_WRITING \
+            | 1 << CONN_LINGERING | 1 << CONN_CLOSED
+    if state == CONN_LINGERING:
+        return 1 << CONN_CLOSED
+    return 0
+
+
+cdef inline void conn_set_state(conn_t* conn, int state) noexcept nogil:
+    """Change the state of a connection that the loop has."""
+    invariant(conn_next_states(conn.state) >> state & 1)
+    conn.state = state
 
 
 # -- the connections in the order of their last request, so that the one idle longest is at hand

@@ -29,8 +29,8 @@ from pipeline._channel cimport (
 from pipeline._http cimport HTTP_ANSWER_MAX
 from pipeline._sync cimport (
     EPOLL_CTL_DEL, add_i64, add_int, cond_init_monotonic, epoll_ctl, invariant, list_push, load_i64,
-    load_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal, pthread_cond_t,
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    load_int, note_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
+    pthread_cond_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, pthread_t, store_int, swap_int, write,
 )
 
@@ -59,6 +59,7 @@ cdef enum:
     TYPE_APP = 3
     TYPE_SNAP = 7
 
+# Changed by worker_set_state alone.
 cdef enum:
     WORKER_IDLE = 0         # on the idle stack; may hold a connection
     WORKER_WRITING
@@ -236,6 +237,28 @@ cdef inline void loop_queue_event(loop_t* loop, event_t* event) noexcept nogil:
     pthread_mutex_unlock(&loop.event_lock)
 
 
+# -- a worker's states
+
+cdef inline int worker_next_states(int state) noexcept nogil:
+    """Return the states that may follow one, as bits."""
+    if state == WORKER_IDLE:        # a job; the peer has ended the connection; the pipe stops
+        return 1 << WORKER_WRITING | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
+    if state == WORKER_WRITING:     # the request is written; it failed, or TLS needs Python
+        return 1 << WORKER_WRITING | 1 << WORKER_READING | 1 << WORKER_PYTHON
+    if state == WORKER_READING:     # 204, with nothing or something queued; anything else
+        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_PYTHON
+    if state == WORKER_PYTHON:      # given back; its dial has ended; the pipe has stopped
+        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_READING \
+            | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
+    return 0
+
+
+cdef inline void worker_set_state(worker_t* worker, int state) noexcept nogil:
+    """Change a worker's state, by whoever has the worker."""
+    invariant(worker_next_states(worker.state) >> state & 1)
+    note_int(&worker.state, state)
+
+
 cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
     """Hand the worker over; the loop does not touch it again until it is returned.
 
@@ -245,7 +268,7 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     if worker.is_registered:
         epoll_ctl(worker.pipe.loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
         worker.is_registered = False
-    worker.state = WORKER_PYTHON
+    worker_set_state(worker, WORKER_PYTHON)
     worker.deadline_ns = 0
     worker.event.kind = kind
     worker.event.error = error
@@ -377,7 +400,7 @@ cdef inline void pipe_retire_connections(pipe_t* pipe) noexcept nogil:
 
 cdef inline void worker_retire(worker_t* worker) noexcept nogil:
     """Count a worker out for good. The caller holds the lock."""
-    worker.state = WORKER_RETIRED
+    worker_set_state(worker, WORKER_RETIRED)
     worker.pipe.live -= 1
     pthread_cond_broadcast(&worker.pipe.retired)
 

@@ -14,7 +14,7 @@ from pipeline._conn cimport (
     CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_GENERAL, QUEUE_HANDSHAKES,
     QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_GENERAL, REQUEST_LARGE, REQUEST_MALFORMED,
     REQUEST_MESSAGE, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP,
-    conn_t, handler_t, queue_t, request_t, server_look_at, server_t, server_wake,
+    conn_set_state, conn_t, handler_t, queue_t, request_t, server_look_at, server_t, server_wake,
 )
 from pipeline._descriptors cimport descriptors_shut
 from pipeline._memory cimport body_free
@@ -52,7 +52,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     cdef server_t* server = conn.server
     cdef int which = QUEUE_GENERAL
     cdef queue_t* queue
-    conn.state = CONN_HANDLED
+    conn_set_state(conn, CONN_HANDLED)
     conn.deadline_ns = 0
     server.handled += 1
     conn.request.kind = kind

@@ -15,8 +15,8 @@ from pipeline._conn cimport (
     REQUEST_LARGE, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_AGAIN, THEN_CLOSE, THEN_DELIVER,
     THEN_DETACH, THEN_FREE, THEN_HANDSHAKE, THEN_IDLE, THEN_NEXT, THEN_READ_BODY, THEN_TURN,
     answer_204_t, conn_add_runnable, conn_append, conn_is_bulk, conn_save, conn_set_deadline,
-    conn_t, conn_unlink, request_t, sealed_news_t, server_counts_t, server_knows, server_reuse_body,
-    server_t,
+    conn_set_state, conn_t, conn_unlink, request_t, sealed_news_t, server_counts_t, server_knows,
+    server_reuse_body, server_t,
 )
 from pipeline._descriptors cimport descriptors_shut
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
@@ -68,7 +68,7 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
         conn_to_handler(conn, REQUEST_GONE)
         return
     conn_unlink(conn)
-    conn.state = CONN_CLOSED
+    conn_set_state(conn, CONN_CLOSED)
     conn.next = server.buried
     server.buried = conn
 
@@ -157,7 +157,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     memcpy(conn.request.body.data, data + post.head_len, have)
     conn.request.body.len = have
     conn_save(conn, NULL, 0)
-    conn.state = CONN_BODY
+    conn_set_state(conn, CONN_BODY)
     conn_unlink(conn)           # in the order of their beginnings, for conn_must_wait
     conn_append(conn)
     conn_count(conn)
@@ -323,7 +323,7 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     if load_int(&server.is_stopping):
         conn_close(conn)
         return
-    conn.state = CONN_HEAD
+    conn_set_state(conn, CONN_HEAD)
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
@@ -345,7 +345,7 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     conn_unlink(conn)
     conn_append(conn)
-    conn.state = CONN_GENERAL
+    conn_set_state(conn, CONN_GENERAL)
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
@@ -358,7 +358,7 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_linger(conn_t* conn) noexcept nogil:
     """End our side, and wait a moment for the other to do so."""
-    conn.state = CONN_LINGERING
+    conn_set_state(conn, CONN_LINGERING)
     if load_int(&conn.server.is_stopping) or shutdown(conn.fd, SHUT_WR) != 0:
         conn_close(conn)
         return
@@ -404,7 +404,7 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     elif conn.then == THEN_IDLE:
         conn_idle(conn)
     else:
-        conn.state = CONN_GENERAL
+        conn_set_state(conn, CONN_GENERAL)
         if conn.then == THEN_READ_BODY:
             conn_credit_body(conn)
             conn_set_deadline(conn, conn.server.now_ns + conn.body_left_ns)
@@ -429,7 +429,7 @@ cdef inline void conn_write(conn_t* conn) noexcept nogil:
             if errno == EINTR:
                 continue
             if errno == EAGAIN:
-                conn.state = CONN_WRITING
+                conn_set_state(conn, CONN_WRITING)
                 conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
                 return
             conn_close(conn)

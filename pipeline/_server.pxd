@@ -1,7 +1,8 @@
 """The receiving loop: accepts, waits, and has connections read and answered, without the GIL.
 
 Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``;
-what is done with one connection is in ``_requests.pxd``, and who runs it in ``_lead.pxd``.
+what both rely on in epoll is told there. What is done with one connection is in ``_requests.pxd``,
+and who runs it in ``_lead.pxd``.
 """
 
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
@@ -12,8 +13,8 @@ from pipeline._budget cimport budget_leave, budget_left, budget_t, budget_wait
 from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
     CONN_WRITING, QUEUES, SERVER_EVENTS, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE,
-    THEN_READ_BODY, conn_add_runnable, conn_append, conn_set_deadline, conn_t, runnable_t,
-    server_check_spare, server_limits_t, server_look_at, server_t,
+    THEN_READ_BODY, conn_add_runnable, conn_append, conn_set_deadline, conn_set_state, conn_t,
+    runnable_t, server_check_spare, server_limits_t, server_look_at, server_t,
 )
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -140,7 +141,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         conn_append(conn)
         if is_sealed:
             conn.is_sealed = True
-            conn.state = CONN_GENERAL
+            conn_set_state(conn, CONN_GENERAL)
             conn.then = THEN_HANDSHAKE
             conn.head_deadline_ns = server.now_ns + server.limits.handshake_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)

@@ -202,8 +202,8 @@ cdef extern from * nogil:
     void* list_take "sync_list_take"(void*)
     bint list_is_empty "sync_list_is_empty"(void*)
 
-# Of counters that one thread at a time adds to, while others look at them: no more is promised than
-# that each is read whole.
+# Of counters, and of states, that one thread at a time changes, while others look at them: no more
+# is promised than that each is read whole.
 cdef extern from * nogil:
     """
     #define sync_count_get(p) __atomic_load_n((p), __ATOMIC_RELAXED)
@@ -213,6 +213,7 @@ cdef extern from * nogil:
     uint64_t count_get "sync_count_get"(uint64_t*)
     void count_set "sync_count_set"(uint64_t*, uint64_t)
     void count_add "sync_count_add"(uint64_t*, int)
+    void note_int "sync_count_set"(int*, int)
 
 cdef extern from * nogil:
     """

@@ -23,7 +23,7 @@ from pipeline._pipe cimport (
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
     TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, loop_add_runnable,
     loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t, worker_retire,
-    worker_t, worker_to_python,
+    worker_set_state, worker_t, worker_to_python,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
@@ -86,7 +86,7 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
     cdef size_t budget = LOOP_STEP_BYTES
     memset(&message, 0, sizeof(message))
     message.msg_iov = iov
-    worker.state = WORKER_WRITING
+    worker_set_state(worker, WORKER_WRITING)
     while worker.segment <= job.n_segments:
         n = 0
         step = 0
@@ -144,7 +144,7 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
             worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
             loop_add_runnable(loop, worker)
             return
-    worker.state = WORKER_READING
+    worker_set_state(worker, WORKER_READING)
     # Differs from etcd: it waits for ever, and a black hole keeps its worker.
     worker.answer_deadline_ns = loop.now_ns + worker.pipe.limits.response_timeout_ns
     worker_await_answer(worker, worker.answer_deadline_ns)
@@ -177,7 +177,7 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
     cdef int64_t now_ns = worker.pipe.loop.now_ns
     cdef ssize_t written
     cdef bint has_moved = False
-    worker.state = WORKER_WRITING
+    worker_set_state(worker, WORKER_WRITING)
     while worker.seal != SEAL_READING and worker.sealed_written < worker.sealed_len:
         written = send(worker.fd, worker.sealed + worker.sealed_written,
                        worker.sealed_len - worker.sealed_written, MSG_NOSIGNAL | MSG_DONTWAIT)
@@ -202,7 +202,7 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
             return
         worker.seal = SEAL_READING
         worker.sealed_deadline_ns = now_ns + worker.pipe.limits.response_timeout_ns
-    worker.state = WORKER_READING
+    worker_set_state(worker, WORKER_READING)
     if worker.seal == SEAL_READING:
         worker_await_answer(worker, worker.sealed_deadline_ns)
     else:
@@ -315,7 +315,7 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     job = channel_take(&pipe.channel, worker.index > 0)
     worker.job = job
     if job is NULL and not is_closed:
-        worker.state = WORKER_IDLE
+        worker_set_state(worker, WORKER_IDLE)
         worker.next = pipe.idle
         pipe.idle = worker
     pthread_mutex_unlock(&pipe.lock)
@@ -479,7 +479,7 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         worker.answer_len = 0
         worker_flush(worker)
     elif worker.is_odd:
-        worker.state = WORKER_READING
+        worker_set_state(worker, WORKER_READING)
         worker.answer_len = 0
         worker_await_answer(worker, worker.answer_deadline_ns)
     else:
