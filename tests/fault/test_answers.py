@@ -269,8 +269,8 @@ def test_an_odd_answer_that_never_ends_fails_at_the_response_timeout() -> None:
         pipeline_to(server, raft, connections=1, response_timeout_s=0.2) as pipeline,
     ):
         pipeline.send(message())
-        raft.wait_unreachable(1)
-        settle(pipeline)
+        assert raft.wait_unreachable(1) == [PEER]
+        assert settle(pipeline).failed == 1
         server.wait_for(lambda: server.ended == 1)
 
 

@@ -53,18 +53,20 @@ def test_blocked_callbacks_hold_up_their_peer_only() -> None:
 
 
 def test_a_black_hole_holds_up_nobody() -> None:
-    with (
-        black_hole() as port,
-        ScriptedServer() as good,
-        Transport(1, 1, FakeRaft()) as transport,
-    ):
-        for peer in range(10, 20):
+    raft = FakeRaft()
+    holes = range(10, 20)
+    with black_hole() as port, ScriptedServer() as good, Transport(1, 1, raft) as transport:
+        for peer in holes:
             transport.add_peer(peer, [f"http://127.0.0.1:{port}"])
             transport.send([message(to=peer)] * 5)
         transport.add_peer(HEALTHY, [good.url])
         for count in range(1, 50):
             transport.send([message(to=HEALTHY)])
             good.wait_requests(count, timeout=1.5)  # less than a dial timeout
+        books = settle(transport._peers[HEALTHY].pipeline)
+        assert (books.sent, books.failed, books.refused) == (49, 0, 0)
+        assert not any(transport.stats()[peer].sent for peer in holes)
+    assert set(raft.unreachable) == set(holes)
 
 
 def test_a_black_hole_is_a_failure_at_the_dial_timeout() -> None:
@@ -81,10 +83,11 @@ def test_a_black_hole_is_a_failure_at_the_dial_timeout() -> None:
 def test_answers_that_never_end_hold_up_their_peer_only() -> None:
     """Peers that begin an odd answer and fall silent: more of them than dispatcher threads."""
     unfinished = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 100\r\n"
+    raft = FakeRaft()
     with (
         ScriptedServer(always(unfinished)) as bad,
         ScriptedServer() as good,
-        Transport(1, 1, FakeRaft()) as transport,
+        Transport(1, 1, raft) as transport,
     ):
         for peer in (10, 11, 12):
             transport.add_peer(peer, [bad.url])
@@ -93,7 +96,9 @@ def test_answers_that_never_end_hold_up_their_peer_only() -> None:
         eventually(lambda: all(p.states() == ["reading odd"] * 4 for p in pipelines))
         transport.add_peer(HEALTHY, [good.url])
         transport.send([message(to=HEALTHY)])
-        good.wait_requests(1, timeout=5.0)
+        assert settle(transport._peers[HEALTHY].pipeline).sent == 1
+        assert all(p.states() == ["reading odd"] * 4 for p in pipelines)
+        assert raft.unreachable == []
 
 
 def test_64_peers_cost_one_io_thread_one_that_probes_and_few_of_python_s() -> None:
@@ -196,9 +201,10 @@ def test_a_report_of_a_full_queue_that_raises_kills_nothing() -> None:
         transport.send([message()])
         server.wait_requests(1)
         transport.send([message()] * 3)
-        raft.wait_unreachable(1)
+        assert set(raft.wait_unreachable(1)) == {PEER}
         server.release.set()
-        server.wait_requests(2, timeout=5.0)
+        books = settle(transport._peers[PEER].pipeline)
+        assert (books.sent, books.failed, books.refused) == (2, 0, 2)
 
 
 def test_a_log_handler_that_raises_loses_no_message(caplog: pytest.LogCaptureFixture) -> None:

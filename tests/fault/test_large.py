@@ -159,10 +159,10 @@ def test_a_retried_large_message_starts_from_its_first_byte() -> None:
 
 def slow(connection: Connection, head: bytes) -> bool:
     """Read a little at a time, for longer than either timeout of the test."""
-    for _ in range(10):
-        connection.read_body(MIB)
-        time.sleep(0.1)
-    connection.read_body(64 * MIB - 10 * MIB)
+    for _ in range(12):
+        connection.read_body(MIB // 2)
+        time.sleep(0.05)
+    connection.read_body(10 * MIB)
     connection.send(OK)
     return False
 
@@ -171,9 +171,9 @@ def test_a_slow_reader_is_left_alone() -> None:
     """Bytes move, if slowly: neither timeout applies while they do."""
     with (
         ScriptedServer(on_head=slow) as server,
-        pipeline_to(server, stall_timeout_s=0.8, response_timeout_s=0.8) as pipeline,
+        pipeline_to(server, stall_timeout_s=0.5, response_timeout_s=0.5) as pipeline,
     ):
-        body = memoryview(bytearray(64 * MIB))
+        body = memoryview(bytearray(16 * MIB))
         pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))
         books = settle(pipeline)
         assert (books.sent, books.failed) == (1, 0)
@@ -228,7 +228,8 @@ def test_a_large_message_does_not_hold_up_small_ones() -> None:
         server.wait_connections(1)
         for _ in range(20):
             pipeline.send(message())
-        server.wait_requests(20)
+        eventually(lambda: pipeline.stats().sent == 20)
+        assert pipeline.stats().in_flight == 1
         server.release.set()
 
 
@@ -236,15 +237,15 @@ def test_one_worker_is_kept_for_small_messages() -> None:
     """Design section 5: a run of large appends must not delay heartbeats and votes."""
     with ScriptedServer() as server, pipeline_to(server) as pipeline:
         server.on_head = lambda connection, head: (
-            stuck(connection, head) if b"Content-Length: 67108864" in head else True
+            stuck(connection, head) if b"Content-Length: 16777216" in head else True
         )
-        body = memoryview(bytearray(64 * MIB))
-        for _ in range(2):
-            pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))
-        for _ in range(4):
+        body = memoryview(bytearray(16 * MIB))
+        for _ in range(6):
             pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))
         pipeline.send(message(MessageType.HEARTBEAT))
-        server.wait_requests(1, timeout=5.0)
+        eventually(lambda: pipeline.stats().sent == 1)
+        eventually(lambda: pipeline.states() == ["idle", "writing", "writing", "writing"])
+        assert pipeline.stats().queued == 3
         server.release.set()
 
 

@@ -306,8 +306,8 @@ def test_a_thread_that_cannot_be_started_loses_no_message(
         pipeline.start()
         for _ in range(8):
             pipeline.send(message())
-        raft.wait_unreachable(8, 5.0)
-        settle(pipeline)
+        raft.wait_unreachable(8)
+        assert settle(pipeline).failed == 8
         stop_timed(pipeline)
 
 

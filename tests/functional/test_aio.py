@@ -627,7 +627,13 @@ def test_start_and_stop_are_said_once_and_metrics_are_there() -> None:
                 await transport.start()
             listener = await transport.listen()
             assert listener.url != transport.peer_urls[0]
-            assert list(transport.metrics_collector().collect())
+            families = transport.metrics_collector().collect()
+            samples = {sample.name: sample for family in families for sample in family.samples}
+            connections = samples["raft_pipeline_listener_connections"]
+            assert (connections.labels, connections.value) == (
+                {"Local": "2", "Listener": listener.url},
+                0,
+            )
 
     asyncio.run(main())
 

@@ -221,7 +221,8 @@ def test_script_name_is_taken_off(
         statuses.append(status)
         return lambda _: None
 
-    assert list(transport.wsgi_app(environ, start))
+    body = b"".join(transport.wsgi_app(environ, start))
+    assert (b'"OK":true' in body) == (status == 200)
     assert [int(text.split()[0]) for text in statuses] == [status]
 
 

@@ -26,7 +26,6 @@ from pipeline import (
 from pipeline.picker import URLPicker
 from pipeline.pipeline import STOP_TIMEOUT_S
 from pipeline.status import PeerStatus
-from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
     CLUSTER,
@@ -629,7 +628,8 @@ def test_a_lone_send_wakes_a_sleeping_loop_every_time() -> None:
     with ScriptedServer() as server, pipeline_to(server) as pipeline:
         for count in range(1, 300):
             pipeline.send(message(MessageType.HEARTBEAT))
-            server.wait_requests(count, LONG_TIMEOUT)
+            server.wait_requests(count)
+        assert settle(pipeline).sent == 299
 
 
 def test_send_may_be_called_from_a_callback() -> None:

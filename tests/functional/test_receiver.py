@@ -663,12 +663,16 @@ def test_no_memory_is_kept_once_the_listener_is_closed(freed: str) -> None:
 
 def test_a_malformed_64_mib_body_is_answered_400() -> None:
     raft = FakeRaft()
+    body = bytes(64 * MIB)
+    before = rss()
     with listen(raft) as listener, dial(listener.url) as sock:
-        sock.sendall(head_of(64 * MIB))
-        sock.sendall(bytes(64 * MIB))
+        sock.sendall(head_of(body))
+        sock.sendall(body)
         assert read_status(sock) == 400
+        assert rss() - before < 72 * MIB  # one copy, which is kept for a moment
         sock.sendall(GOOD)
         assert read_answers(sock, 1)[0].endswith(b"\r\n\r\n")
+    assert rss() - before < 8 * MIB
     assert raft.processed == [HEARTBEAT]
 
 

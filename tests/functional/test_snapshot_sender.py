@@ -637,6 +637,7 @@ def test_a_buffer_that_others_use_is_left_open(transport: Transport, tmp_path: P
     mapping = mapped(tmp_path / "db")
     with memoryview(mapping):
         transport.send_snapshot(snapshot_message(), mapping).result(LONG_TIMEOUT)
+        assert mapping[:] == DATA
     mapping.close()
 
 
@@ -938,7 +939,10 @@ def test_an_answer_in_pieces_and_an_interim_one_are_read(
             connection.send(piece)
 
     server.script = script
-    transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
+    transfer = transport.send_snapshot(snapshot_message(), b"x")
+    transfer.result(LONG_TIMEOUT)
+    assert transfer.progress.phase == "done"
+    assert len(server.requests) == 1
 
 
 def config_of(answer_timeout_s: float = 600.0, **pipeline: Any) -> TransportConfig:
@@ -975,16 +979,22 @@ def test_a_slow_peer_is_not_given_up(server: ScriptedServer, raft: FakeRaft, mak
     """Longer than the stall timeout in all, and never that long without a byte."""
 
     def slow(connection: Connection, head: bytes) -> bool:
-        for _ in range(15):
-            time.sleep(0.1)
-            connection.read_body(MIB)
-        return reading(connection, head, 15 * MIB)
+        for _ in range(12):
+            time.sleep(0.05)
+            connection.read_body(MIB // 2)
+        return reading(connection, head, 6 * MIB)
 
     server.on_head = slow
-    with make(raft, config=config_of(stall_timeout_s=1.0)) as transport:
+    with make(raft, config=config_of(stall_timeout_s=0.5)) as transport:
         transport.add_peer(PEER, [server.url])
-        transfer = transport.send_snapshot(snapshot_message(), [bytes(32 * MIB)], size=32 * MIB)
+        transfer = transport.send_snapshot(snapshot_message(), [bytes(16 * MIB)], size=16 * MIB)
+        began = time.monotonic()
         transfer.result(LONG_TIMEOUT)
+        assert time.monotonic() - began > 0.5
+        assert transfer.progress[:3] == ("done", 16 * MIB, 16 * MIB)
+    assert len(server.connections) == 1
+    assert raft.snapshots == [(PEER, SnapshotStatus.FINISH)]
+    assert raft.unreachable == []
 
 
 def test_a_member_that_is_no_peer_is_not_found(transport: Transport, raft: FakeRaft) -> None:
@@ -1302,11 +1312,17 @@ def test_transfers_to_different_peers_run_side_by_side(
 
 
 def test_pause_and_cut_peer_do_not_concern_snapshots(
-    server: ScriptedServer, transport: Transport
+    server: ScriptedServer, transport: Transport, raft: FakeRaft
 ) -> None:
     transport.pause()
     transport.cut_peer(PEER)
+    transport.send([Message(type=MessageType.HEARTBEAT, to=PEER)])
     transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
+    (request,) = server.requests
+    assert request.line == "POST /raft/snapshot HTTP/1.1"
+    assert request.body == body_of(snapshot_message(), b"x")
+    assert raft.snapshots == [(PEER, SnapshotStatus.FINISH)]
+    assert transport.stats()[PEER].offered == 0
 
 
 def test_the_transport_can_be_stopped_from_every_callback(
