@@ -902,13 +902,16 @@ cdef class Worker:
     def disconnect(self):
         """Take the worker's socket away; the caller closes it, and may go on to dial another.
 
-        What is dialled now is for the URL that is picked after this call.
+        What is dialled now is for the URL that is picked after this call. Returns whether all that
+        was posted of a TLS connection has been written.
         """
         cdef worker_t* worker = self.c
+        cdef bint is_written = worker.sealed_written == worker.sealed_len
         worker.fd = -1
         worker.sealed = NULL
         worker.sealed_len = worker.sealed_written = 0
         worker.generation = load_int(&self.c.pipe.generation)
+        return is_written
 
     def read_on(self, double text_timeout_s=0.0):
         """Have the loop read more of an answer, for Python, when the worker is given back.

@@ -12,8 +12,8 @@ from libc.stdlib cimport realloc
 from libc.string cimport memset
 
 from pipeline._sync cimport (
-    SHUT_RDWR, close, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, shutdown,
+    SHUT_RDWR, close, connect, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, shutdown, sockaddr, sockaddr_storage,
 )
 
 
@@ -59,6 +59,17 @@ cdef inline void descriptors_shut(descriptors_t* open, int fd) noexcept nogil:
     Shut, it ends at once, whoever has a copy of the descriptor.
     """
     shutdown(fd, SHUT_RDWR)
+    descriptors_close(open, fd)
+
+
+cdef inline void descriptors_reset(descriptors_t* open, int fd) noexcept nogil:
+    """Reset a connection, whoever has a copy of the descriptor, and close it.
+
+    What is on its way in either direction is lost.
+    """
+    cdef sockaddr_storage nowhere
+    memset(&nowhere, 0, sizeof(nowhere))    # of the family AF_UNSPEC, which dissolves a connection
+    connect(fd, <const sockaddr*>&nowhere, sizeof(nowhere))
     descriptors_close(open, fd)
 
 

@@ -8,7 +8,7 @@ lock held, everything else by ``open_socket``.
 from libc.stdint cimport int64_t
 
 from pipeline._descriptors cimport (
-    descriptors_add, descriptors_forked, descriptors_shut, descriptors_t,
+    descriptors_add, descriptors_forked, descriptors_reset, descriptors_shut, descriptors_t,
 )
 from pipeline._link cimport link_is_dead as c_link_is_dead
 from pipeline._sync cimport (
@@ -95,6 +95,14 @@ class OwnSocket(socket.socket):
             with nogil:
                 # A fork may be under way. Only C state is touched.
                 descriptors_shut(&descriptors, fd)
+
+    def reset(self):
+        """Reset the connection and close its descriptor: the peer hears of an error, of no end."""
+        cdef int fd = self.detach()
+        if fd >= 0:
+            with nogil:
+                # A fork may be under way. Only C state is touched.
+                descriptors_reset(&descriptors, fd)
 
 
 def link_is_dead(sock not None, double timeout_s):

@@ -108,6 +108,7 @@ cdef extern from "<sys/socket.h>" nogil:
         pass
     int socket(int, int, int)
     int accept4(int, sockaddr*, socklen_t*, int)
+    int connect(int, const sockaddr*, socklen_t)
     int shutdown(int, int)
     ssize_t sendmsg(int, const msghdr*, int)
     ssize_t send(int, const void*, size_t, int)

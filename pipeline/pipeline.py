@@ -344,7 +344,6 @@ class PeerPipeline(Sender):
             self._post(worker)
 
     def _refuse_server(self, worker: Worker, error: ssl.SSLError) -> None:
-        worker.line.say_why()
         reason = f"TLS handshake: {tls_reason(error)}"
         self._fail(worker, self._unreachable(worker, reason, error))
 
@@ -484,9 +483,9 @@ class PeerPipeline(Sender):
         return error
 
     def _disconnect(self, worker: Worker) -> None:
-        worker.disconnect()
+        is_cut = not worker.disconnect()
         worker.line.odd.clear()
-        worker.line.close()
+        worker.line.close(is_cut=is_cut)
 
     def _give_back(self, worker: Worker) -> None:
         given = worker.give_back()

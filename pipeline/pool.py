@@ -7,7 +7,6 @@ of it as a ``Tunnel``, for the same reason.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -175,23 +174,20 @@ class Line:
         self.outgoing = self.tunnel.outgoing()
         return self.outgoing
 
-    def say_why(self) -> None:
-        """Send the tunnel's last words, an alert: to the peer they are what went wrong."""
-        if self.tunnel is not None:
-            with contextlib.suppress(OSError):
-                self.sock.send(self.tunnel.outgoing(), socket.MSG_NOSIGNAL)
-
     def forget_after_fork(self) -> None:
         """In a forked child, where the connection's descriptor is closed already."""
         self._lock = threading.RLock()
 
-    def close(self) -> None:
-        """Close the connection, if there is one, and give it back to its pool for a later dial."""
-        connection = self.end()
+    def close(self, *, is_cut: bool = False) -> None:
+        """Close the connection, if there is one, and give it back to its pool for a later dial.
+
+        ``is_cut``: some of ``outgoing`` was not written.
+        """
+        connection = self.end(is_cut=is_cut)
         if connection is not None and self._pool is not None:
             self._pool._put_conn(connection)
 
-    def end(self) -> HTTPConnection | None:
+    def end(self, *, is_cut: bool = False) -> HTTPConnection | None:
         """Close the connection, if there is one, and return it.
 
         ``stop`` leaves the pool alone: its queue has a lock that a signal's handler, come while
@@ -200,10 +196,12 @@ class Line:
         with self._lock:
             connection, self._connection = self._connection, None
             dial, self.dial = self.dial, None
-            self.tunnel = None
+            tunnel, self.tunnel = self.tunnel, None
             self.outgoing = b""
         if dial is not None:
             dial.discard()
         if connection is not None:
+            if tunnel is not None and isinstance(connection.sock, OwnSocket):
+                tunnel.end(connection.sock, is_cut=is_cut)
             connection.close()
         return connection

@@ -40,6 +40,8 @@ STEP_TIMEOUT_S = 1.0
 FIRST_PROBE_S = 0.2
 #: Read of a peer at once: an answer has 300 bytes, and whoever sends more waits for the others.
 READ_BYTES = 4096
+#: For servers to write the session tickets with which they end a handshake.
+TICKETS_S = 0.1
 #: Weight of a new round trip in the smoothed one; as TCP (RFC 6298) and xiang90/probing.
 RTT_WEIGHT = 0.125
 #: Seconds, 0.1 ms to 3.3 s; those of etcd's peer_round_trip_time_seconds.
@@ -90,6 +92,12 @@ class _Target:
         self.sent_at = 0.0
         self.round_trips = round_trips
         self.stats = ProbeStats()
+
+    @property
+    def is_shaken_only(self) -> bool:
+        """Whether nothing has come since the TLS handshake, which may not be over for the peer."""
+        tunnel = self.line.tunnel
+        return tunnel is not None and tunnel.is_established and not tunnel.has_heard
 
     @property
     def url(self) -> str:
@@ -214,7 +222,12 @@ class Prober:
     def _follow(self) -> None:
         """Go by the targets as they are now."""
         targets = set(self._targets.values())
-        for target in self._known - targets:
+        left = self._known - targets
+        if any(target.is_shaken_only for target in left):
+            # OpenSSL writes one session ticket after the other, and its process is sent SIGPIPE for
+            # the second if the first finds the connection closed.
+            time.sleep(TICKETS_S)
+        for target in left:
             self._close(target)
         self._known = targets
 
@@ -279,7 +292,6 @@ class Prober:
         try:
             is_done = tunnel.shake(data)
         except ssl.SSLError as error:
-            target.line.say_why()
             self._fail(target, f"TLS handshake: {tls_reason(error)}")
             return
         if is_done:

@@ -143,6 +143,8 @@ class SnapshotLink:
         self._tunnel: Tunnel | None = None
         self._odd = OddAnswer(TELLING_STATUS)
         self._is_written = False
+        #: Of what the tunnel gave something has not been written.
+        self._is_cut = False
         try:
             self._wake = ending.open()
         except OSError as error:
@@ -154,6 +156,8 @@ class SnapshotLink:
             self._dialer.cancel(self._dial)
             self._dial.discard()
         if self._sock is not None:
+            if self._tunnel is not None:
+                self._tunnel.end(self._sock, is_cut=self._is_cut)
             self._sock.close()
         self._ending.close()
 
@@ -184,10 +188,9 @@ class SnapshotLink:
         sock = self._sock
         assert sock is not None
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
-        tunnel: Tunnel | None = None
         data = b""
         try:
-            tunnel = self._pool.tunnel()
+            tunnel = self._tunnel = self._pool.tunnel()
             while True:
                 is_done = tunnel.shake(data)
                 # A few KB, and nothing was left unsent before: they fit.
@@ -200,12 +203,7 @@ class SnapshotLink:
                 if not data:
                     raise self._unreachable("TLS: the connection ended during the handshake")
         except OSError as error:
-            if tunnel is not None and isinstance(error, ssl.SSLError):
-                with contextlib.suppress(OSError):
-                    # An alert: to the peer it is what went wrong.
-                    sock.send(tunnel.outgoing(), socket.MSG_NOSIGNAL)
             raise self._unreachable(_text(error), error) from error
-        self._tunnel = tunnel
 
     def write(self, data: memoryview) -> int:
         """Write some of ``data``; how many bytes. Waits until there is room.
@@ -218,8 +216,10 @@ class SnapshotLink:
             self._tunnel.seal(record)
             count = len(record)
         sealed = memoryview(self._tunnel.outgoing())
+        self._is_cut = True
         while sealed:
             sealed = sealed[self._send(sealed) :]
+        self._is_cut = False
         return count
 
     def write_file(self, file: FileSource, done: int, count: int) -> int:

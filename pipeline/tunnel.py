@@ -6,8 +6,11 @@ for its own.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 
+from pipeline._sockets import OwnSocket
 from pipeline.tls import Credentials
 
 __all__ = ["Tunnel", "tls_reason"]
@@ -32,10 +35,13 @@ class Tunnel:
 
     def __init__(self, credentials: Credentials, host: str) -> None:
         self.is_established = False
+        #: Something has come since the handshake, session tickets for one.
+        self.has_heard = False
         #: Of an answer something has come; kept here by who reads them.
         self.has_answered = False
         #: The peer has ended the stream in order.
         self.is_ended = False
+        self._has_failed = False
         self._credentials = credentials
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -54,14 +60,18 @@ class Tunnel:
         self._incoming.write(data)
         try:
             self._tls.do_handshake()
+            self._credentials.check_server(self._tls)
         except ssl.SSLWantReadError:
             return False
-        self._credentials.check_server(self._tls)
+        except ssl.SSLError:
+            self._has_failed = True
+            raise
         self.is_established = True
         return True
 
     def open(self, data: bytes) -> bytes:
         """Return the plaintext that ``data`` completes; none, for session tickets and the like."""
+        self.has_heard = True
         self._incoming.write(data)
         opened = b""
         try:
@@ -88,6 +98,23 @@ class Tunnel:
     def outgoing(self) -> bytes:
         """Take what is to be sent."""
         return self._outgoing.read()
+
+    def end(self, sock: OwnSocket, *, is_cut: bool) -> None:
+        """Close the connection in TLS's order, without waiting; ``sock`` carries it.
+
+        The peer is told that nothing follows (close_notify), or with an alert what went wrong. In
+        the middle of a handshake or of a record, which ``is_cut`` says, it cannot be told anything:
+        the connection is reset. Were it merely closed, an OpenSSL at the other end would answer
+        with an alert, and would be sent SIGPIPE for it.
+        """
+        if is_cut or not (self.is_established or self._has_failed):
+            sock.reset()
+            return
+        with contextlib.suppress(ssl.SSLError):  # it wants the peer's close_notify, too
+            self._tls.unwrap()
+        with contextlib.suppress(OSError):
+            sock.send(self._outgoing.read(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        sock.close()
 
 
 def tls_reason(error: ssl.SSLError) -> str:

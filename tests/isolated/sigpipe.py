@@ -86,8 +86,10 @@ def alert() -> None:
     with line("https") as (found, peer):
         tunnel = found.begin_tls()
         tunnel.shake(b"")
+        with pytest.raises(ssl.SSLError):
+            tunnel.shake(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         kill(found.sock, peer)
-        found.say_why()
+        found.close()
 
 
 def probe(scheme: str) -> None:

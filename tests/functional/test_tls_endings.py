@@ -1,0 +1,226 @@
+"""How a TLS connection that we made ends, as the server's OpenSSL sees it: whole or reset.
+
+A connection that is merely closed where TLS has more to come is answered with an alert, and whoever
+writes to a closed connection is sent SIGPIPE.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import MessageType, Transport, TransportConfig
+from pipeline._sockets import OwnSocket, open_socket
+from pipeline.tls import Credentials
+from pipeline.tunnel import Tunnel
+from tests.support import LONG_TIMEOUT
+from tests.support.raft import FakeRaft
+from tests.support.senders import CLUSTER, MEMBER, PEER, message
+from tests.support.tls import Authority
+
+OK = b"HTTP/1.1 204 No Content\r\n\r\n"
+HEALTHY = b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"OK":true}'
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+class Server:
+    """Serves one connection with ``serve``, and keeps what that came to."""
+
+    def __init__(self, serve: Callable[[socket.socket], object]) -> None:
+        self.outcome: object = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(LONG_TIMEOUT)
+        self.port: int = self._listener.getsockname()[1]
+        self._serve = serve
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+            with sock:
+                self.outcome = self._serve(sock)
+        except OSError as error:
+            self.outcome = error
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        self._listener.close()
+
+
+def read_on(sock: socket.socket) -> bytes:
+    """Read to the end; over TLS one without a close_notify raises."""
+    data = b""
+    while part := sock.recv(65536):
+        data += part
+    return data
+
+
+@contextlib.contextmanager
+def tunnel_to(server: Server, credentials: Credentials) -> Iterator[tuple[OwnSocket, Tunnel]]:
+    sock = open_socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+    sock.setblocking(True)
+    sock.connect(("127.0.0.1", server.port))
+    with sock:
+        yield sock, Tunnel(credentials, "127.0.0.1")
+
+
+def shake(sock: OwnSocket, tunnel: Tunnel) -> None:
+    data = b""
+    while not tunnel.shake(data):
+        sock.sendall(tunnel.outgoing())
+        data = sock.recv(65536)
+    sock.sendall(tunnel.outgoing())
+
+
+def hear_tickets(sock: OwnSocket, tunnel: Tunnel) -> None:
+    """Read the two session tickets with which OpenSSL ends a handshake."""
+    for _ in range(2):
+        assert tunnel.open(read_record(sock)) == b""
+
+
+def read_record(sock: OwnSocket) -> bytes:
+    head = sock.recv(5, socket.MSG_WAITALL)
+    return head + sock.recv(int.from_bytes(head[3:]), socket.MSG_WAITALL)
+
+
+def reader(
+    authority: Authority, before: Callable[[], object] | None = None, *, below_tls: bool = False
+) -> Callable[[socket.socket], object]:
+    """Do what is to be done ``before``, shake hands and read to the end.
+
+    Below TLS what is read are not records but what they are made of.
+    """
+    context = authority.server()
+
+    def serve(sock: socket.socket) -> object:
+        with context.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=False
+        ) as tls:
+            if before is not None:
+                before()
+            tls.do_handshake()
+            if not below_tls:
+                return read_on(tls)
+            with socket.socket(fileno=tls.detach()) as raw:
+                return read_on(raw)
+
+    return serve
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_between_records_the_server_is_told_that_nothing_follows(
+    authority: Authority, is_refused: bool
+) -> None:
+    with Server(reader(authority)) as server:
+        info = authority.info()
+        if is_refused:  # by our rules, of what TLS itself agrees to
+            info = authority.info(allowed_cn=("somebody else",))
+        with tunnel_to(server, Credentials(info)) as (sock, tunnel):
+            if is_refused:
+                with pytest.raises(ssl.SSLError):
+                    shake(sock, tunnel)
+            else:
+                shake(sock, tunnel)
+            tunnel.end(sock, is_cut=False)
+            assert sock.fileno() == -1
+    assert server.outcome == b""
+
+
+def test_a_server_that_cannot_prove_itself_is_told_why(
+    authority: Authority, tmp_path: Path
+) -> None:
+    stranger = Authority(tmp_path / "stranger")
+    with (
+        Server(reader(stranger)) as server,
+        tunnel_to(server, Credentials(authority.info())) as (sock, tunnel),
+    ):
+        with pytest.raises(ssl.SSLError):
+            shake(sock, tunnel)
+        tunnel.end(sock, is_cut=False)
+    assert isinstance(server.outcome, ssl.SSLError)
+    assert server.outcome.reason == "TLSV1_ALERT_UNKNOWN_CA"
+
+
+@pytest.mark.parametrize("place", ["in the handshake", "in a record"])
+def test_in_the_middle_of_something_the_connection_is_reset(
+    authority: Authority, place: str
+) -> None:
+    is_accepted, is_ended = threading.Event(), threading.Event()
+
+    def wait_for_the_end() -> None:
+        is_accepted.set()
+        is_ended.wait(LONG_TIMEOUT)
+
+    before = wait_for_the_end if place == "in the handshake" else None
+    with (
+        Server(reader(authority, before, below_tls=True)) as server,
+        tunnel_to(server, Credentials(authority.info())) as (sock, tunnel),
+    ):
+        if place == "in the handshake":
+            assert not tunnel.shake(b"")
+            sock.sendall(tunnel.outgoing())
+            assert is_accepted.wait(LONG_TIMEOUT)
+        else:
+            shake(sock, tunnel)
+            hear_tickets(sock, tunnel)
+            tunnel.seal(b"x" * 1000)
+            sock.sendall(tunnel.outgoing()[:500])
+        tunnel.end(sock, is_cut=place == "in a record")
+        assert sock.fileno() == -1
+        is_ended.set()
+    assert isinstance(server.outcome, ConnectionResetError)
+
+
+@pytest.mark.parametrize("kind", ["messages", "probes", "snapshots"])
+def test_whatever_we_send_ends_as_tls_asks(authority: Authority, kind: str) -> None:
+    context = authority.server()
+    has_answered = threading.Event()
+
+    def serve(sock: socket.socket) -> object:
+        with context.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += tls.recv(65536)
+            head, body = head.split(b"\r\n\r\n", 1)
+            length = next(
+                (
+                    int(line.split(b":")[1])
+                    for line in head.split(b"\r\n")
+                    if line.lower().startswith(b"content-length:")
+                ),
+                0,
+            )
+            while len(body) < length:
+                body += tls.recv(65536)
+            tls.sendall(HEALTHY if head.startswith(b"GET") else OK)
+            has_answered.set()
+            return read_on(tls)
+
+    config = TransportConfig(probe_interval_s=0.1 if kind == "probes" else 600)
+    with (
+        Server(serve) as server,
+        Transport(MEMBER, CLUSTER, FakeRaft(), tls=authority.info(), config=config) as node,
+    ):
+        node.add_peer(PEER, [f"https://127.0.0.1:{server.port}"])
+        if kind == "messages":
+            node.send([message()])
+        elif kind == "snapshots":
+            source = iter([b"database"])
+            snapshot = message(MessageType.SNAP)
+            node.send_snapshot(snapshot, source, size=8).result(LONG_TIMEOUT)
+        assert has_answered.wait(LONG_TIMEOUT)
+    assert server.outcome == b""
