@@ -1,4 +1,7 @@
-"""Answers no well-behaved peer gives, and well-formed ones that are not the usual 204."""
+"""Answers no well-behaved peer gives, and well-formed ones that are not the usual 204.
+
+By a real socket, to a pipeline; what http.client makes of the pieces is in unit/test_odd_answer.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """What a peer is answered, from the pure functions and on three fronts (spec section 5).
 
+Not here: limits of time, memory and connections (test_listener.py, test_receiver.py).
 The fronts are the compiled listener, ``asgi_app`` under uvicorn and ``wsgi_app`` under waitress.
 
 Upstream: ``http_test.go`` ``TestServeRaftPrefix``.

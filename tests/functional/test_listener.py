@@ -1,4 +1,8 @@
-"""Listener: where it listens, its limits, and that nothing is left of it."""
+"""Listener: where it listens, each of its limits of time, how it closes, and what is left then.
+
+Not here: what is answered (test_http.py), many connections and memory (test_receiver.py), bad input
+(fault/test_receiver_attacks.py), https (test_tls_receive.py).
+"""
 
 from __future__ import annotations
 

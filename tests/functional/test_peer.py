@@ -1,4 +1,7 @@
-"""Which channel carries a message (spec 4.1), and what a full one does (spec 4.2)."""
+"""Which channel carries a message (spec 4.1), and what a full one does (spec 4.2).
+
+Of one Peer; what a Transport does with its peers is in test_transport.py.
+"""
 
 from __future__ import annotations
 

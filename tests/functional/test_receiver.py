@@ -1,6 +1,7 @@
-"""The compiled receiver: what it does beyond what every front does (test_http.py).
+"""The compiled receiver: events that epoll speaks of only once, memory, back-pressure, who leads.
 
-Events that epoll speaks of only once, memory and its budget, back-pressure, life cycle.
+Not here: what every front does (test_http.py), one limit of time after the other
+(test_listener.py), the budget on every way in (test_budget.py).
 """
 
 from __future__ import annotations

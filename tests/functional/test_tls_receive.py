@@ -1,4 +1,8 @@
-"""https listeners: who is let in, what arrives, and how connections end."""
+"""https listeners: who is let in, what arrives, and how connections end.
+
+Also the limits of time and memory that test_listener.py and test_receiver.py show without TLS: over
+TLS other code keeps them.
+"""
 
 from __future__ import annotations
 

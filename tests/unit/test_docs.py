@@ -30,7 +30,12 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 EXAMPLES = [ROOT / "examples" / name for name in ("two_transports.py", "asyncio_nodes.py")]
 SECURITY = ROOT / "docs" / "security.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+TESTS = ROOT / "tests" / "README.md"
+DOCUMENTS = sorted(
+    path
+    for folder in ("", "docs/", "benchmarks/", "tests/", "tests/fuzz/")
+    for path in ROOT.glob(f"{folder}*.md")
+)
 
 # Long enough for a busy machine; reached only when the program hangs.
 RUN_TIMEOUT_S = 60.0
@@ -136,6 +141,14 @@ def test_files_and_tests_a_document_names_exist(document: Path) -> None:
         if not (ROOT / path).exists() or (test and test not in functions_of(ROOT / path))
     ]
     assert missing == []
+
+
+def test_every_test_module_answers_a_question() -> None:
+    named = re.findall(r"`(\w+/test_\w+\.py)`", TESTS.read_text())
+    modules = (ROOT / "tests").glob("*/test_*.py")
+    assert sorted(set(named)) == sorted(str(path.relative_to(ROOT / "tests")) for path in modules)
+    helpers = set(re.findall(r"`(\w+\.py)`", TESTS.read_text().partition("`support/`")[2]))
+    assert all((ROOT / "tests" / "support" / name).exists() for name in helpers)
 
 
 def upstream_tests() -> list[tuple[str, str]]:

@@ -1,4 +1,8 @@
-"""What the general path makes of pieces: no call does much, and no byte is looked at often."""
+"""What the general path makes of pieces: no call does much, and no byte is looked at often.
+
+Without a socket. What it answers is in functional/test_http.py, what bad input costs a listener in
+fault/test_receiver_attacks.py.
+"""
 
 from __future__ import annotations
 
