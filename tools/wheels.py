@@ -111,7 +111,7 @@ def find_pythons() -> dict[str, Path]:
     found: dict[str, Path] = {}
     for version in PYTHONS:
         on_path = shutil.which(f"python{version}")
-        known = [Path(on_path)] if on_path else []
+        known = [Path(sys.executable), *([Path(on_path)] if on_path else [])]
         for path in (*known, *sorted(pyenv.glob(f"{version}.*/bin/python3"), reverse=True)):
             # A shim of pyenv is there for every version, and fails for those not in use.
             asked = subprocess.run(
