@@ -35,7 +35,9 @@ cdef struct job_t:
     bint retried            # already moved once to a fresh connection
     int n_segments
     int n_owners
-    iovec* segments         # the body in order; into this allocation or into an owner's memory
+    # The request in order. The first is for the head of whoever sends it; the others are the body,
+    # in this allocation or in an owner's memory.
+    iovec* segments
     void** owners           # owned PyObject*; only a thread with the GIL may drop them
 
 # What the channels of a node may hold together.

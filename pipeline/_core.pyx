@@ -24,6 +24,7 @@ from pipeline._books cimport (
     OUTCOME_FAILED, OUTCOME_SENT, books_check, books_t, follower_stddev_ms, follower_t,
 )
 from pipeline._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_take_expired, job_t
+from pipeline._cursor cimport cursor_advance, cursor_gather, cursor_is_at_end, cursor_t
 from pipeline._gil cimport lock_with_gil, try_lock
 from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline._loop cimport loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop
@@ -146,9 +147,13 @@ def recognise_204(const uint8_t[::1] data not None):
 
 # -- jobs
 
-cdef job_t* job_new(size_t size, size_t framing, int n_segments, int n_owners) except NULL:
-    """Allocate a job with room for ``framing`` bytes behind its segments and owners."""
+cdef job_t* job_new(size_t size, size_t framing, int n_body, int n_owners) except NULL:
+    """Allocate a job with room for ``framing`` bytes behind its segments and owners.
+
+    Of its body there are ``n_body`` segments.
+    """
     cdef job_t* job
+    cdef int n_segments = 1 + n_body
     if size > MESSAGE_MAX:
         raise MarshalError(f"message: {size} bytes encoded is not in 0..{MESSAGE_MAX}")
     job = <job_t*>malloc(sizeof(job_t) + n_segments * sizeof(iovec) + n_owners * sizeof(void*)
@@ -187,16 +192,16 @@ cdef void jobs_free(job_t* first) noexcept:
 
 cdef job_t* job_copy(const void* data, size_t size) except NULL:
     cdef job_t* job = job_new(size, size, 1, 0)
-    job.segments[0].iov_base = job_bytes(job)
-    job.segments[0].iov_len = size
+    job.segments[1].iov_base = job_bytes(job)
+    job.segments[1].iov_len = size
     memcpy(job_bytes(job), data, size)
     return job
 
 
 cdef job_t* job_borrow(const void* data, size_t size, object owner) except NULL:
     cdef job_t* job = job_new(size, 0, 1, 1)
-    job.segments[0].iov_base = <void*>data
-    job.segments[0].iov_len = size
+    job.segments[1].iov_base = <void*>data
+    job.segments[1].iov_len = size
     Py_INCREF(owner)
     job.owners[0] = <void*>owner
     return job
@@ -209,13 +214,13 @@ cdef job_t* job_from_message(Message message, int profile) except NULL:
     cdef size_t size = message_size(message, profile)
     if size <= COPY_LIMIT:
         job = job_new(size, size, 1, 0)
-        job.segments[0].iov_base = job_bytes(job)
-        job.segments[0].iov_len = size
+        job.segments[1].iov_base = job_bytes(job)
+        job.segments[1].iov_len = size
         message_write(message, profile, job_bytes(job))
     else:
         message_gather_plan(message, profile, BORROW_MIN, &plan)
         job = job_new(size, plan.framing_bytes, plan.segments, plan.owners)
-        message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments,
+        message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments + 1,
                        <PyObject**>job.owners)
     job.type = message.c.type
     job.to = message.c.to
@@ -849,7 +854,7 @@ cdef class Worker:
         """Return (bytes of the answer read so far, whether the request is written whole)."""
         cdef worker_t* worker = self.c
         return (PyBytes_FromStringAndSize(<char*>worker.answer, worker.answer_len),
-                worker.job is not NULL and worker.segment > worker.job.n_segments
+                worker.job is not NULL and cursor_is_at_end(&worker.cursor)
                 and worker.sealed_written == worker.sealed_len)
 
     def has_job(self):
@@ -969,40 +974,25 @@ cdef class Worker:
         of the message's own memory, which end with the call.
         """
         cdef worker_t* worker = self.c
-        cdef job_t* job = worker.job
+        cdef cursor_t* cursor = &worker.cursor
+        cdef size_t whole = worker.head_len + worker.job.size_bytes
         cdef size_t left = LOOP_STEP_BYTES
-        cdef size_t room
+        cdef iovec piece
         cdef uint8_t* at
-        cdef int i
-        if worker.segment == 0 and worker.head_len + job.size_bytes <= RECORD_MAX:
-            data = PyBytes_FromStringAndSize(NULL, worker.head_len + job.size_bytes)
+        if cursor.at == 0 and whole <= RECORD_MAX:
+            data = PyBytes_FromStringAndSize(NULL, whole)
             at = <uint8_t*>PyBytes_AS_STRING(data)
-            memcpy(at, worker.head, worker.head_len)
-            at += worker.head_len
-            for i in range(job.n_segments):
-                memcpy(at, job.segments[i].iov_base, job.segments[i].iov_len)
-                at += job.segments[i].iov_len
-            worker.segment = job.n_segments + 1
+            while cursor_gather(cursor, &piece, 1, whole) > 0:
+                memcpy(at, piece.iov_base, piece.iov_len)
+                at += piece.iov_len
+                cursor_advance(cursor, piece.iov_len)
             write(data)
             return
-        while worker.segment <= job.n_segments and left > 0:
-            if worker.segment == 0:
-                at = worker.head
-                room = worker.head_len
-            else:
-                at = <uint8_t*>job.segments[worker.segment - 1].iov_base
-                room = job.segments[worker.segment - 1].iov_len
-            at += worker.offset
-            room -= worker.offset
-            if room > left:
-                room = left
-                worker.offset += room
-            else:
-                worker.segment += 1
-                worker.offset = 0
-            left -= room
-            if room > 0:
-                view = PyMemoryView_FromMemory(<char*>at, room, PyBUF_READ)
+        while cursor_gather(cursor, &piece, 1, left) > 0:
+            left -= piece.iov_len
+            cursor_advance(cursor, piece.iov_len)
+            if piece.iov_len > 0:
+                view = PyMemoryView_FromMemory(<char*>piece.iov_base, piece.iov_len, PyBUF_READ)
                 try:
                     write(view)
                 finally:

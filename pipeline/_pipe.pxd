@@ -26,6 +26,7 @@ from pipeline._channel cimport (
     OFFER_ACCEPTED, channel_drop_all, channel_expire, channel_expires_at, channel_free,
     channel_init, channel_limits_t, channel_offer, channel_settle, channel_t, job_t, queue_budget_t,
 )
+from pipeline._cursor cimport cursor_t
 from pipeline._http cimport HTTP_ANSWER_MAX
 from pipeline._sync cimport (
     EPOLL_CTL_DEL, add_i64, add_int, cond_init_monotonic, epoll_ctl, invariant, list_push, load_i64,
@@ -141,8 +142,7 @@ cdef struct worker_t:
     size_t head_len
     size_t head_for         # the length now written at its end
     size_t written          # bytes of head and body, or of their ciphertext
-    int segment             # next to write, or to encrypt; 0 is the head
-    size_t offset           # within it
+    cursor_t cursor         # in the job's segments: what is next to write, or to encrypt
     int answer_len
     int known_len
     uint8_t answer[HTTP_ANSWER_MAX]

@@ -11,6 +11,7 @@ from posix.uio cimport iovec
 
 from pipeline._books cimport OUTCOME_SENT
 from pipeline._channel cimport channel_take, job_t
+from pipeline._cursor cimport cursor_advance, cursor_begin, cursor_gather, cursor_is_at_end
 from pipeline._http cimport (
     HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
 )
@@ -80,37 +81,18 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
     cdef job_t* job = worker.job
     cdef iovec iov[LOOP_STEP_SEGMENTS]
     cdef msghdr message
-    cdef int n, segment
-    cdef size_t offset, step, room, left
     cdef ssize_t written
     cdef size_t budget = LOOP_STEP_BYTES
     memset(&message, 0, sizeof(message))
     message.msg_iov = iov
     worker_set_state(worker, WORKER_WRITING)
-    while worker.segment <= job.n_segments:
-        n = 0
-        step = 0
-        segment = worker.segment
-        offset = worker.offset
-        while segment <= job.n_segments and n < LOOP_STEP_SEGMENTS and step < budget:
-            if segment == 0:
-                iov[n].iov_base = worker.head + offset
-                room = worker.head_len - offset
-            else:
-                iov[n].iov_base = <uint8_t*>job.segments[segment - 1].iov_base + offset
-                room = job.segments[segment - 1].iov_len - offset
-            if room > budget - step:
-                room = budget - step
-            iov[n].iov_len = room
-            step += room
-            n += 1
-            segment += 1
-            offset = 0
-        if worker.written == 0 and job.n_segments == 1 and job.size_bytes <= LOOP_JOINED_MAX:
-            memcpy(worker.head + worker.head_len, job.segments[0].iov_base, job.size_bytes)
-            written = send(worker.fd, worker.head, step, MSG_NOSIGNAL | MSG_DONTWAIT)
+    while not cursor_is_at_end(&worker.cursor):
+        if worker.written == 0 and job.n_segments == 2 and job.size_bytes <= LOOP_JOINED_MAX:
+            memcpy(worker.head + worker.head_len, job.segments[1].iov_base, job.size_bytes)
+            written = send(worker.fd, worker.head, worker.head_len + job.size_bytes,
+                           MSG_NOSIGNAL | MSG_DONTWAIT)
         else:
-            message.msg_iovlen = n
+            message.msg_iovlen = cursor_gather(&worker.cursor, iov, LOOP_STEP_SEGMENTS, budget)
             written = sendmsg(worker.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
         if written < 0:
             if errno == EINTR:
@@ -122,25 +104,9 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
             worker_write_failed(worker, errno)
             return
         worker.written += written
-        left = written
-        budget -= left
-        while left > 0:
-            if worker.segment == 0:
-                room = worker.head_len - worker.offset
-            else:
-                room = job.segments[worker.segment - 1].iov_len - worker.offset
-            if left < room:
-                worker.offset += left
-                break
-            left -= room
-            worker.segment += 1
-            worker.offset = 0
-        # Empty segments (an empty body) are passed over by the byte count alone.
-        while 0 < worker.segment <= job.n_segments \
-                and job.segments[worker.segment - 1].iov_len == worker.offset:
-            worker.segment += 1
-            worker.offset = 0
-        if budget == 0 and worker.segment <= job.n_segments:
+        budget -= <size_t>written
+        cursor_advance(&worker.cursor, <size_t>written)
+        if budget == 0 and not cursor_is_at_end(&worker.cursor):
             worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
             loop_add_runnable(loop, worker)
             return
@@ -197,7 +163,7 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
             worker.written += written
     if worker.seal == SEAL_WRITING:
         worker.sealed_deadline_ns = 0
-        if worker.segment <= worker.job.n_segments:
+        if not cursor_is_at_end(&worker.cursor):
             worker_to_python(worker, EVENT_SEAL, 0)
             return
         worker.seal = SEAL_READING
@@ -233,8 +199,9 @@ cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil
     if worker.head_for != size:
         worker.head_len = worker.head_fixed + http_end_head(worker.head + worker.head_fixed, size)
         worker.head_for = size
-    worker.segment = 0
-    worker.offset = 0
+    worker.job.segments[0].iov_base = worker.head
+    worker.job.segments[0].iov_len = worker.head_len
+    cursor_begin(&worker.cursor, worker.job.segments, worker.job.n_segments)
     worker.written = 0
     worker.answer_len = 0
     worker.is_odd = False
