@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pipeline import Message, MessageType, PipelineConfig, TLSInfo, Transport, TransportConfig
-from pipeline.pipeline import Pipeline
+from pipeline.pipeline import PeerPipeline
 from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
@@ -147,13 +147,13 @@ def test_a_peer_of_another_version_that_answers_is_told_of_once(
     status: str,
 ) -> None:
     judged = []
-    judge = Pipeline._judge
+    judge = PeerPipeline._judge
 
-    def counting(self: Pipeline, *args: object, **more: object) -> None:
+    def counting(self: PeerPipeline, *args: object, **more: object) -> None:
         judged.append(args)
         judge(self, *args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Pipeline, "_judge", counting)
+    monkeypatch.setattr(PeerPipeline, "_judge", counting)
     context = None if tls is None else authority.server()
     script = always(version(theirs, status))
     with (
