@@ -23,10 +23,10 @@ from typing import Any, TypeAlias
 from urllib3.util.connection import allowed_gai_family
 
 from pipeline._sockets import OwnSocket, open_socket
+from pipeline.errors import STOPPED
 from pipeline.logs import get_logger
 from pipeline.names import literal_address, show_address
 from pipeline.poller import WRITABLE, Poller
-from pipeline.status import STOPPED
 from pipeline.threads import LibraryThread
 
 __all__ = ["Dial", "DialError", "Dialer"]

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.logs import show
 
 __all__ = [
+    "STOPPED",
     "ClusterIDMismatchError",
     "IncompatibleVersionError",
     "InternalError",
@@ -26,6 +27,9 @@ __all__ = [
     "UnmarshalError",
     "UsageError",
 ]
+
+#: The reason of what a stop ended: of no interest for a peer that was not active.
+STOPPED = "stopped"
 
 
 class PipelineError(Exception):

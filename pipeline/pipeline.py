@@ -31,7 +31,7 @@ from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import PipelineConfig, TransportConfig
 from pipeline.dialling import DialError
 from pipeline.dispatcher import Dispatcher
-from pipeline.errors import MemberRemovedError, PeerUnreachableError, PostError, UsageError
+from pipeline.errors import STOPPED, MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.forks import disown, nothing_to_stop
 from pipeline.identity import MIN_CLUSTER_VERSION, Identity
 from pipeline.logs import Throttle, get_logger, show
@@ -39,7 +39,7 @@ from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
 from pipeline.pool import Line, Pool
 from pipeline.reports import Reports
-from pipeline.status import STOPPED, PeerStatus
+from pipeline.status import PeerStatus
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tunnel import Tunnel, tls_reason

@@ -7,6 +7,7 @@ of it as a ``Tunnel``, for the same reason.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from pipeline.odd_answer import OddAnswer
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
 
-__all__ = ["Line", "Pool"]
+__all__ = ["Line", "Pool", "end_tls"]
 
 
 def socket_options(dead_link_timeout_s: float) -> list[tuple[int, int, int | bytes]]:
@@ -36,6 +37,22 @@ def socket_options(dead_link_timeout_s: float) -> list[tuple[int, int, int | byt
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ]
+
+
+def end_tls(sock: OwnSocket, tunnel: Tunnel, *, is_cut: bool) -> None:
+    """Close a connection in TLS's order, without waiting.
+
+    In the middle of a handshake or of a record, which ``is_cut`` says, the peer cannot be told
+    anything, and the connection is reset. Were it merely closed, an OpenSSL at the other end would
+    answer with an alert, and would be sent SIGPIPE for it.
+    """
+    words = None if is_cut else tunnel.last_words()
+    if words is None:
+        sock.reset()
+        return
+    with contextlib.suppress(OSError):
+        sock.send(words, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+    sock.close()
 
 
 class Pool(HTTPConnectionPool):
@@ -202,6 +219,6 @@ class Line:
             dial.discard()
         if connection is not None:
             if tunnel is not None and isinstance(connection.sock, OwnSocket):
-                tunnel.end(connection.sock, is_cut=is_cut)
+                end_tls(connection.sock, tunnel, is_cut=is_cut)
             connection.close()
         return connection

@@ -21,7 +21,7 @@ from pipeline._sockets import OwnSocket, link_is_dead
 from pipeline.dialling import Dial, Dialer, DialError
 from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, SnapshotSourceError
 from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
-from pipeline.pool import Pool
+from pipeline.pool import Pool, end_tls
 from pipeline.protocol import TELLING_STATUS
 from pipeline.snapshot_source import FileSource
 from pipeline.tls import HANDSHAKE_TIMEOUT_S
@@ -157,7 +157,7 @@ class SnapshotLink:
             self._dial.discard()
         if self._sock is not None:
             if self._tunnel is not None:
-                self._tunnel.end(self._sock, is_cut=self._is_cut)
+                end_tls(self._sock, self._tunnel, is_cut=self._is_cut)
             self._sock.close()
         self._ending.close()
 

@@ -34,6 +34,7 @@ from pipeline.callbacks import Callbacks, require_callable
 from pipeline.config import PipelineConfig, require_rate
 from pipeline.dispatcher import Dispatcher
 from pipeline.errors import (
+    STOPPED,
     InternalError,
     PeerUnreachableError,
     PipelineError,
@@ -55,7 +56,6 @@ from pipeline.snapshot_source import (
     open_source,
 )
 from pipeline.stats import Histogram
-from pipeline.status import STOPPED
 from pipeline.threads import LibraryThread, Once
 from pipeline.types import MessageType, Sendable
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from pipeline._core import ActiveFlag
 from pipeline.arguments import require_id
+from pipeline.errors import STOPPED
 from pipeline.logs import get_logger
 from pipeline.protocol import (
     CLUSTER_ID_MISMATCH,
@@ -16,12 +17,9 @@ from pipeline.protocol import (
     format_id,
 )
 
-__all__ = ["STOPPED", "LastError", "PeerStatus"]
+__all__ = ["LastError", "PeerStatus"]
 
 logger = get_logger(__name__)
-
-#: The reason of what a stop ended: of no interest for a peer that was not active.
-STOPPED = "stopped"
 
 
 class LastError(NamedTuple):

@@ -7,10 +7,8 @@ for its own.
 from __future__ import annotations
 
 import contextlib
-import socket
 import ssl
 
-from pipeline._sockets import OwnSocket
 from pipeline.tls import Credentials
 
 __all__ = ["Tunnel", "tls_reason"]
@@ -99,22 +97,15 @@ class Tunnel:
         """Take what is to be sent."""
         return self._outgoing.read()
 
-    def end(self, sock: OwnSocket, *, is_cut: bool) -> None:
-        """Close the connection in TLS's order, without waiting; ``sock`` carries it.
-
-        The peer is told that nothing follows (close_notify), or with an alert what went wrong. In
-        the middle of a handshake or of a record, which ``is_cut`` says, it cannot be told anything:
-        the connection is reset. Were it merely closed, an OpenSSL at the other end would answer
-        with an alert, and would be sent SIGPIPE for it.
+    def last_words(self) -> bytes | None:
+        """Return what is to be sent before the connection is closed: that nothing follows
+        (close_notify), or with an alert what went wrong. None in the middle of a handshake.
         """
-        if is_cut or not (self.is_established or self._has_failed):
-            sock.reset()
-            return
+        if not (self.is_established or self._has_failed):
+            return None
         with contextlib.suppress(ssl.SSLError):  # it wants the peer's close_notify, too
             self._tls.unwrap()
-        with contextlib.suppress(OSError):
-            sock.send(self._outgoing.read(), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        sock.close()
+        return self._outgoing.read()
 
 
 def tls_reason(error: ssl.SSLError) -> str:

@@ -17,6 +17,7 @@ import pytest
 
 from pipeline import MessageType, Transport, TransportConfig
 from pipeline._sockets import OwnSocket, open_socket
+from pipeline.pool import end_tls
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
 from tests.support import LONG_TIMEOUT
@@ -135,7 +136,7 @@ def test_between_records_the_server_is_told_that_nothing_follows(
                     shake(sock, tunnel)
             else:
                 shake(sock, tunnel)
-            tunnel.end(sock, is_cut=False)
+            end_tls(sock, tunnel, is_cut=False)
             assert sock.fileno() == -1
     assert server.outcome == b""
 
@@ -150,7 +151,7 @@ def test_a_server_that_cannot_prove_itself_is_told_why(
     ):
         with pytest.raises(ssl.SSLError):
             shake(sock, tunnel)
-        tunnel.end(sock, is_cut=False)
+        end_tls(sock, tunnel, is_cut=False)
     assert isinstance(server.outcome, ssl.SSLError)
     assert server.outcome.reason == "TLSV1_ALERT_UNKNOWN_CA"
 
@@ -179,7 +180,7 @@ def test_in_the_middle_of_something_the_connection_is_reset(
             hear_tickets(sock, tunnel)
             tunnel.seal(b"x" * 1000)
             sock.sendall(tunnel.outgoing()[:500])
-        tunnel.end(sock, is_cut=place == "in a record")
+        end_tls(sock, tunnel, is_cut=place == "in a record")
         assert sock.fileno() == -1
         is_ended.set()
     assert isinstance(server.outcome, ConnectionResetError)
