@@ -10,49 +10,38 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import inspect
-import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, Protocol, Self, TypeVar
-from wsgiref.types import WSGIApplication
 
-from pipeline import transport as threaded
 from pipeline._messages import Message
 from pipeline._receiver import ReceiverStats
-from pipeline.asgi import ASGIApp
 from pipeline.callbacks import Callbacks, require_callable, require_no_awaitable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, RequestRejected, UsageError, without_frames
-from pipeline.forks import disown, is_foreign, public_names
 from pipeline.listener import Listener as ThreadedListener
 from pipeline.logs import get_logger
-from pipeline.peer import PeerStats
-from pipeline.probing import ProbeStats
+from pipeline.node import Node
 from pipeline.protocol import format_id
-from pipeline.remote import RemotePolicy, RemoteStats
+from pipeline.remote import RemotePolicy
 from pipeline.snapshot_sender import SnapshotProgress
 from pipeline.snapshot_sender import SnapshotTransfer as ThreadedTransfer
 from pipeline.snapshot_source import SnapshotSource, close_quietly
-from pipeline.stats import FollowerStats, PipelineStats, TransportStats
 from pipeline.threads import LibraryThread
 from pipeline.tls import TLSInfo
 from pipeline.types import Sendable, SnapshotStatus
 
 if TYPE_CHECKING:
-    from pipeline.metrics import MetricsCollector
+    pass
 
 __all__ = ["Listener", "Raft", "SnapshotTransfer", "Transport"]
 
 logger = get_logger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
-
-_all: weakref.WeakSet[Transport] = weakref.WeakSet()  # for fork
 
 #: How often a waiting thread looks whether the loop still runs: a loop that ends tells nobody.
 LOOP_CHECK_S = 0.5
@@ -390,7 +379,12 @@ class SnapshotTransfer:
         self._transfer.result()
 
 
-class Transport:
+async def _nothing_to_stop(_: object) -> int:
+    """Be the ``stop`` of what another process runs: no message is dropped by it."""
+    return 0
+
+
+class Transport(Node):
     """The network half of a Raft node, for asyncio. ``pipeline.Transport`` says what it does.
 
     Parameters
@@ -431,6 +425,8 @@ class Transport:
     answered 503 and reports are dropped.
     """
 
+    _stop_of_foreign = staticmethod(_nothing_to_stop)
+
     def __init__(
         self,
         member_id: int,
@@ -448,7 +444,7 @@ class Transport:
         require_callable("on_critical_error", on_critical_error, is_async_taken=True)
         bridge = _Bridge(raft, on_critical_error)
         self._deliveries = bridge.deliveries
-        self._transport = threaded.Transport(
+        super().__init__(
             member_id,
             cluster_id,
             bridge,
@@ -459,19 +455,14 @@ class Transport:
             remote_policy=remote_policy,
             allow_loopback_remotes=allow_loopback_remotes,
         )
-        self._deliveries.callbacks = self._transport.callbacks
+        self._deliveries.callbacks = self.callbacks
         self._stopping: asyncio.Task[int] | None = None
         self._has_stopped = False
-        _all.add(self)
-        self.member_id = member_id
-        self.cluster_id = cluster_id
-        self.config = self._transport.config
-        self.peer_urls = self._transport.peer_urls
 
     async def start(self) -> None:
         """Start the I/O thread; callbacks come to the loop that runs. Once, else ``UsageError``."""
         # Not in a thread: it starts two threads, as getting off the loop would start one.
-        self._transport.start()
+        self._start()
         self._deliveries.open()
 
     async def stop(self) -> int:
@@ -490,18 +481,18 @@ class Transport:
         self._deliveries.let_go(is_stop=True)
         # One that Ctrl-C ended, with the loop's other tasks, has perhaps not seen to everything.
         if self._stopping is None or (self._stopping.done() and not self._has_stopped):
-            stopping = self._stop()
+            stopping = self._stop_once()
             try:
                 self._stopping = asyncio.get_running_loop().create_task(stopping)
             except Exception:  # the application's task factory; it keeps nobody from stopping
                 stopping.close()
                 logger.warning("stopping without a task of its own", exc_info=True)
-                return await self._stop()
+                return await self._stop_once()
         return await asyncio.shield(self._stopping)
 
-    async def _stop(self) -> int:
+    async def _stop_once(self) -> int:
         try:
-            dropped = await _in_thread(self._transport.stop)
+            dropped = await _in_thread(self._stop)
         finally:
             await self._deliveries.close()
         self._has_stopped = True
@@ -518,10 +509,6 @@ class Transport:
         trace: TracebackType | None,
     ) -> None:
         await self.stop()
-
-    def send(self, messages: Iterable[Sendable]) -> None:
-        """Hand each message to the peer it is for; never waits. As :meth:`Transport.send`."""
-        self._transport.send(messages)
 
     async def send_snapshot(
         self,
@@ -562,29 +549,15 @@ class Transport:
                 close_quietly(source)
                 raise
             # Called on the loop, where nobody else takes care of what it raises or returns.
-            call = partial(self._transport.callbacks.call, "on_progress", "a snapshot", on_progress)
+            call = partial(self.callbacks.call, "on_progress", "a snapshot", on_progress)
             report = partial(asyncio.get_running_loop().call_soon_threadsafe, call)
-        begin = partial(
-            self._transport.send_snapshot, message, source, size=size, on_progress=report
-        )
+        begin = partial(self._send_snapshot, message, source, size=size, on_progress=report)
         begun = asyncio.ensure_future(_in_thread(begin))
         try:
             return SnapshotTransfer(await asyncio.shield(begun))
         except asyncio.CancelledError:
             begun.add_done_callback(_cancel_begun)  # nobody else will
             raise
-
-    def set_snapshot_rate_limit(self, rate: float | None) -> None:
-        """As ``pipeline.Transport.set_snapshot_rate_limit``."""
-        self._transport.set_snapshot_rate_limit(rate)
-
-    def add_peer(self, peer_id: int, urls: Iterable[str]) -> None:
-        """Start to send to a member; ``UsageError`` for a bad URL, or if not running."""
-        self._transport.add_peer(peer_id, urls)
-
-    def update_peer(self, peer_id: int, urls: Iterable[str]) -> None:
-        """Replace a peer's URLs; ignored for an unknown member. ``UsageError`` for a bad URL."""
-        self._transport.update_peer(peer_id, urls)
 
     async def remove_peer(self, peer_id: int) -> int:
         """Stop to send to a member; the number of messages dropped.
@@ -593,91 +566,16 @@ class Transport:
         called from.
         """
         self._deliveries.let_go(is_stop=False)
-        return await _in_thread(self._transport.remove_peer, peer_id)
+        return await _in_thread(self._remove_peer, peer_id)
 
     async def remove_all_peers(self) -> int:
         """Remove every peer, as :meth:`remove_peer`; the number of messages dropped."""
         self._deliveries.let_go(is_stop=False)
-        return await _in_thread(self._transport.remove_all_peers)
-
-    def active_since(self, peer_id: int) -> float | None:
-        """When the peer last became active, seconds since the epoch; None if it is not."""
-        return self._transport.active_since(peer_id)
-
-    def active_peers(self) -> int:
-        """How many peers are active."""
-        return self._transport.active_peers()
-
-    def stats(self) -> dict[int, PipelineStats]:
-        """The books of every peer's pipeline, by member ID."""
-        return self._transport.stats()
-
-    def transport_stats(self) -> TransportStats:
-        """As ``pipeline.Transport.transport_stats``."""
-        return self._transport.transport_stats()
-
-    def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
-        """As ``pipeline.Transport.add_remote``."""
-        self._transport.add_remote(member_id, urls)
-
-    def pause(self) -> None:
-        """As ``pipeline.Transport.pause``."""
-        self._transport.pause()
-
-    def resume(self) -> None:
-        """As ``pipeline.Transport.resume``."""
-        self._transport.resume()
-
-    def cut_peer(self, peer_id: int) -> None:
-        """As ``pipeline.Transport.cut_peer``."""
-        self._transport.cut_peer(peer_id)
-
-    def mend_peer(self, peer_id: int) -> None:
-        """As ``pipeline.Transport.mend_peer``."""
-        self._transport.mend_peer(peer_id)
-
-    def peer_stats(self) -> dict[int, PeerStats]:
-        """As ``pipeline.Transport.peer_stats``."""
-        return self._transport.peer_stats()
-
-    def remote_stats(self) -> dict[int, RemoteStats]:
-        """As ``pipeline.Transport.remote_stats``."""
-        return self._transport.remote_stats()
-
-    def probe_stats(self) -> dict[int, ProbeStats]:
-        """As ``pipeline.Transport.probe_stats``."""
-        return self._transport.probe_stats()
-
-    def snapshot_path(self, index: int) -> Path | None:
-        """As ``pipeline.Transport.snapshot_path``."""
-        return self._transport.snapshot_path(index)
-
-    def leader_stats(self) -> dict[str, object]:
-        """As ``pipeline.Transport.leader_stats``."""
-        return self._transport.leader_stats()
-
-    def server_stats(self) -> dict[str, object]:
-        """As ``pipeline.Transport.server_stats``."""
-        return self._transport.server_stats()
-
-    def follower_stats(self) -> dict[int, FollowerStats]:
-        """What became of MsgApp messages, by member ID."""
-        return self._transport.follower_stats()
-
-    def metrics_collector(self, *, received_failures_by_address: bool = False) -> MetricsCollector:
-        """Return a prometheus_client collector, as ``pipeline.Transport`` does."""
-        return self._transport.metrics_collector(
-            received_failures_by_address=received_failures_by_address
-        )
+        return await _in_thread(self._remove_all_peers)
 
     async def reload_tls(self) -> bool:
         """Load the TLS files again, off the loop. As ``pipeline.Transport.reload_tls``."""
-        return await _in_thread(self._transport.reload_tls)
-
-    @property
-    def certificate_expires_at(self) -> float | None:
-        """As ``pipeline.Transport.certificate_expires_at``."""
-        return self._transport.certificate_expires_at
+        return await _in_thread(self._reload_tls)
 
     async def listen(self, url: str | Iterable[str] | None = None) -> Listener:
         """Receive at ``url``, by default at all of ``peer_urls``; names are resolved off the loop.
@@ -685,17 +583,7 @@ class Transport:
         ``UsageError`` if there is no URL or the transport is not running, ``OSError`` if the
         address cannot be bound. :meth:`stop` closes it.
         """
-        return Listener(await _in_thread(self._transport.listen, url))
-
-    @property
-    def asgi_app(self) -> ASGIApp:
-        """An ASGI application that does what :meth:`listen` does; it may run on the same loop."""
-        return self._transport.asgi_app
-
-    @property
-    def wsgi_app(self) -> WSGIApplication:
-        """A WSGI application that does what :meth:`listen` does, for threads off the loop."""
-        return self._transport.wsgi_app
+        return Listener(await _in_thread(self._listen, url))
 
 
 def _cancel_begun(begun: asyncio.Task[ThreadedTransfer]) -> None:
@@ -725,18 +613,3 @@ def _run(done: concurrent.futures.Future[T], work: Callable[[], T]) -> None:
     except BaseException as error:
         without_frames(error)  # this one holds where it is kept
         done.set_exception(error)
-
-
-async def _nothing_to_stop(_: Transport) -> int:
-    return 0
-
-
-def _after_fork_in_child() -> None:
-    """Be after ``pipeline.transport``, which knows whose each is; it was imported before."""
-    for transport in list(_all):
-        if is_foreign(transport._transport):
-            names = public_names(type(transport))
-            disown(transport, "transport", names, stop=_nothing_to_stop)
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from pipeline.arguments import require_bool, require_iterable
 from pipeline.errors import UsageError
 from pipeline.forks import is_foreign
 from pipeline.logs import lost_lines, show
 from pipeline.protocol import format_id
-from pipeline.transport import Transport
 
 try:
     from prometheus_client.core import (
@@ -34,11 +33,10 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from pipeline import aio
-    from pipeline.listener import Listener
-    from pipeline.peer import Peer
-    from pipeline.received import Received
-    from pipeline.snapshot_receiver import SnapshotReceiver
+    from pipeline._receiver import ReceiverStats
+    from pipeline.handlers import Handlers
+    from pipeline.node_snapshot import NodeSnapshot, PeerSnapshot
+    from pipeline.received import ReceivedCounts
     from pipeline.stats import Histogram
 
 __all__ = ["MetricsCollector"]
@@ -222,6 +220,19 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     ),
 }
 
+
+@runtime_checkable
+class Node(Protocol):
+    """What a transport is to metrics; ``isinstance`` looks for the names only."""
+
+    @property
+    def handlers(self) -> Handlers:
+        """What counts failures to receive by address, once asked."""
+
+    def snapshot(self) -> NodeSnapshot:
+        """Return everything that is counted."""
+
+
 Sample = tuple[str, tuple[str, ...], "float | Histogram"]
 
 
@@ -257,14 +268,17 @@ class MetricsCollector(Collector):
 
     def __init__(
         self,
-        transports: Iterable[Transport | aio.Transport],
+        transports: Iterable[Node],
         *,
         received_failures_by_address: bool = False,
     ) -> None:
         given = require_iterable("transports", transports, "Transports")
-        self._transports = tuple(map(_threaded, given))
+        self._transports = tuple(given)
         if not self._transports:
             raise UsageError("transports: none given")
+        for transport in self._transports:
+            if not isinstance(transport, Node):
+                raise UsageError(f"transports: {show(transport)} is not a Transport")
         require_bool("received_failures_by_address", received_failures_by_address)
         if received_failures_by_address:
             for transport in self._transports:
@@ -302,48 +316,37 @@ class MetricsCollector(Collector):
             yield metric
 
 
-def _threaded(transport: object) -> Transport:
-    """Return what has the numbers: of a transport for asyncio the one that it is a face of."""
-    threaded = getattr(transport, "_transport", transport)
-    if not isinstance(threaded, Transport):
-        raise UsageError(f"transports: {show(transport)} is not a Transport")
-    return threaded
-
-
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
     """Return what prometheus_client wants: each bound, and what is up to it."""
     names = [*map(str, histogram.bounds), "+Inf"]
     return list(zip(names, itertools.accumulate(histogram.counts), strict=True))
 
 
-def _samples(transport: Transport) -> Iterator[Sample]:
-    # The underscored attributes are Transport's own: this is a part of it, in a file of its own.
-    if is_foreign(transport):
+def _samples(node: Node) -> Iterator[Sample]:
+    if is_foreign(node):
         return  # in a forked child: the numbers are those of another process
-    local = format_id(transport.member_id)
-    errors = transport.callbacks.errors
-    for peer in tuple(transport._peers.values()):
+    snapshot = node.snapshot()
+    local = format_id(snapshot.member_id)
+    errors = snapshot.callback_errors
+    for peer in snapshot.peers:
         yield from _peer_samples(local, peer)
-        errors -= peer.pipeline.callback_errors
+        errors -= peer.callback_errors
     yield "raft_pipeline_callback_errors_total", (local, ""), max(0, errors)
-    if transport._prober is not None:
-        for peer_id, round_trips in transport._prober.round_trips().items():
-            yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
-    yield from _received_samples(local, transport.handlers.received)
-    yield from _snapshot_samples(transport._snapshots)
-    if (expires_at := transport.certificate_expires_at) is not None:
-        days = (expires_at - time.time()) / DAY_S
+    for peer_id, round_trips in snapshot.round_trips.items():
+        yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
+    yield from _received_samples(local, snapshot.received)
+    yield from _snapshot_samples(snapshot)
+    if snapshot.certificate_expires_at is not None:
+        days = (snapshot.certificate_expires_at - time.time()) / DAY_S
         yield "raft_pipeline_certificate_expiry_days", (local,), days
-    for listener in tuple(transport._listeners):
-        if not listener.is_closed:
-            yield from _listener_samples(local, listener)
+    for url, counts in snapshot.listeners:
+        yield from _listener_samples((local, url), counts)
 
 
-def _peer_samples(local: str, peer: Peer) -> Iterator[Sample]:
-    to = format_id(peer.peer_id)
-    books, status, snapshots = peer.pipeline.stats(), peer.status, peer.snapshots.counts()
-    yield "etcd_network_active_peers", (local, to), status.is_active
-    yield "etcd_network_disconnected_peers_total", (local, to), status.disconnects
+def _peer_samples(local: str, peer: PeerSnapshot) -> Iterator[Sample]:
+    to, books, snapshots = format_id(peer.peer_id), peer.books, peer.snapshots
+    yield "etcd_network_active_peers", (local, to), peer.is_active
+    yield "etcd_network_disconnected_peers_total", (local, to), peer.disconnects
     yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes + snapshots.sent_bytes
     failures = books.failed + books.refused + snapshots.failures
     yield "etcd_network_peer_sent_failures_total", (to,), failures
@@ -357,12 +360,10 @@ def _peer_samples(local: str, peer: Peer) -> Iterator[Sample]:
     for field in ("queued", "in_flight"):
         yield f"raft_pipeline_{field}_messages", (local, to), getattr(books, field)
     yield "raft_pipeline_queued_bytes", (local, to), books.queued_bytes
-    errors = peer.pipeline.callback_errors
-    yield "raft_pipeline_callback_errors_total", (local, to), errors
+    yield "raft_pipeline_callback_errors_total", (local, to), peer.callback_errors
 
 
-def _received_samples(local: str, received: Received) -> Iterator[Sample]:
-    counts = received.counts()
+def _received_samples(local: str, counts: ReceivedCounts) -> Iterator[Sample]:
     for sender, size_bytes in counts.received_bytes.items():
         name = "" if sender is None else format_id(sender)
         yield "etcd_network_peer_received_bytes_total", (name,), size_bytes
@@ -373,21 +374,20 @@ def _received_samples(local: str, received: Received) -> Iterator[Sample]:
     yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
 
 
-def _snapshot_samples(snapshots: SnapshotReceiver) -> Iterator[Sample]:
+def _snapshot_samples(snapshot: NodeSnapshot) -> Iterator[Sample]:
     prefix = "etcd_network_snapshot_receive"
-    for sender, counts in snapshots.counts().items():
+    for sender, counts in snapshot.received_snapshots.items():
         yield f"{prefix}_success", (sender,), counts.success
         yield f"{prefix}_failures", (sender,), counts.failures
         yield f"{prefix}_inflights_total", (sender,), counts.in_flight
         yield f"{prefix}_total_duration_seconds", (sender,), counts.duration
-    if snapshots.store is not None:
-        saves, fsyncs = snapshots.store.histograms()
+    if snapshot.stores is not None:
+        saves, fsyncs = snapshot.stores
         yield "etcd_snap_db_fsync_duration_seconds", (), fsyncs
         yield "etcd_snap_db_save_total_duration_seconds", (), saves
 
 
-def _listener_samples(local: str, listener: Listener) -> Iterator[Sample]:
-    counts, labels = listener.stats(), (local, listener.url)
+def _listener_samples(labels: tuple[str, str], counts: ReceiverStats) -> Iterator[Sample]:
     yield "raft_pipeline_listener_connections", labels, counts.connections
     yield "raft_pipeline_listener_accepted_connections_total", labels, counts.accepted
     for field in (

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from pipeline.dispatcher import Dispatcher
 from pipeline.logs import Throttle, get_logger
+from pipeline.node_snapshot import PeerSnapshot
 from pipeline.pipeline import PeerPipeline
 from pipeline.protocol import format_id
 from pipeline.snapshot_sender import SnapshotSender
@@ -133,6 +134,17 @@ class Peer:
                 self._paused_drops,
                 status.last_error,
             )
+
+    def snapshot(self) -> PeerSnapshot:
+        """Return what is counted of it, for metrics."""
+        return PeerSnapshot(
+            self.peer_id,
+            self.status.is_active,
+            self.status.disconnects,
+            self.pipeline.stats(),
+            self.snapshots.counts(),
+            self.pipeline.callback_errors,
+        )
 
     def forget_after_fork(self) -> None:
         """Make anew, in a forked child, the lock that a thread of the parent may have held."""

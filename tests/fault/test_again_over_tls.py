@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.pipeline import Pipeline
+from pipeline.pipeline import PeerPipeline
 from pipeline.tls import Credentials
 from tests.fault.test_answers import *  # noqa: F403
 from tests.fault.test_large import *  # noqa: F403
@@ -29,7 +29,9 @@ def over_tls(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Any] = {"tls": authority.server("server", "127.0.0.1", "localhost")}
     monkeypatch.setattr(ScriptedServer, "__init__", partialmethod(ScriptedServer.__init__, **made))
     made = {"credentials": Credentials(authority.info())}
-    init = Pipeline.__init__
+    init = PeerPipeline.__init__
     monkeypatch.setattr(
-        Pipeline, "__init__", lambda self, *args, **kwargs: init(self, *args, **{**kwargs, **made})
+        PeerPipeline,
+        "__init__",
+        lambda self, *args, **kwargs: init(self, *args, **{**kwargs, **made}),
     )

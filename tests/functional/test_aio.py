@@ -231,7 +231,7 @@ def test_reports_and_critical_errors_come_on_the_loop_in_etcd_s_order(
                 transport.add_peer(5, [server.url])
                 transport.send([message(MessageType.SNAP, b"s", to=5)])
                 await eventually_async(lambda: transport.stats()[5].failed == 1)
-                removed = transport._transport._raft.is_id_removed
+                removed = transport._raft.is_id_removed
                 assert await asyncio.to_thread(removed, 7) is True
                 assert await asyncio.to_thread(removed, 5) is False
         assert node.reports == [(5, "removed"), (5,), (5, SnapshotStatus.FAILURE)]
@@ -446,7 +446,7 @@ def test_a_callback_that_ends_the_program_ends_it(run: Callable[[Main], None]) -
         thread[0].join(LONG_TIMEOUT)
         assert [reply.status for reply in replies] == [500]
     finally:
-        transport._transport.stop()
+        transport._stop()
 
 
 def test_a_loop_that_ends_in_the_middle_of_a_stop_lets_it_end(
@@ -524,7 +524,7 @@ def test_a_loop_that_ends_without_stop_leaves_no_thread_waiting(
             thread.join(LONG_TIMEOUT)
         assert [reply.status for reply in replies] == [503, 503]
     finally:
-        transport._transport.stop()
+        transport._stop()
 
 
 def test_while_the_loop_does_not_run_messages_are_refused() -> None:
@@ -537,14 +537,14 @@ def test_while_the_loop_does_not_run_messages_are_refused() -> None:
         runner.run(asyncio.sleep(0))  # what was given up is not begun
         assert node.processed == []
         runner.run(transport.stop())
-    assert transport._transport._raft.is_id_removed(7) is False  # nor is any other call made
+    assert transport._raft.is_id_removed(7) is False  # nor is any other call made
 
 
 def test_the_loop_s_own_thread_is_told_that_it_would_wait_for_itself() -> None:
     async def main() -> None:
         async with transport_of(Node()) as transport:
             with pytest.raises(UsageError, match="wait for itself"):
-                transport._transport._raft.process(message())
+                transport._raft.process(message())
 
     asyncio.run(main())
 
@@ -581,10 +581,9 @@ def test_the_asgi_application_may_run_on_the_same_loop(run: Callable[[Main], Non
 def test_a_transport_that_was_never_started_is_freed_when_dropped() -> None:
     transport = transport_of(Node())
     reference = weakref.ref(transport)
-    inner = weakref.ref(transport._transport)
     del transport
     gc.collect()
-    assert (reference(), inner()) == (None, None)
+    assert reference() is None
 
 
 def test_a_program_that_drops_its_transport_ends() -> None:
@@ -660,7 +659,7 @@ def test_what_a_progress_callback_raises_or_returns_is_counted_and_ends_nothing(
         with ScriptedServer() as server:
             async with transport_of(Node()) as transport:
                 transport.add_peer(1, [server.url])
-                callbacks = transport._transport.callbacks
+                callbacks = transport.callbacks
                 await transport.send_snapshot(snapshot_to(1), b"x", on_progress=fail)
                 await eventually_async(lambda: callbacks.errors == 4)
                 await transport.send_snapshot(snapshot_to(1), b"x", on_progress=Unawaited())
@@ -681,7 +680,7 @@ def test_a_callback_that_awaits_to_no_end_is_not_believed(run: Callable[[Main], 
         async with transport_of(node) as transport:
             url = (await transport.listen("http://127.0.0.1:0")).url
             assert (await posting(url)).status == 500
-            assert transport._transport.callbacks.errors == 1
+            assert transport.callbacks.errors == 1
 
     run(main())
 
@@ -702,7 +701,7 @@ def test_a_report_that_raises_on_the_loop_is_counted_and_ends_nothing(
                     transport.send([message(to=1)])
                     await eventually_async(lambda count=count: len(node.reports) == count)  # type: ignore[misc]
                     await eventually_async(lambda: transport.stats()[1].in_flight == 0)
-                assert transport._transport.callbacks.errors == 3
+                assert transport.callbacks.errors == 3
 
     run(main())
 

@@ -341,7 +341,7 @@ def given(method: Callable[..., object], name: str, value: object) -> dict[str, 
 
 
 def public(kind: type) -> set[str]:
-    return {name for name, it in vars(kind).items() if name[0] != "_" and inspect.isfunction(it)}
+    return {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if name[0] != "_"}
 
 
 def test_every_parameter_of_a_method_has_a_row() -> None:

@@ -186,6 +186,7 @@ METHODS: dict[str, Step] = {
     "active_since": lambda t: t.active_since(2),
     "active_peers": lambda t: t.active_peers(),
     "stats": lambda t: t.stats(),
+    "snapshot": lambda t: t.snapshot(),
     "peer_stats": lambda t: t.peer_stats(),
     "probe_stats": lambda t: t.probe_stats(),
     "remote_stats": lambda t: t.remote_stats(),
@@ -245,7 +246,7 @@ class Calling(FakeRaft):
 
 
 def test_every_public_method_is_in_the_table() -> None:
-    public = {name for name in vars(Transport) if not name.startswith("_")}
+    public = {name for name in dir(Transport) if not name.startswith("_")}
     assert public == {name.partition(" ")[0] for name in METHODS}
 
 

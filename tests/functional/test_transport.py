@@ -489,7 +489,7 @@ def test_a_listener_that_is_closed_is_kept_by_nobody(
     url = f"{scheme}://127.0.0.1:0"
     kept: list[weakref.ref[object]] = []
 
-    def check(transport: Transport) -> None:
+    def check(transport: Transport | aio.Transport) -> None:
         assert transport.credentials is not None
         assert transport._listeners == []
         assert transport.credentials._subscribers == [transport._retire_connections]
@@ -501,7 +501,7 @@ def test_a_listener_that_is_closed_is_kept_by_nobody(
                 kept.append(weakref.ref(listener._listener))
                 await listener.close()
                 del listener
-            check(transport._transport)
+            check(transport)
 
     if is_aio:
         asyncio.run(on_the_loop())

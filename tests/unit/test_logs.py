@@ -121,7 +121,7 @@ def test_every_module_logs_through_this_one() -> None:
         if (logger := getattr(module, "logger", None)) is not None:
             assert isinstance(logger, Logger)
             names.add(logger._logger.name)
-    assert {"pipeline.transport", "pipeline.status", "pipeline.listener"} <= names
+    assert {"pipeline.node", "pipeline.status", "pipeline.listener"} <= names
     assert all(re.fullmatch(r"pipeline\.[a-z_]+", name) for name in names)
 
 

@@ -1,0 +1,49 @@
+"""What a node has counted, at one instant: what metrics are made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pipeline._receiver import ReceiverStats
+    from pipeline.received import ReceivedCounts
+    from pipeline.snapshot_receiver import SnapshotCounts
+    from pipeline.snapshot_sender import SnapshotSendCounts
+    from pipeline.stats import Histogram, PipelineStats
+
+__all__ = ["NodeSnapshot", "PeerSnapshot"]
+
+
+class PeerSnapshot(NamedTuple):
+    """What there is of one peer."""
+
+    peer_id: int
+    is_active: bool
+    #: Changes from active to inactive.
+    disconnects: int
+    #: The books of its pipeline.
+    books: PipelineStats
+    #: What its transfers of snapshots came to.
+    snapshots: SnapshotSendCounts
+    #: Calls of the application on its behalf that raised.
+    callback_errors: int
+
+
+class NodeSnapshot(NamedTuple):
+    """What there is of a node. Each part balances in itself; they are read one after the other."""
+
+    member_id: int
+    #: Calls of the application that raised, those on behalf of peers included.
+    callback_errors: int
+    peers: tuple[PeerSnapshot, ...]
+    #: Round trips of probes in seconds, by member ID; empty without probing.
+    round_trips: dict[int, Histogram]
+    received: ReceivedCounts
+    #: What became of snapshots, by From.
+    received_snapshots: dict[str, SnapshotCounts]
+    #: Seconds to store a database, and those of its fsync; None without a ``snapshot_dir``.
+    stores: tuple[Histogram, Histogram] | None
+    #: Seconds since the epoch; None without TLS.
+    certificate_expires_at: float | None
+    #: By URL, of each listener that is open.
+    listeners: tuple[tuple[str, ReceiverStats], ...]
