@@ -262,42 +262,56 @@ class PeerPipeline(Sender):
         finally:
             _handling.pipeline = None
 
-    def _handle(self, worker: Worker, event: Event, error: int) -> None:
-        if event is Event.CONNECT:
-            self._dial(worker)
-        elif event is Event.DIALLED:
-            self._dialled(worker)
-        elif event is Event.ANSWER:
-            self._judge(worker, *worker.answer(), is_ended=error != 0)
-        elif event is Event.SEAL:
-            self._seal(worker)
-        elif event is Event.UNSEAL:
-            self._unseal(worker, error)
-        elif event is Event.HANDSHAKE:
-            self._begin_tls(worker)
-        elif event is Event.FAILED and worker.line.odd.is_text_due:
-            self._judge(worker, *worker.answer(), is_ended=True)
-        elif event is Event.FAILED:
-            self._fail(worker, self._unreachable(worker, self._reason(worker, error)))
-        elif event is Event.SUCCEEDED:
-            self._succeed(worker)
-        else:
-            self._disconnect(worker)
-            self._give_back(worker)
+    # The life of a worker, as far as it comes here. The loop takes a message, posts it on a
+    # connection that is there and recognises the 204 without Python: that is not in the table.
+    #
+    #   the worker was            | event     | here                        | then
+    #   --------------------------+-----------+-----------------------------+-------------------
+    #   given a message, without  | CONNECT   | close what is too old, pick | DIALLED
+    #     a connection for it     |           | a URL, dial it              |
+    #   dialling                  | DIALLED   | take the socket             | the loop writes
+    #                             |           | there is none               | failed
+    #   reading something odd     | ANSWER    | http.client reads it        | sent, failed, or
+    #                             |           |                             | the loop reads on
+    #   reading a 204 that others | SUCCEEDED |                             | sent
+    #     have to hear of         |           |                             |
+    #   writing or reading, when  | FAILED    | judge the text so far       | sent, failed
+    #     it broke off            |           | there is none               | failed
+    #   idle, when the peer       | CLOSED    | close the connection        | idle
+    #     closed the connection   |           |                             |
+    #   on a connection with TLS  | HANDSHAKE | the last part of this class | any of these
+    #                             | SEAL      |                             |
+    #                             | UNSEAL    |                             |
+    #
+    #   sent    Reports.delivered: status, Raft (a MsgSnap has ended); then the books
+    #   failed  Reports.failed: picker, critical error, status, follower, Raft; then the books
+    #
+    # After both the worker is given back, and the loop takes the next message for it. Given back
+    # to a pipeline that has stopped it is retired, and if it has a message that one fails first.
 
-    def pool(self, url: str) -> Pool:
-        """Return the connections to one of the peer's URLs. Any thread."""
-        with self._lock:
-            pool = self._pools.get(url)
-            if pool is None:
-                pool = self._pools[url] = Pool(
-                    url,
-                    protocol.request_head(self.identity, url),
-                    size=self._config.connections,
-                    dead_link_timeout_s=self._config.dead_link_timeout_s,
-                    credentials=self._credentials,
-                )
-            return pool
+    def _handle(self, worker: Worker, event: Event, error: int) -> None:
+        match event:
+            case Event.CONNECT:
+                self._dial(worker)
+            case Event.DIALLED:
+                self._dialled(worker)
+            case Event.ANSWER:
+                self._judge(worker, *worker.answer(), is_ended=error != 0)
+            case Event.SUCCEEDED:
+                self._succeed(worker)
+            case Event.FAILED if worker.line.odd.is_text_due:
+                self._judge(worker, *worker.answer(), is_ended=True)
+            case Event.FAILED:
+                self._fail(worker, self._unreachable(worker, self._reason(worker, error)))
+            case Event.CLOSED:
+                self._disconnect(worker)
+                self._give_back(worker)
+            case Event.HANDSHAKE:
+                self._begin_tls(worker)
+            case Event.SEAL:
+                self._seal(worker)
+            case Event.UNSEAL:
+                self._unseal(worker, error)
 
     def _dial(self, worker: Worker) -> None:
         self._disconnect(worker)
@@ -320,8 +334,120 @@ class PeerPipeline(Sender):
         worker.connect(fd, line.head, is_sealed=line.is_sealed)
         self._give_back(worker)
 
-    # What a connection that carries TLS needs besides. The loop writes and reads; it waits, and
-    # knows when to stop waiting.
+    def _judge(self, worker: Worker, data: bytes, is_written: bool, *, is_ended: bool) -> None:
+        """Have http.client read the answer, and decide by spec section 2.5."""
+        line = worker.line
+        try:
+            answer = line.odd.feed(data, is_ended=is_ended, is_written=is_written)
+        except (http.client.HTTPException, ValueError) as error:
+            reason = f"malformed or incomplete answer: {error!r}"
+            self._fail(worker, self._unreachable(worker, reason, error))
+            return
+        if answer is None:
+            worker.read_on(TEXT_TIMEOUT_S if line.odd.is_text_due else 0.0)
+            self._give_back(worker)
+            return
+        if answer.keep:
+            worker.keep()
+        else:
+            self._disconnect(worker)
+        self.note_version(answer.headers)
+        url = protocol.post_url(line.url)
+        failure = protocol.check_answer(
+            answer.status, answer.body, answer.headers, peer_id=self.peer_id, url=url
+        )
+        if failure is None:
+            self._succeed(worker)
+        else:
+            self._fail(worker, failure, keep=answer.keep)
+
+    def _succeed(self, worker: Worker) -> None:
+        kind, to, _ = worker.job()
+        self.reports.delivered(kind, to)
+        self._finish(worker, True)
+        tunnel = worker.line.tunnel
+        if tunnel is not None and worker.take():
+            worker.seal(tunnel.seal)
+            self._post(worker)
+        else:
+            self._give_back(worker)
+
+    def _fail(self, worker: Worker, error: PostError, *, keep: bool = False) -> None:
+        """Tell everyone who has to know, and count."""
+        kind, to, _ = worker.job()
+        if not keep:
+            self._disconnect(worker)
+        self.reports.failed(kind, to, error, worker.line.url, worker.count_failed_append)
+        self._finish(worker, False)
+        self._give_back(worker)
+
+    def _finish(self, worker: Worker, is_sent: bool) -> None:
+        """Write the outcome into the books; an idle worker keeps nothing of what it sent."""
+        worker.post(b"")
+        worker.line.outgoing = b""
+        worker.finish(is_sent)
+
+    def _give_back(self, worker: Worker) -> None:
+        given = worker.give_back()
+        if given is GiveBack.RETIRED:
+            worker.line.close()
+        elif given is GiveBack.HAS_JOB:
+            self._fail(worker, self._unreachable(worker, STOPPED))
+
+    def _disconnect(self, worker: Worker) -> None:
+        is_cut = not worker.disconnect()
+        worker.line.odd.clear()
+        worker.line.close(is_cut=is_cut)
+
+    def _reason(self, worker: Worker, error: int) -> str:
+        tunnel = worker.line.tunnel
+        is_shaking = tunnel is not None and not tunnel.is_established
+        return f"{'TLS handshake: ' if is_shaking else ''}{error_text(error)}"
+
+    def _unreachable(
+        self, worker: Worker, reason: str, cause: BaseException | None = None
+    ) -> PeerUnreachableError:
+        line = worker.line
+        error = PeerUnreachableError(reason, peer_id=self.peer_id, url=line.url)
+        error.__cause__ = cause
+        return error
+
+    def note_version(self, headers: Mapping[str, str]) -> None:
+        """See the headers of an answer, with names in lower case."""
+        if self._versions is not None:
+            self._versions.note(self.peer_id, headers)
+
+    def on_expired(self) -> None:
+        """Fail what waited longer than ``max_queue_age``. It says nothing of the peer."""
+        expired = self.take_expired()
+        if not expired:
+            return
+        for kind, to in expired:
+            self.reports.not_tried(to, snapshots=int(kind == MessageType.SNAP))
+        self.finish_expired(len(expired))
+        self._throttle.warning(
+            "dropped %d messages to peer %s that waited longer than %g s",
+            len(expired),
+            self._peer,
+            self._config.max_queue_age,
+        )
+
+    def pool(self, url: str) -> Pool:
+        """Return the connections to one of the peer's URLs. Any thread."""
+        with self._lock:
+            pool = self._pools.get(url)
+            if pool is None:
+                pool = self._pools[url] = Pool(
+                    url,
+                    protocol.request_head(self.identity, url),
+                    size=self._config.connections,
+                    dead_link_timeout_s=self._config.dead_link_timeout_s,
+                    credentials=self._credentials,
+                )
+            return pool
+
+    # What a connection with TLS needs besides. The loop still reads and writes and keeps the
+    # deadlines; these methods encrypt and decrypt.
 
     def _begin_tls(self, worker: Worker) -> None:
         worker.begin_handshake(HANDSHAKE_TIMEOUT_S)
@@ -410,104 +536,6 @@ class PeerPipeline(Sender):
         tunnel = worker.line.tunnel
         assert tunnel is not None
         return tunnel
-
-    def _judge(self, worker: Worker, data: bytes, is_written: bool, *, is_ended: bool) -> None:
-        """Have http.client read the answer, and decide by spec section 2.5."""
-        line = worker.line
-        try:
-            answer = line.odd.feed(data, is_ended=is_ended, is_written=is_written)
-        except (http.client.HTTPException, ValueError) as error:
-            reason = f"malformed or incomplete answer: {error!r}"
-            self._fail(worker, self._unreachable(worker, reason, error))
-            return
-        if answer is None:
-            worker.read_on(TEXT_TIMEOUT_S if line.odd.is_text_due else 0.0)
-            self._give_back(worker)
-            return
-        if answer.keep:
-            worker.keep()
-        else:
-            self._disconnect(worker)
-        self.note_version(answer.headers)
-        url = protocol.post_url(line.url)
-        failure = protocol.check_answer(
-            answer.status, answer.body, answer.headers, peer_id=self.peer_id, url=url
-        )
-        if failure is None:
-            self._succeed(worker)
-        else:
-            self._fail(worker, failure, keep=answer.keep)
-
-    def note_version(self, headers: Mapping[str, str]) -> None:
-        """See the headers of an answer, with names in lower case."""
-        if self._versions is not None:
-            self._versions.note(self.peer_id, headers)
-
-    def _succeed(self, worker: Worker) -> None:
-        kind, to, _ = worker.job()
-        self.reports.delivered(kind, to)
-        self._finish(worker, True)
-        tunnel = worker.line.tunnel
-        if tunnel is not None and worker.take():
-            worker.seal(tunnel.seal)
-            self._post(worker)
-        else:
-            self._give_back(worker)
-
-    def _fail(self, worker: Worker, error: PostError, *, keep: bool = False) -> None:
-        """Tell everyone who has to know, and count."""
-        kind, to, _ = worker.job()
-        if not keep:
-            self._disconnect(worker)
-        self.reports.failed(kind, to, error, worker.line.url, worker.count_failed_append)
-        self._finish(worker, False)
-        self._give_back(worker)
-
-    def _finish(self, worker: Worker, is_sent: bool) -> None:
-        """Write the outcome into the books; an idle worker keeps nothing of what it sent."""
-        worker.post(b"")
-        worker.line.outgoing = b""
-        worker.finish(is_sent)
-
-    def _reason(self, worker: Worker, error: int) -> str:
-        tunnel = worker.line.tunnel
-        is_shaking = tunnel is not None and not tunnel.is_established
-        return f"{'TLS handshake: ' if is_shaking else ''}{error_text(error)}"
-
-    def _unreachable(
-        self, worker: Worker, reason: str, cause: BaseException | None = None
-    ) -> PeerUnreachableError:
-        line = worker.line
-        error = PeerUnreachableError(reason, peer_id=self.peer_id, url=line.url)
-        error.__cause__ = cause
-        return error
-
-    def _disconnect(self, worker: Worker) -> None:
-        is_cut = not worker.disconnect()
-        worker.line.odd.clear()
-        worker.line.close(is_cut=is_cut)
-
-    def _give_back(self, worker: Worker) -> None:
-        given = worker.give_back()
-        if given is GiveBack.RETIRED:
-            worker.line.close()
-        elif given is GiveBack.HAS_JOB:
-            self._fail(worker, self._unreachable(worker, STOPPED))
-
-    def on_expired(self) -> None:
-        """Fail what waited longer than ``max_queue_age``. It says nothing of the peer."""
-        expired = self.take_expired()
-        if not expired:
-            return
-        for kind, to in expired:
-            self.reports.not_tried(to, snapshots=int(kind == MessageType.SNAP))
-        self.finish_expired(len(expired))
-        self._throttle.warning(
-            "dropped %d messages to peer %s that waited longer than %g s",
-            len(expired),
-            self._peer,
-            self._config.max_queue_age,
-        )
 
 
 class Pipeline(PeerPipeline):
