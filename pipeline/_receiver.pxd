@@ -24,7 +24,7 @@ cdef class Body:
     cdef bint is_message        # large payloads of one are views of it; then its memory is kept
 
 
-cdef class Remote:
+cdef class CallerAddress:
     cdef sockaddr_storage address
 
 
@@ -34,8 +34,8 @@ cdef class Receiver:
     cdef bint is_running
     cdef object handlers
     cdef object config
-    # Id of a connection that no thread has at the moment -> General or Sealed.
-    cdef dict generals
+    # Id of a connection that no thread has at the moment -> OddRequest or Sealed.
+    cdef dict odd_requests
     cdef BodyBudget budget
     cdef object take
     cdef object sealed          # SealedServer; None without TLS
@@ -47,8 +47,8 @@ cdef class Receiver:
     cdef bint serve_request(self, conn_t* conn, handler_t* handler,
                             answer_204_t* answer) except -1
     cdef int handle(self, conn_t* conn) except -1
-    cdef int handle_general(self, conn_t* conn, object general, Remote remote) except -1
-    cdef int answer(self, conn_t* conn, Remote remote) except -1
-    cdef object message(self, conn_t* conn, Remote remote)
-    cdef int go_on(self, conn_t* conn, object general, bytes out, int then) except -1
-    cdef int detach(self, conn_t* conn, object general) except -1
+    cdef int handle_odd(self, conn_t* conn, object odd, CallerAddress remote) except -1
+    cdef int answer(self, conn_t* conn, CallerAddress remote) except -1
+    cdef object message(self, conn_t* conn, CallerAddress remote)
+    cdef int go_on(self, conn_t* conn, object odd, bytes out, int then) except -1
+    cdef int detach(self, conn_t* conn, object odd) except -1

@@ -54,7 +54,7 @@ from typing import NamedTuple
 
 from pipeline._sockets import OwnSocket
 from pipeline.answers import render
-from pipeline.general import General
+from pipeline.odd_request import OddRequest
 from pipeline.logs import get_logger
 from pipeline.names import show_address
 from pipeline.sealed import Sealed, SealedServer
@@ -183,7 +183,7 @@ cdef class Body:
         PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
 
 
-cdef class Remote:
+cdef class CallerAddress:
     """A caller's address; made into text only when it is shown."""
 
     def __str__(self):
@@ -207,8 +207,8 @@ cdef class Receiver:
     cluster_header : bytes
         The header lines every 204 carries, each with its CRLF.
     take : callable or None
-        Called with a non-blocking socket, which it owns from then on, and the ``General`` that has
-        read the head, when a connection leaves the loop. It must not block. None where nobody
+        Called with a non-blocking socket, which it owns from then on, and the ``OddRequest`` that
+        has read the head, when a connection leaves the loop. It must not block. None where nobody
         receives snapshots: then no connection leaves.
     credentials : Credentials or None
         What https listening sockets are served with.
@@ -250,7 +250,7 @@ cdef class Receiver:
         self.server.answer_503_len = len(unavailable)
         self.handlers = handlers
         self.config = config
-        self.generals = {}
+        self.odd_requests = {}
         self.take = take
         if credentials is not None:
             self.sealed = SealedServer(
@@ -339,20 +339,20 @@ cdef class Receiver:
             count_get(&counts.handshakes), count_get(&counts.handshake_failures),
             count_get(&counts.handshake_timeouts))
 
-    def serve(self, bint is_general=False):
+    def serve(self, bint is_odd=False):
         """Handle requests until the receiver has ended. The body of a handler thread.
 
-        With ``is_general`` the body of the one thread for whatever is not a complete message: it
+        With ``is_odd`` the body of the one thread for whatever is not a complete message: it
         never calls Raft, so that callers are refused, probed and read however Raft may block.
         """
         cdef handler_t handler
         cdef answer_204_t answer = self.server.answer_204
         cdef int forks = fork_count()
         answer.second = 0
-        if is_general:
+        if is_odd:
             self.run(NULL, NULL)
             if forks == fork_count():
-                for connection in list(self.generals):
+                for connection in list(self.odd_requests):
                     self.forget(connection)
             return
         server_add_handler(&self.server, &handler)
@@ -424,35 +424,35 @@ cdef class Receiver:
 
     cdef int forget(self, uint64_t id) except -1:
         """Let go of what is left of a connection when the loop has ended."""
-        general = self.generals.pop(id, None)
-        if general is not None:
-            general.close()
+        odd = self.odd_requests.pop(id, None)
+        if odd is not None:
+            odd.close()
         return 0
 
     cdef int handle(self, conn_t* conn) except -1:
         """Answer the request of a connection that this thread holds, or go on with it."""
-        cdef Remote remote = Remote.__new__(Remote)
+        cdef CallerAddress remote = CallerAddress.__new__(CallerAddress)
         remote.address = conn.address
         if not conn.is_general:
             return self.answer(conn, remote)
         # As long as this thread has the connection it has this, too.
-        general = self.generals.pop(conn.id, None)
-        if general is None and conn.request.kind == REQUEST_GENERAL:
+        odd = self.odd_requests.pop(conn.id, None)
+        if odd is None and conn.request.kind == REQUEST_GENERAL:
             if conn.is_sealed:
-                general = Sealed(self.sealed, remote, self.make_body)
+                odd = Sealed(self.sealed, remote, self.make_body)
             else:
-                general = General(self.handlers, self.config, remote, self.learn)
-        if general is None:         # it has failed before
+                odd = OddRequest(self.handlers, self.config, remote, self.learn)
+        if odd is None:         # it has failed before
             conn.then = THEN_FREE if conn.request.kind == REQUEST_GONE else THEN_CLOSE
             return 0
         try:
-            self.handle_general(conn, general, remote)
+            self.handle_odd(conn, odd, remote)
         except BaseException:
-            logger.survive("what a connection held is not counted back", general.close)
+            logger.survive("what a connection held is not counted back", odd.close)
             raise
         return 0
 
-    cdef int handle_general(self, conn_t* conn, object general, Remote remote) except -1:
+    cdef int handle_odd(self, conn_t* conn, object odd, CallerAddress remote) except -1:
         cdef request_t* request = &conn.request
         if request.kind == REQUEST_GENERAL:
             data = b""
@@ -461,21 +461,21 @@ cdef class Receiver:
             elif request.body.len > 0:      # copied by feed before it returns
                 data = PyMemoryView_FromMemory(<char*>request.body.data, request.body.len,
                                                PyBUF_READ)
-            out, then = general.feed(data)
+            out, then = odd.feed(data)
         elif request.kind == REQUEST_END:
-            out, then = general.end()
+            out, then = odd.end()
         elif request.kind == REQUEST_GONE:
-            general.broken()
-            general.close()
+            odd.broken()
+            odd.close()
             conn.then = THEN_FREE
             return 0
         elif request.kind == REQUEST_BROKEN:
-            out, then = general.broken()
+            out, then = odd.broken()
         else:
-            out, then = general.answer(self.message(conn, remote))
-        return self.go_on(conn, general, out, then)
+            out, then = odd.answer(self.message(conn, remote))
+        return self.go_on(conn, odd, out, then)
 
-    cdef int answer(self, conn_t* conn, Remote remote) except -1:
+    cdef int answer(self, conn_t* conn, CallerAddress remote) except -1:
         """Answer a request that the core has recognised."""
         answer = self.message(conn, remote)
         conn.then = THEN_NEXT
@@ -485,7 +485,7 @@ cdef class Receiver:
                 conn.then = THEN_CLOSE
         return 0
 
-    cdef object message(self, conn_t* conn, Remote remote):
+    cdef object message(self, conn_t* conn, CallerAddress remote):
         """Have a message processed; the Answer, or None for 204."""
         cdef request_t* request = &conn.request
         cdef Body body = None
@@ -514,29 +514,29 @@ cdef class Receiver:
         del body
         return self.handlers.process(message, size, remote)
 
-    cdef int go_on(self, conn_t* conn, object general, bytes out, int then) except -1:
-        """Do with a general connection what its General says."""
+    cdef int go_on(self, conn_t* conn, object odd, bytes out, int then) except -1:
+        """Do with a connection what its OddRequest, or Sealed, has decided."""
         cdef request_t* request = &conn.request
         cdef bytes rest
         cdef Body whole
         cdef BodyShare share
-        cdef uint64_t sender = general.sender
+        cdef uint64_t sender = odd.sender
         conn_set_answer(conn, out)
         conn.then = then
         if conn.is_sealed:
             conn.arrived, conn.news.fast_requests, conn.news.general_requests, \
-                conn.news.handshakes, conn.news.handshake_failures = general.take_news()
+                conn.news.handshakes, conn.news.handshake_failures = odd.take_news()
         else:
-            conn.arrived = general.arrived
-            general.arrived = 0
-        if general.is_member is not None:
-            conn.is_member = general.is_member
+            conn.arrived = odd.arrived
+            odd.arrived = 0
+        if odd.is_member is not None:
+            conn.is_member = odd.is_member
         if then == THEN_DELIVER:
             lock_with_gil(&self.server.lock)
             conn_set_member(conn, sender)
             pthread_mutex_unlock(&self.server.lock)
             body_free(&request.body)
-            body = general.take_body()
+            body = odd.take_body()
             if isinstance(body, Body):
                 whole = body
                 request.body = whole.c
@@ -544,7 +544,7 @@ cdef class Receiver:
                 conn.counted = whole.share.large
                 whole.share.large = 0
             else:
-                share = general.share
+                share = odd.share
                 conn.counted = share.c.large
                 share.c.large = 0
                 if not body_init(&request.body, len(body)):
@@ -552,19 +552,19 @@ cdef class Receiver:
                 memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
                 request.body.len = len(body)
         elif then == THEN_NEXT:
-            rest = general.rest
+            rest = odd.rest
             if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
                 raise MemoryError
-            conn.skip = general.skip
+            conn.skip = odd.skip
         if then == THEN_DETACH:
-            self.detach(conn, general)
+            self.detach(conn, odd)
         if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
-            general.close()
+            odd.close()
         else:
-            self.generals[conn.id] = general
+            self.odd_requests[conn.id] = odd
         return 0
 
-    cdef int detach(self, conn_t* conn, object general) except -1:
+    cdef int detach(self, conn_t* conn, object odd) except -1:
         """Move a connection's socket out of the loop. The loop forgets it, whatever happens here.
         """
         cdef int fd = server_detach(conn)
@@ -574,8 +574,8 @@ cdef class Receiver:
                 connection = OwnSocket(fileno=fd)
                 fd = -1
                 if conn.is_sealed:
-                    connection, general = general.detach(connection)
-                self.take(connection, general)
+                    connection, odd = odd.detach(connection)
+                self.take(connection, odd)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
             if fd >= 0:

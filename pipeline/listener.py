@@ -75,7 +75,7 @@ class Listener:
     When the constructor returns, connections are accepted. ``config.handlers`` Python threads
     (``pipeline-handler-<port>-<n>``, daemons) call Raft. One that has nothing to do reads, decodes
     and writes for all connections, without the GIL; when none is free, a native thread does. One
-    more (``pipeline-general-<port>``) sees to everything that is not a message, and to TLS. Of
+    more (``pipeline-odd-<port>``) sees to everything that is not a message, and to TLS. Of
     several handler threads one is never given a MsgProp: proposals may wait for a leader, and a
     leader is elected by messages. Thread-safe.
     """
@@ -125,7 +125,7 @@ class Listener:
             for n in range(config.handlers)
         ]
         self._threads.append(
-            LibraryThread(self._receiver.serve, f"pipeline-general-{ports[0]}", (True,))
+            LibraryThread(self._receiver.serve, f"pipeline-odd-{ports[0]}", (True,))
         )
         listening: dict[bool, list[OwnSocket]] = {False: [], True: []}
         for url, sockets in zip(given, bound, strict=True):

@@ -1,9 +1,9 @@
 """Connections of an https listener: TLS, and one request after the other.
 
-Sans-I/O, like ``general.py``: the receiving loop reads and writes sealed bytes and keeps the
+Sans-I/O, like ``odd_request.py``: the receiving loop reads and writes sealed bytes and keeps the
 deadlines; here they are deciphered. Of the plain text, a head like the one accepted last on the
 connection is recognised by the core, and the body behind it deciphered into the memory that the
-message will keep. Everything else is for ``General``.
+message will keep. Everything else is for ``OddRequest``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pipeline._budget import BodyShare
 from pipeline.answers import Answer, Request, render
 from pipeline.config import ReceiverConfig
-from pipeline.general import General, Then
 from pipeline.handlers import Handlers
+from pipeline.odd_request import OddRequest, Then
 from pipeline.pace import Pace
 from pipeline.tls import Credentials, not_after, read_certificate
 from pipeline.tunnel import tls_reason
@@ -161,12 +161,12 @@ class Sealed:
         self._plain = b""  # deciphered and not used
         self._is_idle = False  # nothing has come since the handshake or the last request
         self._due: Then | None = None  # how to go on once what comes before is written
-        self._general: General | None = None  # reads the request
-        self._then = Then.READ_HEAD  # what general said last
+        self._odd: OddRequest | None = None  # reads the request
+        self._then = Then.READ_HEAD  # the last instruction of ``_odd``
         self._skip = 0  # bytes of a refused request, before the next one
-        self._head: KnownHead | None = None  # the one accepted last
-        self._request = Request("", "", {}, remote)  # what it said
-        self._sender = 0  # whom it named
+        self._head: KnownHead | None = None  # the last one that was accepted
+        self._request = Request("", "", {}, remote)  # that head, parsed
+        self._sender = 0  # whom that head names
         self._body: Body | None = None  # of a request that was recognised
         self._news = _NO_NEWS
         #: Whether the caller has shown a certificate that lets it in, or its last request was let
@@ -200,14 +200,14 @@ class Sealed:
         """Answer the message that was delivered; returns as ``feed``. None is 204."""
         if self._is_old():
             answer = replace(answer or self._handlers.no_content(), close=True)
-        if self._general is None:
+        if self._odd is None:
             self._tls.write(self._server.render(answer))
             then = Then.CLOSE if answer is not None and answer.close else Then.NEXT
             self._end_request()
         else:
-            out, then = self._general.answer(answer)
+            out, then = self._odd.answer(answer)
             self._tls.write(out)
-            then = self._follow(self._general, then)
+            then = self._follow(self._odd, then)
         if then is Then.CLOSE:
             return self.end()
         is_more = self._plain or self._incoming.pending or self._tls.pending()
@@ -226,27 +226,27 @@ class Sealed:
     @property
     def sender(self) -> int:
         """Whom the request's X-Server-From names; 0 for nobody."""
-        return self._sender if self._general is None else self._general.sender
+        return self._sender if self._odd is None else self._odd.sender
 
     @property
     def share(self) -> BodyShare:
-        """What the body of ``take_body`` counts with, if General has read it."""
-        assert self._general is not None
-        return self._general.share
+        """What the body of ``take_body`` counts with, if OddRequest has read it."""
+        assert self._odd is not None
+        return self._odd.share
 
     def take_body(self) -> Body | bytearray:
         """Return the body, which is the caller's now, and so is what it counts with."""
-        if self._general is not None:
-            return self._general.take_body()
+        if self._odd is not None:
+            return self._odd.take_body()
         body, self._body = self._body, None
         assert body is not None
         return body
 
-    def detach(self, sock: OwnSocket) -> tuple[SealedSocket, General]:
+    def detach(self, sock: OwnSocket) -> tuple[SealedSocket, OddRequest]:
         """Go on without the loop, after ``Then.DETACH``: a connection, and who read the head."""
-        general = self._general
-        assert general is not None
-        return SealedSocket(sock, self._tls, self._incoming, self._outgoing), general
+        odd = self._odd
+        assert odd is not None
+        return SealedSocket(sock, self._tls, self._incoming, self._outgoing), odd
 
     def take_news(self) -> SealedNews:
         """Return what happened since the last call."""
@@ -256,9 +256,9 @@ class Sealed:
     def close(self) -> None:
         """Let go of the request, and of all that was taken for it."""
         self._due = None
-        if self._general is not None:
-            self._general.close()
-            self._general = None
+        if self._odd is not None:
+            self._odd.close()
+            self._odd = None
         self._body = None
 
     # -- TLS
@@ -275,8 +275,8 @@ class Sealed:
         for _ in range(_RECORDS_MAX):
             if self._body is not None:
                 then = self._read_body(self._body)
-            elif self._general is not None:
-                then = self._read_general(self._general)
+            elif self._odd is not None:
+                then = self._read_odd(self._odd)
             else:
                 then = self._read_head()
             if then is not Then.NEXT:
@@ -367,7 +367,7 @@ class Sealed:
         if found is None or not self._is_accepted(*found):
             self._plain = data
             self._then = Then.READ_HEAD
-            self._general = General(
+            self._odd = OddRequest(
                 self._handlers,
                 self._server.config,
                 self._remote,
@@ -397,12 +397,12 @@ class Sealed:
         )
 
     def _learn(self, head: bytes, sender: int) -> bool:
-        assert self._general is not None
+        assert self._odd is not None
         try:
             self._head = self._server.make_head(head)
         except ValueError:
             return False
-        self._request = self._general.request
+        self._request = self._odd.request
         self._sender = sender
         return True
 
@@ -429,31 +429,31 @@ class Sealed:
             return Then.DELIVER
         return Then.TURN if is_busy else Then.READ_BODY
 
-    def _read_general(self, general: General) -> Then:
-        """Give general what has come; NEXT when there may be more to do."""
+    def _read_odd(self, odd: OddRequest) -> Then:
+        """Give the odd request what has come; NEXT when there may be more to do."""
         data = b""
         if self._then is not Then.TURN:
             data, self._plain = self._plain or self._read(), b""
             if not data:
                 return self._break_off() if self._has_ended else self._then
-        out, then = general.feed(data)
+        out, then = odd.feed(data)
         if out:
             self._tls.write(out)
-        self._count_arrived(general.arrived)
-        general.arrived = 0
-        if general.is_member is not None:
-            self.is_member = general.is_member
-        return self._follow(general, then)
+        self._count_arrived(odd.arrived)
+        odd.arrived = 0
+        if odd.is_member is not None:
+            self.is_member = odd.is_member
+        return self._follow(odd, then)
 
     def _count_arrived(self, n: int) -> None:
         self._news = self._news._replace(arrived=self._news.arrived + n)
 
-    def _follow(self, general: General, then: Then) -> Then:
-        """Do what general says; NEXT when there may be more to do."""
+    def _follow(self, odd: OddRequest, then: Then) -> Then:
+        """Do what an odd request has answered; NEXT when there may be more to do."""
         if then is Then.CLOSE:
             return self._say_goodbye()
         if then is Then.NEXT:
-            self._plain, self._skip = general.rest, general.skip
+            self._plain, self._skip = odd.rest, odd.skip
             self._end_request()
             if self._outgoing.pending:
                 # Of what was sent ahead one request at a time: others take turns, and the next
@@ -471,8 +471,8 @@ class Sealed:
     def _break_off(self) -> Then:
         """Answer a request that will not be whole, if TLS still lets us."""
         out = b""
-        if self._general is not None:
-            out, _ = self._general.broken()
+        if self._odd is not None:
+            out, _ = self._odd.broken()
         elif self._body is not None:
             out = render(self._handlers.read_failed(self._request.remote))
         if out:

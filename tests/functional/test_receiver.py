@@ -269,7 +269,7 @@ def test_proposals_that_wait_for_a_leader_are_within_the_budget(gate: threading.
 def test_chunked_bodies_that_wait_for_a_handler_are_within_the_budget(
     gate: threading.Event,
 ) -> None:
-    """The general path reads on while handlers are blocked, so what it has read must count."""
+    """Odd requests are read while handlers are blocked, so what was read of them must count."""
     raft = FakeRaft(gate=gate)
     body = message_of(MessageType.APP, MIB // 2)
     chunked = raw_head("transfer-encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
@@ -374,7 +374,7 @@ class Leaderless(FakeRaft):
 
 
 def queue_behind_one(
-    gate: threading.Event, requests: list[tuple[str, bytes]], *, is_general: bool = False
+    gate: threading.Event, requests: list[tuple[str, bytes]], *, is_odd: bool = False
 ) -> list[int]:
     """Send requests from addresses while the only handler is busy; whose were processed, in turn.
 
@@ -392,9 +392,9 @@ def queue_behind_one(
             caller = stack.enter_context(dial(listener.url, source=address))
             caller.sendall(request)
             callers.append(caller)
-            if is_general:
+            if is_odd:
                 eventually(lambda n=count: handlers.budget.used == n * len(beat_of(1)))
-                catch_up(listener)  # the general thread has given it back
+                catch_up(listener)  # the odd thread has given it back
                 catch_up(listener)  # and the loop has queued it
             else:
                 eventually(lambda n=count: listener.stats().fast_requests == 1 + n)
@@ -403,14 +403,14 @@ def queue_behind_one(
     return [message.from_ for message in raft.processed[1:]]
 
 
-@pytest.mark.parametrize("is_chunked", [False, True], ids=["recognised", "general"])
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["recognised", "odd"])
 def test_members_take_turns_however_many_connections_one_has(
     gate: threading.Event, is_chunked: bool
 ) -> None:
     requests = [from_member(1, beat_of(1), is_chunked=is_chunked)] * 20
     requests.append(from_member(3, beat_of(3), is_chunked=is_chunked))
     order = queue_behind_one(
-        gate, [("127.0.0.1", request) for request in requests], is_general=is_chunked
+        gate, [("127.0.0.1", request) for request in requests], is_odd=is_chunked
     )
     assert order.index(3) <= 1, order
 
@@ -760,7 +760,7 @@ def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     start = threading.Thread.start
 
     def fail(thread: threading.Thread) -> None:
-        if thread.name.startswith("pipeline-general"):
+        if thread.name.startswith("pipeline-odd"):
             raise RuntimeError("can't start new thread")
         start(thread)
 

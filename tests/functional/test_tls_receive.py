@@ -36,8 +36,8 @@ from pipeline import (
 from pipeline._receiver import KnownHead
 from pipeline.answers import Answer, Request
 from pipeline.errors import RequestRejected
-from pipeline.general import Then
 from pipeline.listener import Listener
+from pipeline.odd_request import Then
 from pipeline.sealed import Sealed, SealedServer
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT

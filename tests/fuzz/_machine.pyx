@@ -80,7 +80,7 @@ cdef class Machine:
     cdef handler_t handlers[MAX_DEPTH]
     cdef int n_handlers
     cdef int depth              # handler threads that are in ``serve``
-    cdef bint is_general_busy
+    cdef bint is_odd_busy
     cdef answer_204_t answer
 
     def __init__(self, Receiver receiver not None, int listening, int handlers):
@@ -126,7 +126,7 @@ cdef class Machine:
         """Tell whether a thread is in the loop: if not, a handler thread answers by itself."""
         store_int(&self.receiver.server.is_led, is_led)
 
-    def serve(self, bint is_general):
+    def serve(self, bint is_odd):
         """Serve one request, as a thread of this kind does; False when none waits.
 
         May be called from within ``process``, as another handler thread.
@@ -134,25 +134,25 @@ cdef class Machine:
         cdef server_t* server = &self.receiver.server
         cdef handler_t* handler = NULL
         cdef conn_t* conn
-        if self.is_general_busy if is_general else self.depth == self.n_handlers:
+        if self.is_odd_busy if is_odd else self.depth == self.n_handlers:
             return False
-        conn = server_take(server, is_general)
-        if conn is NULL and is_general and server.queues[QUEUE_STRANGERS].head is not NULL:
+        conn = server_take(server, is_odd)
+        if conn is NULL and is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
             self.advance(max(server.strangers_at_ns - clock_ns(), 0))   # as their thread waits
-            conn = server_take(server, is_general)
+            conn = server_take(server, is_odd)
         if conn is NULL:
             return False
-        if is_general:
-            self.is_general_busy = True
+        if is_odd:
+            self.is_odd_busy = True
         else:
             handler = &self.handlers[self.depth]
             handler.is_waiting = False
             self.depth += 1
         try:
-            self.receiver.serve_request(conn, handler, NULL if is_general else &self.answer)
+            self.receiver.serve_request(conn, handler, NULL if is_odd else &self.answer)
         finally:
-            if is_general:
-                self.is_general_busy = False
+            if is_odd:
+                self.is_odd_busy = False
             else:
                 self.depth -= 1
                 handler.is_waiting = True
@@ -171,7 +171,7 @@ cdef class Machine:
             pass
         for i in range(self.n_handlers):
             server_remove_handler(server, &self.handlers[i])
-        for connection in list(self.receiver.generals):     # as ``serve`` does at its end
+        for connection in list(self.receiver.odd_requests):     # as ``serve`` does at its end
             self.receiver.forget(connection)
         assert server.live == 0, f"{server.live} connections were never freed"
         assert server.busy == 0

@@ -19,7 +19,7 @@ from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMeta
 from pipeline._receiver import recognise_post
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UnmarshalError
-from pipeline.general import General, Then
+from pipeline.odd_request import OddRequest, Then
 from pipeline.raftpb import raft_pb2
 from tests.support.http import handlers_of
 from tests.support.raft import FakeRaft
@@ -258,7 +258,7 @@ def check_request(data: bytes) -> bool:
 
 
 def is_let_through(data: bytes) -> bool:
-    """Tell whether the checks ahead of h11 in general.py let a head through to the handlers."""
+    """Tell whether the checks ahead of h11 in odd_request.py let a head through to the handlers."""
     config = ReceiverConfig(max_head_bytes=32 * 1024, max_body_bytes=1 << 40)
     handlers = handlers_of(FakeRaft(), config)
     heads: list[bytes] = []
@@ -267,6 +267,6 @@ def is_let_through(data: bytes) -> bool:
         heads.append(head)
         return True
 
-    general = General(handlers, config, "test", learn)
-    out, then = general.feed(data)
+    odd = OddRequest(handlers, config, "test", learn)
+    out, then = odd.feed(data)
     return bool(heads and then is Then.NEXT) or out.startswith((b"HTTP/1.1 412", b"HTTP/1.1 413"))

@@ -23,8 +23,8 @@ from typing import Any
 from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
 from pipeline._receiver import Receiver
 from pipeline.config import ReceiverConfig
-from pipeline.general import General
 from pipeline.handlers import Handlers
+from pipeline.odd_request import OddRequest
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers
@@ -243,10 +243,10 @@ class Run:
     def report_snapshot(self, member_id: int, status: Any) -> None:
         pass
 
-    def _take_away(self, connection: Any, general: General) -> None:
+    def _take_away(self, connection: Any, odd: OddRequest) -> None:
         """Take a snapshot's connection, as SnapshotConnections does, and end it."""
         connection.close()
-        general.move_place().give_back()
+        odd.move_place().give_back()
 
     # Steps. Each reads its arguments from the script.
 

@@ -25,7 +25,7 @@ from pipeline.answers import Answer
 from pipeline.config import ReceiverConfig
 from pipeline.dialling import Dialer
 from pipeline.errors import PeerUnreachableError
-from pipeline.general import General, Then
+from pipeline.odd_request import OddRequest, Then
 from pipeline.picker import URLPicker
 from pipeline.poller import Poller
 from pipeline.pool import Line, Pool
@@ -174,11 +174,11 @@ def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
         mine = SealedSocket(sock, tls, incoming, outgoing)
     config = ReceiverConfig(snapshot_dir=directory)
     handlers = handlers_of(FakeRaft(), config)
-    general = General(handlers, config, "here", lambda *_: False)
+    odd = OddRequest(handlers, config, "here", lambda *_: False)
     line = "POST /raft/snapshot HTTP/1.1"
     head = raw_head("Expect: 100-continue", "Content-Length: 9", line=line)
-    assert general.feed(head) == (b"", Then.DETACH)
-    receiver = _Receiving(mine, general, general.move_place(), config)
+    assert odd.feed(head) == (b"", Then.DETACH)
+    receiver = _Receiving(mine, odd, odd.move_place(), config)
     kill(sock, peer)
     write(receiver)
     receiver.close()

@@ -42,7 +42,7 @@ def catch_up(listener: Listener) -> None:
 
 
 def listener_threads(*, expected: int = 0) -> list[str]:
-    """Of any listener, once no more than expected are left: handlers, general and native threads.
+    """Of any listener, once no more than expected are left: handlers, odd and native threads.
 
     A thread that has ended may be seen for a moment, one told to end needs a moment to.
     """

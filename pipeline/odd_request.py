@@ -1,4 +1,4 @@
-"""The receiver's general path: whatever is not the one request the core recognises.
+"""Odd requests: whatever is not the one request the core recognises.
 
 Sans-I/O: the receiving loop reads and writes, h11 parses, ``handlers.py`` answers. What h11 is
 lenient about is refused before it (RFC 9112 sections 2.2, 5.1, 5.2, 6.1): bare CR or LF, folded
@@ -30,7 +30,7 @@ from pipeline.places import Place
 from pipeline.protocol import SNAPSHOT_PATH, reason_phrase
 from pipeline.request_body import RequestBody
 
-__all__ = ["General", "Then"]
+__all__ = ["OddRequest", "Then"]
 
 _HEAD = re.compile(
     rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+ [!-~]+ HTTP/1\.[01]\r\n"
@@ -55,9 +55,9 @@ class Then(enum.IntEnum):
     CLOSE = 1
     READ_HEAD = 2
     READ_BODY = 3
-    #: A whole body: have it decoded and processed, then call ``General.answer``.
+    #: A whole body: have it decoded and processed, then call ``OddRequest.answer``.
     DELIVER = 4
-    #: The connection leaves the loop, with ``General.request`` and ``General.framing``.
+    #: The connection leaves the loop, with ``OddRequest.request`` and ``OddRequest.framing``.
     DETACH = 5
     # Up to TURN for sealed connections only.
     HANDSHAKE = 7
@@ -70,7 +70,7 @@ class Then(enum.IntEnum):
     TURN = 10
 
 
-class General:
+class OddRequest:
     """One connection, for one request.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What the general path makes of pieces: no call does much, and no byte is looked at often.
+"""What an odd request makes of pieces: no call does much, and no byte is looked at often.
 
 Without a socket. What it answers is in functional/test_http.py, what bad input costs a listener in
 fault/test_receiver_attacks.py.
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import general, request_body
+from pipeline import odd_request, request_body
 from pipeline.config import ReceiverConfig
-from pipeline.general import General, Then
+from pipeline.odd_request import OddRequest, Then
 from tests.support.events import Events
 from tests.support.http import HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import raw_head
@@ -34,10 +34,10 @@ class Counting:
         return self._pattern.search(data, at)
 
 
-def make(**settings: Any) -> General:
+def make(**settings: Any) -> OddRequest:
     config = ReceiverConfig(**settings)
     handlers = handlers_of(FakeRaft(), config)
-    return General(handlers, config, "127.0.0.1:1", lambda _head, _sender: False)
+    return OddRequest(handlers, config, "127.0.0.1:1", lambda _head, _sender: False)
 
 
 def feed(data: bytes) -> bytes:
@@ -52,8 +52,8 @@ def feed(data: bytes) -> bytes:
 
 
 def test_no_byte_is_looked_at_again_for_each_that_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    bare = Counting(general._BARE)
-    monkeypatch.setattr(general, "_BARE", bare)
+    bare = Counting(odd_request._BARE)
+    monkeypatch.setattr(odd_request, "_BARE", bare)
     assert feed(HEAD).startswith(b"HTTP/1.1 200 ")
     assert bare.seen <= 2 * len(HEAD)
 
@@ -95,8 +95,8 @@ def test_the_chunks_of_a_refused_request_are_not_looked_at(
         (10, 10, Then.NEXT, 0),
         (10, 13, Then.NEXT, 0),
         (10, 0, Then.NEXT, 10),
-        (general.SKIP_MAX, 5, Then.NEXT, general.SKIP_MAX - 5),
-        (general.SKIP_MAX + 6, 5, Then.CLOSE, 0),
+        (odd_request.SKIP_MAX, 5, Then.NEXT, odd_request.SKIP_MAX - 5),
+        (odd_request.SKIP_MAX + 6, 5, Then.CLOSE, 0),
     ],
 )
 def test_what_is_left_of_a_refused_body_is_for_the_loop_to_skip(
