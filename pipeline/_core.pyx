@@ -472,7 +472,8 @@ cdef class IOLoop:
         Returns
         -------
         (Worker, Event, error) or None
-            The worker is None when there are only chores; None when the queue is closed and empty.
+            The worker is None when there are only tasks to run or payloads to release; None when
+            the queue is closed and empty.
         """
         cdef loop_t* loop = &self.loop
         cdef event_t* event
@@ -504,8 +505,8 @@ cdef class IOLoop:
         """Return the senders that may have messages to be failed for their age; often none."""
         return list(self.senders) if swap_int(&self.loop.has_expired, 0) else []
 
-    def queue_chores(self):
-        """Have ``next_event`` return for chores in some dispatcher thread, soon."""
+    def queue_tasks(self):
+        """Have ``next_event`` return for Python's own tasks in some dispatcher thread, soon."""
         with nogil:
             loop_queue_chores(&self.loop)
 
@@ -579,7 +580,7 @@ cdef class Sender:
         self.workers = ()
 
     def open(self, IOLoop loop not None, ActiveFlag active not None, config not None,
-             list lines not None):
+             list connections not None):
         """Let the loop run this sender's workers. Once.
 
         Parameters
@@ -588,7 +589,7 @@ cdef class Sender:
         active : ActiveFlag
             Whether the peer is active, which a 204 of an inactive one tells Python.
         config : PipelineConfig
-        lines : list of pool.Line
+        connections : list of pool.PooledConnection
             A connection for each worker: ``config.connections``.
         """
         cdef channel_limits_t channel_limits
@@ -611,10 +612,10 @@ cdef class Sender:
         self.profile = profile_index(config.profile)
         self.loop = loop
         self.active = active
-        for line in lines:
+        for connection in connections:
             worker = Worker.__new__(Worker)
             worker.sender = self
-            worker.line = line
+            worker.connection = connection
             workers.append(worker)
         made = tuple(workers)
         if pipe_init(&self.pipe, &loop.loop, len(made), &channel_limits, &limits,
@@ -835,12 +836,12 @@ cdef class Worker:
     ----------
     sender : Sender
         Whose it is.
-    line : pool.Line
+    connection : pool.PooledConnection
         Its connection.
     """
 
     cdef readonly Sender sender
-    cdef readonly object line
+    cdef readonly object connection
     cdef worker_t* c            # in sender.pipe, and so as long there as the sender is
 
     def job(self):

@@ -20,7 +20,7 @@ from pipeline.dialling import Dialer
 from pipeline.errors import UsageError
 from pipeline.logs import get_logger
 from pipeline.poller import Poller
-from pipeline.pool import Line
+from pipeline.pool import PooledConnection
 from pipeline.threads import LibraryThread
 
 __all__ = ["Dispatcher"]
@@ -59,7 +59,7 @@ class Dispatcher:
         self._lock = threading.RLock()
         self._threads: list[LibraryThread] = []
         self._is_stopped = False
-        self._chores: deque[Callable[[], None]] = deque()
+        self._tasks: deque[Callable[[], None]] = deque()
 
     def start(self) -> None:
         """Start the I/O thread, the poller and the first dispatcher thread.
@@ -80,12 +80,16 @@ class Dispatcher:
             raise
 
     def open(
-        self, sender: Sender, active: ActiveFlag, config: PipelineConfig, lines: list[Line]
+        self,
+        sender: Sender,
+        active: ActiveFlag,
+        config: PipelineConfig,
+        connections: list[PooledConnection],
     ) -> None:
         """Have the loop run a sender's workers (``Sender.open``); ``UsageError`` once stopped."""
         with self._lock:
             # The loop looks as well: a signal's handler may stop us on the way there.
-            sender.open(self.loop, active, config, lines)
+            sender.open(self.loop, active, config, connections)
 
     def stop(self, deadline: float) -> bool:
         """End all threads; every pipeline has been told to stop before. Any number of times.
@@ -116,14 +120,14 @@ class Dispatcher:
         """Tell whether the caller runs in one of our threads, that is, in a callback."""
         return threading.current_thread() in self._threads
 
-    def call_soon(self, chore: Callable[[], None]) -> None:
-        """Run ``chore`` in a dispatcher thread. Never waits."""
-        self._chores.append(chore)
-        self.loop.queue_chores()
+    def call_soon(self, task: Callable[[], None]) -> None:
+        """Run ``task`` in a dispatcher thread. Never waits."""
+        self._tasks.append(task)
+        self.loop.queue_tasks()
         if self._is_stopped:
             # Of a peer that is removed while all is stopped: our threads may be gone.
             name = f"pipeline-dispatch-{self.name}-late"
-            LibraryThread(self._run_chores, name).start()
+            LibraryThread(self._run_tasks, name).start()
 
     def _add_thread(self) -> None:
         with self._lock:
@@ -151,24 +155,24 @@ class Dispatcher:
             if len(self._threads) < self._max_threads and not self.loop.has_waiter():
                 self._try_add_thread()
             if event[0] is None:
-                self._run_chores()
+                self._run_tasks()
             else:
                 worker, kind, error = event
                 handle = worker.sender.on_event
                 logger.survive("an event was not handled", handle, worker, kind, error)
                 del worker, handle  # keep nothing alive while waiting
             del event
-        self._run_chores()
+        self._run_tasks()
 
-    def _run_chores(self) -> None:
+    def _run_tasks(self) -> None:
         for sender in self.loop.take_expired():
-            self._chores.append(sender.on_expired)
+            self._tasks.append(sender.on_expired)
         while True:
             try:
-                chore = self._chores.popleft()
+                task = self._tasks.popleft()
             except IndexError:
                 return
-            logger.survive("a chore failed", chore)
+            logger.survive("a task failed", task)
 
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()

@@ -37,7 +37,7 @@ from pipeline.identity import MIN_CLUSTER_VERSION, Identity
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
-from pipeline.pool import Line, Pool
+from pipeline.pool import Pool, PooledConnection
 from pipeline.reports import Reports
 from pipeline.status import PeerStatus
 from pipeline.threads import Once, require_real_threads
@@ -170,8 +170,10 @@ class PeerPipeline(Sender):
             raise UsageError("start: a pipeline can be started once")
 
     def _open(self) -> None:
-        lines = [Line(protocol.TELLING_STATUS) for _ in range(self._config.connections)]
-        self._dispatcher.open(self, self.status.flag, self._config, lines)
+        connections = [
+            PooledConnection(protocol.TELLING_STATUS) for _ in range(self._config.connections)
+        ]
+        self._dispatcher.open(self, self.status.flag, self._config, connections)
         if self._ending.is_taken():  # meanwhile, perhaps before there were workers to be ended
             self.stop()
         logger.info("started HTTP pipelining with remote peer %s", self._peer)
@@ -200,7 +202,7 @@ class PeerPipeline(Sender):
         self._ending.take()
         dropped = self.begin_stop()
         for worker in self.workers:
-            if (dial := worker.line.dial) is not None:
+            if (dial := worker.connection.dial) is not None:
                 self._dispatcher.dialer.cancel(dial)
         if dropped:
             logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
@@ -222,7 +224,7 @@ class PeerPipeline(Sender):
             )
         for worker in self.workers:
             if worker.is_retired():
-                worker.line.end()
+                worker.connection.end()
         if live == 0:
             logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
 
@@ -242,7 +244,7 @@ class PeerPipeline(Sender):
         self._callbacks.forget_after_fork()
         disown(self, "pipeline", self._ASKED, stop=nothing_to_stop)
         for worker in self.workers:
-            worker.line.forget_after_fork()
+            worker.connection.forget_after_fork()
 
     # What follows runs in dispatcher threads, for one worker at a time each.
 
@@ -299,7 +301,7 @@ class PeerPipeline(Sender):
                 self._judge(worker, *worker.answer(), is_ended=error != 0)
             case Event.SUCCEEDED:
                 self._succeed(worker)
-            case Event.FAILED if worker.line.odd.is_text_due:
+            case Event.FAILED if worker.connection.odd.is_text_due:
                 self._judge(worker, *worker.answer(), is_ended=True)
             case Event.FAILED:
                 self._fail(worker, self._unreachable(worker, self._reason(worker, error)))
@@ -316,8 +318,10 @@ class PeerPipeline(Sender):
     def _dial(self, worker: Worker) -> None:
         self._disconnect(worker)
         url = self.picker.pick()
-        line = worker.line
-        dial = line.prepare(self.pool(url), self._config.dial_timeout_s, lambda _: worker.dialled())
+        connection = worker.connection
+        dial = connection.prepare(
+            self.pool(url), self._config.dial_timeout_s, lambda _: worker.dialled()
+        )
         dialer = self._dispatcher.dialer
         dialer.begin(dial)
         # From here on the worker may be in another thread's hands.
@@ -325,26 +329,26 @@ class PeerPipeline(Sender):
             dialer.cancel(dial)
 
     def _dialled(self, worker: Worker) -> None:
-        line = worker.line
+        connection = worker.connection
         try:
-            fd = line.open()
+            fd = connection.open()
         except DialError as error:
             self._fail(worker, self._unreachable(worker, str(error), error))
             return
-        worker.connect(fd, line.head, is_sealed=line.is_sealed)
+        worker.connect(fd, connection.head, is_sealed=connection.is_sealed)
         self._give_back(worker)
 
     def _judge(self, worker: Worker, data: bytes, is_written: bool, *, is_ended: bool) -> None:
         """Have http.client read the answer, and decide by spec section 2.5."""
-        line = worker.line
+        connection = worker.connection
         try:
-            answer = line.odd.feed(data, is_ended=is_ended, is_written=is_written)
+            answer = connection.odd.feed(data, is_ended=is_ended, is_written=is_written)
         except (http.client.HTTPException, ValueError) as error:
             reason = f"malformed or incomplete answer: {error!r}"
             self._fail(worker, self._unreachable(worker, reason, error))
             return
         if answer is None:
-            worker.read_on(TEXT_TIMEOUT_S if line.odd.is_text_due else 0.0)
+            worker.read_on(TEXT_TIMEOUT_S if connection.odd.is_text_due else 0.0)
             self._give_back(worker)
             return
         if answer.keep:
@@ -352,7 +356,7 @@ class PeerPipeline(Sender):
         else:
             self._disconnect(worker)
         self.note_version(answer.headers)
-        url = protocol.post_url(line.url)
+        url = protocol.post_url(connection.url)
         failure = protocol.check_answer(
             answer.status, answer.body, answer.headers, peer_id=self.peer_id, url=url
         )
@@ -365,7 +369,7 @@ class PeerPipeline(Sender):
         kind, to, _ = worker.job()
         self.reports.delivered(kind, to)
         self._finish(worker, True)
-        tunnel = worker.line.tunnel
+        tunnel = worker.connection.tunnel
         if tunnel is not None and worker.take():
             worker.seal(tunnel.seal)
             self._post(worker)
@@ -377,38 +381,38 @@ class PeerPipeline(Sender):
         kind, to, _ = worker.job()
         if not keep:
             self._disconnect(worker)
-        self.reports.failed(kind, to, error, worker.line.url, worker.count_failed_append)
+        self.reports.failed(kind, to, error, worker.connection.url, worker.count_failed_append)
         self._finish(worker, False)
         self._give_back(worker)
 
     def _finish(self, worker: Worker, is_sent: bool) -> None:
         """Write the outcome into the books; an idle worker keeps nothing of what it sent."""
         worker.post(b"")
-        worker.line.outgoing = b""
+        worker.connection.outgoing = b""
         worker.finish(is_sent)
 
     def _give_back(self, worker: Worker) -> None:
         given = worker.give_back()
         if given is GiveBack.RETIRED:
-            worker.line.close()
+            worker.connection.close()
         elif given is GiveBack.HAS_JOB:
             self._fail(worker, self._unreachable(worker, STOPPED))
 
     def _disconnect(self, worker: Worker) -> None:
         is_cut = not worker.disconnect()
-        worker.line.odd.clear()
-        worker.line.close(is_cut=is_cut)
+        worker.connection.odd.clear()
+        worker.connection.close(is_cut=is_cut)
 
     def _reason(self, worker: Worker, error: int) -> str:
-        tunnel = worker.line.tunnel
+        tunnel = worker.connection.tunnel
         is_shaking = tunnel is not None and not tunnel.is_established
         return f"{'TLS handshake: ' if is_shaking else ''}{error_text(error)}"
 
     def _unreachable(
         self, worker: Worker, reason: str, cause: BaseException | None = None
     ) -> PeerUnreachableError:
-        line = worker.line
-        error = PeerUnreachableError(reason, peer_id=self.peer_id, url=line.url)
+        connection = worker.connection
+        error = PeerUnreachableError(reason, peer_id=self.peer_id, url=connection.url)
         error.__cause__ = cause
         return error
 
@@ -452,7 +456,7 @@ class PeerPipeline(Sender):
     def _begin_tls(self, worker: Worker) -> None:
         worker.begin_handshake(HANDSHAKE_TIMEOUT_S)
         try:
-            tunnel = worker.line.begin_tls()
+            tunnel = worker.connection.begin_tls()
         except ssl.SSLError as error:
             self._refuse_server(worker, error)
         else:
@@ -506,7 +510,7 @@ class PeerPipeline(Sender):
             return
         if tunnel.is_ended:
             error = error or CLOSED
-        if text or worker.line.odd.has_begun:
+        if text or worker.connection.odd.has_begun:
             self._judge_opened(worker, text, is_written=is_written, is_ended=error != 0)
         elif error == 0:
             self._give_back(worker)
@@ -520,7 +524,7 @@ class PeerPipeline(Sender):
     ) -> None:
         """Do as the loop does with a plain answer: a 204 is recognised, the rest judged."""
         tunnel = self._tunnel(worker)
-        is_whole = is_written and not is_ended and not worker.line.odd.has_begun
+        is_whole = is_written and not is_ended and not worker.connection.odd.has_begun
         if is_whole and tunnel.has_answered and recognise_204(text) == len(text):
             worker.keep()
             self._succeed(worker)
@@ -529,11 +533,11 @@ class PeerPipeline(Sender):
             self._judge(worker, text, is_written, is_ended=is_ended)
 
     def _post(self, worker: Worker) -> None:
-        worker.post(worker.line.take_outgoing())
+        worker.post(worker.connection.take_outgoing())
         self._give_back(worker)
 
     def _tunnel(self, worker: Worker) -> Tunnel:
-        tunnel = worker.line.tunnel
+        tunnel = worker.connection.tunnel
         assert tunnel is not None
         return tunnel
 

@@ -24,7 +24,7 @@ from pipeline.odd_answer import OddAnswer
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
 
-__all__ = ["Line", "Pool", "end_tls"]
+__all__ = ["Pool", "PooledConnection", "end_tls"]
 
 
 def socket_options(dead_link_timeout_s: float) -> list[tuple[int, int, int | bytes]]:
@@ -111,7 +111,7 @@ class Pool(HTTPConnectionPool):
         return Tunnel(self.credentials, self._url_host)
 
 
-class Line:
+class PooledConnection:
     """What a worker sends through: one connection checked out of a pool, or none.
 
     Used by the dispatcher thread that holds the worker; ``close`` by ``stop`` as well, after the
@@ -137,7 +137,7 @@ class Line:
         self.odd = OddAnswer(telling)
         #: The TLS of the connection, once it is connected.
         self.tunnel: Tunnel | None = None
-        #: What the loop is writing of it, and so must not go away.
+        #: Ciphertext that the loop is writing. The worker points into it, so it must stay alive.
         self.outgoing = b""
         self._lock = threading.RLock()  # one close at a time
         self._pool: Pool | None = None
@@ -208,7 +208,7 @@ class Line:
         """Close the connection, if there is one, and return it.
 
         ``stop`` leaves the pool alone: its queue has a lock that a signal's handler, come while
-        another line of the pool is given back, must not wait for.
+        another connection of the pool is given back, must not wait for.
         """
         with self._lock:
             connection, self._connection = self._connection, None

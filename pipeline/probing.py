@@ -21,7 +21,7 @@ from pipeline.dialling import Dial, Dialer
 from pipeline.logs import get_logger
 from pipeline.picker import URLPicker
 from pipeline.poller import READABLE, Poller
-from pipeline.pool import Line, Pool
+from pipeline.pool import Pool, PooledConnection
 from pipeline.protocol import format_id, probe_head
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
@@ -79,13 +79,13 @@ class _Target:
         self.picker = picker  # for its URLs; which of them is picked is for messages to say
         self.picked = 0
         self.pools: dict[str, Pool] = {}
-        self.line = Line(200)
-        self.is_dialling = False  # the line is about to be
-        self.is_open = False  # the line is
+        self.connection = PooledConnection(200)
+        self.is_dialling = False  # the connection is about to be
+        self.is_open = False  # the connection is
         self.is_busy = False
         self.is_sent = False
         self.is_reused = False
-        self.is_retired = False  # the line is to be closed before the next probe
+        self.is_retired = False  # the connection is to be closed before the next probe
         self.due = due  # when idle: of the next probe; otherwise: of giving up
         self.next_due = due
         self.connected_at = 0.0
@@ -96,7 +96,7 @@ class _Target:
     @property
     def is_shaken_only(self) -> bool:
         """Whether nothing has come since the TLS handshake, which may not be over for the peer."""
-        tunnel = self.line.tunnel
+        tunnel = self.connection.tunnel
         return tunnel is not None and tunnel.is_established and not tunnel.has_heard
 
     @property
@@ -257,21 +257,23 @@ class Prober:
                 dead_link_timeout_s=STEP_TIMEOUT_S,
                 credentials=self._credentials,
             )
-        self._dialer.begin(target.line.prepare(pool, STEP_TIMEOUT_S, partial(self._opened, target)))
+        self._dialer.begin(
+            target.connection.prepare(pool, STEP_TIMEOUT_S, partial(self._opened, target))
+        )
 
     def _opened(self, target: _Target, dial: Dial) -> None:
-        if target.line.dial is not dial:  # it was closed meanwhile
+        if target.connection.dial is not dial:  # it was closed meanwhile
             return
         target.is_dialling = False
         try:
-            target.line.open()
-            self._poller.watch(target.line.sock, READABLE, partial(self._read, target))
+            target.connection.open()
+            self._poller.watch(target.connection.sock, READABLE, partial(self._read, target))
         except OSError as error:  # also a DialError
             self._fail(target, str(error))
             return
         target.is_open = True
         target.stats = target.stats._replace(last_dial_s=dial.took_s)
-        if target.line.is_sealed:
+        if target.connection.is_sealed:
             target.connected_at = time.monotonic()
             target.due = target.connected_at + STEP_TIMEOUT_S
             self._begin_tls(target)
@@ -280,14 +282,14 @@ class Prober:
 
     def _begin_tls(self, target: _Target) -> None:
         try:
-            target.line.begin_tls()
+            target.connection.begin_tls()
         except ssl.SSLError as error:
             self._fail(target, f"TLS handshake: {tls_reason(error)}")
         else:
             self._shake(target, b"")
 
     def _shake(self, target: _Target, data: bytes) -> None:
-        tunnel = target.line.tunnel
+        tunnel = target.connection.tunnel
         assert tunnel is not None
         try:
             is_done = tunnel.shake(data)
@@ -301,7 +303,7 @@ class Prober:
             return
         try:
             # A few KB: they fit.
-            target.line.sock.send(target.line.take_outgoing(), socket.MSG_NOSIGNAL)
+            target.connection.sock.send(target.connection.take_outgoing(), socket.MSG_NOSIGNAL)
         except OSError as error:
             self._broken(target, str(error))
 
@@ -309,14 +311,14 @@ class Prober:
         target.is_sent = True
         target.sent_at = time.monotonic()
         target.due = target.sent_at + STEP_TIMEOUT_S
-        data = target.line.head
-        if target.line.tunnel is not None:
-            target.line.tunnel.seal(data)
-            data = target.line.take_outgoing()
+        data = target.connection.head
+        if target.connection.tunnel is not None:
+            target.connection.tunnel.seal(data)
+            data = target.connection.take_outgoing()
         try:
             # Some 100 bytes, or with the end of a handshake a few KB; and nothing else was ever
             # left unsent: they fit.
-            target.line.sock.send(data, socket.MSG_NOSIGNAL)
+            target.connection.sock.send(data, socket.MSG_NOSIGNAL)
         except OSError as error:
             self._broken(target, str(error))
 
@@ -331,14 +333,14 @@ class Prober:
         if not target.is_busy:
             self._close(target)  # between probes there is nothing to be said
             return
-        if not data and not target.line.odd.has_begun:
+        if not data and not target.connection.odd.has_begun:
             self._broken(target, "the connection ended before an answer")
             return
-        if not target.line.odd.has_begun:
+        if not target.connection.odd.has_begun:
             first_byte_s = time.monotonic() - target.sent_at
             target.stats = target.stats._replace(last_first_byte_s=first_byte_s)
         try:
-            answer = target.line.odd.feed(data, is_ended=not data, is_written=True)
+            answer = target.connection.odd.feed(data, is_ended=not data, is_written=True)
         except (http.client.HTTPException, ValueError) as error:
             self._fail(target, f"malformed or incomplete answer: {error!r}")
             return
@@ -357,8 +359,8 @@ class Prober:
 
     def _receive(self, target: _Target) -> bytes | None:
         """Return what came, b"" at the end of the stream; None if that was no part of an answer."""
-        data = target.line.sock.recv(READ_BYTES)
-        tunnel = target.line.tunnel
+        data = target.connection.sock.recv(READ_BYTES)
+        tunnel = target.connection.tunnel
         if tunnel is None or not data:
             return data
         if not tunnel.is_established:
@@ -369,7 +371,7 @@ class Prober:
 
     def _broken(self, target: _Target, reason: str) -> None:
         """Fail, unless the connection was an old one, which may have ended meanwhile."""
-        if not target.is_busy or not target.is_reused or target.line.odd.has_begun:
+        if not target.is_busy or not target.is_reused or target.connection.odd.has_begun:
             self._fail(target, reason)
             return
         target.is_reused = False
@@ -412,13 +414,13 @@ class Prober:
     def _close(self, target: _Target) -> None:
         if target.is_dialling:
             target.is_dialling = False
-            assert target.line.dial is not None
-            self._dialer.cancel(target.line.dial)
+            assert target.connection.dial is not None
+            self._dialer.cancel(target.connection.dial)
         if target.is_open:
             target.is_open = False
-            self._poller.unwatch(target.line.sock)
-        target.line.close()
-        target.line.odd.clear()
+            self._poller.unwatch(target.connection.sock)
+        target.connection.close()
+        target.connection.odd.clear()
 
 
 def _says_ok(body: bytes) -> bool:

@@ -587,9 +587,9 @@ def test_an_idle_worker_keeps_nothing_of_what_it_sent(authority: Authority) -> N
             pipeline.send(EncodedMessage(bytes(4 << 20), type=MessageType.APP, to=PEER))
             books = settle(pipeline)
             assert (books.sent, books.failed) == (sent, failed)
-            line = pipeline.workers[0].line
-            assert line.tunnel is not None
-            assert line.outgoing == b""
+            connection = pipeline.workers[0].connection
+            assert connection.tunnel is not None
+            assert connection.outgoing == b""
         assert len({request.connection for request in server.requests}) == 1
 
 

@@ -1,8 +1,8 @@
 """Whatever the core takes for a plain POST, h11 reads as the very same request.
 
 Invariant: ``check_request``. Also: what the core accepts, the checks ahead of h11 in
-``odd_request.py`` accept. A chunked body, in whatever pieces it comes, is read as h11 reads the whole: the same bytes
-and the same end, or refused.
+``odd_request.py`` accept. A chunked body, in whatever pieces it comes, is read as h11 reads the
+whole: the same bytes and the same end, or refused.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from pipeline.errors import PeerUnreachableError
 from pipeline.odd_request import OddRequest, Then
 from pipeline.picker import URLPicker
 from pipeline.poller import Poller
-from pipeline.pool import Line, Pool
+from pipeline.pool import Pool, PooledConnection
 from pipeline.probing import Prober, _Target
 from pipeline.sealed import SealedSocket
 from pipeline.snapshot_connections import _Receiving
@@ -65,13 +65,13 @@ def kill(mine: socket.socket, peer: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def line(scheme: str) -> Iterator[tuple[Line, socket.socket]]:
+def connection(scheme: str) -> Iterator[tuple[PooledConnection, socket.socket]]:
     """A worker's connection to a peer, and the peer's end."""
     url = f"{scheme}://127.0.0.1:{port}"
     pool = Pool(
         url, b"GET / HTTP/1.1\r\n\r\n", size=1, dead_link_timeout_s=5, credentials=credentials
     )
-    found = Line(200)
+    found = PooledConnection(200)
     is_done = threading.Event()
     dialer.begin(found.prepare(pool, 10, lambda _: is_done.set()))
     peer, _ = listener.accept()
@@ -83,7 +83,7 @@ def line(scheme: str) -> Iterator[tuple[Line, socket.socket]]:
 
 def alert() -> None:
     """A worker tells a server why its certificate is refused."""
-    with line("https") as (found, peer):
+    with connection("https") as (found, peer):
         tunnel = found.begin_tls()
         tunnel.shake(b"")
         with pytest.raises(ssl.SSLError):
@@ -97,10 +97,10 @@ def probe(scheme: str) -> None:
     prober = Prober(Poller("no thread"), dialer, interval_s=1, credentials=credentials)
     target = _Target(2, URLPicker([f"{scheme}://127.0.0.1:{port}"]), 0.0, Histogram((1.0,)))
     target.is_busy = True
-    with line(scheme) as (target.line, peer):
-        kill(target.line.sock, peer)
+    with connection(scheme) as (target.connection, peer):
+        kill(target.connection.sock, peer)
         if scheme == "https":
-            target.line.begin_tls()
+            target.connection.begin_tls()
             prober._shake(target, b"")
         else:
             prober._send(target)
