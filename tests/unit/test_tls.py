@@ -341,7 +341,7 @@ def test_a_subscriber_that_raises_does_not_keep_others_from_hearing(authority: A
 def test_the_thread_that_polls_survives_a_log_handler_that_raises(
     authority: Authority, monkeypatch: pytest.MonkeyPatch, log_error: type[BaseException]
 ) -> None:
-    monkeypatch.setattr("pipeline.tls.POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr("pipeline.tls.credentials.POLL_INTERVAL_S", 0.01)
     info = authority.info()
     credentials = Credentials(info)
     path = Path(info.trusted_ca_file or "")
@@ -366,7 +366,7 @@ def test_poll_looks_at_the_files_once_a_second(
     info = authority.info()
     credentials = Credentials(info)
     now = [1000.0]
-    monkeypatch.setattr("pipeline.tls.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.tls.credentials.time.monotonic", lambda: now[0])
     credentials.poll()
     path = Path(info.trusted_ca_file or "")
     overwrite(path, path.read_bytes())
@@ -385,13 +385,13 @@ def test_a_set_that_failed_is_tried_again_though_its_files_did_not_change(
 ) -> None:
     credentials = Credentials(authority.info())
     now = [1000.0]
-    monkeypatch.setattr("pipeline.tls.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("pipeline.tls.credentials.time.monotonic", lambda: now[0])
 
     def no_descriptors(*_: object) -> None:
         raise OSError("Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.tls._load", no_descriptors)
+        patch.setattr("pipeline.tls.credentials._load", no_descriptors)
         assert not credentials.reload()
     now[0] += 5.0
     credentials.poll()

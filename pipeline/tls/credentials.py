@@ -1,15 +1,13 @@
-"""TLS: what a node's certificate, key and trust are, and how they are replaced while it runs.
+"""Credentials: the files of a TLSInfo that are in force, and how others take their place.
 
-Source: etcd client/pkg/transport/listener.go ``TLSInfo``. Differs from etcd: files are loaded
-when they change, not at every handshake, and a broken set never takes the place of a good one.
+Differs from etcd: files are loaded when they change, not at every handshake, and a broken set never
+takes the place of a good one.
 """
 
 from __future__ import annotations
 
 import _ssl
-import calendar
 import contextlib
-import ipaddress
 import logging
 import os
 import queue
@@ -17,18 +15,18 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.arguments import absolute_path, require_bool, require_instance, require_one_of
-from pipeline.callbacks import require_callable
+from pipeline.arguments import require_instance
 from pipeline.config import AnyPath
 from pipeline.errors import UsageError
-from pipeline.logs import get_logger, show
+from pipeline.logs import get_logger
 from pipeline.names import proven_name
 from pipeline.threads import LibraryThread
+from pipeline.tls.info import VERSIONS, TLSInfo
+from pipeline.tls.rules import can_be_proven, not_after, read_certificate, refusal
 
-__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo", "not_after", "read_certificate"]
+__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials"]
 
 logger = get_logger(__name__)
 
@@ -39,102 +37,6 @@ POLL_INTERVAL_S = 1.0
 #: A set that could not be loaded is tried again after this, changed or not: what was wrong may
 #: not show in the files' dates, as when descriptors ran out.
 RETRY_INTERVAL_S = 10.0
-
-#: Of a host name (RFC 1035 section 2.3.4), which SNI holds as well.
-NAME_MAX = 253
-
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-_VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TLSInfo:
-    """The files and rules of mutual TLS, for both directions.
-
-    One certificate serves both: if it has an extended key usage, that must name client and
-    server authentication. All files are PEM; they are loaded again when they change.
-
-    Parameters
-    ----------
-    cert_file, key_file : path
-        Our certificate, followed by its intermediates, and its key, which must not be encrypted.
-        Each path may be ``str``, ``bytes`` or ``os.PathLike``. A relative one is made absolute
-        here, so it is read back as an absolute ``str``.
-    trusted_ca_file : path, optional
-        Who may sign the others' certificates. Without it servers are checked against the
-        system's authorities, and no client can be.
-    client_cert_auth : bool
-        Whether the listener requires a certificate of its clients; needs ``trusted_ca_file``.
-    allowed_cn : tuple of str
-        If not empty: the common names a verified certificate may have. Excludes
-        ``allowed_hostnames``.
-    allowed_hostnames : tuple of str
-        If not empty: the certificate must be valid for one of these names or IP addresses, by its
-        subject alternative names.
-    allowed_uris : tuple of str
-        If not empty: the certificate must have one of these as a URI alternative name.
-    crl_file : path, optional
-        Revoked certificates. Every issuer of a leaf must have a list in it that has not expired;
-        needs ``trusted_ca_file``.
-    server_name : str, optional
-        The name that servers must prove, instead of the host of the URL dialled.
-    min_version : str
-        "1.2" or "1.3".
-    allow_member : callable, optional
-        ``(certificate, member ID) -> bool``: whether the holder of a certificate, as
-        ``ssl.SSLSocket.getpeercert`` describes it, may say in X-Server-From that it is this
-        member. Called from receiving threads; it must not block.
-
-    Raises
-    ------
-    UsageError
-        If settings contradict each other. Files are first opened by ``Transport``.
-    """
-
-    cert_file: AnyPath
-    key_file: AnyPath
-    trusted_ca_file: AnyPath | None = None
-    client_cert_auth: bool = True
-    allowed_cn: tuple[str, ...] = ()
-    allowed_hostnames: tuple[str, ...] = ()
-    allowed_uris: tuple[str, ...] = ()
-    crl_file: AnyPath | None = None
-    server_name: str | None = None
-    min_version: str = "1.2"
-    allow_member: Callable[[Mapping[str, Any], int], bool] | None = None
-
-    def __post_init__(self) -> None:
-        self._check_kinds()
-        if self.client_cert_auth and self.trusted_ca_file is None:
-            raise UsageError("trusted_ca_file: is needed for client_cert_auth")
-        if self.crl_file is not None and self.trusted_ca_file is None:
-            raise UsageError("trusted_ca_file: is needed for crl_file")
-        if self.allowed_cn and self.allowed_hostnames:
-            raise UsageError("allowed_cn: cannot be given together with allowed_hostnames")
-        for name in ("allowed_cn", "allowed_hostnames", "allowed_uris", "allow_member"):
-            # The listener would let in whom the rule means to keep out.
-            if getattr(self, name) and not self.client_cert_auth:
-                raise UsageError(f"{name}: needs client_cert_auth")
-
-    def _check_kinds(self) -> None:
-        for name in ("cert_file", "key_file", "trusted_ca_file", "crl_file"):
-            path = getattr(self, name)
-            if path is not None or name in ("cert_file", "key_file"):
-                # The class is frozen; nobody has seen it yet.
-                object.__setattr__(self, name, absolute_path(name, path))
-        require_bool("client_cert_auth", self.client_cert_auth)
-        for name in ("allowed_cn", "allowed_hostnames", "allowed_uris"):
-            names = getattr(self, name)
-            if not isinstance(names, tuple) or not all(isinstance(v, str) and v for v in names):
-                raise UsageError(f"{name}: {show(names)} is not a tuple of names")
-        if self.server_name is not None and not (
-            isinstance(self.server_name, str) and self.server_name
-        ):
-            raise UsageError(f"server_name: {show(self.server_name)} is not a name")
-        if self.server_name is not None and not _can_be_proven(proven_name(self.server_name)):
-            raise UsageError(f"server_name: {show(self.server_name)} is not a host name")
-        require_one_of("min_version", self.min_version, tuple(_VERSIONS))
-        require_callable("allow_member", self.allow_member)
 
 
 class _Set(NamedTuple):
@@ -248,7 +150,7 @@ class Credentials:
             If no certificate can prove it: it is no host's.
         """
         name = proven_name(self.info.server_name or host)
-        if not _can_be_proven(name):
+        if not can_be_proven(name):
             raise ssl.SSLError(f"{name!r} is not a name that a certificate can prove")
         return name
 
@@ -267,26 +169,9 @@ class Credentials:
     def refusal(self, certificate: Mapping[str, Any]) -> str:
         """Tell why the rules refuse a verified certificate; empty if they do not.
 
-        Parameters
-        ----------
-        certificate : mapping
-            As ``ssl.SSLSocket.getpeercert`` describes it.
-
-        Notes
-        -----
-        Source: etcd ``TLSInfo.baseConfig``, ``VerifyPeerCertificate``.
+        ``certificate`` is as ``ssl.SSLSocket.getpeercert`` describes it.
         """
-        info = self.info
-        names = tuple(certificate.get("subjectAltName", ()))
-        if info.allowed_cn and (cn := _common_name(certificate)) not in info.allowed_cn:
-            return f"certificate refused: its common name {cn!r} is not allowed"
-        if info.allowed_hostnames and not any(
-            _is_valid_for(host, names) for host in info.allowed_hostnames
-        ):
-            return "certificate refused: it is valid for none of the allowed host names"
-        if info.allowed_uris and not any(("URI", uri) in names for uri in info.allowed_uris):
-            return "certificate refused: it has none of the allowed URIs"
-        return ""
+        return refusal(self.info, certificate)
 
     # -- the thread
 
@@ -382,7 +267,7 @@ def _load(info: TLSInfo) -> _Set:
     for context in (client, server):
         # No ALPN: etcd 3.4 serves its gRPC by HTTP/2 on the same port, and so is not to be
         # asked for h2.
-        context.minimum_version = _VERSIONS[info.min_version]
+        context.minimum_version = VERSIONS[info.min_version]
         context.options |= ssl.OP_NO_RENEGOTIATION
         # As in Go, whatever is in the CA file is an anchor, an intermediate as well. Not
         # VERIFY_X509_STRICT: Go takes certificates without key identifiers, and clusters have
@@ -428,73 +313,3 @@ def _load_crl(context: ssl.SSLContext, file: AnyPath) -> None:
     if after["crl"] == before["crl"]:
         raise ValueError("holds no revocation list")
     context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
-
-
-def _can_be_proven(name: str) -> bool:
-    """Tell whether ``ssl`` takes the name; of one it does not it raises what is no TLS error."""
-    try:
-        length = len(name.encode("idna"))
-    except UnicodeError:
-        return False
-    return 0 < length <= NAME_MAX and not name.startswith(".") and "\0" not in name
-
-
-def read_certificate(tls: ssl.SSLObject | ssl.SSLSocket) -> Mapping[str, Any] | None:
-    """Return the certificate that the other side has shown, if it has and it was verified.
-
-    Raises
-    ------
-    ssl.SSLError
-        If it cannot be read: OpenSSL verifies names that are no text.
-    """
-    try:
-        return tls.getpeercert() or None
-    except ValueError as error:  # UnicodeDecodeError
-        raise ssl.SSLError(f"certificate refused: it cannot be read: {error}") from error
-
-
-def not_after(certificate: Mapping[str, Any]) -> float:
-    """Return when a certificate expires, seconds since the epoch.
-
-    Not by ``ssl.cert_time_to_seconds``: ``time.strptime`` has a lock that a signal's handler, come
-    while a certificate is read, would wait for in vain.
-    """
-    month, day, clock, year, _ = str(certificate["notAfter"]).split()  # "Jun  1 12:00:00 2030 GMT"
-    hour, minute, second = map(int, clock.split(":"))
-    fields = (int(year), _MONTHS.index(month) + 1, int(day), hour, minute, second)
-    return float(calendar.timegm(fields))
-
-
-def _common_name(certificate: Mapping[str, Any]) -> str:
-    """Return the subject's common name, the last one as in Go; empty if there is none."""
-    found = ""
-    for part in certificate.get("subject", ()):
-        for kind, value in part:
-            if kind == "commonName":
-                found = value
-    return found
-
-
-def _is_valid_for(host: str, names: Iterable[tuple[str, str]]) -> bool:
-    """Tell whether a certificate with these alternative names is valid for a host.
-
-    Source: Go ``x509.Certificate.VerifyHostname``: a wildcard stands for the whole first label
-    and no more; IP addresses have names of their own kind; the common name does not count.
-    """
-    try:
-        address = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        wanted = host.lower().removesuffix(".").split(".")
-        return any(kind == "DNS" and _matches(name, wanted) for kind, name in names)
-    for kind, name in names:
-        with contextlib.suppress(ValueError):
-            if kind == "IP Address" and ipaddress.ip_address(name.strip()) == address:
-                return True
-    return False
-
-
-def _matches(pattern: str, wanted: list[str]) -> bool:
-    labels = pattern.lower().removesuffix(".").split(".")
-    if len(labels) != len(wanted) or not all(wanted):
-        return False
-    return labels[1:] == wanted[1:] and labels[0] in ("*", wanted[0])

@@ -1,0 +1,111 @@
+"""The rules of names: what a certificate proves, and whether that is enough.
+
+Source: etcd client/pkg/transport/listener.go ``TLSInfo.baseConfig``, ``VerifyPeerCertificate``; Go
+``x509.Certificate.VerifyHostname``.
+"""
+
+from __future__ import annotations
+
+import calendar
+import contextlib
+import ipaddress
+import ssl
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.tls.info import TLSInfo
+
+__all__ = ["can_be_proven", "not_after", "read_certificate", "refusal"]
+
+#: Of a host name (RFC 1035 section 2.3.4), which SNI holds as well.
+NAME_MAX = 253
+
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
+def can_be_proven(name: str) -> bool:
+    """Tell whether ``ssl`` takes the name; of one it does not it raises what is no TLS error."""
+    try:
+        length = len(name.encode("idna"))
+    except UnicodeError:
+        return False
+    return 0 < length <= NAME_MAX and not name.startswith(".") and "\0" not in name
+
+
+def read_certificate(tls: ssl.SSLObject | ssl.SSLSocket) -> Mapping[str, Any] | None:
+    """Return the certificate that the other side has shown, if it has and it was verified.
+
+    Raises
+    ------
+    ssl.SSLError
+        If it cannot be read: OpenSSL verifies names that are no text.
+    """
+    try:
+        return tls.getpeercert() or None
+    except ValueError as error:  # UnicodeDecodeError
+        raise ssl.SSLError(f"certificate refused: it cannot be read: {error}") from error
+
+
+def not_after(certificate: Mapping[str, Any]) -> float:
+    """Return when a certificate expires, seconds since the epoch.
+
+    Not by ``ssl.cert_time_to_seconds``: ``time.strptime`` has a lock that a signal's handler, come
+    while a certificate is read, would wait for in vain.
+    """
+    month, day, clock, year, _ = str(certificate["notAfter"]).split()  # "Jun  1 12:00:00 2030 GMT"
+    hour, minute, second = map(int, clock.split(":"))
+    fields = (int(year), _MONTHS.index(month) + 1, int(day), hour, minute, second)
+    return float(calendar.timegm(fields))
+
+
+def refusal(info: TLSInfo, certificate: Mapping[str, Any]) -> str:
+    """Tell why the rules refuse a verified certificate; empty if they do not.
+
+    ``certificate`` is as ``ssl.SSLSocket.getpeercert`` describes it.
+    """
+    names = tuple(certificate.get("subjectAltName", ()))
+    if info.allowed_cn and (cn := _common_name(certificate)) not in info.allowed_cn:
+        return f"certificate refused: its common name {cn!r} is not allowed"
+    if info.allowed_hostnames and not any(
+        _is_valid_for(host, names) for host in info.allowed_hostnames
+    ):
+        return "certificate refused: it is valid for none of the allowed host names"
+    if info.allowed_uris and not any(("URI", uri) in names for uri in info.allowed_uris):
+        return "certificate refused: it has none of the allowed URIs"
+    return ""
+
+
+def _common_name(certificate: Mapping[str, Any]) -> str:
+    """Return the subject's common name, the last one as in Go; empty if there is none."""
+    found = ""
+    for part in certificate.get("subject", ()):
+        for kind, value in part:
+            if kind == "commonName":
+                found = value
+    return found
+
+
+def _is_valid_for(host: str, names: Iterable[tuple[str, str]]) -> bool:
+    """Tell whether a certificate with these alternative names is valid for a host.
+
+    Source: Go ``x509.Certificate.VerifyHostname``: a wildcard stands for the whole first label
+    and no more; IP addresses have names of their own kind; the common name does not count.
+    """
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        wanted = host.lower().removesuffix(".").split(".")
+        return any(kind == "DNS" and _matches(name, wanted) for kind, name in names)
+    for kind, name in names:
+        with contextlib.suppress(ValueError):
+            if kind == "IP Address" and ipaddress.ip_address(name.strip()) == address:
+                return True
+    return False
+
+
+def _matches(pattern: str, wanted: list[str]) -> bool:
+    labels = pattern.lower().removesuffix(".").split(".")
+    if len(labels) != len(wanted) or not all(wanted):
+        return False
+    return labels[1:] == wanted[1:] and labels[0] in ("*", wanted[0])
