@@ -10,7 +10,6 @@ from typing import Any
 from pipeline.logs import show
 
 __all__ = [
-    "STOPPED",
     "ClusterIDMismatchError",
     "IncompatibleVersionError",
     "InternalError",
