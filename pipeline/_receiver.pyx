@@ -64,7 +64,7 @@ __all__ = ["Receiver", "ReceiverStats", "recognise_post"]
 logger = get_logger("pipeline.listener")
 
 cdef enum:
-    # Asked for at once; ssl takes an int, and gives one record of at most 16 KiB.
+    # One read asks for no more. ssl takes an int, and gives one record of at most 16 KiB.
     BODY_STEP_BYTES = 1 << 20
 
 

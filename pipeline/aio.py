@@ -95,7 +95,7 @@ class _Call:
     ) -> None:
         self.function = function
         self.callbacks = callbacks
-        #: Of a report nobody needs the outcome.
+        #: It is a report, whose outcome nobody needs.
         self.is_report = is_report
         #: Set when nobody waits for it and it was not begun: it is not made any more.
         self.is_given_up = False
@@ -259,7 +259,7 @@ class _Deliveries:
         else:
             call.succeed(result)
         finally:
-            del call  # as above
+            del call  # or its outcome and this frame would hold one another
 
 
 class _Bridge:

@@ -37,7 +37,7 @@ def asgi_app(handlers: Handlers, config: ReceiverConfig) -> ASGIApp:
     return App(handlers, config)
 
 
-# Of a body in small pieces so many are taken before others on the loop have their turn.
+# A body that comes in small pieces lets others on the loop have a turn after this many.
 _PIECES_MAX = 64
 
 
@@ -267,7 +267,7 @@ class _Threads:
         try:
             self._give(run)
         except BaseException:
-            future.cancel()  # whoever comes to it later does nothing
+            future.cancel()  # so that the thread, if it takes the call after all, skips it
             raise
         return await future
 

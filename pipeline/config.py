@@ -117,8 +117,8 @@ class ReceiverConfig:
     #: Reading a body without a byte arriving.
     stall_timeout_s: float = 30.0
     #: Bytes per second; 0 for none. A body that falls behind this by what takes
-    #: ``stall_timeout_s`` is ended. Half of what each of four connections has of 64 kbit/s; who
-    #: wants to hold all connections by dripping has to send 1 MiB/s.
+    #: ``stall_timeout_s`` is ended. Four connections over a link of 64 kbit/s have 2 KiB/s each, of
+    #: which this is half. To hold all 1,024 by dripping, a caller must send 1 MiB/s.
     min_body_rate: int = 1024
     #: From the connection to the end of its TLS handshake, on an https listener.
     handshake_timeout_s: float = 10.0

@@ -107,7 +107,7 @@ class Dial:
         #: Seconds it took.
         self.took_s = 0.0
         self._options = options
-        self._on_done = [on_done]  # popped by who ends it: once, whatever comes at that moment
+        self._on_done = [on_done]  # popped, and so called, by the one who ends the dial
         self._sock: OwnSocket | None = None
         self._failure = ""
         self._is_unwanted = False

@@ -125,7 +125,7 @@ class Dispatcher:
         self._tasks.append(task)
         self.loop.queue_tasks()
         if self._is_stopped:
-            # Of a peer that is removed while all is stopped: our threads may be gone.
+            # A peer may be removed while everything is being stopped: our threads may be gone.
             name = f"pipeline-dispatch-{self.name}-late"
             LibraryThread(self._run_tasks, name).start()
 

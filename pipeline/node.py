@@ -225,7 +225,7 @@ class Node:
         dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
         dropped += sum(peer.stop_begin() for peer in peers)
         if not is_first and (self._dispatcher.is_current_thread() or is_transfer_thread()):
-            return dropped  # whoever is at it may wait for this callback
+            return dropped  # the first call may be waiting for the callback we are in
         for listener in tuple(self._listeners):
             listener.close(deadline_s=max(0.0, deadline - time.monotonic()))
         self.handlers.stop()

@@ -15,9 +15,9 @@ from typing import NamedTuple, Self, cast
 
 __all__ = ["TEXT_TIMEOUT_S", "Answer", "OddAnswer"]
 
-#: What is read of an answer's body; the texts that mean something are under 100 bytes.
+#: Of a body no more is read than this: the texts that mean something are under 100 bytes.
 BODY_MAX = 64 * 1024
-#: What is received before an answer that is not complete is given up, its interim answers included.
+#: An answer that is not complete after this many bytes, interim answers included, is given up.
 ANSWER_MAX = 128 * 1024
 #: A chunked text may end wherever a line is empty; so often is looked whether it has.
 LOOKS_MAX = 8
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     status: int
     #: Names in lower case.
     headers: Mapping[str, str]
-    #: What came of it with the head; whole only of the status whose text is waited for.
+    #: As much of it as came with the head; the whole of it for the status whose text we wait for.
     body: bytes
     keep: bool
 

@@ -43,8 +43,8 @@ _CODING = re.compile(rb"\r\nTransfer-Encoding[ \t]*:", re.IGNORECASE)
 
 #: etcd's requests have about ten headers.
 HEADERS_MAX = 100
-#: Of a refused request so much of an announced body is thrown away to keep the connection, as Go
-#: does. The loop does that; nobody looks at it.
+#: A refused request keeps its connection if no more than this is left of its body, as with Go. The
+#: loop throws the rest away without looking at it.
 SKIP_MAX = 256 * 1024
 
 

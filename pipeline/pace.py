@@ -6,9 +6,9 @@ import time
 
 __all__ = ["PIECE_S", "Pace"]
 
-#: What is a small piece on average: it costs more to look at than to copy.
+#: A piece below this size, on average, is small: to look at it costs more than to copy it.
 SMALL_BYTES = 1024
-#: Rest for each small piece, ten times what the interpreter has to do with it.
+#: The rest for each small piece: ten times what the interpreter has to do with it.
 PIECE_S = 0.00005
 #: No rest is shorter: a wake-up takes as long as some pieces.
 REST_S = 0.001

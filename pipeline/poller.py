@@ -25,9 +25,9 @@ logger = get_logger(__name__)
 
 READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
-#: After a fault of ours, so that it does not become a busy loop.
+#: After a fault of ours the thread pauses, so that the fault does not become a busy loop.
 FAULT_PAUSE_S = 0.25
-#: The thread ends within this, whatever the time that is left.
+#: ``stop`` waits at least this long for the thread, even when its deadline has passed.
 END_S = 0.1
 
 

@@ -38,7 +38,7 @@ STEP_TIMEOUT_S = 1.0
 #: The first probe of a peer comes sooner than the interval asks for, since until then nothing is
 #: known of it: after a fifth, but not within this, in which a cluster that starts comes up.
 FIRST_PROBE_S = 0.2
-#: Read of a peer at once: an answer has 300 bytes, and whoever sends more waits for the others.
+#: One read takes no more: an answer has 300 bytes, and a peer that sends more must wait its turn.
 READ_BYTES = 4096
 #: For servers to write the session tickets with which they end a handshake.
 TICKETS_S = 0.1

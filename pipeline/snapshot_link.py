@@ -31,9 +31,9 @@ __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 
 #: How often a wait looks whether the peer still acknowledges.
 LINK_CHECK_S = 1.0
-#: Enciphered at once: four records.
+#: One call enciphers four records.
 TLS_BYTES = 64 * 1024
-#: For the rest of the head of an answer that has begun.
+#: An answer that has begun must have the rest of its head within this.
 ANSWER_REST_S = 5.0
 
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
@@ -324,7 +324,7 @@ class SnapshotLink:
                     is_ended = self._tunnel.is_ended
         except OSError as error:
             raise self._unreachable(_text(error), error) from error
-        # Also of an answer that is there: who cancels before it was read has cancelled.
+        # A cancel wins even when the answer has already arrived, as long as we have not read it.
         self._ending.check()
         if not data and not is_ended:
             return None
@@ -355,7 +355,7 @@ class SnapshotLink:
                 raise self._unreachable("dead link")
 
     def _unreachable(self, reason: str, cause: BaseException | None = None) -> PeerUnreachableError:
-        # Of a transfer that is to end the peer has done nothing worth a report.
+        # If we are ending the transfer ourselves, the error is our own doing: cancelled.
         self._ending.check()
         error = PeerUnreachableError(reason, peer_id=self._peer_id, url=self._url)
         error.__cause__ = cause

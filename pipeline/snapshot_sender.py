@@ -71,12 +71,12 @@ logger = get_logger(__name__)
 
 CONTENT_TYPE = "application/octet-stream"
 
-#: Written at once. Not more: between two writes it is seen whether the transfer is to end.
+#: One write is at most this long: only between two writes the thread sees that it is to end.
 STEP_BYTES = 4 << 20
-#: Of a rate limit, what is written at once: so bytes keep moving, which etcd's listener wants
-#: every 5 s.
+#: Under a rate limit one write takes as many bytes as the limit allows in this time, so that bytes
+#: keep moving: etcd's listener closes a connection that was silent for 5 s.
 STEP_S = 0.125
-#: What a transfer that was held up may catch up on.
+#: A transfer that was held up may catch up on this much of the time it has lost.
 BURST_S = 0.05
 #: However many transfers share however small a limit, each moves a byte after this long.
 TURN_MAX_S = 1.0
@@ -663,7 +663,7 @@ class _Body:
     def _write(self, data: memoryview, *, is_database: bool = False) -> None:
         done = 0
         while done < len(data):
-            # What is borrowed is given back also when this raises: the error outlives the source.
+            # The view is released also when a write raises, for the error may outlive the source.
             with data[done : done + self._allow(len(data) - done)] as part:
                 n = self._link.write(part)
             self._allowed -= n

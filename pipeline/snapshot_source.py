@@ -39,9 +39,9 @@ __all__ = [
 #: ``bytes`` are a buffer, not a path.
 SnapshotSource: TypeAlias = "str | os.PathLike[str] | BinaryIO | Buffer | Iterable[Buffer]"
 
-#: What is read at once of a file that cannot go out by ``sendfile``.
+#: A file that cannot go out by ``sendfile`` is read in pieces of this size.
 CHUNK_BYTES = 256 * 1024
-#: Of a file, and so of a source.
+#: No file is larger, and so no source.
 SIZE_MAX = (1 << 63) - 1
 
 

@@ -19,7 +19,7 @@ __all__ = [
     "leader_stats",
 ]
 
-#: MsgApp that a rate is taken over; etcd ``queueCapacity``.
+#: A rate is that of the last so many MsgApp; etcd ``queueCapacity``.
 RATE_SAMPLES = 200
 #: Without a MsgApp for this long a rate is zero.
 RATE_STALE_S = 1.0

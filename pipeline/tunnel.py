@@ -35,7 +35,7 @@ class Tunnel:
         self.is_established = False
         #: Something has come since the handshake, session tickets for one.
         self.has_heard = False
-        #: Of an answer something has come; kept here by who reads them.
+        #: The connection has been answered before. The pipeline, which reads answers, sets it.
         self.has_answered = False
         #: The peer has ended the stream in order.
         self.is_ended = False

@@ -16,7 +16,7 @@ from pipeline.protocol import reason_phrase
 
 __all__ = ["wsgi_app"]
 
-# Read at once. What is held grows with what arrived, never with what was announced.
+# One read takes no more, so that memory grows with what has arrived, not with what was announced.
 _READ_BYTES = 64 * 1024
 
 

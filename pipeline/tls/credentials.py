@@ -30,7 +30,7 @@ __all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials"]
 
 logger = get_logger(__name__)
 
-#: Of a handshake, in both directions; Go's default.
+#: A handshake, in either direction, has this long; Go's default.
 HANDSHAKE_TIMEOUT_S = 10.0
 #: The files are looked at this often.
 POLL_INTERVAL_S = 1.0

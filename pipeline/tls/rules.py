@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["can_be_proven", "not_after", "read_certificate", "refusal"]
 
-#: Of a host name (RFC 1035 section 2.3.4), which SNI holds as well.
+#: The longest host name (RFC 1035 section 2.3.4). SNI holds no longer one either.
 NAME_MAX = 253
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
