@@ -63,31 +63,34 @@ socket.getaddrinfo = getaddrinfo
 found: list[str] = []
 
 
-def left_by(what: str, fail: Callable[[], object]) -> None:
-    """Count what is left by N failures; ``fail`` returns when one is over."""
-    for _ in range(5):
-        fail()
-    settle()
+WARM_UP = 5
+
+
+@contextlib.contextmanager
+def counted(what: str) -> Iterator[None]:
+    """Note what N failures leave. A thread may still hold what the last one left: that is one."""
     gc.collect()
     gc.disable()
-    for _ in range(N):
-        fail()
-    settle()
+    yield
     gc.set_debug(gc.DEBUG_SAVEALL)
     gc.collect()
     gc.set_debug(0)
     kinds = collections.Counter(type(thing).__name__ for thing in gc.garbage)
-    count = len(gc.garbage)
     gc.garbage.clear()
     gc.enable()
     gc.collect()
-    if count > N / 2:
-        found.append(f"{what}: {count / N:.1f} each: {dict(kinds.most_common(8))}")
+    if kinds.total() > N / 2:
+        found.append(f"{what}: {kinds.total() / N:.1f} each: {dict(kinds.most_common(8))}")
 
 
-def settle() -> None:
-    """Let the threads that were at it let go of what they have in their hands."""
-    time.sleep(0.05)
+def left_by(what: str, fail: Callable[[], object]) -> None:
+    """Count what is left by N failures; ``fail`` returns when one is over."""
+    for _ in range(WARM_UP):
+        fail()
+    time.sleep(0.02)  # for threads to let go of what they have in their hands
+    with counted(what):
+        for _ in range(N):
+            fail()
 
 
 class Raising(FakeRaft):
@@ -324,23 +327,12 @@ def asynchronous() -> None:
 
     async def left_by_async(what: str, fail: Callable[[], Awaitable[object]]) -> None:
         """As ``left_by``, on the loop."""
-        for _ in range(5):
+        for _ in range(WARM_UP):
             await fail()
-        await asyncio.sleep(0.05)
-        gc.collect()
-        gc.disable()
-        for _ in range(N):
-            await fail()
-        await asyncio.sleep(0.05)
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        gc.set_debug(0)
-        kinds = collections.Counter(type(thing).__name__ for thing in gc.garbage)
-        count = len(gc.garbage)
-        gc.garbage.clear()
-        gc.enable()
-        if count > N / 2:
-            found.append(f"{what}: {count / N:.1f} each: {dict(kinds.most_common(8))}")
+        await asyncio.sleep(0.02)
+        with counted(what):
+            for _ in range(N):
+                await fail()
 
     async def main() -> None:
         config = TransportConfig(pipeline=PipelineConfig(), probe_interval_s=0)
