@@ -159,9 +159,9 @@ def test_a_retried_large_message_starts_from_its_first_byte() -> None:
 
 def slow(connection: Connection, head: bytes) -> bool:
     """Read a little at a time, for longer than either timeout of the test."""
-    for _ in range(12):
-        connection.read_body(MIB // 2)
-        time.sleep(0.05)
+    for _ in range(24):
+        connection.read_body(MIB // 4)
+        time.sleep(0.1)
     connection.read_body(10 * MIB)
     connection.send(OK)
     return False
@@ -171,7 +171,7 @@ def test_a_slow_reader_is_left_alone() -> None:
     """Bytes move, if slowly: neither timeout applies while they do."""
     with (
         ScriptedServer(on_head=slow) as server,
-        pipeline_to(server, stall_timeout_s=0.5, response_timeout_s=0.5) as pipeline,
+        pipeline_to(server, stall_timeout_s=2.0, response_timeout_s=2.0) as pipeline,
     ):
         body = memoryview(bytearray(16 * MIB))
         pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))
