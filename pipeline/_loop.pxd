@@ -34,7 +34,8 @@ from pipeline._channel cimport channel_take, job_t
 from pipeline._pipe cimport (
     ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, LOOP_EVENTS, SEND_BUFFER_NEAR, WORKER_IDLE,
     WORKER_PYTHON, WORKER_WRITING, loop_add_runnable, loop_queue_chores, loop_t, loop_wake,
-    pipe_check_age, pipe_expire, pipe_t, worker_retire, worker_t, worker_to_python,
+    pipe_check_age, pipe_expire, pipe_t, worker_look_at_state, worker_retire, worker_t,
+    worker_to_python,
 )
 from pipeline._sync cimport (
     AF_INET, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
@@ -55,7 +56,7 @@ cdef inline void loop_run_runnable(loop_t* loop) noexcept nogil:
     while worker is not NULL:
         following = worker.next_runnable
         worker.is_runnable = False
-        if worker.state == WORKER_WRITING:
+        if worker_look_at_state(worker) == WORKER_WRITING:
             worker_write(worker)
         worker = following
 
@@ -132,7 +133,7 @@ cdef inline void loop_detach(loop_t* loop, pipe_t* pipe) noexcept nogil:
     """Forget a pipe that stops: idle workers retire, busy ones fail with ERROR_STOPPED."""
     cdef pipe_t** link = &loop.attached
     cdef worker_t* worker
-    cdef int i
+    cdef int i, state
     if pipe.is_attached:
         while link[0] is not pipe:
             link = &link[0].next_attached
@@ -143,9 +144,10 @@ cdef inline void loop_detach(loop_t* loop, pipe_t* pipe) noexcept nogil:
     pipe.idle = NULL
     for i in range(pipe.n_workers):
         worker = &pipe.workers[i]
-        if worker.state == WORKER_PYTHON:
+        state = worker_look_at_state(worker)
+        if state == WORKER_PYTHON:
             continue        # it comes back to be retired: worker_give_back
-        if worker.state == WORKER_IDLE:
+        if state == WORKER_IDLE:
             if worker.is_registered:
                 epoll_ctl(loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
                 worker.is_registered = False

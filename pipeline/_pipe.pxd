@@ -259,6 +259,14 @@ cdef inline void worker_set_state(worker_t* worker, int state) noexcept nogil:
     note_int(&worker.state, state)
 
 
+cdef inline int worker_look_at_state(worker_t* worker) noexcept nogil:
+    """Return a worker's state, for the loop, which may not have the worker at the moment.
+
+    Whether it has it is certain: only the loop hands a worker over, and takes it back.
+    """
+    return load_int(&worker.state)
+
+
 cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
     """Hand the worker over; the loop does not touch it again until it is returned.
 
@@ -355,7 +363,7 @@ cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
     loop_look_at(pipe.loop, channel_expires_at(&pipe.channel))
     pthread_mutex_unlock(&pipe.lock)
     for i in range(pipe.n_workers):     # what is offered from now on may have to wait for it
-        if pipe.workers[i].state != WORKER_IDLE:
+        if worker_look_at_state(&pipe.workers[i]) != WORKER_IDLE:
             loop_look_at(pipe.loop, now_ns + age_ns)
             return
 

@@ -23,8 +23,8 @@ from pipeline._pipe cimport (
     GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US,
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
     TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, loop_add_runnable,
-    loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t, worker_retire,
-    worker_set_state, worker_t, worker_to_python,
+    loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t,
+    worker_look_at_state, worker_retire, worker_set_state, worker_t, worker_to_python,
 )
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
@@ -456,12 +456,13 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
 
 cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcept nogil:
     """Fail a worker that is overdue, and note its next deadline."""
-    if worker.state == WORKER_WRITING or worker.state == WORKER_READING:
+    cdef int state = worker_look_at_state(worker)
+    if state == WORKER_WRITING or state == WORKER_READING:
         if worker.deadline_ns and now_ns >= worker.deadline_ns:
             if worker.seal == SEAL_HANDSHAKE:
                 worker_fail(worker, ERROR_HANDSHAKE_TIMEOUT)
             else:
-                worker_fail(worker, ERROR_STALLED if worker.state == WORKER_WRITING
+                worker_fail(worker, ERROR_STALLED if state == WORKER_WRITING
                             else ERROR_RESPONSE_TIMEOUT)
             return
         if now_ns >= worker.link_check_ns:
