@@ -18,13 +18,14 @@ from pipeline._budget cimport budget_loop_t, budget_t
 from pipeline._descriptors cimport descriptors_t
 from pipeline._heads cimport head_t, heads_add, heads_find, heads_t
 from pipeline._http cimport http_post_t
+from pipeline._poll cimport poll_look_at, poll_t, poll_wake
 from pipeline._memory cimport (
     BODY_MAPPED_MIN, SPARES, SPARE_NEW, SPARE_NONE, body_free, body_t, spares_expire, spares_find,
     spares_keep, spares_t, spares_want,
 )
 from pipeline._sync cimport (
     invariant, load_int, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
-    pthread_mutex_unlock, pthread_t, sockaddr_storage, store_int, swap_int, time_t, write,
+    pthread_mutex_unlock, pthread_t, sockaddr_storage, store_int, time_t,
 )
 from pipeline._turns cimport LANES, host_join, member_t, turn_t, turns_leave, turns_t
 from pipeline._wire cimport wire_decoded_t
@@ -207,14 +208,12 @@ cdef struct server_t:
     descriptors_t* descriptors  # the process's: what a forked child closes
     budget_t* budget        # borrowed: the node's
     budget_loop_t in_budget
-    int epfd
-    int wakefd
+    poll_t poll             # deadlines and the time are the leader's
     int timerfd             # wakes the stand-in
     int* listening          # owned array of owned descriptors
     int n_listening
     int n_plain             # the first of them; the others' connections are sealed
     pthread_t thread
-    int is_sleeping         # atomic
     int is_stopping         # atomic: stop accepting, close what has no handler
     int is_retiring         # atomic: idle sealed connections are to end
     int busy                # atomic: handler threads at work
@@ -252,8 +251,6 @@ cdef struct server_t:
     runnable_t bulk         # the same, with much to read
     int64_t bulk_bytes      # read of that in this turn
     conn_t* buried          # closed in this turn, when events may still point to them
-    int64_t now_ns
-    int64_t next_deadline_ns
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
     int64_t reading         # bytes in the budget, of bodies that are being read
     int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
@@ -318,15 +315,9 @@ cdef inline void conn_append(conn_t* conn) noexcept nogil:
     server.newest = conn
 
 
-cdef inline void server_look_at(server_t* server, int64_t at_ns) noexcept nogil:
-    """See to it that deadlines are checked at ``at_ns`` at the latest."""
-    if server.next_deadline_ns == 0 or at_ns < server.next_deadline_ns:
-        server.next_deadline_ns = at_ns
-
-
 cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
     conn.deadline_ns = deadline_ns
-    server_look_at(conn.server, deadline_ns)
+    poll_look_at(&conn.server.poll, deadline_ns)
 
 
 cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
@@ -352,18 +343,12 @@ cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
 
 # -- the loop, told from outside
 
-cdef inline void server_wake(server_t* server) noexcept nogil:
-    cdef uint64_t one = 1
-    if load_int(&server.is_sleeping) and swap_int(&server.is_sleeping, 0):
-        write(server.wakefd, &one, sizeof(one))
-
-
 cdef inline void server_tell(server_t* server) noexcept nogil:
     """Have the loop look at what waits for a thread, or for memory."""
     pthread_mutex_lock(&server.lock)
     store_int(&server.in_budget.has_news, True)
     if not server.is_ended:     # or the descriptor may be another's
-        server_wake(server)
+        poll_wake(&server.poll)
     pthread_mutex_unlock(&server.lock)
 
 
@@ -392,7 +377,7 @@ cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
             n_older = spares_keep(&server.spares, server.budget, body, older)
             if load_int(&server.spares.state) == SPARE_NONE:
                 store_int(&server.spares.state, SPARE_NEW)
-                server_wake(server)
+                poll_wake(&server.poll)
         pthread_mutex_unlock(&server.lock)
     body_free(body)
     for i in range(n_older):        # not under the lock: it takes a while
@@ -418,9 +403,9 @@ cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept n
     cdef body_t older[SPARES]
     cdef int i, n_older
     pthread_mutex_lock(&server.lock)
-    n_older = spares_expire(&server.spares, server.budget, server.now_ns, is_scarce, older)
+    n_older = spares_expire(&server.spares, server.budget, server.poll.now_ns, is_scarce, older)
     if server.spares.n > 0:
-        server_look_at(server, server.spares.kept[0].until_ns)
+        poll_look_at(&server.poll, server.spares.kept[0].until_ns)
     pthread_mutex_unlock(&server.lock)
     for i in range(n_older):
         body_free(&older[i])

@@ -534,7 +534,7 @@ cdef class IOLoop:
         pthread_mutex_init(&self.loop.event_lock, NULL)
         cond_init_monotonic(&self.loop.event_cond)
         self.loop.events_closed = True
-        self.loop.is_sleeping = 0
+        self.loop.poll.is_sleeping = 0
         loop_close_descriptors(&self.loop)      # the copies
         self.is_running = False
         for sender in self.senders:

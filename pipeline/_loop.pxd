@@ -2,29 +2,6 @@
 
 It waits in ``epoll_wait`` for sockets, the next deadline, or an eventfd, which is written to only
 while the loop sleeps. Who may touch what is told in ``_pipe.pxd``.
-
-What this loop and the receiving one (``_server.pxd``) rely on in epoll:
-
-- A connection is registered once, for reading, writing and the peer's end, edge-triggered: an event
-  says that something has changed, not that something is there. Nothing is said again. So whoever
-  stops before EAGAIN, for others are to have a turn, puts itself on the list of the runnable.
-- To register a socket reports what is there already. A worker that comes back from Python misses
-  nothing that arrived meanwhile.
-- Listening sockets are level-triggered: a caller who is not accepted in this turn is told of again,
-  and accepting is paused by taking the socket out.
-- The eventfd is edge-triggered and never read. Each write is an edge, whatever the sum; the sum of
-  ones does not overflow. To read it would be a system call per wake-up, for nothing.
-- The set holds open files, not descriptors. A socket stays in it until its last copy is closed, and
-  a forked child has copies. So a socket leaves the set by EPOLL_CTL_DEL before it is closed or is
-  Python's; otherwise events would come for memory that is gone.
-- The peer's end is told once, maybe long before what was sent ahead of it is read. It is noted
-  (``is_ended``, ``has_ended``), or ``recv`` comes upon it.
-- EPOLL_CTL_DEL takes back no event that ``epoll_wait`` has returned already. A turn may close a
-  connection that a later event of the same turn points to. So a conn is *buried* and freed after
-  the turn; a worker outlives the loop's interest, and flags of an earlier socket do it no harm:
-  they only have it call ``recv``, which says EAGAIN.
-- Another thread may change the set while the loop waits (``server_detach``).
-- A wait is in milliseconds and rounded up, so no deadline is looked at before it has passed.
 """
 
 from libc.stdint cimport int64_t
@@ -37,11 +14,12 @@ from pipeline._pipe cimport (
     pipe_check_age, pipe_expire, pipe_t, worker_look_at_state, worker_retire, worker_t,
     worker_to_python,
 )
+from pipeline._poll cimport poll_is_due, poll_timeout_ms, poll_wait
 from pipeline._sync cimport (
     AF_INET, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, clock_ns, close,
-    cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno, eventfd,
-    getsockopt, list_is_empty, list_take, load_i64, load_int, pthread_cond_destroy, pthread_join,
+    cond_init_monotonic, epoll_create1, epoll_ctl, epoll_event, errno, eventfd, getsockopt,
+    list_is_empty, list_take, load_i64, load_int, pthread_cond_destroy, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
     sched_yield, setsockopt, socket, socklen_t, store_int, thread_start,
 )
@@ -100,7 +78,7 @@ cdef inline void loop_run_ready(loop_t* loop, pipe_t* pipe) noexcept nogil:
             loop.attached = pipe
         pthread_mutex_lock(&pipe.lock)
         pipe.is_scheduled = False
-        pipe_expire(pipe, loop.now_ns)
+        pipe_expire(pipe, loop.poll.now_ns)
         link = &pipe.idle
         while link[0] is not NULL:
             worker = link[0]
@@ -149,7 +127,7 @@ cdef inline void loop_detach(loop_t* loop, pipe_t* pipe) noexcept nogil:
             continue        # it comes back to be retired: worker_give_back
         if state == WORKER_IDLE:
             if worker.is_registered:
-                epoll_ctl(loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+                epoll_ctl(loop.poll.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
                 worker.is_registered = False
             worker_retire(worker)
         else:
@@ -161,25 +139,12 @@ cdef inline void loop_check_deadlines(loop_t* loop) noexcept nogil:
     """Fail what is overdue and find the next deadline. Runs when one may have passed."""
     cdef pipe_t* pipe = loop.attached
     cdef int i
-    loop.next_deadline_ns = 0
+    loop.poll.next_deadline_ns = 0
     while pipe is not NULL:
         for i in range(pipe.n_workers):
-            worker_check_deadline(&pipe.workers[i], loop.now_ns)
-        pipe_check_age(pipe, loop.now_ns)
+            worker_check_deadline(&pipe.workers[i], loop.poll.now_ns)
+        pipe_check_age(pipe, loop.poll.now_ns)
         pipe = pipe.next_attached
-
-
-cdef inline int loop_timeout_ms(loop_t* loop) noexcept nogil:
-    """How long the loop may sleep: to its next deadline, rounded up, or for ever (-1)."""
-    cdef int64_t due = loop.next_deadline_ns
-    if loop.release_due_ns and (due == 0 or loop.release_due_ns < due):
-        due = loop.release_due_ns
-    if due == 0:
-        return -1
-    if due <= loop.now_ns:
-        return 0
-    due = (due - loop.now_ns + 999999) // 1000000
-    return <int>due if due < 3600000 else 3600000
 
 
 cdef inline void* loop_main(void* argument) noexcept nogil:
@@ -202,24 +167,24 @@ cdef inline void* loop_main(void* argument) noexcept nogil:
         if loop.runnable is not NULL:
             loop_run_runnable(loop)
 
-        timeout_ms = 0 if loop.runnable is not NULL else loop_timeout_ms(loop)
+        timeout_ms = 0
+        if loop.runnable is NULL:
+            timeout_ms = poll_timeout_ms(&loop.poll, loop.release_due_ns)
         if timeout_ms != 0:
             # Announce the sleep, then look once more: whoever pushed before saw us awake.
-            store_int(&loop.is_sleeping, 1)
+            store_int(&loop.poll.is_sleeping, 1)
             if not list_is_empty(&loop.ready) \
                     or not list_is_empty(&loop.returned) \
                     or not list_is_empty(&loop.detached) \
                     or load_int(&loop.is_stopping):
                 timeout_ms = 0
-        n = epoll_wait(loop.epfd, events, LOOP_EVENTS, timeout_ms)
-        store_int(&loop.is_sleeping, 0)
-        loop.now_ns = clock_ns()
+        n = poll_wait(&loop.poll, events, LOOP_EVENTS, timeout_ms)
         for i in range(n):
             if events[i].data.ptr is not NULL:
                 worker_ready(<worker_t*>events[i].data.ptr, events[i].events)
-        if loop.next_deadline_ns and loop.now_ns >= loop.next_deadline_ns:
+        if poll_is_due(&loop.poll):
             loop_check_deadlines(loop)
-        if loop.release_due_ns and loop.now_ns >= loop.release_due_ns:
+        if loop.release_due_ns and loop.poll.now_ns >= loop.release_due_ns:
             loop.release_due_ns = 0
             if load_i64(&loop.finished_jobs) > 0:       # a send may have been quicker
                 loop_queue_chores(loop)
@@ -252,7 +217,7 @@ cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
     memset(loop, 0, sizeof(loop_t))
     loop.budget.limit = queue_bytes
     loop.has_near_buffer = grants_near_buffer()
-    loop.epfd = loop.wakefd = -1
+    loop.poll.epfd = loop.poll.wakefd = -1
     if pthread_mutex_init(&loop.event_lock, NULL) != 0 \
             or cond_init_monotonic(&loop.event_cond) != 0:
         return EAGAIN
@@ -260,11 +225,11 @@ cdef inline int loop_init(loop_t* loop, int64_t queue_bytes) noexcept nogil:
 
 
 cdef inline void loop_close_descriptors(loop_t* loop) noexcept nogil:
-    if loop.epfd >= 0:
-        close(loop.epfd)
-    if loop.wakefd >= 0:
-        close(loop.wakefd)
-    loop.epfd = loop.wakefd = -1
+    if loop.poll.epfd >= 0:
+        close(loop.poll.epfd)
+    if loop.poll.wakefd >= 0:
+        close(loop.poll.wakefd)
+    loop.poll.epfd = loop.poll.wakefd = -1
 
 
 cdef inline void loop_free(loop_t* loop) noexcept nogil:
@@ -282,13 +247,14 @@ cdef inline int loop_start(loop_t* loop) noexcept nogil:
     """
     cdef epoll_event event
     cdef int error
-    loop.now_ns = clock_ns()
-    loop.epfd = epoll_create1(EPOLL_CLOEXEC)
-    if loop.epfd >= 0:
-        loop.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    loop.poll.now_ns = clock_ns()
+    loop.poll.epfd = epoll_create1(EPOLL_CLOEXEC)
+    if loop.poll.epfd >= 0:
+        loop.poll.wakefd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     event.events = EPOLLIN | EPOLLET
     event.data.ptr = NULL
-    if loop.wakefd < 0 or epoll_ctl(loop.epfd, EPOLL_CTL_ADD, loop.wakefd, &event) != 0:
+    if loop.poll.wakefd < 0 \
+            or epoll_ctl(loop.poll.epfd, EPOLL_CTL_ADD, loop.poll.wakefd, &event) != 0:
         error = errno
     else:
         error = thread_start(&loop.thread, loop_main, loop, loop.name)

@@ -17,7 +17,7 @@ forgets a pipe (its fds, its place in every list) while it holds the pipe's lock
 worker is counted out.
 """
 
-from libc.stdint cimport int64_t, uint64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -28,11 +28,12 @@ from pipeline._channel cimport (
 )
 from pipeline._cursor cimport cursor_t
 from pipeline._http cimport HTTP_ANSWER_MAX
+from pipeline._poll cimport poll_look_at, poll_t, poll_wake
 from pipeline._sync cimport (
     EPOLL_CTL_DEL, add_i64, add_int, cond_init_monotonic, epoll_ctl, invariant, list_push, load_i64,
     load_int, note_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
     pthread_cond_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_t, store_int, swap_int, write,
+    pthread_mutex_unlock, pthread_t, store_int, swap_int,
 )
 
 cdef enum:
@@ -178,11 +179,9 @@ cdef struct pipe_t:
     void* owner             # borrowed PyObject*: the Sender; held by the loop's registry while live
 
 cdef struct loop_t:
-    int epfd
-    int wakefd
+    poll_t poll
     char name[16]
     pthread_t thread
-    int is_sleeping         # atomic: the loop is in, or about to enter, a wait
     int is_stopping         # atomic
     int wakers              # atomic: threads about to write to wakefd
     pipe_t* ready           # atomic lists, pushed by anyone, taken whole by the loop
@@ -207,19 +206,14 @@ cdef struct loop_t:
     pipe_t* attached        # the loop's own from here on
     worker_t* runnable
     worker_t* runnable_tail
-    int64_t now_ns
-    int64_t next_deadline_ns        # no deadline is earlier; 0 is none
     int64_t release_due_ns          # 0 is none
 
 
 cdef inline void loop_wake(loop_t* loop) noexcept nogil:
     """Make a sleeping loop look at its lists. Costs one load while it is awake."""
-    cdef uint64_t one = 1
-    if load_int(&loop.is_sleeping):
+    if load_int(&loop.poll.is_sleeping):
         add_int(&loop.wakers, 1)        # loop_stop does not close wakefd meanwhile
-        if swap_int(&loop.is_sleeping, 0):
-            # Edge-triggered and never read: each write is an edge, the sum cannot overflow.
-            write(loop.wakefd, &one, sizeof(one))
+        poll_wake(&loop.poll)
         add_int(&loop.wakers, -1)
 
 
@@ -274,7 +268,7 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     hold the connection open, and events would come for a worker that is gone.
     """
     if worker.is_registered:
-        epoll_ctl(worker.pipe.loop.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+        epoll_ctl(worker.pipe.loop.poll.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
         worker.is_registered = False
     worker_set_state(worker, WORKER_PYTHON)
     worker.deadline_ns = 0
@@ -360,11 +354,11 @@ cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
         return
     pthread_mutex_lock(&pipe.lock)
     pipe_expire(pipe, now_ns)
-    loop_look_at(pipe.loop, channel_expires_at(&pipe.channel))
+    poll_look_at(&pipe.loop.poll, channel_expires_at(&pipe.channel))
     pthread_mutex_unlock(&pipe.lock)
     for i in range(pipe.n_workers):     # what is offered from now on may have to wait for it
         if worker_look_at_state(&pipe.workers[i]) != WORKER_IDLE:
-            loop_look_at(pipe.loop, now_ns + age_ns)
+            poll_look_at(&pipe.loop.poll, now_ns + age_ns)
             return
 
 
@@ -415,12 +409,6 @@ cdef inline void worker_retire(worker_t* worker) noexcept nogil:
 
 # -- what pipe and workers want of the loop
 
-cdef inline void loop_look_at(loop_t* loop, int64_t at_ns) noexcept nogil:
-    """See to it that deadlines are checked at ``at_ns`` at the latest; 0 is never."""
-    if at_ns and (loop.next_deadline_ns == 0 or at_ns < loop.next_deadline_ns):
-        loop.next_deadline_ns = at_ns
-
-
 cdef inline void loop_add_runnable(loop_t* loop, worker_t* worker) noexcept nogil:
     """Let a worker write on in the next turn."""
     if worker.is_runnable:
@@ -443,7 +431,7 @@ cdef inline void loop_job_done(loop_t* loop, job_t* job) noexcept nogil:
     add_i64(&loop.finished_jobs, 1)
     list_push(&loop.finished, &job.next, job)
     if loop.release_due_ns == 0:
-        loop.release_due_ns = loop.now_ns + RELEASE_DELAY_NS
+        loop.release_due_ns = loop.poll.now_ns + RELEASE_DELAY_NS
     if load_i64(&loop.finished_jobs) >= RELEASE_JOBS \
             or load_i64(&loop.finished_bytes) >= RELEASE_BYTES:
         loop.release_due_ns = 0

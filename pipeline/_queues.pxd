@@ -14,10 +14,11 @@ from pipeline._conn cimport (
     CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_GENERAL, QUEUE_HANDSHAKES,
     QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_GENERAL, REQUEST_LARGE, REQUEST_MALFORMED,
     REQUEST_MESSAGE, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP,
-    conn_set_state, conn_t, handler_t, queue_t, request_t, server_look_at, server_t, server_wake,
+    conn_set_state, conn_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline._descriptors cimport descriptors_shut
 from pipeline._memory cimport body_free
+from pipeline._poll cimport poll_look_at, poll_wake
 from pipeline._sync cimport (
     EPOLL_CTL_DEL, clock_ns, epoll_ctl, invariant, list_push, load_int, pthread_cond_signal,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -240,8 +241,8 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
     if not is_queued or not is_any_waiting:
         server.queue_check_ns = 0
     elif is_check or server.queue_check_ns == 0:
-        server.queue_check_ns = server.now_ns + QUEUE_CHECK_NS
-        server_look_at(server, server.queue_check_ns)
+        server.queue_check_ns = server.poll.now_ns + QUEUE_CHECK_NS
+        poll_look_at(&server.poll, server.queue_check_ns)
 
 
 # -- back to the loop
@@ -286,7 +287,7 @@ cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
     # An answered connection can wait until the loop wakes by itself, at the latest for its next
     # request. If that came while the connection was ours, the loop has noted so before it slept.
     if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):
-        server_wake(server)     # under the lock: the loop cannot have ended
+        poll_wake(&server.poll)     # under the lock: the loop cannot have ended
     return True
 
 
@@ -310,7 +311,7 @@ cdef inline int server_detach(conn_t* conn) noexcept nogil:
     pthread_mutex_lock(&server.lock)    # server_end shuts the sockets of handled connections
     if not server.is_ended:
         fd = conn.fd
-        epoll_ctl(server.epfd, EPOLL_CTL_DEL, fd, NULL)
+        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, fd, NULL)
         conn.fd = -1
     pthread_mutex_unlock(&server.lock)
     return fd

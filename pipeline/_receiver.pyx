@@ -322,7 +322,7 @@ cdef class Receiver:
         """
         self.budget.forget_after_fork()
         self.server.n_listening = 0
-        self.server.epfd = self.server.wakefd = self.server.timerfd = -1
+        self.server.poll.epfd = self.server.poll.wakefd = self.server.timerfd = -1
         store_int(&self.server.is_stopping, 1)  # nothing is kept to be used again
         # is_running stays: what the parent's thread was at work on when it was copied is not
         # touched, nor freed.

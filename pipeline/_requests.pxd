@@ -51,7 +51,7 @@ cdef inline void conn_count_closed(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     count_add(&server.counts.connections, -1)
     if server.accept_at_ns < 0:
-        server.accept_at_ns = server.now_ns
+        server.accept_at_ns = server.poll.now_ns
 
 
 cdef inline void conn_close(conn_t* conn) noexcept nogil:
@@ -59,7 +59,7 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     if conn.fd >= 0:
         # Told to, for a forked child's copy of the descriptor would keep it in the epoll set.
-        epoll_ctl(server.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
+        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
         descriptors_shut(server.descriptors, conn.fd)
         conn.fd = -1
         conn_leave_body(conn)
@@ -120,7 +120,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     cdef size_t size, have
     cdef int verdict
     if conn.head_deadline_ns == 0:      # the head's time starts with its first byte
-        conn.head_deadline_ns = server.now_ns + server.limits.head_timeout_ns
+        conn.head_deadline_ns = server.poll.now_ns + server.limits.head_timeout_ns
     if conn.known is NULL \
             or not http_same_post(data, n, conn.known, &conn.known_post, &post):
         verdict = http_recognise_post(data, n, &post)
@@ -161,7 +161,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn_unlink(conn)           # in the order of their beginnings, for conn_must_wait
     conn_append(conn)
     conn_count(conn)
-    conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+    conn_set_deadline(conn, server.poll.now_ns + server.limits.stall_timeout_ns)
     if conn_is_bulk(conn):
         conn_add_runnable(conn)
     else:
@@ -201,7 +201,7 @@ cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
     So a body may stop for a while and may be slow, but one that drips is ended.
     """
     cdef server_t* server = conn.server
-    cdef int64_t stalled_ns = server.now_ns + server.limits.stall_timeout_ns
+    cdef int64_t stalled_ns = server.poll.now_ns + server.limits.stall_timeout_ns
     cdef int64_t slow_ns = conn.deadline_ns + n * server.limits.byte_ns
     if conn.deadline_ns == 0 or server.limits.byte_ns == 0 or slow_ns > stalled_ns:
         slow_ns = stalled_ns
@@ -272,7 +272,7 @@ cdef inline void conn_skip(conn_t* conn, size_t n) noexcept nogil:
     if n > 0:
         memmove(server.scratch, server.scratch + conn.skip, n)
     conn.skip = 0
-    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    conn_set_deadline(conn, server.poll.now_ns + server.limits.idle_timeout_ns)
     if n > 0:
         conn_parse(conn, server.scratch, n)
 
@@ -299,13 +299,13 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
             conn_close(conn)
         return
     if conn.is_sealed and conn.head_deadline_ns == 0:
-        conn.head_deadline_ns = server.now_ns + server.limits.head_timeout_ns
+        conn.head_deadline_ns = server.poll.now_ns + server.limits.head_timeout_ns
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
     if conn.state == CONN_GENERAL:
         if conn.then == THEN_READ_BODY:
             # The time Python takes is not the sender's. What of it was body, Python says.
-            conn.body_left_ns = max(conn.deadline_ns - server.now_ns, 1)
+            conn.body_left_ns = max(conn.deadline_ns - server.poll.now_ns, 1)
         conn_hand_over(conn, server.scratch, kept + <size_t>n)
     elif conn.skip > 0:
         conn_skip(conn, <size_t>n)
@@ -327,11 +327,11 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
-    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    conn_set_deadline(conn, server.poll.now_ns + server.limits.idle_timeout_ns)
     if conn.skip > 0:           # as long as a head may take
-        conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
+        conn_set_deadline(conn, server.poll.now_ns + server.limits.head_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:
-        server.accept_at_ns = server.now_ns     # an idle connection can make room
+        server.accept_at_ns = server.poll.now_ns     # an idle connection can make room
     if kept > 0:
         memcpy(server.scratch, conn.buffer, kept)
         conn.buffer_len = 0
@@ -349,9 +349,9 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
-    conn_set_deadline(conn, server.now_ns + server.limits.idle_timeout_ns)
+    conn_set_deadline(conn, server.poll.now_ns + server.limits.idle_timeout_ns)
     if server.accept_at_ns < 0:
-        server.accept_at_ns = server.now_ns     # an idle connection can make room
+        server.accept_at_ns = server.poll.now_ns     # an idle connection can make room
     if conn.has_event:
         conn_add_runnable(conn)
 
@@ -362,7 +362,7 @@ cdef inline void conn_linger(conn_t* conn) noexcept nogil:
     if load_int(&conn.server.is_stopping) or shutdown(conn.fd, SHUT_WR) != 0:
         conn_close(conn)
         return
-    conn_set_deadline(conn, conn.server.now_ns + LINGER_NS)
+    conn_set_deadline(conn, conn.server.poll.now_ns + LINGER_NS)
     conn_add_runnable(conn)
 
 
@@ -407,13 +407,13 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
         conn_set_state(conn, CONN_GENERAL)
         if conn.then == THEN_READ_BODY:
             conn_credit_body(conn)
-            conn_set_deadline(conn, conn.server.now_ns + conn.body_left_ns)
+            conn_set_deadline(conn, conn.server.poll.now_ns + conn.body_left_ns)
         else:
             if conn.head_deadline_ns == 0:
-                conn.head_deadline_ns = conn.server.now_ns + conn.server.limits.head_timeout_ns
+                conn.head_deadline_ns = conn.server.poll.now_ns + conn.server.limits.head_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
             if conn.then == THEN_HANDSHAKE and conn.server.accept_at_ns < 0:
-                conn.server.accept_at_ns = conn.server.now_ns   # it can be spared
+                conn.server.accept_at_ns = conn.server.poll.now_ns   # it can be spared
         if conn.has_event:
             conn_add_runnable(conn)
 
@@ -430,7 +430,8 @@ cdef inline void conn_write(conn_t* conn) noexcept nogil:
                 continue
             if errno == EAGAIN:
                 conn_set_state(conn, CONN_WRITING)
-                conn_set_deadline(conn, conn.server.now_ns + conn.server.limits.stall_timeout_ns)
+                conn_set_deadline(
+                    conn, conn.server.poll.now_ns + conn.server.limits.stall_timeout_ns)
                 return
             conn_close(conn)
             return
@@ -473,7 +474,7 @@ cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept n
     """Answer in the handler thread, unless the loop is awake: to wake it would cost as much."""
     cdef server_t* server = conn.server
     if conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general \
-            and (load_int(&server.is_sleeping) or not load_int(&server.is_led)) \
+            and (load_int(&server.poll.is_sleeping) or not load_int(&server.is_led)) \
             and not conn_send_204(conn, answer):
         conn.then = THEN_CLOSE
 

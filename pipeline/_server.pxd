@@ -1,8 +1,8 @@
 """The receiving loop: accepts, waits, and has connections read and answered, without the GIL.
 
 Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``;
-what both rely on in epoll is told there. What is done with one connection is in ``_requests.pxd``,
-and who runs it in ``_lead.pxd``.
+what both wait with is in ``_poll.pxd``, what is done with one connection in ``_requests.pxd``, and
+who runs the loop in ``_lead.pxd``.
 """
 
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
@@ -14,13 +14,14 @@ from pipeline._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
     CONN_WRITING, QUEUES, SERVER_EVENTS, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE,
     THEN_READ_BODY, conn_add_runnable, conn_append, conn_set_deadline, conn_set_state, conn_t,
-    runnable_t, server_check_spare, server_limits_t, server_look_at, server_t,
+    runnable_t, server_check_spare, server_limits_t, server_t,
 )
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
 )
 from pipeline._heads cimport heads_free
 from pipeline._memory cimport SPARE_NEW, SPARE_NONE, body_free, body_t, spares_take
+from pipeline._poll cimport poll_is_due, poll_look_at, poll_timeout_ms, poll_wait
 from pipeline._queues cimport conn_free, queue_take, server_signal_handlers
 from pipeline._requests cimport (
     conn_broken, conn_close, conn_end, conn_is_idle, conn_ready, conn_returned,
@@ -29,8 +30,8 @@ from pipeline._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
     EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
     MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
-    cond_init_monotonic, count_add, count_set, epoll_create1, epoll_ctl, epoll_event, epoll_wait,
-    errno, eventfd, invariant, list_is_empty, list_take, load_i64, load_int, pthread_cond_broadcast,
+    cond_init_monotonic, count_add, count_set, epoll_create1, epoll_ctl, epoll_event, errno,
+    eventfd, invariant, list_is_empty, list_take, load_i64, load_int, pthread_cond_broadcast,
     pthread_cond_destroy, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, send, shutdown, sockaddr, socklen_t, store_int, swap_int, timerfd_create,
     write,
@@ -70,11 +71,11 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
 cdef inline void server_pause_accept(server_t* server, int64_t until_ns) noexcept nogil:
     cdef int i
     for i in range(server.n_listening):
-        epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)
+        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)
     server.accept_at_ns = until_ns
     count_add(&server.counts.accept_pauses, 1)
     if until_ns > 0:
-        server_look_at(server, until_ns)
+        poll_look_at(&server.poll, until_ns)
 
 
 cdef inline void server_resume_accept(server_t* server) noexcept nogil:
@@ -84,7 +85,7 @@ cdef inline void server_resume_accept(server_t* server) noexcept nogil:
     event.events = EPOLLIN
     for i in range(server.n_listening):
         event.data.ptr = &server.listening[i]
-        epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.listening[i], &event)
+        epoll_ctl(server.poll.epfd, EPOLL_CTL_ADD, server.listening[i], &event)
 
 
 cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
@@ -106,7 +107,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
                 return
         conn = <conn_t*>calloc(1, sizeof(conn_t))
         if conn is NULL:
-            server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
+            server_pause_accept(server, server.poll.now_ns + ACCEPT_RETRY_NS)
             return
         size = sizeof(conn.address)
         pthread_mutex_lock(&server.descriptors.lock)
@@ -121,7 +122,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
                 if not server_make_room(server):
                     # The listener stays, and looks again in a while.
-                    server_pause_accept(server, server.now_ns + ACCEPT_RETRY_NS)
+                    server_pause_accept(server, server.poll.now_ns + ACCEPT_RETRY_NS)
                 return
             continue    # anything else was the end of the one connection (accept(2))
         conn.server = server
@@ -143,14 +144,14 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
             conn.is_sealed = True
             conn_set_state(conn, CONN_GENERAL)
             conn.then = THEN_HANDSHAKE
-            conn.head_deadline_ns = server.now_ns + server.limits.handshake_timeout_ns
+            conn.head_deadline_ns = server.poll.now_ns + server.limits.handshake_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
         else:
             # A connection that says nothing at all has no more time than a head.
-            conn_set_deadline(conn, server.now_ns + server.limits.head_timeout_ns)
+            conn_set_deadline(conn, server.poll.now_ns + server.limits.head_timeout_ns)
         event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
         event.data.ptr = conn
-        if epoll_ctl(server.epfd, EPOLL_CTL_ADD, conn.fd, &event) != 0:
+        if epoll_ctl(server.poll.epfd, EPOLL_CTL_ADD, conn.fd, &event) != 0:
             conn_close(conn)
 
 
@@ -201,7 +202,7 @@ cdef inline void server_resume(server_t* server) noexcept nogil:
     while conn is not NULL:
         if conn.is_paused and conn.state == CONN_BODY:
             conn.is_paused = False
-            conn_set_deadline(conn, server.now_ns + server.limits.stall_timeout_ns)
+            conn_set_deadline(conn, server.poll.now_ns + server.limits.stall_timeout_ns)
             conn_add_runnable(conn)
         conn = conn.next
 
@@ -224,26 +225,25 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
     """End what is overdue and find the next deadline. Runs when one may have passed."""
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
-    server.next_deadline_ns = 0
+    server.poll.next_deadline_ns = 0
     if server.queue_check_ns:
-        if server.now_ns >= server.queue_check_ns:
+        if server.poll.now_ns >= server.queue_check_ns:
             server_signal_handlers(server, True)
         else:
-            server.next_deadline_ns = server.queue_check_ns
+            server.poll.next_deadline_ns = server.queue_check_ns
     if load_int(&server.spares.state) != SPARE_NONE:
         server_check_spare(server, False)
     if server.accept_at_ns > 0:
-        if server.now_ns >= server.accept_at_ns:
+        if server.poll.now_ns >= server.accept_at_ns:
             server_resume_accept(server)
         else:
-            server_look_at(server, server.accept_at_ns)
+            poll_look_at(&server.poll, server.accept_at_ns)
     while conn is not NULL:
         following = conn.next
         if conn.state == CONN_HANDLED or conn.deadline_ns == 0:
             pass
-        elif server.now_ns < conn.deadline_ns:
-            if server.next_deadline_ns == 0 or conn.deadline_ns < server.next_deadline_ns:
-                server.next_deadline_ns = conn.deadline_ns
+        elif server.poll.now_ns < conn.deadline_ns:
+            poll_look_at(&server.poll, conn.deadline_ns)
         elif conn.state == CONN_LINGERING:
             conn_close(conn)
         elif conn.state == CONN_BODY \
@@ -283,7 +283,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     cdef conn_t* following
     cdef int i
     for i in range(server.n_listening):
-        epoll_ctl(server.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)    # see conn_close
+        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)    # see conn_close
         descriptors_shut(server.descriptors, server.listening[i])
     server.n_listening = 0
     while conn is not NULL:
@@ -291,17 +291,6 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
         if conn.state != CONN_HANDLED and conn.state != CONN_WRITING:
             conn_end(conn)
         conn = following
-
-
-cdef inline int server_timeout_ms(server_t* server) noexcept nogil:
-    cdef int64_t left
-    if server.next_deadline_ns == 0:
-        return -1
-    left = server.next_deadline_ns - server.now_ns
-    if left <= 0:
-        return 0
-    left = (left + 999999) // 1000000
-    return <int>left if left < 3600000 else 3600000
 
 
 cdef inline bint server_turn(server_t* server) noexcept nogil:
@@ -314,7 +303,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     cdef void* pointer
     cdef int n, i, timeout_ms
     if not list_is_empty(&server.returned):
-        server.now_ns = clock_ns()
+        server.poll.now_ns = clock_ns()
         server_run_returned(server)
     server_run(server, &server.runnable, INT64_MAX)
     # Small requests come first: what has much to read waits until others have been looked at.
@@ -328,7 +317,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
             server_resume(server)
     if server.in_budget.is_waiting and budget_left(server.budget) > 0:
         server_resume(server)
-    if server.accept_at_ns > 0 and server.now_ns >= server.accept_at_ns \
+    if server.accept_at_ns > 0 and server.poll.now_ns >= server.accept_at_ns \
             and not server.has_begun_stop:
         server_resume_accept(server)
     if load_int(&server.is_stopping):
@@ -340,22 +329,20 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
             return False
     if server.handled > 0:
         # What is answered without waking us is to be idle from some time on.
-        server_look_at(server, server.now_ns + server.limits.idle_timeout_ns)
+        poll_look_at(&server.poll, server.poll.now_ns + server.limits.idle_timeout_ns)
     timeout_ms = 0
     if server.runnable.head is NULL and server.bulk.head is NULL and not server.has_queued:
-        timeout_ms = server_timeout_ms(server)
+        timeout_ms = poll_timeout_ms(&server.poll, 0)
     if timeout_ms != 0:
         store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
-        store_int(&server.is_sleeping, 1)
+        store_int(&server.poll.is_sleeping, 1)
         if not list_is_empty(&server.returned) \
                 or load_int(&server.spares.state) == SPARE_NEW \
                 or load_int(&server.in_budget.has_news) \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
                 or load_int(&server.is_stopping) == 2:
             timeout_ms = 0
-    n = epoll_wait(server.epfd, events, SERVER_EVENTS, timeout_ms)
-    store_int(&server.is_sleeping, 0)
-    server.now_ns = clock_ns()
+    n = poll_wait(&server.poll, events, SERVER_EVENTS, timeout_ms)
     # Before the events: what was answered is idle again, and can make room for a caller.
     server_run_returned(server)
     for i in range(n):
@@ -367,7 +354,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
             server_accept(server, (<int*>pointer)[0])
         else:
             conn_ready(<conn_t*>pointer, events[i].events, False)
-    if server.next_deadline_ns and server.now_ns >= server.next_deadline_ns:
+    if poll_is_due(&server.poll):
         server_check_deadlines(server)
     return True
 
@@ -439,17 +426,17 @@ cdef inline int server_init(server_t* server, const server_limits_t* limits,
     server.limits = limits[0]
     server.descriptors = descriptors
     server.budget = budget
-    server.epfd = server.wakefd = server.timerfd = -1
+    server.poll.epfd = server.poll.wakefd = server.timerfd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
             or cond_init_monotonic(&server.handlers_queued) != 0 \
             or cond_init_monotonic(&server.general_queued) != 0 \
             or cond_init_monotonic(&server.ended) != 0:
         return EAGAIN
     pthread_mutex_lock(&descriptors.lock)
-    server.epfd = descriptors_add(descriptors, epoll_create1(EPOLL_CLOEXEC))
-    if server.epfd >= 0:
-        server.wakefd = descriptors_add(descriptors, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))
-    if server.wakefd >= 0:
+    server.poll.epfd = descriptors_add(descriptors, epoll_create1(EPOLL_CLOEXEC))
+    if server.poll.epfd >= 0:
+        server.poll.wakefd = descriptors_add(descriptors, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))
+    if server.poll.wakefd >= 0:
         server.timerfd = descriptors_add(
             descriptors, timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC))
     error = errno
@@ -457,7 +444,7 @@ cdef inline int server_init(server_t* server, const server_limits_t* limits,
     event.events = EPOLLIN | EPOLLET
     event.data.ptr = NULL
     if server.timerfd >= 0:
-        error = epoll_ctl(server.epfd, EPOLL_CTL_ADD, server.wakefd, &event)
+        error = epoll_ctl(server.poll.epfd, EPOLL_CTL_ADD, server.poll.wakefd, &event)
         if error != 0:
             error = errno
     if error != 0:
@@ -483,20 +470,20 @@ cdef inline void server_free(server_t* server) noexcept nogil:
 
 cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
     budget_leave(server.budget, &server.in_budget)
-    if server.epfd >= 0:
-        descriptors_close(server.descriptors, server.epfd)
-    if server.wakefd >= 0:
-        descriptors_close(server.descriptors, server.wakefd)
+    if server.poll.epfd >= 0:
+        descriptors_close(server.descriptors, server.poll.epfd)
+    if server.poll.wakefd >= 0:
+        descriptors_close(server.descriptors, server.poll.wakefd)
     if server.timerfd >= 0:
         descriptors_close(server.descriptors, server.timerfd)
-    server.epfd = server.wakefd = server.timerfd = -1
+    server.poll.epfd = server.poll.wakefd = server.timerfd = -1
 
 
 cdef inline void server_stop(server_t* server, int how) noexcept nogil:
     """Have the loop stop: 1 lets requests with handlers end, 2 does not wait for them."""
     cdef uint64_t one = 1
     store_int(&server.is_stopping, how)
-    write(server.wakefd, &one, sizeof(one))
+    write(server.poll.wakefd, &one, sizeof(one))
 
 
 cdef inline void server_retire_soon(server_t* server) noexcept nogil:
@@ -505,5 +492,5 @@ cdef inline void server_retire_soon(server_t* server) noexcept nogil:
     pthread_mutex_lock(&server.lock)
     if not server.is_ended:         # or the descriptor may be another's
         store_int(&server.is_retiring, 1)
-        write(server.wakefd, &one, sizeof(one))
+        write(server.poll.wakefd, &one, sizeof(one))
     pthread_mutex_unlock(&server.lock)

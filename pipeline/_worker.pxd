@@ -23,9 +23,10 @@ from pipeline._pipe cimport (
     GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US,
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
     TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, loop_add_runnable,
-    loop_job_done, loop_look_at, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t,
-    worker_look_at_state, worker_retire, worker_set_state, worker_t, worker_to_python,
+    loop_job_done, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t, worker_look_at_state,
+    worker_retire, worker_set_state, worker_t, worker_to_python,
 )
+from pipeline._poll cimport poll_look_at
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
     EPOLLRDHUP, EPOLL_CTL_ADD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET,
@@ -37,8 +38,8 @@ from pipeline._sync cimport (
 cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
     """Set the deadline of the present state; the link is watched in every state with a job."""
     worker.deadline_ns = deadline_ns
-    loop_look_at(worker.pipe.loop, deadline_ns)
-    loop_look_at(worker.pipe.loop, worker.link_check_ns)
+    poll_look_at(&worker.pipe.loop.poll, deadline_ns)
+    poll_look_at(&worker.pipe.loop.poll, worker.link_check_ns)
 
 
 cdef inline void worker_await_answer(worker_t* worker, int64_t answer_deadline_ns) noexcept nogil:
@@ -99,7 +100,8 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
                 continue
             if errno == EAGAIN:
                 if budget != LOOP_STEP_BYTES or worker.deadline_ns == 0:
-                    worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+                    worker_set_deadline(
+                        worker, loop.poll.now_ns + worker.pipe.limits.stall_timeout_ns)
                 return
             worker_write_failed(worker, errno)
             return
@@ -107,12 +109,12 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
         budget -= <size_t>written
         cursor_advance(&worker.cursor, <size_t>written)
         if budget == 0 and not cursor_is_at_end(&worker.cursor):
-            worker_set_deadline(worker, loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+            worker_set_deadline(worker, loop.poll.now_ns + worker.pipe.limits.stall_timeout_ns)
             loop_add_runnable(loop, worker)
             return
     worker_set_state(worker, WORKER_READING)
     # Differs from etcd: it waits for ever, and a black hole keeps its worker.
-    worker.answer_deadline_ns = loop.now_ns + worker.pipe.limits.response_timeout_ns
+    worker.answer_deadline_ns = loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
     worker_await_answer(worker, worker.answer_deadline_ns)
 
 
@@ -122,7 +124,7 @@ cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil
     if n > 0:
         worker.answer_len = <int>n
         worker.answer_deadline_ns = \
-            worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
+            worker.pipe.loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
         if worker.seal == SEAL_NONE:
             worker_to_python(worker, EVENT_ANSWER, 0)
             return
@@ -140,7 +142,7 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
     A deadline outlasts the visits to Python: what the peer sends meanwhile, such as session
     tickets, does not put it off.
     """
-    cdef int64_t now_ns = worker.pipe.loop.now_ns
+    cdef int64_t now_ns = worker.pipe.loop.poll.now_ns
     cdef ssize_t written
     cdef bint has_moved = False
     worker_set_state(worker, WORKER_WRITING)
@@ -212,7 +214,7 @@ cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil
 
 cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     """Start writing the worker's job on its connection."""
-    worker_prepare(worker, worker.pipe.loop.now_ns)
+    worker_prepare(worker, worker.pipe.loop.poll.now_ns)
     if worker.seal != SEAL_NONE:
         worker_begin_sealed(worker)
     else:
@@ -222,13 +224,13 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
 cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
     """Give an idle worker a job; without a connection fit for use it goes to Python first."""
     cdef loop_t* loop = worker.pipe.loop
-    job.taken_ns = loop.now_ns
+    job.taken_ns = loop.poll.now_ns
     worker.job = job
     if worker.pipe.channel.limits.max_age_ns:
-        loop_look_at(loop, loop.now_ns + worker.pipe.channel.limits.max_age_ns)
+        poll_look_at(&loop.poll, loop.poll.now_ns + worker.pipe.channel.limits.max_age_ns)
     if worker.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&worker.pipe.generation) \
-            or loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
+            or loop.poll.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     # An idle connection must be silent: an end of stream or stray bytes make it unfit.
@@ -277,8 +279,8 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
         worker.is_ended or worker.generation != load_int(&pipe.generation))
     pthread_mutex_lock(&pipe.lock)
     if done is not NULL:
-        pipe_count(pipe, done, outcome, pipe.loop.now_ns - done.taken_ns)
-    pipe_expire(pipe, pipe.loop.now_ns)
+        pipe_count(pipe, done, outcome, pipe.loop.poll.now_ns - done.taken_ns)
+    pipe_expire(pipe, pipe.loop.poll.now_ns)
     job = channel_take(&pipe.channel, worker.index > 0)
     worker.job = job
     if job is NULL and not is_closed:
@@ -298,7 +300,7 @@ cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
     """204: count it here, unless Python has to hear of it (spec section 2.4)."""
     cdef job_t* job = worker.job
     worker.is_reused = True
-    worker.last_used_ns = worker.pipe.loop.now_ns
+    worker.last_used_ns = worker.pipe.loop.poll.now_ns
     worker.deadline_ns = 0
     if job.type == TYPE_SNAP or not load_int(worker.pipe.active):
         worker_to_python(worker, EVENT_SUCCEEDED, 0)
@@ -335,7 +337,7 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         return
     if worker.state == WORKER_WRITING:
         worker.answer_deadline_ns = \
-            worker.pipe.loop.now_ns + worker.pipe.limits.response_timeout_ns
+            worker.pipe.loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
     if worker.state == WORKER_WRITING or worker.is_odd:
         # An answer to a request that is not complete is rare, and never a plain success.
         worker_to_python(worker, EVENT_ANSWER, 0)
@@ -433,7 +435,7 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
     if worker.fd >= 0:
         event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
         event.data.ptr = worker
-        if epoll_ctl(pipe.loop.epfd, EPOLL_CTL_ADD, worker.fd, &event) == 0:
+        if epoll_ctl(pipe.loop.poll.epfd, EPOLL_CTL_ADD, worker.fd, &event) == 0:
             worker.is_registered = True
         elif worker.job is NULL:
             worker.is_ended = True

@@ -94,7 +94,7 @@ cdef class Machine:
             raise MemoryError
         server.listening[0] = listening
         server.n_listening = server.n_plain = 1
-        server.now_ns = clock_ns()
+        server.poll.now_ns = clock_ns()
         server.is_led = True
         self.n_handlers = min(handlers, <int>MAX_DEPTH)
         for i in range(self.n_handlers):
