@@ -36,9 +36,10 @@ from pipeline._pipe cimport (
     SEAL_READING, SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING,
     WORKER_RETIRED, WORKER_WRITING, event_t, limits_t, loop_queue_chores, loop_t, pipe_begin_stop,
     pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_t,
-    worker_to_python,
 )
-from pipeline._worker cimport worker_give_back, worker_may_retry, worker_take_sealed
+from pipeline._worker cimport (
+    worker_give_back, worker_may_retry, worker_take_sealed, worker_to_python,
+)
 from pipeline._messages cimport (
     Message, as_int32, as_owner, as_uint64, gather_plan_t, message_gather, message_gather_plan,
     message_size, message_write, owner_source, profile_index,

@@ -11,8 +11,7 @@ from pipeline._channel cimport channel_take, job_t
 from pipeline._pipe cimport (
     ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, LOOP_EVENTS, SEND_BUFFER_NEAR, WORKER_IDLE,
     WORKER_PYTHON, WORKER_WRITING, loop_add_runnable, loop_queue_chores, loop_t, loop_wake,
-    pipe_check_age, pipe_expire, pipe_t, worker_look_at_state, worker_retire, worker_t,
-    worker_to_python,
+    pipe_check_age, pipe_expire, pipe_t, worker_t,
 )
 from pipeline._poll cimport poll_is_due, poll_timeout_ms, poll_wait
 from pipeline._sync cimport (
@@ -24,7 +23,8 @@ from pipeline._sync cimport (
     sched_yield, setsockopt, socket, socklen_t, store_int, thread_start,
 )
 from pipeline._worker cimport (
-    worker_check_deadline, worker_ready, worker_returned, worker_start, worker_write,
+    worker_check_deadline, worker_look_at_state, worker_ready, worker_retire, worker_returned,
+    worker_start, worker_to_python, worker_write,
 )
 
 cdef inline void loop_run_runnable(loop_t* loop) noexcept nogil:

@@ -30,10 +30,10 @@ from pipeline._cursor cimport cursor_t
 from pipeline._http cimport HTTP_ANSWER_MAX
 from pipeline._poll cimport poll_look_at, poll_t, poll_wake
 from pipeline._sync cimport (
-    EPOLL_CTL_DEL, add_i64, add_int, cond_init_monotonic, epoll_ctl, invariant, list_push, load_i64,
-    load_int, note_int, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_signal,
-    pthread_cond_t, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, pthread_t, store_int, swap_int,
+    add_i64, add_int, cond_init_monotonic, invariant, list_push, load_i64, load_int,
+    pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t,
+    store_int, swap_int,
 )
 
 cdef enum:
@@ -231,53 +231,6 @@ cdef inline void loop_queue_event(loop_t* loop, event_t* event) noexcept nogil:
     pthread_mutex_unlock(&loop.event_lock)
 
 
-# -- a worker's states
-
-cdef inline int worker_next_states(int state) noexcept nogil:
-    """Return the states that may follow one, as bits."""
-    if state == WORKER_IDLE:        # a job; the peer has ended the connection; the pipe stops
-        return 1 << WORKER_WRITING | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
-    if state == WORKER_WRITING:     # the request is written; it failed, or TLS needs Python
-        return 1 << WORKER_WRITING | 1 << WORKER_READING | 1 << WORKER_PYTHON
-    if state == WORKER_READING:     # 204, with nothing or something queued; anything else
-        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_PYTHON
-    if state == WORKER_PYTHON:      # given back; its dial has ended; the pipe has stopped
-        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_READING \
-            | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
-    return 0
-
-
-cdef inline void worker_set_state(worker_t* worker, int state) noexcept nogil:
-    """Change a worker's state, by whoever has the worker."""
-    invariant(worker_next_states(worker.state) >> state & 1)
-    note_int(&worker.state, state)
-
-
-cdef inline int worker_look_at_state(worker_t* worker) noexcept nogil:
-    """Return a worker's state, for the loop, which may not have the worker at the moment.
-
-    Whether it has it is certain: only the loop hands a worker over, and takes it back.
-    """
-    return load_int(&worker.state)
-
-
-cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
-    """Hand the worker over; the loop does not touch it again until it is returned.
-
-    Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
-    hold the connection open, and events would come for a worker that is gone.
-    """
-    if worker.is_registered:
-        epoll_ctl(worker.pipe.loop.poll.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
-        worker.is_registered = False
-    worker_set_state(worker, WORKER_PYTHON)
-    worker.deadline_ns = 0
-    worker.event.kind = kind
-    worker.event.error = error
-    worker.event.worker = worker
-    loop_queue_event(worker.pipe.loop, &worker.event)
-
-
 # -- the pipe: what is offered, and whoever is idle
 
 cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers,
@@ -357,7 +310,7 @@ cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
     poll_look_at(&pipe.loop.poll, channel_expires_at(&pipe.channel))
     pthread_mutex_unlock(&pipe.lock)
     for i in range(pipe.n_workers):     # what is offered from now on may have to wait for it
-        if worker_look_at_state(&pipe.workers[i]) != WORKER_IDLE:
+        if load_int(&pipe.workers[i].state) != WORKER_IDLE:
             poll_look_at(&pipe.loop.poll, now_ns + age_ns)
             return
 
@@ -398,13 +351,6 @@ cdef inline void pipe_retire_connections(pipe_t* pipe) noexcept nogil:
     pthread_mutex_unlock(&pipe.lock)
     if is_needed:
         loop_wake(pipe.loop)
-
-
-cdef inline void worker_retire(worker_t* worker) noexcept nogil:
-    """Count a worker out for good. The caller holds the lock."""
-    worker_set_state(worker, WORKER_RETIRED)
-    worker.pipe.live -= 1
-    pthread_cond_broadcast(&worker.pipe.retired)
 
 
 # -- what pipe and workers want of the loop

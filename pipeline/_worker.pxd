@@ -22,18 +22,74 @@ from pipeline._pipe cimport (
     EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
     GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US,
     SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
-    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_READING, WORKER_WRITING, loop_add_runnable,
-    loop_job_done, loop_t, loop_wake, pipe_count, pipe_expire, pipe_t, worker_look_at_state,
-    worker_retire, worker_set_state, worker_t, worker_to_python,
+    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
+    WORKER_WRITING, loop_add_runnable, loop_job_done, loop_queue_event, loop_t, loop_wake,
+    pipe_count, pipe_expire, pipe_t, worker_t,
 )
 from pipeline._poll cimport poll_look_at
 from pipeline._sync cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
-    EPOLLRDHUP, EPOLL_CTL_ADD, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET,
-    SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, list_push, load_int,
-    msghdr, pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t,
-    tcp_info,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
+    SOL_SOCKET, SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, invariant,
+    list_push, load_int, msghdr, note_int, pthread_cond_broadcast, pthread_mutex_lock,
+    pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t, tcp_info,
 )
+
+# -- a worker's states
+
+cdef inline int worker_next_states(int state) noexcept nogil:
+    """Return the states that may follow one, as bits."""
+    if state == WORKER_IDLE:        # a job; the peer has ended the connection; the pipe stops
+        return 1 << WORKER_WRITING | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
+    if state == WORKER_WRITING:     # the request is written; it failed, or TLS needs Python
+        return 1 << WORKER_WRITING | 1 << WORKER_READING | 1 << WORKER_PYTHON
+    if state == WORKER_READING:     # 204, with nothing or something queued; anything else
+        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_PYTHON
+    if state == WORKER_PYTHON:      # given back; its dial has ended; the pipe has stopped
+        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_READING \
+            | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
+    return 0
+
+
+cdef inline void worker_set_state(worker_t* worker, int state) noexcept nogil:
+    """Change a worker's state, by whoever has the worker."""
+    invariant(worker_next_states(worker.state) >> state & 1)
+    note_int(&worker.state, state)
+
+
+cdef inline int worker_look_at_state(worker_t* worker) noexcept nogil:
+    """Return a worker's state, for the loop, which may not have the worker at the moment.
+
+    Whether it has it is certain: only the loop hands a worker over, and takes it back.
+    """
+    return load_int(&worker.state)
+
+
+cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
+    """Hand the worker over; the loop does not touch it again until it is returned.
+
+    Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
+    hold the connection open, and events would come for a worker that is gone.
+    """
+    if worker.is_registered:
+        epoll_ctl(worker.pipe.loop.poll.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+        worker.is_registered = False
+    worker_set_state(worker, WORKER_PYTHON)
+    worker.deadline_ns = 0
+    worker.event.kind = kind
+    worker.event.error = error
+    worker.event.worker = worker
+    loop_queue_event(worker.pipe.loop, &worker.event)
+
+
+cdef inline void worker_retire(worker_t* worker) noexcept nogil:
+    """Count a worker out for good. The caller holds the lock."""
+    worker_set_state(worker, WORKER_RETIRED)
+    worker.pipe.live -= 1
+    pthread_cond_broadcast(&worker.pipe.retired)
+
+
+# -- its work
 
 cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
     """Set the deadline of the present state; the link is watched in every state with a job."""
