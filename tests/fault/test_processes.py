@@ -134,7 +134,11 @@ def test_a_peer_that_is_gone_does_not_end_a_process_that_wants_sigpipe(
 
 
 @pytest.mark.parametrize(
-    "kind", ["gentle", "changes", "stop", "Pipeline.stop", "Listener.close", "timer"]
+    "kind",
+    [
+        pytest.param("stop", marks=pytest.mark.slow),
+        *("gentle", "changes", "Pipeline.stop", "Listener.close", "timer"),
+    ],
 )
 def test_a_signals_handler_calls_any_method_at_any_line(kind: str, tmp_path: Path) -> None:
     result = run("signals.py", kind, str(tmp_path))
@@ -149,6 +153,7 @@ def test_what_ctrl_c_interrupts_at_any_line_leaves_nothing_that_a_stop_does_not_
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
+@pytest.mark.slow  # a thousand and more failures, over TLS and not
 def test_failures_leave_nothing_for_the_cyclic_collector(tmp_path: Path) -> None:
     """A program may have switched it off, and a peer that is down fails messages for days."""
     result = run("cycles.py", str(tmp_path))

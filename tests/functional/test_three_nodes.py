@@ -32,6 +32,7 @@ RUN_TIMEOUT_S = 120.0
 
 
 @pytest.mark.etcd
+@pytest.mark.slow
 def test_each_node_goes_and_comes_back_and_no_write_is_lost(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "pipeline.examples.three_nodes"],
