@@ -4,10 +4,10 @@ A connection belongs to the loop (``_server.pxd``), or, with a request, to a han
 (``_queues.pxd``). What the loop does with one is in ``_requests.pxd``.
 
 What the loop knows is one kind of request (``http_recognise_post``) whose head, but for its length,
-Python has accepted before. Everything else is *general*: the loop reads bytes and hands them over,
-Python makes sense of them (``general.py``) and says what to write and how to go on. A connection
-of an https listener is *sealed*: general from its first byte to its last, for the bytes that the
-loop reads and writes mean nothing to it (``sealed.py``).
+Python has accepted before. Everything else is *odd*: the loop reads bytes and hands them over,
+Python makes sense of them (``odd_request.py``) and says what to write and how to go on. A
+connection of an https listener is *sealed*: odd from its first byte to its last, for the bytes that
+the loop reads and writes mean nothing to it (``sealed.py``).
 """
 
 from libc.stdint cimport int64_t, uint64_t, uint8_t
@@ -57,28 +57,28 @@ cdef enum:
 cdef enum:
     CONN_HEAD = 0           # reads a head; idle while nothing of one has arrived
     CONN_BODY               # reads the body of a recognised request
-    CONN_GENERAL            # reads for Python
+    CONN_ODD                # reads for Python
     CONN_HANDLED            # a handler thread has it: hands off
     CONN_WRITING            # writes an answer
     CONN_LINGERING          # has answered and ended; reads to throw away
     CONN_CLOSED             # buried: freed at the end of the turn
 
-# The first four may block and go to the handler threads; the others to the general thread.
+# The first four may block and go to the handler threads; the others to the odd thread.
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
     REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
     REQUEST_LARGE           # a whole body, which the handler thread decodes
     REQUEST_MALFORMED       # a whole body that is no message; decoded.error says why
     REQUEST_BROKEN          # the body of a request did not come
-    REQUEST_GENERAL         # bytes for Python
-    REQUEST_GONE            # a general connection has ended; Python forgets it
+    REQUEST_ODD             # bytes for Python
+    REQUEST_GONE            # an odd connection has ended; Python forgets it
     REQUEST_END             # a sealed connection is to be ended in good order
 
-# Of the general thread. What handler threads do waits in the lanes of ``_turns.pxd``.
+# Of the odd thread. What handler threads do waits in the lanes of ``_turns.pxd``.
 cdef enum:
     # Who was let past last time has every second turn, and whoever asks for
     # nothing else is given it; the others, of whom a flood may come, share the rest.
-    QUEUE_GENERAL = 0       # of members: a certificate was shown, or the last request let past
+    QUEUE_MEMBERS = 0       # of members: a certificate was shown, or the last request let past
     QUEUE_PROBES            # of others, that begin as a probe does
     QUEUE_STRANGERS         # of all others, and of those whose bytes take more than a turn
     QUEUE_HANDSHAKES
@@ -89,15 +89,15 @@ cdef enum:
 cdef enum:
     THEN_NEXT = 0           # the request is answered: read the next one
     THEN_CLOSE
-    THEN_READ_HEAD          # general: read on, within the time of a head
-    THEN_READ_BODY          # general: read on, as long as bytes come
-    THEN_DELIVER            # general: a whole body to be decoded and processed
-    THEN_DETACH             # general: Python has the socket now (server_detach)
+    THEN_READ_HEAD          # odd: read on, within the time of a head
+    THEN_READ_BODY          # odd: read on, as long as bytes come
+    THEN_DELIVER            # odd: a whole body to be decoded and processed
+    THEN_DETACH             # odd: Python has the socket now (server_detach)
     THEN_FREE               # forgotten
     THEN_HANDSHAKE          # sealed: read on, within the time of a handshake
     THEN_IDLE               # sealed: answered, nothing is left; read the next request
     THEN_AGAIN              # sealed: write this, then call again for what is left
-    THEN_TURN               # general: as AGAIN, of the same request; strangers have a turn before
+    THEN_TURN               # odd: as AGAIN, of the same request; strangers have a turn before
 
 # What Python has done on a sealed connection since the loop had it last.
 cdef struct sealed_news_t:
@@ -125,7 +125,7 @@ cdef struct conn_t:
     uint64_t id             # never used twice
     int fd                  # owned; -1 when closed
     int state
-    bint is_general         # h11 reads it
+    bint is_odd             # h11 reads it
     bint is_sealed          # bytes are for Python only, of one request after the other
     bint is_new             # has not been answered yet
     bint is_member          # Python let its last request past, or it has shown a certificate
@@ -232,12 +232,12 @@ cdef struct server_t:
     int next_lane
     queue_t queues[QUEUES]
     pthread_cond_t handlers_queued      # a message or a proposal, or the end
-    pthread_cond_t general_queued       # something general, or the end
+    pthread_cond_t odd_queued           # something odd, or the end
     handler_t* handlers     # on their threads' stacks
-    bint is_turn_of_members  # in the general thread
+    bint is_turn_of_members  # in the odd thread
     int next_other          # which of the other queues has the next of their turns
-    bint is_strangers_turn  # what the general thread is at was in QUEUE_STRANGERS
-    int64_t turn_began_ns   # when the general thread took it
+    bint is_strangers_turn  # what the odd thread is at was in QUEUE_STRANGERS
+    int64_t turn_began_ns   # when the odd thread took it
     int64_t strangers_at_ns  # when strangers may have a turn again
     bint is_closed          # no request will come any more
     bint is_ended           # the loop will not look at returned any more
@@ -271,13 +271,13 @@ cdef struct server_t:
 cdef inline int conn_next_states(int state) noexcept nogil:
     """Return the states that may follow one, as bits."""
     if state == CONN_HEAD:          # its head has come; TLS is to begin; something is for a thread
-        return 1 << CONN_BODY | 1 << CONN_GENERAL | 1 << CONN_HANDLED | 1 << CONN_CLOSED
+        return 1 << CONN_BODY | 1 << CONN_ODD | 1 << CONN_HANDLED | 1 << CONN_CLOSED
     if state == CONN_BODY:          # it is whole, or will not be
         return 1 << CONN_HANDLED | 1 << CONN_CLOSED
-    if state == CONN_GENERAL:       # bytes have come, or a deadline
+    if state == CONN_ODD:       # bytes have come, or a deadline
         return 1 << CONN_HANDLED | 1 << CONN_CLOSED
     if state == CONN_HANDLED or state == CONN_WRITING:      # given back; the answer is out
-        return 1 << CONN_HEAD | 1 << CONN_GENERAL | 1 << CONN_HANDLED | 1 << CONN_WRITING \
+        return 1 << CONN_HEAD | 1 << CONN_ODD | 1 << CONN_HANDLED | 1 << CONN_WRITING \
             | 1 << CONN_LINGERING | 1 << CONN_CLOSED
     if state == CONN_LINGERING:
         return 1 << CONN_CLOSED

@@ -68,18 +68,18 @@ cdef inline conn_t* server_lead(server_t* server) noexcept nogil:
 
 
 cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
-    """Wait for a request; NULL when there will be none any more. No handler: something general."""
-    cdef bint is_general = handler is NULL
+    """Wait for a request; NULL when there will be none any more. No handler: something odd."""
+    cdef bint is_odd = handler is NULL
     cdef timespec at
     cdef conn_t* conn
     pthread_mutex_lock(&server.lock)
-    conn = server_take(server, is_general)
+    conn = server_take(server, is_odd)
     while conn is NULL and not server.is_closed:
-        if is_general and server.queues[QUEUE_STRANGERS].head is not NULL:
+        if is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
             at = deadline_timespec(server.strangers_at_ns)
-            pthread_cond_timedwait(&server.general_queued, &server.lock, &at)
-        elif is_general:
-            pthread_cond_wait(&server.general_queued, &server.lock)
+            pthread_cond_timedwait(&server.odd_queued, &server.lock, &at)
+        elif is_odd:
+            pthread_cond_wait(&server.odd_queued, &server.lock)
         elif load_int(&server.is_led) or load_int(&server.is_stopping):
             handler.is_waiting = True
             pthread_cond_wait(&server.handlers_queued, &server.lock)
@@ -87,7 +87,7 @@ cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept n
         else:
             conn = server_lead(server)
             continue
-        conn = server_take(server, is_general)
+        conn = server_take(server, is_odd)
     pthread_mutex_unlock(&server.lock)
     return conn
 

@@ -1,7 +1,7 @@
 """Requests that wait for a thread, and how a connection goes over to one and comes back.
 
 A whole message waits in a lane of ``_turns.pxd`` for a handler thread; everything else in a queue
-of the general thread. The thread that takes a request has its connection, and gives it back through
+of the odd thread. The thread that takes a request has its connection, and gives it back through
 ``returned``; after the loop's end it frees the connection instead.
 """
 
@@ -11,10 +11,10 @@ from libc.string cimport memcmp, memset
 
 from pipeline._budget cimport budget_add
 from pipeline._conn cimport (
-    CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_GENERAL, QUEUE_HANDSHAKES,
-    QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_GENERAL, REQUEST_LARGE, REQUEST_MALFORMED,
-    REQUEST_MESSAGE, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP,
-    conn_set_state, conn_t, handler_t, queue_t, request_t, server_t,
+    CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
+    QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD,
+    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, conn_set_state,
+    conn_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline._descriptors cimport descriptors_shut
 from pipeline._memory cimport body_free
@@ -51,7 +51,7 @@ cdef inline int request_lane(const request_t* request) noexcept nogil:
 cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     """Queue the connection's request; its thread has the connection from here on."""
     cdef server_t* server = conn.server
-    cdef int which = QUEUE_GENERAL
+    cdef int which = QUEUE_MEMBERS
     cdef queue_t* queue
     conn_set_state(conn, CONN_HANDLED)
     conn.deadline_ns = 0
@@ -67,8 +67,8 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     conn.is_shaking = False
     if conn.is_sealed and conn.then == THEN_HANDSHAKE:
         which = QUEUE_HANDSHAKES
-        conn.is_shaking = kind == REQUEST_GENERAL
-    elif conn.is_general and conn.then == THEN_TURN:
+        conn.is_shaking = kind == REQUEST_ODD
+    elif conn.is_odd and conn.then == THEN_TURN:
         which = QUEUE_STRANGERS
     elif not conn.is_member:
         which = QUEUE_PROBES if conn_is_probe(conn) else QUEUE_STRANGERS
@@ -80,7 +80,7 @@ cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
     else:
         queue.tail.request.next = conn
     queue.tail = conn
-    pthread_cond_signal(&server.general_queued)
+    pthread_cond_signal(&server.odd_queued)
     pthread_mutex_unlock(&server.lock)
 
 
@@ -94,8 +94,8 @@ cdef inline conn_t* queue_take(queue_t* queue) noexcept nogil:
     return conn
 
 
-cdef inline conn_t* server_take_general(server_t* server) noexcept nogil:
-    """Take what the general thread does next, or NULL. The caller holds the lock.
+cdef inline conn_t* server_take_odd(server_t* server) noexcept nogil:
+    """Take what the odd thread does next, or NULL. The caller holds the lock.
 
     Between two turns of strangers it rests for as long as the first one took, if nobody else is to
     be served: it needs the GIL for each, and messages of members would wait for that.
@@ -105,7 +105,7 @@ cdef inline conn_t* server_take_general(server_t* server) noexcept nogil:
     server.is_strangers_turn = False
     server.is_turn_of_members = not server.is_turn_of_members
     if server.is_turn_of_members:
-        conn = queue_take(&server.queues[QUEUE_GENERAL])
+        conn = queue_take(&server.queues[QUEUE_MEMBERS])
     for i in range(QUEUES - QUEUE_PROBES):
         if conn is not NULL:
             break
@@ -118,7 +118,7 @@ cdef inline conn_t* server_take_general(server_t* server) noexcept nogil:
         conn = queue_take(&server.queues[which])
         if conn is not NULL:
             server.next_other = (which - QUEUE_PROBES + 1) % (QUEUES - QUEUE_PROBES)
-    return conn if conn is not NULL else queue_take(&server.queues[QUEUE_GENERAL])
+    return conn if conn is not NULL else queue_take(&server.queues[QUEUE_MEMBERS])
 
 
 cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogil:
@@ -133,11 +133,11 @@ cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogi
         or server.at_work[lane] + 1 < server.limits.handlers
 
 
-cdef inline conn_t* server_take(server_t* server, bint is_general) noexcept nogil:
+cdef inline conn_t* server_take(server_t* server, bint is_odd) noexcept nogil:
     """Take the next request for a thread of this kind, or NULL. The caller holds the lock."""
     cdef int lane, _step
-    if is_general:
-        return server_take_general(server)
+    if is_odd:
+        return server_take_odd(server)
     # In turn: no lane keeps another waiting.
     lane = server.next_lane
     for _step in range(LANES):

@@ -24,8 +24,8 @@ from pipeline._gil cimport lock_with_gil
 from pipeline._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline._messages cimport decode_error, message_from_decoded
 from pipeline._conn cimport (
-    ANSWER_204_MAX, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL, REQUEST_GONE, REQUEST_LARGE,
-    REQUEST_MALFORMED, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
+    ANSWER_204_MAX, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE, REQUEST_MALFORMED,
+    REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
     conn_save, conn_set_member, conn_t, handler_t, request_t, server_counts_t, server_learn,
     server_limits_t, server_recycle, server_reuse_body, server_tell,
 )
@@ -433,11 +433,11 @@ cdef class Receiver:
         """Answer the request of a connection that this thread holds, or go on with it."""
         cdef CallerAddress remote = CallerAddress.__new__(CallerAddress)
         remote.address = conn.address
-        if not conn.is_general:
+        if not conn.is_odd:
             return self.answer(conn, remote)
         # As long as this thread has the connection it has this, too.
         odd = self.odd_requests.pop(conn.id, None)
-        if odd is None and conn.request.kind == REQUEST_GENERAL:
+        if odd is None and conn.request.kind == REQUEST_ODD:
             if conn.is_sealed:
                 odd = Sealed(self.sealed, remote, self.make_body)
             else:
@@ -454,7 +454,7 @@ cdef class Receiver:
 
     cdef int handle_odd(self, conn_t* conn, object odd, CallerAddress remote) except -1:
         cdef request_t* request = &conn.request
-        if request.kind == REQUEST_GENERAL:
+        if request.kind == REQUEST_ODD:
             data = b""
             if not conn.is_sealed:
                 data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)

@@ -10,13 +10,13 @@ from libc.string cimport memcpy, memmove, memset
 
 from pipeline._budget cimport BODY_SMALL, budget_add, budget_left, budget_wait
 from pipeline._conn cimport (
-    ANSWER_204_MAX, CONN_BODY, CONN_CLOSED, CONN_GENERAL, CONN_HANDLED, CONN_HEAD, CONN_LINGERING,
-    CONN_WRITING, LINGER_NS, REQUEST_BROKEN, REQUEST_END, REQUEST_GENERAL, REQUEST_GONE,
-    REQUEST_LARGE, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_AGAIN, THEN_CLOSE, THEN_DELIVER,
-    THEN_DETACH, THEN_FREE, THEN_HANDSHAKE, THEN_IDLE, THEN_NEXT, THEN_READ_BODY, THEN_TURN,
-    answer_204_t, conn_add_runnable, conn_append, conn_is_bulk, conn_save, conn_set_deadline,
-    conn_set_state, conn_t, conn_unlink, request_t, sealed_news_t, server_counts_t, server_knows,
-    server_reuse_body, server_t,
+    ANSWER_204_MAX, CONN_BODY, CONN_CLOSED, CONN_HANDLED, CONN_HEAD, CONN_LINGERING, CONN_ODD,
+    CONN_WRITING, LINGER_NS, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE, REQUEST_ODD,
+    SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_AGAIN, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE,
+    THEN_HANDSHAKE, THEN_IDLE, THEN_NEXT, THEN_READ_BODY, THEN_TURN, answer_204_t,
+    conn_add_runnable, conn_append, conn_is_bulk, conn_save, conn_set_deadline, conn_set_state,
+    conn_t, conn_unlink, request_t, sealed_news_t, server_counts_t, server_knows, server_reuse_body,
+    server_t,
 )
 from pipeline._descriptors cimport descriptors_shut
 from pipeline._http cimport HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post
@@ -55,7 +55,7 @@ cdef inline void conn_count_closed(conn_t* conn) noexcept nogil:
 
 
 cdef inline void conn_close(conn_t* conn) noexcept nogil:
-    """End a connection that the loop has. A general one goes to Python once more."""
+    """End a connection that the loop has. An odd one goes to Python once more."""
     cdef server_t* server = conn.server
     if conn.fd >= 0:
         # Told to, for a forked child's copy of the descriptor would keep it in the epoll set.
@@ -64,7 +64,7 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
         conn.fd = -1
         conn_leave_body(conn)
         conn_count_closed(conn)
-    if conn.is_general:
+    if conn.is_odd:
         conn_to_handler(conn, REQUEST_GONE)
         return
     conn_unlink(conn)
@@ -75,7 +75,7 @@ cdef inline void conn_close(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_end(conn_t* conn) noexcept nogil:
     """End a connection that the loop has; one that Python has deciphered says so to its peer."""
-    if conn.is_sealed and conn.is_general and conn.then != THEN_HANDSHAKE:
+    if conn.is_sealed and conn.is_odd and conn.then != THEN_HANDSHAKE:
         conn_to_handler(conn, REQUEST_END)
     else:
         conn_close(conn)
@@ -88,19 +88,19 @@ cdef inline void conn_broken(conn_t* conn) noexcept nogil:
 
 
 cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
-    """Give bytes to Python; from here on the connection is general."""
+    """Give bytes to Python; from here on the connection is odd."""
     cdef request_t* request = &conn.request
     if not body_init(&request.body, n):
         conn_close(conn)
         return
     memcpy(request.body.data, data, n)
     request.body.len = n
-    if not conn.is_general:
-        conn.is_general = True
+    if not conn.is_odd:
+        conn.is_odd = True
         if not conn.is_sealed:
             count_add(&conn.server.counts.general_requests, 1)
     conn_save(conn, NULL, 0)
-    conn_to_handler(conn, REQUEST_GENERAL)
+    conn_to_handler(conn, REQUEST_ODD)
 
 
 cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
@@ -291,10 +291,10 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
     if n < 0 and errno == EAGAIN:
         return
     if n <= 0:
-        if conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY:
+        if conn.state == CONN_ODD and conn.then == THEN_READ_BODY:
             conn_broken(conn)
         else:
-            if conn.is_sealed and conn.is_general and conn.then == THEN_HANDSHAKE:
+            if conn.is_sealed and conn.is_odd and conn.then == THEN_HANDSHAKE:
                 count_add(&server.counts.handshake_failures, 1)
             conn_close(conn)
         return
@@ -302,7 +302,7 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
         conn.head_deadline_ns = server.poll.now_ns + server.limits.head_timeout_ns
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
-    if conn.state == CONN_GENERAL:
+    if conn.state == CONN_ODD:
         if conn.then == THEN_READ_BODY:
             # The time Python takes is not the sender's. What of it was body, Python says.
             conn.body_left_ns = max(conn.deadline_ns - server.poll.now_ns, 1)
@@ -345,7 +345,7 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     conn_unlink(conn)
     conn_append(conn)
-    conn_set_state(conn, CONN_GENERAL)
+    conn_set_state(conn, CONN_ODD)
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
@@ -387,24 +387,24 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
     conn.answer = NULL
     conn.answer_len = conn.answer_at = 0
     if conn.then == THEN_CLOSE:
-        conn.is_general = False
+        conn.is_odd = False
         conn_linger(conn)
     elif conn.then == THEN_NEXT:
-        conn.is_general = False
+        conn.is_odd = False
         conn_next(conn)
     elif load_int(&conn.server.is_stopping):
         conn_end(conn)
     elif conn.then == THEN_TURN:
         conn_credit_body(conn)
-        conn_to_handler(conn, REQUEST_GENERAL)
+        conn_to_handler(conn, REQUEST_ODD)
     elif conn.then == THEN_AGAIN:
         conn.head_deadline_ns = 0
         conn.body_left_ns = 0
-        conn_to_handler(conn, REQUEST_GENERAL)
+        conn_to_handler(conn, REQUEST_ODD)
     elif conn.then == THEN_IDLE:
         conn_idle(conn)
     else:
-        conn_set_state(conn, CONN_GENERAL)
+        conn_set_state(conn, CONN_ODD)
         if conn.then == THEN_READ_BODY:
             conn_credit_body(conn)
             conn_set_deadline(conn, conn.server.poll.now_ns + conn.body_left_ns)
@@ -473,7 +473,7 @@ cdef inline bint conn_send_204(conn_t* conn, answer_204_t* answer) noexcept nogi
 cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept nogil:
     """Answer in the handler thread, unless the loop is awake: to wake it would cost as much."""
     cdef server_t* server = conn.server
-    if conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general \
+    if conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_odd \
             and (load_int(&server.poll.is_sleeping) or not load_int(&server.is_led)) \
             and not conn_send_204(conn, answer):
         conn.then = THEN_CLOSE
@@ -506,15 +506,15 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     if conn.is_answered:
         conn.is_answered = False
     elif conn.then == THEN_FREE:
-        conn.is_general = False
+        conn.is_odd = False
         conn_close(conn)
         return
     elif conn.then == THEN_DETACH:
         conn_count_closed(conn)
-        conn.is_general = False
+        conn.is_odd = False
         conn_close(conn)
         return
-    elif conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_general:
+    elif conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_odd:
         if not conn_send_204(conn, &conn.server.answer_204):
             conn_close(conn)
             return
@@ -550,12 +550,12 @@ cdef inline void conn_ready(conn_t* conn, uint32_t flags, bint is_its_turn) noex
         conn_discard(conn)
     else:
         conn_read(conn)
-    if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_GENERAL):
+    if conn.has_event and (conn.state == CONN_HEAD or conn.state == CONN_ODD):
         conn_add_runnable(conn)
 
 
 cdef inline bint conn_is_idle(const conn_t* conn) noexcept nogil:
     """Tell whether nothing of a request has come. A TLS handshake that has begun is one."""
-    if conn.state == CONN_GENERAL:
-        return conn.is_sealed and (conn.then == THEN_IDLE or not conn.is_general)
+    if conn.state == CONN_ODD:
+        return conn.is_sealed and (conn.then == THEN_IDLE or not conn.is_odd)
     return conn.state == CONN_HEAD and conn.buffer_len == 0 and conn.fd >= 0

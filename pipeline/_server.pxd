@@ -11,10 +11,10 @@ from libc.string cimport memset
 
 from pipeline._budget cimport budget_leave, budget_left, budget_t, budget_wait
 from pipeline._conn cimport (
-    ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_GENERAL, CONN_HANDLED, CONN_LINGERING,
-    CONN_WRITING, QUEUES, SERVER_EVENTS, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE,
-    THEN_READ_BODY, conn_add_runnable, conn_append, conn_set_deadline, conn_set_state, conn_t,
-    runnable_t, server_check_spare, server_limits_t, server_t,
+    ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_HANDLED, CONN_LINGERING, CONN_ODD, CONN_WRITING,
+    QUEUES, SERVER_EVENTS, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY,
+    conn_add_runnable, conn_append, conn_set_deadline, conn_set_state, conn_t, runnable_t,
+    server_check_spare, server_limits_t, server_t,
 )
 from pipeline._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -54,7 +54,7 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
         if conn.state == CONN_HANDLED:
             is_shaking = is_shaking or conn.is_shaking
         elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
-            if conn.state == CONN_GENERAL:
+            if conn.state == CONN_ODD:
                 spared = conn
                 break
             is_shaking = True
@@ -142,7 +142,7 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         conn_append(conn)
         if is_sealed:
             conn.is_sealed = True
-            conn_set_state(conn, CONN_GENERAL)
+            conn_set_state(conn, CONN_ODD)
             conn.then = THEN_HANDSHAKE
             conn.head_deadline_ns = server.poll.now_ns + server.limits.handshake_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
@@ -247,10 +247,10 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
         elif conn.state == CONN_LINGERING:
             conn_close(conn)
         elif conn.state == CONN_BODY \
-                or (conn.state == CONN_GENERAL and conn.then == THEN_READ_BODY):
+                or (conn.state == CONN_ODD and conn.then == THEN_READ_BODY):
             count_add(&server.counts.body_timeouts, 1)
             conn_broken(conn)
-        elif conn.state == CONN_GENERAL and conn.then == THEN_HANDSHAKE:
+        elif conn.state == CONN_ODD and conn.then == THEN_HANDSHAKE:
             count_add(&server.counts.handshake_timeouts, 1)
             conn_close(conn)
         else:
@@ -272,7 +272,7 @@ cdef inline void server_retire(server_t* server) noexcept nogil:
     cdef conn_t* following
     while conn is not NULL:
         following = conn.next
-        if conn.state == CONN_GENERAL and conn.then == THEN_IDLE:
+        if conn.state == CONN_ODD and conn.then == THEN_IDLE:
             conn_end(conn)
         conn = following
 
@@ -410,7 +410,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     count_set(&server.counts.connections, 0)
     server.is_closed = True
     pthread_cond_broadcast(&server.handlers_queued)
-    pthread_cond_broadcast(&server.general_queued)
+    pthread_cond_broadcast(&server.odd_queued)
     pthread_cond_broadcast(&server.ended)
     pthread_mutex_unlock(&server.lock)
 
@@ -429,7 +429,7 @@ cdef inline int server_init(server_t* server, const server_limits_t* limits,
     server.poll.epfd = server.poll.wakefd = server.timerfd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
             or cond_init_monotonic(&server.handlers_queued) != 0 \
-            or cond_init_monotonic(&server.general_queued) != 0 \
+            or cond_init_monotonic(&server.odd_queued) != 0 \
             or cond_init_monotonic(&server.ended) != 0:
         return EAGAIN
     pthread_mutex_lock(&descriptors.lock)
@@ -463,7 +463,7 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     server_close_descriptors(server)
     free(server.answer_503)
     pthread_cond_destroy(&server.handlers_queued)
-    pthread_cond_destroy(&server.general_queued)
+    pthread_cond_destroy(&server.odd_queued)
     pthread_cond_destroy(&server.ended)
     pthread_mutex_destroy(&server.lock)
 
