@@ -17,6 +17,7 @@ from pipeline.answers import BODILESS, Answer, Request
 from pipeline.config import ReceiverConfig
 from pipeline.errors import InternalError
 from pipeline.handlers import Handlers, behind_prefix
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.names import show_address
 from pipeline.threads import LibraryThread
@@ -231,7 +232,7 @@ class _Threads:
         self._limit = limit
         self._numbers = itertools.count()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self._threads: set[LibraryThread] = set()
         self._ending = 0  # of the threads, told to
         self._pending = 0  # jobs given and not done

@@ -151,10 +151,6 @@ class Callbacks:
         if self._whole is not None:
             self._whole._add()
 
-    def forget_after_fork(self) -> None:
-        """In a forked child: a lock another thread may have held is made anew."""
-        self._count.forget_after_fork()
-
 
 def _is_async(callback: object) -> bool:
     """Tell whether calling it only makes a coroutine."""

@@ -18,6 +18,7 @@ from pipeline._core import ActiveFlag, IOLoop, Sender
 from pipeline.config import PipelineConfig
 from pipeline.dialling import Dialer
 from pipeline.errors import UsageError
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.poller import Poller
 from pipeline.pool import PooledConnection
@@ -56,7 +57,7 @@ class Dispatcher:
         self._max_threads = max_threads
         # One at a time: senders are opened, threads added and the loop ended. Nothing is waited for
         # under it but the loop's end.
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
         self._threads: list[LibraryThread] = []
         self._is_stopped = False
         self._tasks: deque[Callable[[], None]] = deque()
@@ -177,7 +178,6 @@ class Dispatcher:
     def _forget_after_fork(self) -> None:
         self.loop.forget_after_fork()
         self.poller.forget_after_fork()
-        self._lock = threading.RLock()
         self._threads = []
         self._is_stopped = True
 

@@ -513,12 +513,11 @@ class Handlers:
         return Answer(204, self._cluster_header)
 
     def forget_after_fork(self, *, is_foreign: bool) -> None:
-        """In a forked child: a lock another thread may have held is made anew.
+        """Hear, in a forked child, whether the node is another process'.
 
-        With ``is_foreign`` the node is another process'. An ASGI or WSGI server that was forked
-        with it refuses what it is given: here nobody would ever learn of the messages.
+        An ASGI or WSGI server that was forked with it refuses what it is given: here nobody would
+        ever learn of the messages.
         """
-        self.received.forget_after_fork()
         self._is_foreign = is_foreign
 
     def stop(self) -> None:

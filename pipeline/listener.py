@@ -22,6 +22,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import UsageError
 from pipeline.forks import disown
 from pipeline.handlers import Connections, Handlers
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
 from pipeline.threads import LibraryThread, require_real_threads
@@ -115,7 +116,7 @@ class Listener:
             f"{url.rpartition(':')[0]}:{port}" for url, port in zip(given, ports, strict=True)
         )
         self.url = self.urls[0]
-        self._lock = threading.RLock()  # one close at a time
+        self._lock = lock_of(self)  # one close at a time
         self._is_closed = False
         self._is_over = False
         self._credentials = credentials
@@ -207,7 +208,6 @@ class Listener:
             self._receiver.retire()
 
     def _forget_after_fork(self) -> None:
-        self._lock = threading.RLock()
         is_open, self._is_closed = not self._is_closed, True
         self._is_over = True
         self._receiver.forget_after_fork()

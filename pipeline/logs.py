@@ -8,10 +8,11 @@ that cannot be written must not hide what it was to tell of.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
+
+from pipeline.locks import lock_of
 
 __all__ = ["Counter", "Logger", "Throttle", "get_logger", "is_for_caller", "lost_lines", "show"]
 
@@ -26,17 +27,13 @@ class Counter:
     """A number that only goes up. Thread-safe; a signal handler may come in between."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards the one below
+        self._lock = lock_of(self)  # guards the one below
         self.value = 0
 
     def add(self) -> None:
         """Count one more."""
         with self._lock:
             self.value += 1
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.RLock()
 
 
 _lost = Counter()
@@ -196,6 +193,3 @@ class Throttle:
         else:
             self._next[text] = now + INTERVAL_S
         self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3)
-
-
-os.register_at_fork(after_in_child=_lost.forget_after_fork)

@@ -693,10 +693,6 @@ class Node:
         is_running = self._is_started and self._refusal is None
         for peer in self._live_peers:
             peer.forget_after_fork()
-        self.callbacks.forget_after_fork()
-        self._server_stats.forget_after_fork()
-        self._remotes.forget_after_fork()
-        self._versions.forget_after_fork()
         if self._prober is not None:
             self._prober.forget_after_fork()
         if self.credentials is not None:

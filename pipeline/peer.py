@@ -5,10 +5,10 @@ Source: etcd rafthttp/peer.go.
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple, Protocol
 
 from pipeline.dispatcher import Dispatcher
+from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
 from pipeline.node_snapshot import PeerSnapshot
 from pipeline.pipeline import PeerPipeline
@@ -79,7 +79,7 @@ class Peer:
         self.snapshots = snapshots
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self._refused = 0  # messages, not told to Raft yet
         self._refused_snapshots = 0
         self._is_paused = False
@@ -147,8 +147,7 @@ class Peer:
         )
 
     def forget_after_fork(self) -> None:
-        """Make anew, in a forked child, the lock that a thread of the parent may have held."""
-        self._lock = threading.RLock()
+        """In a forked child: let go of the snapshots that the parent sends."""
         self.snapshots.forget_after_fork()
 
     def stop_begin(self) -> int:

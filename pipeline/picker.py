@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 
+from pipeline.locks import lock_of
 from pipeline.urls import parse_peer_urls
 
 __all__ = ["URLPicker"]
@@ -38,7 +38,7 @@ class URLPicker:
 
     def __init__(self, urls: Iterable[str]) -> None:
         self._choice = _Choice(parse_peer_urls(urls))  # an update replaces it
-        self._lock = threading.RLock()  # guards the picked one of a choice
+        self._lock = lock_of(self)  # guards the picked one of a choice
         self._on_change: list[Callable[[], object]] = []
 
     @property

@@ -34,6 +34,7 @@ from pipeline.dispatcher import Dispatcher
 from pipeline.errors import STOPPED, MemberRemovedError, PeerUnreachableError, PostError, UsageError
 from pipeline.forks import disown, nothing_to_stop
 from pipeline.identity import MIN_CLUSTER_VERSION, Identity
+from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.odd_answer import TEXT_TIMEOUT_S
 from pipeline.picker import URLPicker
@@ -142,7 +143,7 @@ class PeerPipeline(Sender):
         self._dispatcher = dispatcher
         self._pools: dict[str, Pool] = {}
         self._throttle = Throttle(logger)
-        self._lock = threading.RLock()  # guards the pools
+        self._lock = lock_of(self)  # guards the pools
         self._beginning = Once()
         self._ending = Once()
         for url in self.picker.urls:
@@ -239,12 +240,8 @@ class PeerPipeline(Sender):
                 self._pools.pop(old, None)
 
     def forget_after_fork(self) -> None:
-        """Cut loose in a forked child: close its copies of the connections, which are not its."""
-        self._lock = threading.RLock()
-        self._callbacks.forget_after_fork()
+        """Cut loose in a forked child: what the parent runs is not for it to use."""
         disown(self, "pipeline", self._ASKED, stop=nothing_to_stop)
-        for worker in self.workers:
-            worker.connection.forget_after_fork()
 
     # What follows runs in dispatcher threads, for one worker at a time each.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from pipeline.locks import lock_of
 
 __all__ = ["Place", "Places"]
 
@@ -22,7 +22,7 @@ class Places:
     """
 
     def __init__(self, count: int) -> None:
-        self._lock = threading.RLock()  # guards the one below, and whether a place is taken
+        self._lock = lock_of(self)  # guards the one below, and whether a place is taken
         self.free = count
 
     def take(self) -> Place | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 import selectors
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from pipeline._sockets import OwnSocket
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.threads import LibraryThread
 
@@ -65,7 +65,7 @@ class Poller:
     def __init__(self, name: str) -> None:
         self._clients: list[Client] = []
         self._asked: deque[Callable[[], object]] = deque()
-        self._wake_lock = threading.RLock()  # guards the descriptor
+        self._lock = lock_of(self)  # guards the descriptor
         self._wake = -1
         self._is_stopping = False
         self._has_ended = False  # the thread has: who asks from then on does it himself
@@ -127,7 +127,6 @@ class Poller:
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: close its copies of the descriptors."""
-        self._wake_lock = threading.RLock()
         if not self.is_started:
             return  # it may yet be started here
         self._is_stopping = self._has_ended = True
@@ -135,12 +134,12 @@ class Poller:
         self._close()
 
     def _wake_up(self) -> None:
-        with self._wake_lock:
+        with self._lock:
             if self._wake >= 0:
                 os.eventfd_write(self._wake, 1)
 
     def _close(self) -> None:
-        with self._wake_lock:
+        with self._lock:
             if self._wake >= 0:
                 os.close(self._wake)
                 self._wake = -1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 from collections.abc import Callable
 from typing import cast
 
@@ -20,6 +19,7 @@ from urllib3.util import parse_url
 from pipeline._sockets import OwnSocket
 from pipeline.dialling import Dial
 from pipeline.errors import UsageError
+from pipeline.locks import lock_of
 from pipeline.odd_answer import OddAnswer
 from pipeline.tls import Credentials
 from pipeline.tunnel import Tunnel
@@ -119,6 +119,7 @@ class PooledConnection:
     """
 
     __slots__ = (
+        "__weakref__",
         "_connection",
         "_lock",
         "_pool",
@@ -139,7 +140,7 @@ class PooledConnection:
         self.tunnel: Tunnel | None = None
         #: Ciphertext that the loop is writing. The worker points into it, so it must stay alive.
         self.outgoing = b""
-        self._lock = threading.RLock()  # one close at a time
+        self._lock = lock_of(self)  # one close at a time
         self._pool: Pool | None = None
         self._connection: HTTPConnection | None = None
 
@@ -190,10 +191,6 @@ class PooledConnection:
         assert self.tunnel is not None
         self.outgoing = self.tunnel.outgoing()
         return self.outgoing
-
-    def forget_after_fork(self) -> None:
-        """In a forked child, where the connection's descriptor is closed already."""
-        self._lock = threading.RLock()
 
     def close(self, *, is_cut: bool = False) -> None:
         """Close the connection, if there is one, and give it back to its pool for a later dial.

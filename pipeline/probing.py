@@ -12,12 +12,12 @@ import logging
 import math
 import socket
 import ssl
-import threading
 import time
 from functools import partial
 from typing import NamedTuple
 
 from pipeline.dialling import Dial, Dialer
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.picker import URLPicker
 from pipeline.poller import READABLE, Poller
@@ -140,7 +140,7 @@ class Prober:
         self._interval_s = interval_s
         self._credentials = credentials
         self._versions = versions
-        self._lock = threading.RLock()  # guards the histograms
+        self._lock = lock_of(self)  # guards the histograms
         # Changed by single operations of dict, by any thread and by signals' handlers.
         self._targets: dict[URLPicker, _Target] = {}
         self._is_stopped = False
@@ -191,7 +191,6 @@ class Prober:
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has none of the threads: probe nobody."""
-        self._lock = threading.RLock()
         if not self._poller.is_started:
             return  # it may yet be started here
         self._is_stopped = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
+
+from pipeline.locks import lock_of
 
 __all__ = ["Received", "ReceivedCounts"]
 
@@ -46,7 +47,7 @@ class Received:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self.bytes_by_sender: dict[int, int] = {}
         self.bytes_of_others = 0
         self.failures = 0
@@ -122,7 +123,3 @@ class Received:
         """Drop what was counted for a member that is one no more."""
         with self._lock:
             self.bytes_by_sender.pop(sender, None)
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.RLock()

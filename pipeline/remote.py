@@ -8,7 +8,6 @@ bounded when it is on. Source: etcd rafthttp/remote.go, ``addRemoteFromRequest``
 from __future__ import annotations
 
 import ipaddress
-import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from urllib3.util import parse_url
 
 from pipeline.callbacks import Callbacks
 from pipeline.errors import UsageError
+from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
 from pipeline.names import literal_address
 from pipeline.pipeline import STOP_TIMEOUT_S, PeerPipeline
@@ -69,7 +69,7 @@ class Remote:
         self.pipeline = pipeline
         self.is_learned = is_learned
         self.used_at = time.monotonic()
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self._is_paused = False
         self._paused_drops = 0
         self._throttle = Throttle(logger)
@@ -153,7 +153,7 @@ class Remotes:
         self._policy = policy
         self._callbacks = callbacks
         self._allow_loopback = allow_loopback
-        self._lock = threading.RLock()  # one is learned at a time
+        self._lock = lock_of(self)  # one is learned at a time
         # Changed by single operations of dict and set, also by a signal's handler in between.
         self._remotes: dict[int, Remote] = {}
         self._live: set[Remote] = set()  # those that are not seen to their end
@@ -263,10 +263,6 @@ class Remotes:
         """Have every remote dial anew before its next message."""
         for remote in tuple(self._remotes.values()):
             remote.pipeline.retire_connections()
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: locks another thread may have held are made anew."""
-        self._lock = threading.RLock()
 
     def _is_open(self) -> bool:
         return self._beginning.is_taken() and not self._ending.is_taken()

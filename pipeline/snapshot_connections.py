@@ -21,6 +21,7 @@ from pipeline.answers import Answer, Request, render
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.detached import BegunRequest, Connection
 from pipeline.errors import without_frames
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.pace import PIECE_S, Pace
 from pipeline.places import Place
@@ -73,7 +74,7 @@ class SnapshotConnections:
         self._config = config
         self.name = "pipeline-snapshot"
         self._numbers = itertools.count()
-        self._lock = threading.RLock()  # guards the two below
+        self._lock = lock_of(self)  # guards the two below
         self._is_closing = False
         self._threads: dict[threading.Thread, _Receiving] = {}
 
@@ -113,7 +114,6 @@ class SnapshotConnections:
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has none of the threads: let go of what is the parent's."""
-        self._lock = threading.RLock()
         self._is_closing = True
         receives, self._threads = self._threads, {}
         for receiving in receives.values():
@@ -177,7 +177,7 @@ class _Receiving:
         self._connection = connection
         self._framing = begun.framing
         self._early = begun.early
-        self._lock = threading.RLock()  # guards the end of the connection
+        self._lock = lock_of(self)  # guards the end of the connection
         self._is_closed = False
         self._is_stopped = False
         self._data = memoryview(b"")  # of the body, read and not asked for yet
@@ -232,7 +232,6 @@ class _Receiving:
 
     def forget_after_fork(self) -> None:
         """In a forked child: the connection and the file are the parent's."""
-        self._lock = threading.RLock()
         self._is_closed = self._is_stopped = True
         if self.saving is not None:
             self.saving.forget_after_fork()

@@ -13,13 +13,13 @@ import os
 import select
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable
 
 from pipeline._sockets import OwnSocket, link_is_dead
 from pipeline.dialling import Dial, Dialer, DialError
 from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, SnapshotSourceError
+from pipeline.locks import lock_of
 from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
 from pipeline.pool import Pool, end_tls
 from pipeline.protocol import TELLING_STATUS
@@ -44,7 +44,7 @@ class Ending:
 
     def __init__(self) -> None:
         self._reasons: list[str] = []  # the first one counts
-        self._lock = threading.RLock()  # guards the one below
+        self._lock = lock_of(self)  # guards the one below
         self._fd = -1
 
     def end(self, reason: str) -> None:
@@ -83,11 +83,6 @@ class Ending:
     def error(self) -> SnapshotCancelledError:
         """Return what tells why it is to end."""
         return SnapshotCancelledError(self._reasons[0] if self._reasons else "stopped")
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: make the lock anew and close the copy of the descriptor."""
-        self._lock = threading.RLock()
-        self.close()
 
 
 class AnsweredError(Exception):

@@ -10,7 +10,6 @@ Source: etcd ``rafthttp/http.go`` ``snapshotHandler``, ``message_codec.go`` ``de
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from pipeline.callbacks import require_no_awaitable
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.errors import UnmarshalError
 from pipeline.handlers import Handlers
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.places import Place, Places
 from pipeline.protocol import format_id
@@ -104,7 +104,7 @@ class SnapshotReceiver:
         self._places = Places(config.snapshot_receives)
         self._handlers = handlers
         self._config = config
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self._senders: dict[str, _Sender] = {}
 
     def prepare(self) -> None:

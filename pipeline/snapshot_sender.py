@@ -45,6 +45,7 @@ from pipeline.errors import (
     without_frames,
 )
 from pipeline.forks import disown, foreign_error
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.pipeline import PeerPipeline
 from pipeline.snapshot_link import AnsweredError, Ending, SnapshotLink
@@ -133,7 +134,7 @@ class RateLimiter:
     """
 
     def __init__(self, rate: float | None) -> None:
-        self._lock = threading.RLock()  # guards the two below
+        self._lock = lock_of(self)  # guards the two below
         self._free_at = 0.0  # time.monotonic(): when all that was taken is paid for
         self._rate: float | None = None
         self.set_rate(rate)
@@ -155,10 +156,6 @@ class RateLimiter:
             free_at = max(self._free_at, now - BURST_S) + count / self._rate
             self._free_at = min(free_at, now + TURN_MAX_S)
             return count, max(0.0, self._free_at - now)
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.RLock()
 
 
 class SnapshotTransfer:
@@ -319,7 +316,7 @@ class SnapshotTransfer:
 
     def forget_after_fork(self) -> None:
         """In a forked child: let go of what is the parent's, and let nobody wait for it."""
-        self.ending.forget_after_fork()
+        self.ending.close()
         if self.link is not None:
             self.link.close()
         if isinstance(self.source, FileSource):
@@ -403,7 +400,7 @@ class SnapshotSender:
         self._running: SnapshotTransfer | None = None
         # One, but while a newer one takes its place. Whoever takes a transfer out sees to its end.
         self._waiting: list[SnapshotTransfer] = []
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self._success = self._failures = self._in_flight = self._sent_bytes = 0
         self._durations = Histogram(DURATION_BOUNDS_S)
 
@@ -473,11 +470,9 @@ class SnapshotSender:
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: stop, and let go of the parent's connection."""
-        self._lock = threading.RLock()
         self._ending.take()
         self._turn = Once()
         self._thread = None
-        self._limiter.forget_after_fork()
         for transfer in (self._running, *self._waiting):
             if transfer is not None:
                 transfer.forget_after_fork()

@@ -11,11 +11,11 @@ import fcntl
 import os
 import re
 import secrets
-import threading
 import time
 from pathlib import Path
 
 from pipeline.config import AnyPath, ReceiverConfig
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.stats import Histogram
 
@@ -56,7 +56,7 @@ class SnapshotStore:
     def __init__(self, directory: AnyPath, config: ReceiverConfig) -> None:
         self.directory = Path(os.fsdecode(directory))
         self._config = config
-        self._lock = threading.RLock()  # guards names becoming final, and what follows
+        self._lock = lock_of(self)  # guards names becoming final, and what follows
         self._not_durable: set[str] = set()
         self._saves = Histogram(_SAVE_BOUNDS_S)
         self._fsyncs = Histogram(_FSYNC_BOUNDS_S)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import NamedTuple
+
+from pipeline.locks import lock_of
 
 __all__ = [
     "FollowerStats",
@@ -157,7 +158,7 @@ class ServerStats:
     def __init__(self, member_id: int) -> None:
         self._id = member_id
         self._start_time = datetime.now(UTC)
-        self._lock = threading.RLock()  # guards what follows
+        self._lock = lock_of(self)  # guards what follows
         self._leader: int | None = None
         self._leader_since = self._start_time
         self._sent = 0
@@ -208,10 +209,6 @@ class ServerStats:
         if sent_rate:
             stats["sendPkgRate"] = sent_rate
         return stats
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.RLock()
 
     def _lead(self, leader: int) -> None:
         self._leader = leader

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import NamedTuple
 
 from pipeline._core import ActiveFlag
 from pipeline.arguments import require_id
 from pipeline.errors import STOPPED
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.protocol import (
     CLUSTER_ID_MISMATCH,
@@ -80,7 +80,7 @@ class PeerStatus:
         self._mismatch = ""  # the last one since a success, as logged
         # Guards every change. Reentrant and held while logging: lines come in the order of the
         # changes, and a log handler may ask us or even send to the peer.
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
 
     @property
     def is_active(self) -> bool:

@@ -9,11 +9,11 @@ cluster_util.go ``decideClusterVersion``). So it is noticed here, and told once.
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
+from pipeline.locks import lock_of
 from pipeline.logs import INTERVAL_S, get_logger
 from pipeline.protocol import PRODUCT_NAME, SERVER_VERSION, format_id
 
@@ -79,7 +79,7 @@ class Versions:
         self._ours = claim
         self._peers = peers
         # Guards changes of what follows. Reentrant: a signal handler may remove a peer.
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
         # Replaced, never changed: note and get read it without a lock.
         self._known: dict[int, _Peer] = {}
         self._told: tuple[str, str] | None = None  # what is wrong, and what would be right
@@ -116,10 +116,6 @@ class Versions:
         with self._lock:
             self._known = {k: v for k, v in self._known.items() if k != member_id}
         self._judge()
-
-    def forget_after_fork(self) -> None:
-        """In a forked child: a lock another thread may have held is made anew."""
-        self._lock = threading.RLock()
 
     def _judge(self) -> None:
         """Tell whether our version suits, if that has changed."""

@@ -12,7 +12,6 @@ import logging
 import os
 import queue
 import ssl
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from pipeline.arguments import require_instance
 from pipeline.config import AnyPath
 from pipeline.errors import UsageError
+from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.names import proven_name
 from pipeline.threads import LibraryThread
@@ -75,7 +75,7 @@ class Credentials:
     def __init__(self, info: TLSInfo) -> None:
         self.info = require_instance("tls", info, TLSInfo)
         self.generation = 0
-        self._lock = threading.RLock()  # one load at a time
+        self._lock = lock_of(self)  # one load at a time
         self._poll_at = 0.0  # time.monotonic()
         self._subscribers: list[Callable[[], None]] = []
         self._stopping = queue.SimpleQueue[None]()
@@ -187,8 +187,7 @@ class Credentials:
             self._thread.wait_ended(deadline)
 
     def forget_after_fork(self) -> None:
-        """In a forked child, which has no thread: locks that may have been held are made anew."""
-        self._lock = threading.RLock()
+        """In a forked child, which has no thread: a later start makes one."""
         self._stopping = queue.SimpleQueue[None]()
         self._thread = None
 
