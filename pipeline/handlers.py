@@ -38,7 +38,7 @@ from pipeline.protocol import (
     server_version,
 )
 from pipeline.received import Received
-from pipeline.types import MessageType, Raft
+from pipeline.types import APP, MessageType, Raft
 from pipeline.versions import Versions
 
 __all__ = ["Handlers", "behind_prefix"]
@@ -62,7 +62,6 @@ _PROCESS_LOCAL = frozenset(
 )
 #: As plain numbers: to find one of them among members of an enumeration takes twice as long.
 _DELIVERED_TYPES = frozenset(map(int, MessageType)) - frozenset(map(int, _PROCESS_LOCAL))
-_APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
 
 #: A body of up to this size is never in the way of a larger one: as many as connections have a room
 #: of their own in the budget.
@@ -206,10 +205,9 @@ class Handlers:
     def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
         """Answer a request that needs no body; None if it is a message to be delivered.
 
-        Differs from etcd: paths are matched exactly and undecoded; Go's mux cleans them.
-
-        Nothing of the body needs to have arrived. Paths are matched exactly, as they are written.
-        With ``can_detach`` None may also mean a snapshot, which the caller has received elsewhere.
+        Nothing of the body needs to have arrived. With ``can_detach`` None may also mean a
+        snapshot, which the caller has received elsewhere. Differs from etcd: paths are matched
+        exactly, as they are written; Go's mux cleans them.
         """
         path = request.path
         if self._is_foreign or self._is_stopped:
@@ -266,7 +264,7 @@ class Handlers:
         if kind not in _DELIVERED_TYPES:
             return self._not_delivered(kind, sender, size_bytes, remote)
         self.received.count_bytes(sender, size_bytes)
-        if kind == _APP and self._on_append is not None:
+        if kind == APP and self._on_append is not None:
             self._on_append(sender, size_bytes)
         try:
             result = self._raft.process(message)

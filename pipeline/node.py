@@ -47,7 +47,7 @@ from pipeline.stats import (
 )
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import Credentials, TLSInfo
-from pipeline.types import MessageType, Raft, Sendable
+from pipeline.types import APP, Raft, Sendable
 from pipeline.urls import parse_peer_urls
 from pipeline.versions import Versions
 
@@ -62,7 +62,6 @@ __all__ = ["Node"]
 
 logger = get_logger(__name__)
 
-_APP = int(MessageType.APP)  # compared for every message; dearer as the member of an enumeration
 
 _all: weakref.WeakSet[Node] = weakref.WeakSet()
 
@@ -282,7 +281,7 @@ class Node:
                 raise UsageError(f"messages: {show(message)} is not a message") from None
             if peer is not None:
                 peer.send(message)
-                if message.type == _APP:
+                if message.type == APP:
                     self._server_stats.sent_append()
             elif to and (remote := remotes.get(to)) is not None:
                 remote.send(message)

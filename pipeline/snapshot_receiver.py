@@ -28,7 +28,7 @@ from pipeline.places import Place, Places
 from pipeline.protocol import format_id
 from pipeline.snapshot_body import Body, BodyError, ClosingError, NoRoomError
 from pipeline.snapshot_store import SnapshotStore
-from pipeline.stats import Histogram
+from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 from pipeline.types import MessageType, Raft
 
 if TYPE_CHECKING:
@@ -46,9 +46,6 @@ UNKNOWN_SENDER = "UNKNOWN_SNAPSHOT_SENDER"
 
 # Read and written at once.
 _STEP_BYTES = MIB
-
-# etcd rafthttp/metrics.go.
-_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
 
 # Members told apart, as for bytes received; the rest is one series without a name.
 _MAX_SENDERS = 128
@@ -70,7 +67,7 @@ class _Sender:
     success: int = 0
     failures: int = 0
     in_flight: int = 0
-    duration: Histogram = field(default_factory=lambda: Histogram(_BOUNDS_S))
+    duration: Histogram = field(default_factory=lambda: Histogram(SNAPSHOT_BOUNDS_S))
 
 
 class SnapshotReceiver:

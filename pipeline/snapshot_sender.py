@@ -56,7 +56,7 @@ from pipeline.snapshot_source import (
     close_quietly,
     open_source,
 )
-from pipeline.stats import Histogram
+from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 from pipeline.threads import LibraryThread, Once
 from pipeline.types import MessageType, Sendable
 
@@ -85,8 +85,6 @@ TURN_MAX_S = 1.0
 PROGRESS_INTERVAL_S = 0.1
 #: What the rate is taken over: this many intervals.
 RATE_SAMPLES = 50
-#: etcd ``snapshot_send_total_duration_seconds``: 0.1 s to 51.2 s.
-DURATION_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
 
 Phase: TypeAlias = Literal["waiting", "dialing", "sending", "answering", "done"]
 
@@ -402,7 +400,7 @@ class SnapshotSender:
         self._waiting: list[SnapshotTransfer] = []
         self._lock = lock_of(self)  # guards what follows
         self._success = self._failures = self._in_flight = self._sent_bytes = 0
-        self._durations = Histogram(DURATION_BOUNDS_S)
+        self._durations = Histogram(SNAPSHOT_BOUNDS_S)
 
     def send(self, transfer: SnapshotTransfer) -> bool:
         """Take a transfer: it begins now, or after the one that runs. False after ``stop``.

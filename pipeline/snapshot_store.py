@@ -17,7 +17,7 @@ from pathlib import Path
 from pipeline.config import AnyPath, ReceiverConfig
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger
-from pipeline.stats import Histogram
+from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 
 __all__ = ["Saving", "SnapshotStore"]
 
@@ -28,7 +28,6 @@ _TEMPORARY = re.compile(r"tmp-pipeline-[0-9a-f]{16}-[0-9a-f]{16}")
 _DATABASE = re.compile(r"[0-9a-f]{16}\.snap\.db")
 
 # etcd snap/metrics.go.
-_SAVE_BOUNDS_S = tuple(0.1 * 2**i for i in range(10))
 _FSYNC_BOUNDS_S = tuple(0.001 * 2**i for i in range(14))
 
 # What a file system says that cannot sync, of a directory above all. Not EIO and ENOSPC: those mean
@@ -58,7 +57,7 @@ class SnapshotStore:
         self._config = config
         self._lock = lock_of(self)  # guards names becoming final, and what follows
         self._not_durable: set[str] = set()
-        self._saves = Histogram(_SAVE_BOUNDS_S)
+        self._saves = Histogram(SNAPSHOT_BOUNDS_S)
         self._fsyncs = Histogram(_FSYNC_BOUNDS_S)
 
     def prepare(self) -> None:

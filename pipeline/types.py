@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pipeline._messages import Message
 
 __all__ = [
+    "APP",
     "EntryType",
     "MessageType",
     "ProtobufMessage",
@@ -47,6 +48,10 @@ class MessageType(enum.IntEnum):
     STORAGE_APPLY = 21
     STORAGE_APPLY_RESP = 22
     FORGET_LEADER = 23
+
+
+#: Compared with the type of every message; the member of the enumeration would take longer.
+APP = int(MessageType.APP)
 
 
 class EntryType(enum.IntEnum):
