@@ -68,7 +68,7 @@ _DELIVERED_TYPES = frozenset(map(int, MessageType)) - frozenset(map(int, _PROCES
 SMALL_BODY_BYTES = 64 * 1024
 
 
-class Senders(Protocol):
+class SenderWatch(Protocol):
     """Who wants to know who sends us messages (``remote.Remotes``)."""
 
     def note(
@@ -134,7 +134,7 @@ class Handlers:
         The etcd version we stand for, and the lowest cluster version we take part in.
     config : ReceiverConfig
         For ``max_body_bytes``, and what the budget has.
-    senders : Senders, optional
+    senders : SenderWatch, optional
         Shown who posts; by default the two headers are not looked at.
     on_append : callable, optional
         Called with the sender and the bytes of each MsgApp, before Raft has it.
@@ -170,7 +170,7 @@ class Handlers:
         server_version: str,
         min_cluster_version: str = MIN_CLUSTER_VERSION,
         config: ReceiverConfig | None = None,
-        senders: Senders | None = None,
+        senders: SenderWatch | None = None,
         on_append: Callable[[int, int], None] | None = None,
         allow_member: Callable[[Mapping[str, Any], int], bool] | None = None,
         callbacks: Callbacks | None = None,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from http.client import NO_CONTENT, SWITCHING_PROTOCOLS
 from typing import NamedTuple, Self, cast
 
-__all__ = ["TEXT_TIMEOUT_S", "Answer", "OddAnswer"]
+__all__ = ["TEXT_TIMEOUT_S", "OddAnswer", "PeerAnswer"]
 
 #: Of a body no more is read than this: the texts that mean something are under 100 bytes.
 BODY_MAX = 64 * 1024
@@ -28,7 +28,7 @@ TEXT_TIMEOUT_S = 1.0
 _EMPTY_LINE = re.compile(rb"(?<=\n)\n|(?<=\n\r)\n")
 
 
-class Answer(NamedTuple):
+class PeerAnswer(NamedTuple):
     """An answer; ``keep`` says that the connection is fit for another."""
 
     status: int
@@ -127,7 +127,7 @@ class OddAnswer:
         """Whether the head has come, and a text that is not whole is waited for."""
         return self._head_len > 0
 
-    def feed(self, data: bytes, *, is_ended: bool, is_written: bool) -> Answer | None:
+    def feed(self, data: bytes, *, is_ended: bool, is_written: bool) -> PeerAnswer | None:
         """Take what has come.
 
         Parameters
@@ -142,7 +142,7 @@ class OddAnswer:
 
         Returns
         -------
-        Answer or None
+        PeerAnswer or None
             None when more has to come. After an answer the next one can be fed.
 
         Raises
@@ -189,7 +189,7 @@ class OddAnswer:
             return
         raise http.client.HTTPException("the connection ended within the head of the answer")
 
-    def _read(self, *, is_ended: bool, is_written: bool) -> Answer | None:
+    def _read(self, *, is_ended: bool, is_written: bool) -> PeerAnswer | None:
         """Read the answer whose head is whole; None if it is interim, or its text is not whole."""
         received = _Received(self._data[: self._head_len], is_ended=False)
         response = _response(received)
@@ -230,7 +230,7 @@ class OddAnswer:
             and received.tell() == len(self._data)
         )
         headers = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, headers, body, keep)
+        return PeerAnswer(response.status, headers, body, keep)
 
     def _wait_for_text(self, response: http.client.HTTPResponse) -> None:
         """Note when it is worth while to look again."""

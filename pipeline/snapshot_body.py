@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pipeline.snapshot_store import Saving
 
-__all__ = ["Body", "BodyError", "ClosingError", "NoRoomError"]
+__all__ = ["BodyError", "ClosingError", "NoRoomError", "SnapshotBody"]
 
 
 class BodyError(Exception):
@@ -21,7 +21,7 @@ class ClosingError(BodyError):
     """The listener closes, and does not wait for the rest of a body."""
 
 
-class Body(Protocol):
+class SnapshotBody(Protocol):
     """The body of a request, read by one thread."""
 
     #: Bytes still to come, where that was announced.

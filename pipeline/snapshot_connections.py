@@ -25,7 +25,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.pace import PIECE_S, Pace
 from pipeline.places import Place
-from pipeline.snapshot_body import Body, BodyError, ClosingError
+from pipeline.snapshot_body import BodyError, ClosingError, SnapshotBody
 from pipeline.snapshot_store import Saving
 from pipeline.threads import LibraryThread
 
@@ -50,7 +50,7 @@ class SnapshotConnections:
     Parameters
     ----------
     receive : callable
-        Makes an Answer of a Request and its ``Body``; blocks as long as that takes.
+        Makes an Answer of a Request and its ``SnapshotBody``; blocks as long as that takes.
     config : ReceiverConfig
         ``stall_timeout_s`` and ``min_body_rate`` bound how slowly a body may come; there is no
         limit to the whole.
@@ -67,7 +67,7 @@ class SnapshotConnections:
 
     def __init__(
         self,
-        receive: Callable[[Request, Body], Answer],
+        receive: Callable[[Request, SnapshotBody], Answer],
         config: ReceiverConfig,
     ) -> None:
         self._receive = receive
@@ -152,7 +152,7 @@ class SnapshotConnections:
 
 
 class _Receiving:
-    """A request whose body is read from its connection: the ``Body`` of a snapshot.
+    """A request whose body is read from its connection: the ``SnapshotBody`` of a snapshot.
 
     Attributes
     ----------

@@ -20,7 +20,7 @@ from pipeline._sockets import OwnSocket, link_is_dead
 from pipeline.dialling import Dial, Dialer, DialError
 from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, SnapshotSourceError
 from pipeline.locks import lock_of
-from pipeline.odd_answer import TEXT_TIMEOUT_S, Answer, OddAnswer
+from pipeline.odd_answer import TEXT_TIMEOUT_S, OddAnswer, PeerAnswer
 from pipeline.pool import Pool, end_tls
 from pipeline.protocol import TELLING_STATUS
 from pipeline.snapshot_source import FileSource
@@ -88,7 +88,7 @@ class Ending:
 class AnsweredError(Exception):
     """The peer answered before it had everything."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: PeerAnswer) -> None:
         super().__init__(answer.status)
         self.answer = answer
 
@@ -232,12 +232,12 @@ class SnapshotLink:
         while self._wait(select.POLLIN, deadline):
             self._read_early()
 
-    def read_answer(self, timeout_s: float) -> Answer:
+    def read_answer(self, timeout_s: float) -> PeerAnswer:
         """Wait for the answer; everything has been written."""
         self._is_written = True
         return self._await_answer(timeout_s)
 
-    def _await_answer(self, timeout_s: float) -> Answer:
+    def _await_answer(self, timeout_s: float) -> PeerAnswer:
         deadline = time.monotonic() + timeout_s
         has_begun = has_text_begun = False
         while (answer := self._receive()) is None:
@@ -305,7 +305,7 @@ class SnapshotLink:
                 raise  # an alert: it says more than that the connection is gone
         raise self._unreachable(_text(error), error) from error
 
-    def _receive(self) -> Answer | None:
+    def _receive(self) -> PeerAnswer | None:
         """Receive what there is, without waiting; the answer, when it is complete."""
         assert self._sock is not None
         data: bytes | None = None

@@ -26,7 +26,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.places import Place, Places
 from pipeline.protocol import format_id
-from pipeline.snapshot_body import Body, BodyError, ClosingError, NoRoomError
+from pipeline.snapshot_body import BodyError, ClosingError, NoRoomError, SnapshotBody
 from pipeline.snapshot_store import SnapshotStore
 from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 from pipeline.types import MessageType, Raft
@@ -137,7 +137,7 @@ class SnapshotReceiver:
         with self._lock:
             self._senders.pop(format_id(sender), None)
 
-    def receive(self, request: Request, body: Body) -> Answer:
+    def receive(self, request: Request, body: SnapshotBody) -> Answer:
         """Store the database of a request that ``Handlers.check`` let pass, process its message.
 
         Blocks as long as the body takes, and as ``raft.process`` does. Whatever goes wrong becomes
@@ -149,7 +149,7 @@ class SnapshotReceiver:
             self.refused()
             return self._handlers.overloaded(request.remote)
 
-    def _receive(self, request: Request, body: Body) -> Answer:
+    def _receive(self, request: Request, body: SnapshotBody) -> Answer:
         begin = time.monotonic()
         handlers = self._handlers
         buffer = memoryview(bytearray(_STEP_BYTES))
@@ -192,7 +192,7 @@ class SnapshotReceiver:
             counts.duration.observe(time.monotonic() - begin)
         return handlers.no_content()
 
-    def _save(self, index: int, body: Body, buffer: memoryview) -> int:
+    def _save(self, index: int, body: SnapshotBody, buffer: memoryview) -> int:
         """Store the rest of the body; the bytes it has."""
         assert self.store is not None
         body.saving = saving = self.store.begin(index, body.left)
@@ -240,7 +240,7 @@ class SnapshotReceiver:
         return self._senders.setdefault(name, _Sender())
 
 
-def _read_message(body: Body, buffer: memoryview, share: BodyShare) -> tuple[Message, int]:
+def _read_message(body: SnapshotBody, buffer: memoryview, share: BodyShare) -> tuple[Message, int]:
     """Read the length and the message; the message and its bytes. etcd ``decodeLimit``."""
     size_bytes = int.from_bytes(_read_exactly(body, buffer, 8, share), "big")
     # The number is a stranger's: nothing is reserved by it.
@@ -253,7 +253,7 @@ def _read_message(body: Body, buffer: memoryview, share: BodyShare) -> tuple[Mes
         raise BodyError(str(error)) from error
 
 
-def _read_exactly(body: Body, buffer: memoryview, size: int, share: BodyShare) -> bytearray:
+def _read_exactly(body: SnapshotBody, buffer: memoryview, size: int, share: BodyShare) -> bytearray:
     data = bytearray()
     while left := size - len(data):
         n = body.readinto(buffer[:left])

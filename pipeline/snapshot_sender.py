@@ -601,7 +601,7 @@ class SnapshotSender:
             link.dial(config.dial_timeout_s)
             transfer.enter("sending")
             try:
-                _Body(transfer, link, self._limiter).write(self._head(url))
+                _RequestWriter(transfer, link, self._limiter).write(self._head(url))
                 transfer.enter("answering")
                 answer = link.read_answer(self._answer_timeout_s)
                 is_early = False
@@ -626,7 +626,7 @@ class SnapshotSender:
             raise error
 
 
-class _Body:
+class _RequestWriter:
     """Writes a request, as fast as the limit allows."""
 
     def __init__(

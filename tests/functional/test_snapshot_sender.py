@@ -49,7 +49,7 @@ from pipeline import (
     UsageError,
 )
 from pipeline import snapshot_sender as module
-from pipeline.odd_answer import Answer
+from pipeline.odd_answer import PeerAnswer
 from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from tests.support import LONG_TIMEOUT, MIB
@@ -1242,7 +1242,7 @@ def test_a_cancel_before_the_answer_was_read_wins(
     server.script = late_end
     read_answer, is_sent = SnapshotLink.read_answer, threading.Event()
 
-    def late(link: SnapshotLink, timeout_s: float) -> Answer:
+    def late(link: SnapshotLink, timeout_s: float) -> PeerAnswer:
         assert is_sent.wait(LONG_TIMEOUT)
         transfer.cancel()
         server.release.set()

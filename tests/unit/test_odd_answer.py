@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import odd_answer
-from pipeline.odd_answer import ANSWER_MAX, Answer, OddAnswer
+from pipeline.odd_answer import ANSWER_MAX, OddAnswer, PeerAnswer
 
 MISMATCH = b"cluster ID mismatch\n"
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nX-Etcd-Cluster-Id: 1\r\n\r\n"
@@ -25,7 +25,7 @@ INTERIM = b"HTTP/1.1 102 Processing\r\n\r\n"
 
 def read(
     *pieces: bytes, telling: int = 412, is_ended: bool = False, is_written: bool = True
-) -> Answer | None:
+) -> PeerAnswer | None:
     """Feed pieces, the last one with the end of the stream if told so; the answer to the last."""
     odd = OddAnswer(telling)
     for piece in pieces[:-1]:
