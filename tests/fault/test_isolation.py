@@ -136,9 +136,9 @@ def test_a_callback_that_raises_is_logged_and_counted_and_kills_nothing(
     ):
         for _ in range(6):
             pipeline.send(message(MessageType.SNAP))
-        assert settle(pipeline, timeout=5.0).failed == 6
+        assert settle(pipeline).failed == 6
         pipeline.send(message(MessageType.SNAP))
-        books = settle(pipeline, timeout=5.0)
+        books = settle(pipeline)
         assert (books.sent, books.failed) == (1, 6)
         assert len(raft.unreachable) == 6
         assert raft.snapshots.count((PEER, SnapshotStatus.FAILURE)) == 6
@@ -186,9 +186,9 @@ def test_a_critical_error_callback_may_raise(error: type[BaseException]) -> None
         pipeline_to(server, raft, on_critical_error=fail) as pipeline,
     ):
         pipeline.send(message())
-        raft.wait_unreachable(1, timeout=5.0)
+        raft.wait_unreachable(1)
         pipeline.send(message())
-        books = settle(pipeline, timeout=5.0)
+        books = settle(pipeline)
         assert (books.sent, books.failed) == (1, 1)
 
 
@@ -224,7 +224,7 @@ def test_a_log_handler_that_raises_loses_no_message(caplog: pytest.LogCaptureFix
         ):
             for _ in range(3):
                 pipeline.send(message())
-                settle(pipeline, timeout=5.0)
+                settle(pipeline)
             books = pipeline.stats()
             assert books.sent + books.failed == 3
     finally:

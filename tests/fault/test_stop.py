@@ -14,6 +14,7 @@ import pytest
 from pipeline import EncodedMessage, MessageType, Pipeline, SendResult, Transport
 from pipeline.pipeline import STOP_TIMEOUT_S
 from tests.support import LONG_TIMEOUT
+from tests.support.descriptors import open_descriptors
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, assert_balanced, message, pipeline_to, settle
 from tests.support.server import ERROR, Connection, ScriptedServer, always, black_hole, in_turn
@@ -27,24 +28,18 @@ def tasks() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
     """Fail a test after which there are more threads or descriptors than before."""
     gc.collect()
-    before = tasks(), descriptors()
+    before = tasks(), len(open_descriptors())
     yield
 
     def is_gone() -> bool:
         gc.collect()
-        return tasks() <= before[0] and descriptors() <= before[1]
+        return tasks() <= before[0] and len(open_descriptors()) <= before[1]
 
-    with contextlib.suppress(AssertionError):
-        eventually(is_gone, timeout=3.0)
-    assert (tasks(), descriptors()) <= before
+    eventually(is_gone, lambda: f"{tasks()} threads, {open_descriptors()}; there were {before}")
 
 
 def stop_timed(pipeline: Pipeline | Transport) -> int:

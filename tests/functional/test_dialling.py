@@ -29,7 +29,7 @@ from pipeline import snapshot_link as link_module
 from pipeline.dialling import Dial, Dialer, DialError
 from pipeline.poller import Poller
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
-from tests.support.descriptors import copies_of_sockets
+from tests.support.descriptors import copies_of_sockets, open_descriptors
 from tests.support.names import Names
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
@@ -182,12 +182,12 @@ def test_families_take_turns() -> None:
 def test_the_addresses_that_lost_are_let_go_of(names: Names, dialer: Dialer) -> None:
     with ScriptedServer() as server, black_hole() as hole:
         names.of["two.test"] = [(HERE, hole), (HERE, hole), (HERE, server.port)]
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_descriptors())
         dial, is_done = dial_of(dialer, "two.test", 1)
         assert is_done.wait(LONG_TIMEOUT)
         server.wait_connections(1)
         # The connection's two ends.
-        eventually(lambda: len(os.listdir("/proc/self/fd")) == before + 2)
+        eventually(lambda: len(open_descriptors()) == before + 2)
         dial.take().close()
 
 
@@ -472,7 +472,7 @@ def test_what_waits_for_a_dial_ends_at_once(names: Names, end: str, *, is_resolv
 
 def test_a_dial_that_is_cancelled_leaves_nothing_open(dialer: Dialer) -> None:
     with black_hole() as hole:
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_descriptors())
         dial, is_done = dial_of(dialer, HERE, hole)
         eventually(lambda: bool(dial.attempts))
         dialer.cancel(dial)
@@ -480,7 +480,7 @@ def test_a_dial_that_is_cancelled_leaves_nothing_open(dialer: Dialer) -> None:
         assert is_done.wait(LONG_TIMEOUT)
         with pytest.raises(DialError, match="stopped"):
             dial.take()
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(open_descriptors()) == before
 
 
 def test_a_connection_that_nobody_wants_any_more_is_closed(dialer: Dialer) -> None:
@@ -544,7 +544,7 @@ def test_a_probe_answered_while_the_thread_was_late_is_no_loss(
         is_late, gate = be_late(transport._dispatcher.poller)
         assert is_late.wait(LONG_TIMEOUT)
         server.release.set()
-        assert select.select([target.line.sock], [], [], LONG_TIMEOUT)[0]
+        assert select.select([target.connection.sock], [], [], LONG_TIMEOUT)[0]
         target.due = time.monotonic()
         gate.set()
         eventually(lambda: transport.probe_stats()[PEER].total >= 1)

@@ -24,7 +24,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UsageError
 from pipeline.listener import Listener
 from tests.support import LONG_TIMEOUT, ipv6
-from tests.support.descriptors import copies_of_sockets
+from tests.support.descriptors import copies_of_sockets, open_descriptors
 from tests.support.http import (
     HEARTBEAT,
     handlers_of,
@@ -131,10 +131,10 @@ def test_a_free_port_is_free_at_all_addresses(monkeypatch: pytest.MonkeyPatch) -
     assert len(chosen) == 3
     monkeypatch.setattr(listener_module, "PORT_TRIES", 2)
     chosen.clear()
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(OSError, match=r"http://both\.test:0: no port is free at all of its"):
         listen(FakeRaft(), "http://both.test:0")
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_an_address_that_cannot_be_listened_at_is_named(
     if failure == "resolver":
         free = url
         monkeypatch.setattr(socket, "getaddrinfo", busy)
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(kind) as caught:
         Listener(handlers, [free, url], config)
     assert url in str(caught.value)
@@ -169,7 +169,7 @@ def test_an_address_that_cannot_be_listened_at_is_named(
         assert caught.value.errno
     del caught  # it holds what could not be made
     assert listener_threads() == []
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     taken.close()
 
 
@@ -209,12 +209,12 @@ def test_the_port_is_free_at_once_although_connections_were_open() -> None:
 
 def test_close_leaves_no_thread_and_no_descriptor() -> None:
     listen(FakeRaft()).close()  # whatever is imported or cached at first use
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     listener = listen(FakeRaft())
     post_heartbeat(listener.url)
     listener.close()
     assert listener_threads() == []
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     with pytest.raises(ConnectionRefusedError):
         dial(listener.url)
 
@@ -270,7 +270,7 @@ def test_close_gives_up_at_the_deadline_and_says_so_to_the_sender(gate: threadin
 
 
 def test_close_does_not_wait_for_a_peer_that_does_not_read_its_answer() -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     raft = FakeRaft(process_error=RequestRejected(500, bytes(32 << 20)))
     listener = listen(raft)
     with dial(listener.url) as sock:
@@ -278,7 +278,7 @@ def test_close_does_not_wait_for_a_peer_that_does_not_read_its_answer() -> None:
         assert read_status(sock) == 500
         listener.close(deadline_s=0.1)
         assert listener_threads() == []
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def sockets() -> set[str]:

@@ -23,7 +23,7 @@ from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT, ipv6
-from tests.support.descriptors import copies_of_sockets
+from tests.support.descriptors import copies_of_sockets, open_descriptors
 from tests.support.http import (
     HEARTBEAT,
     handlers_of,
@@ -749,14 +749,14 @@ def test_one_listener_serves_several_urls() -> None:
 
 
 def test_an_address_that_cannot_be_bound_lets_go_of_the_others() -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with listen(FakeRaft()) as listener, pytest.raises(OSError, match="in use"):
         listen(FakeRaft(), [ANY, listener.url])  # type: ignore[arg-type]
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     start = threading.Thread.start
 
     def fail(thread: threading.Thread) -> None:
@@ -768,7 +768,7 @@ def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="can't start"):
         listen(FakeRaft())
     assert listener_threads() == []
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 # Life
@@ -787,7 +787,7 @@ STATES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("state", STATES)
 def test_close_in_any_state_is_prompt_and_leaves_nothing(state: str) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     raft = FakeRaft()
     listener = listen(raft)
     post_heartbeat(listener.url)
@@ -799,7 +799,7 @@ def test_close_in_any_state_is_prompt_and_leaves_nothing(state: str) -> None:
         assert time.monotonic() - began < LONG_TIMEOUT / 2, "waited for the deadline"
         assert is_closed(sock)
     assert listener_threads() == []
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_process_may_close_its_own_listener() -> None:

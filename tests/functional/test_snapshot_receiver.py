@@ -35,6 +35,7 @@ from pipeline.snapshot_connections import EVENT_S
 from pipeline.snapshot_receiver import SnapshotCounts
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
+from tests.support.descriptors import open_descriptors
 from tests.support.events import Events
 from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import ask, chunked, dial, raw_head, read_reply, read_status
@@ -716,10 +717,10 @@ def test_a_file_system_that_cannot_sync_is_gone_on_with(
         fsync(fd)
 
     monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     for index in (INDEX, INDEX + 1):
         assert ask(node.url, post_snapshot(framed(snapshot(index), DATABASE))).status == 204
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+    eventually(lambda: len(open_descriptors()) <= before, "descriptors are closed")
     assert set(node.files().values()) == {len(DATABASE)}
     assert len(node.files()) == len(node.raft.processed) == 2
     what = "directory" if is_directory else "file"
@@ -779,13 +780,13 @@ def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
     def fail(*_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
     monkeypatch.setattr("pipeline.snapshot_store.os.unlink", fail)
     reply = ask(node.url, post_snapshot(BODY))
     assert reply.status == 500
     assert os.strerror(errno.EROFS).encode() in reply.body
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before, "descriptors are closed")
+    eventually(lambda: len(open_descriptors()) <= before, "descriptors are closed")
     assert "cannot remove" in caplog.text
 
 
@@ -899,23 +900,20 @@ def test_made_up_senders_cost_a_bounded_number_of_series(node: Node) -> None:
 
 
 def test_no_descriptor_and_no_thread_is_left(node: Node) -> None:
-    def descriptors() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
     def all_ended(failures: int) -> bool:
         counts = node.snapshots.counts()["1"]
         return counts.failures == failures and "snapshot" not in names_of_threads()
 
     ask(node.url, post_snapshot(BODY))
     eventually(lambda: all_ended(0), "its thread has ended")
-    before = descriptors()
+    before = len(open_descriptors())
     for n in range(20):
         assert ask(node.url, post_snapshot(BODY)).status == 204
         assert ask(node.url, post_snapshot(framed(HEARTBEAT))).status == 400
         with dial(node.url) as sock:
             sock.sendall(post_snapshot(BODY)[:-1])
         eventually(lambda n=n: all_ended(2 * n + 2), "its threads have ended")  # type: ignore[misc]
-    assert descriptors() == before
+    assert len(open_descriptors()) == before
     assert node.listener.stats().connections == 0
 
 

@@ -54,6 +54,7 @@ from pipeline.snapshot_link import SnapshotLink
 from pipeline.snapshot_sender import RateLimiter
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.callbacks import Unawaited
+from tests.support.descriptors import open_descriptors
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
@@ -1378,12 +1379,12 @@ def test_nothing_is_left_behind(
         server.wait_for(lambda: server.ended == len(server.connections))
 
     go()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     threads = threading.active_count()
     for _ in range(10):
         go()
     # The server may accept the last one only now.
-    eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    eventually(lambda: len(open_descriptors()) <= before)
     eventually(lambda: threading.active_count() <= threads)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import select
 import socket
 import ssl
@@ -42,6 +41,7 @@ from pipeline.sealed import Sealed, SealedServer
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
+from tests.support.descriptors import open_descriptors
 from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import GOOD, dial, listener_threads, post, raw_head, read_status
 from tests.support.logs import handler_that_raises
@@ -179,11 +179,11 @@ def test_a_listener_that_cannot_bind_leaves_nothing_open(node: Node) -> None:
     gc.collect()
     gc.disable()
     try:
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(open_descriptors())
         for _ in range(5):
             with pytest.raises(OSError, match="in use"):
                 Listener(node.handlers, url, node.config, node.credentials)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert len(open_descriptors()) <= before
     finally:
         gc.enable()
 

@@ -114,7 +114,7 @@ def test_transport_update() -> None:
         transport.update_peer(2, [new.url])
         transport.update_peer(9, [new.url])  # unknown: ignored
         transport.send([message()])
-        new.wait_requests(1, timeout=5.0)
+        new.wait_requests(1)
         with pytest.raises(UsageError):
             transport.update_peer(2, ["ftp://127.0.0.1:1"])
 
