@@ -84,7 +84,7 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
-	$(BIN)/python -m mypy.stubtest pipeline._budget pipeline._chunks pipeline._core pipeline._messages pipeline._receiver pipeline._sockets
+	$(BIN)/python -m mypy.stubtest pipeline._budget pipeline._chunks pipeline._core pipeline._jobs pipeline._messages pipeline._receiver pipeline._sockets
 
 benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 	mkdir -p $(@D)

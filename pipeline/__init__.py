@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 try:
-    from pipeline._core import EncodedMessage
+    from pipeline._jobs import EncodedMessage
 except ImportError as error:
     from pipeline._unbuilt import reason
 

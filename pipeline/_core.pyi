@@ -2,7 +2,6 @@
 
 import enum
 from collections.abc import Callable, Sized
-from typing import SupportsIndex
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
@@ -16,7 +15,6 @@ __all__ = [
     "CLOSED",
     "ActiveFlag",
     "Channel",
-    "EncodedMessage",
     "Event",
     "GiveBack",
     "IOLoop",
@@ -45,19 +43,6 @@ CLOSED: int
 
 def error_text(error: int) -> str: ...
 def recognise_204(data: ReadableBuffer) -> int: ...
-
-@disjoint_base
-class EncodedMessage(Sized):
-    def __new__(
-        cls, data: ReadableBuffer, *, type: SupportsIndex, to: SupportsIndex
-    ) -> EncodedMessage: ...
-    @property
-    def data(self) -> ReadableBuffer: ...
-    @property
-    def type(self) -> int: ...
-    @property
-    def to(self) -> int: ...
-    def __len__(self) -> int: ...
 
 @disjoint_base
 class ActiveFlag:

@@ -27,7 +27,7 @@ from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 from pipeline import protocol
-from pipeline._core import EncodedMessage
+from pipeline._jobs import EncodedMessage
 from pipeline._messages import Message, byte_view
 from pipeline.arguments import require_id, require_number
 from pipeline.callbacks import Callbacks, require_callable

@@ -6,7 +6,7 @@ import enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
-    from pipeline._core import EncodedMessage
+    from pipeline._jobs import EncodedMessage
     from pipeline._messages import Message
 
 __all__ = [

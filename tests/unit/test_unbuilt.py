@@ -67,15 +67,16 @@ def test_a_core_for_another_python_is_named(copy: Path) -> None:
 
 
 def test_a_core_that_cannot_be_loaded_says_why(copy: Path) -> None:
-    (copy / "pipeline" / f"_core{SUFFIX}").write_bytes(b"not a module")
+    for module in PACKAGE.rglob(f"*{SUFFIX}"):
+        (copy / "pipeline" / module.relative_to(PACKAGE)).write_bytes(b"not a module")
     line = import_in(copy, "-I", "-S")
     assert "cannot be loaded" in line
     assert "invalid ELF header" in line or "file too short" in line
 
 
 def test_a_missing_dependency_is_named_and_not_the_core(copy: Path) -> None:
-    for module in PACKAGE.glob(f"*{SUFFIX}"):
-        shutil.copy(module, copy / "pipeline")
+    for module in PACKAGE.rglob(f"*{SUFFIX}"):
+        shutil.copy(module, copy / "pipeline" / module.relative_to(PACKAGE))
     (copy / "pipeline" / "types.py").write_text("import a_module_that_is_nowhere\n")
     line = import_in(copy, "-I", "-S")
     assert "a_module_that_is_nowhere" in line
