@@ -1,9 +1,9 @@
 # cython: auto_pickle=False
 """The sending core: where Python meets the I/O loop on the way out.
 
-``_pipe``, ``_worker`` and ``_loop`` hold what runs without the GIL; ``_jobs`` makes of messages what
-they write. Here are the calls a dispatcher thread makes for a worker, and the Python owners of the
-C structs:
+``_pipe``, ``_worker`` and ``_loop`` hold what runs without the GIL, ``_jobs`` what makes jobs of
+messages. Here are the calls a dispatcher thread makes for a worker, and the Python owners of the C
+structs:
 
     IOLoop      owns a loop_t; keeps every Sender alive that has a live worker
     Sender      owns a pipe_t; the base of ``pipeline.Pipeline``
