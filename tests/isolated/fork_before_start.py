@@ -19,10 +19,10 @@ warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process w
 
 COUNT = 500
 
-server = ScriptedServer()
 descriptors = set(os.listdir("/proc/self/fd"))
 transport = Transport(1, 1, FakeRaft(), config=TransportConfig(probe_interval_s=0.001))
 assert set(os.listdir("/proc/self/fd")) == descriptors, "descriptors that a child would share"
+server = ScriptedServer()  # only now: its thread opens descriptors of its own
 
 
 def work() -> None:
