@@ -22,6 +22,7 @@ from harness import CLUSTER_ID, cpu_s, forget_peak, status_kib
 
 from pipeline import Listener, Message, ReceiverConfig, TLSInfo
 from pipeline.handlers import Handlers
+from pipeline.identity import Identity
 from pipeline.tls import Credentials
 
 
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*")
     args = parser.parse_args()
     raft = CountingRaft()
-    handlers = Handlers(raft, cluster_id=CLUSTER_ID, server_version="3.5.1")
+    handlers = Handlers(raft, Identity(1, CLUSTER_ID, (), "3.5.1"))
     serve: Any = {
         "core": lambda: serve_core(handlers, args.files),
         "uvicorn": lambda: serve_uvicorn(handlers),

@@ -18,7 +18,7 @@ from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
 from pipeline.detached import BegunRequest, Connection
 from pipeline.errors import RequestRejected, UnmarshalError
-from pipeline.identity import MIN_CLUSTER_VERSION, require_versions
+from pipeline.identity import Identity, Version
 from pipeline.logs import Throttle, get_logger
 from pipeline.places import Place
 from pipeline.protocol import (
@@ -128,10 +128,8 @@ class Handlers:
     ----------
     raft : Raft
         Its ``process`` is called by ``deliver``, concurrently.
-    cluster_id : int
-        Ours; senders of another cluster are refused.
-    server_version, min_cluster_version : str
-        The etcd version we stand for, and the lowest cluster version we take part in.
+    identity : Identity
+        Ours. Senders of another cluster are refused, and those whose version does not suit ours.
     config : ReceiverConfig
         For ``max_body_bytes``, and what the budget has.
     senders : SenderWatch, optional
@@ -165,10 +163,8 @@ class Handlers:
     def __init__(
         self,
         raft: Raft,
+        identity: Identity,
         *,
-        cluster_id: int,
-        server_version: str,
-        min_cluster_version: str = MIN_CLUSTER_VERSION,
         config: ReceiverConfig | None = None,
         senders: SenderWatch | None = None,
         on_append: Callable[[int, int], None] | None = None,
@@ -189,8 +185,9 @@ class Handlers:
         self.received = Received()
         self.snapshots: Snapshots | None = None
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
-        self._cluster_id = format_id(cluster_id)
-        self._local, self._local_min = require_versions(server_version, min_cluster_version)
+        self._cluster_id = format_id(identity.cluster_id)
+        self._local = Version.parse(identity.server_version)
+        self._local_min = Version.parse(identity.min_cluster_version)
         # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
         # Differs from etcd: we do not know what version the cluster has; it has at least this.
         answer = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'

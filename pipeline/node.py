@@ -150,9 +150,7 @@ class Node:
         )
         self.handlers = Handlers(
             raft,
-            cluster_id=cluster_id,
-            server_version=self.config.server_version,
-            min_cluster_version=self.config.min_cluster_version,
+            self._identity,
             config=self.config.receiver,
             # Who has shown a certificate is learned without a policy.
             senders=None if remote_policy is None and tls is None else self._remotes,

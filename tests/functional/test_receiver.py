@@ -19,7 +19,6 @@ import pytest
 from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError
-from pipeline.handlers import Handlers
 from pipeline.listener import Listener
 from pipeline.types import MessageType
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT, ipv6
@@ -734,8 +733,7 @@ def test_the_core_answers_as_h11_does(body: bytes, error: Exception | None) -> N
 @ipv6
 def test_one_listener_serves_several_urls() -> None:
     raft = FakeRaft()
-    handlers = Handlers(raft, cluster_id=int(peer_headers()["x-etcd-cluster-id"], 16),
-                        server_version="3.5.1")  # fmt: skip
+    handlers = handlers_of(raft)
     urls = [ANY, "http://[::1]:0", ANY]
     with Listener(handlers, urls, ReceiverConfig()) as listener:
         assert listener.url == listener.urls[0]

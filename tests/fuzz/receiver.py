@@ -24,6 +24,7 @@ from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
 from pipeline._receiver import Receiver
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
+from pipeline.identity import Identity
 from pipeline.odd_request import OddRequest
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType
@@ -209,7 +210,7 @@ class Run:
         self.nested: Script | None = None  # what goes on while process is at work
         self.callers: list[Caller] = []
         self.config = config
-        self.handlers = Handlers(self, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config)
+        self.handlers = Handlers(self, Identity(1, CLUSTER_ID, (), "3.5.1"), config=config)
         self.snapshots = SnapshotReceiver(self, self.handlers, config)
         self.handlers.snapshots = self.snapshots
         self.receiver = Receiver(

@@ -12,6 +12,7 @@ from pipeline._messages import Message
 from pipeline.answers import Request
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
+from pipeline.identity import Identity
 from pipeline.snapshot_receiver import SnapshotReceiver
 from pipeline.types import MessageType, Raft
 from tests.support import LONG_TIMEOUT
@@ -46,9 +47,7 @@ class Reply:
 def handlers_of(raft: Raft, config: ReceiverConfig | None = None, **settings: Any) -> Handlers:
     """Return handlers and what takes snapshots, as Transport has them; settings are theirs."""
     config = config or ReceiverConfig()
-    handlers = Handlers(
-        raft, cluster_id=CLUSTER_ID, server_version="3.5.1", config=config, **settings
-    )
+    handlers = Handlers(raft, Identity(1, CLUSTER_ID, (), "3.5.1"), config=config, **settings)
     handlers.snapshots = SnapshotReceiver(raft, handlers, config)
     return handlers
 

@@ -14,6 +14,7 @@ import pytest
 from pipeline import Pipeline, Transport, UsageError
 from pipeline.config import ReceiverConfig
 from pipeline.handlers import Handlers
+from pipeline.identity import Identity
 from pipeline.listener import Listener
 from pipeline.threads import _REPLACED, LibraryThread, Once
 from tests.support import LONG_TIMEOUT
@@ -25,7 +26,7 @@ MADE: dict[str, Callable[[], object]] = {
     "Transport": lambda: Transport(1, 1, FakeRaft()),
     "Pipeline": lambda: Pipeline(2, [URL], FakeRaft(), member_id=1, cluster_id=1),
     "Listener": lambda: Listener(
-        Handlers(FakeRaft(), cluster_id=1, server_version="3.5.1"), URL, ReceiverConfig()
+        Handlers(FakeRaft(), Identity(1, 1, (), "3.5.1")), URL, ReceiverConfig()
     ),
 }
 
