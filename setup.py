@@ -127,7 +127,15 @@ setup(
     ext_modules=cythonize(
         [
             extension(name)
-            for name in ("_messages", "_jobs", "_budget", "_chunks", "_sockets", "_core", "_receiver")
+            for name in (
+                "_messages",
+                "_jobs",
+                "_budget",
+                "_chunks",
+                "_sockets",
+                "_core",
+                "_receiver",
+            )
         ],
         # A directory per set of directives: cythonize looks at time stamps only.
         build_dir="build/cython" + ("-debug" if DEBUG else "") + ("-trace" if COVERAGE else ""),
