@@ -648,7 +648,7 @@ def test_our_own_fault_is_not_the_peer_s(
     def broken(*args: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(module._Body, "write", broken)
+    monkeypatch.setattr(module._RequestWriter, "write", broken)
     with pytest.raises(InternalError, match="ours"):
         transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
     assert raft.snapshots == [(PEER, SnapshotStatus.FAILURE)]

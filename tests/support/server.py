@@ -113,6 +113,9 @@ class TLSConnection(Connection):
         self._context = context
 
     def shake(self) -> None:
+        # Raises if the peer has reset the connection: wrap_socket would, too, but CPython (3.11)
+        # does not close what it has made by then.
+        self.sock.getpeername()
         self.sock = self._context.wrap_socket(self.sock, server_side=True)
 
     def read_head(self) -> bytes:

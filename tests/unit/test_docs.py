@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import errno
+import functools
 import os
 import re
 import subprocess
@@ -173,6 +174,7 @@ def test_an_upstream_test_is_found_under_its_name(name: str, ours: str) -> None:
     assert all(test.startswith(under_its_name) for test in named[1:])
 
 
+@functools.cache
 def functions_of(path: Path) -> set[str]:
     return {
         node.name
