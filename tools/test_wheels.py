@@ -77,8 +77,11 @@ def try_here(wheel: Path, python: Path, selection: list[str]) -> str:
         sessions = [selection] if selection else [["tests/functional"], _OTHER_TESTS]
         command = (python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider")
         with ThreadPoolExecutor() as pool:
-            outputs = pool.map(lambda words: run(*command, *words, cwd=folder), sessions)
-            seen = "; ".join(map(last_line, outputs))
+            runs = [pool.submit(run, *command, *words, cwd=folder) for words in sessions]
+        failures = [error for error in (done.exception() for done in runs) if error]
+        seen = "; ".join(last_line(str(done.exception() or done.result())) for done in runs)
+        if failures:
+            raise SystemExit("\n".join([*map(str, failures), seen]))
     finally:
         shutil.rmtree(folder.parent)
     return f"{len(programs)} programs of the README; {seen}"
