@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*/*.pyx pipeline/*/*.pxd)
 ASAN_SITE := build/asan/site
 
 .PHONY: build test test-all lint typecheck demo three-nodes bench bench-peers bench-growth bench-snapshot bench-check \
@@ -84,7 +84,7 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
-	$(BIN)/python -m mypy.stubtest pipeline._budget pipeline._chunks pipeline._core pipeline._jobs pipeline._messages pipeline._receiver pipeline._sockets
+	$(BIN)/python -m mypy.stubtest pipeline.net._budget pipeline.wire._chunks pipeline._core pipeline.send._jobs pipeline.wire._messages pipeline.receive._receiver pipeline.net._sockets
 
 benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
 	mkdir -p $(@D)
@@ -182,7 +182,7 @@ fuzz-merge: build/fuzz/.built
 	for target in $(FUZZ_TARGETS); do $(BIN)/python tests/fuzz/fuzz.py merge $$target || exit 1; done
 
 clean:
-	rm -rf build dist *.egg-info pipeline/*.so .venv benchmarks/bin
+	rm -rf build dist *.egg-info pipeline/*.so pipeline/*/*.so .venv benchmarks/bin
 
 # The release: an sdist and a wheel for each Python at hand and each platform, in dist/; then each as
 # a user gets it. make wheels WHEELS='--python 3.11 --platform manylinux_2_28_x86_64'; make test-wheel WHEELS='-- tests/unit'

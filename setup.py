@@ -64,7 +64,7 @@ def extension(name: str) -> Extension:
     """One compiled module; its header-only .pxd parts are found by cimport."""
     return Extension(
         f"pipeline.{name}",
-        [f"pipeline/{name}.pyx"],
+        [f"pipeline/{name.replace('.', '/')}.pyx"],
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
@@ -128,13 +128,13 @@ setup(
         [
             extension(name)
             for name in (
-                "_messages",
-                "_jobs",
-                "_budget",
-                "_chunks",
-                "_sockets",
+                "wire._messages",
+                "send._jobs",
+                "net._budget",
+                "wire._chunks",
+                "net._sockets",
                 "_core",
-                "_receiver",
+                "receive._receiver",
             )
         ],
         # A directory per set of directives: cythonize looks at time stamps only.

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline._messages import Entry, Message
 from pipeline.raftpb import raft_pb2
 from pipeline.types import MessageType
+from pipeline.wire._messages import Entry, Message
 
 KIB, MIB = 1 << 10, 1 << 20
 

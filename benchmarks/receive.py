@@ -21,8 +21,8 @@ from typing import Any
 from harness import CLUSTER_ID, cpu_s, forget_peak, status_kib
 
 from pipeline import Listener, Message, ReceiverConfig, TLSInfo
-from pipeline.handlers import Handlers
 from pipeline.identity import Identity
+from pipeline.receive.handlers import Handlers
 from pipeline.tls import Credentials
 
 
@@ -60,7 +60,7 @@ def serve_core(handlers: Handlers, files: list[str]) -> Iterator[int]:
 def serve_uvicorn(handlers: Handlers) -> Iterator[int]:
     import uvicorn
 
-    from pipeline.asgi import asgi_app
+    from pipeline.receive.asgi import asgi_app
 
     with socket.create_server(("127.0.0.1", 0)) as sock:
         app = asgi_app(handlers, ReceiverConfig())

@@ -11,13 +11,12 @@ import logging
 from typing import TYPE_CHECKING
 
 try:
-    from pipeline._jobs import EncodedMessage
+    from pipeline.send._jobs import EncodedMessage
 except ImportError as error:
     from pipeline._unbuilt import reason
 
     raise ImportError(reason(error), name=error.name, path=error.path) from error
 
-from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from pipeline._version import __version__
 from pipeline.config import PipelineConfig, ReceiverConfig, TransportConfig
 from pipeline.errors import (
@@ -39,17 +38,18 @@ from pipeline.errors import (
 )
 from pipeline.stats import FollowerStats, PipelineStats, TransportStats
 from pipeline.types import EntryType, MessageType, Raft, SendResult, SnapshotStatus
+from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 
 if TYPE_CHECKING:
-    from pipeline.listener import Listener
     from pipeline.peer import PeerStats
-    from pipeline.picker import URLPicker
-    from pipeline.pipeline import Pipeline
-    from pipeline.probing import ProbeStats
+    from pipeline.receive.listener import Listener
     from pipeline.remote import RemotePolicy, RemoteStats
-    from pipeline.snapshot_sender import SnapshotProgress, SnapshotTransfer
-    from pipeline.snapshot_source import SnapshotSource
-    from pipeline.status import LastError, PeerStatus
+    from pipeline.send.picker import URLPicker
+    from pipeline.send.pipeline import Pipeline
+    from pipeline.send.probing import ProbeStats
+    from pipeline.send.status import LastError, PeerStatus
+    from pipeline.snapshot.sender import SnapshotProgress, SnapshotTransfer
+    from pipeline.snapshot.source import SnapshotSource
     from pipeline.tls import TLSInfo
     from pipeline.transport import Transport
 
@@ -108,20 +108,20 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # What a node is made of imports urllib3, ssl and h11, which takes longer than all of Python's own
 # start. A program that has only messages to encode, or is asked for its version, does without.
 _MODULES = {
-    "LastError": "status",
-    "Listener": "listener",
+    "LastError": "send.status",
+    "Listener": "receive.listener",
     "PeerStats": "peer",
-    "PeerStatus": "status",
-    "Pipeline": "pipeline",
-    "ProbeStats": "probing",
+    "PeerStatus": "send.status",
+    "Pipeline": "send.pipeline",
+    "ProbeStats": "send.probing",
     "RemotePolicy": "remote",
     "RemoteStats": "remote",
-    "SnapshotProgress": "snapshot_sender",
-    "SnapshotSource": "snapshot_source",
-    "SnapshotTransfer": "snapshot_sender",
+    "SnapshotProgress": "snapshot.sender",
+    "SnapshotSource": "snapshot.source",
+    "SnapshotTransfer": "snapshot.sender",
     "TLSInfo": "tls",
     "Transport": "transport",
-    "URLPicker": "picker",
+    "URLPicker": "send.picker",
 }
 
 

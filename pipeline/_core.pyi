@@ -7,7 +7,7 @@ from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
 
 from pipeline.config import PipelineConfig
-from pipeline.pool import PooledConnection
+from pipeline.net.pool import PooledConnection
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import Sendable, SendResult
 

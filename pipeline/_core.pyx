@@ -20,18 +20,18 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.uio cimport iovec
 
-from pipeline._books cimport (
+from pipeline.send._books cimport (
     OUTCOME_FAILED, OUTCOME_SENT, books_check, books_t, follower_stddev_ms, follower_t,
 )
-from pipeline._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_take_expired, job_t
-from pipeline._cursor cimport cursor_advance, cursor_gather, cursor_is_at_end, cursor_t
-from pipeline._gil cimport lock_with_gil, try_lock
-from pipeline._http cimport HTTP_LENGTH_MAX, http_recognise_204
-from pipeline._jobs cimport (
+from pipeline.send._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_take_expired, job_t
+from pipeline.net._cursor cimport cursor_advance, cursor_gather, cursor_is_at_end, cursor_t
+from pipeline.net._gil cimport lock_with_gil, try_lock
+from pipeline.wire._http cimport HTTP_LENGTH_MAX, http_recognise_204
+from pipeline.send._jobs cimport (
     EncodedMessage, job_free, job_from_encoded, job_from_message, job_from_protobuf, jobs_free,
 )
-from pipeline._loop cimport loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop
-from pipeline._pipe cimport (
+from pipeline.send._loop cimport loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop
+from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
     ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED,
     EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
@@ -40,14 +40,14 @@ from pipeline._pipe cimport (
     WORKER_RETIRED, WORKER_WRITING, event_t, limits_t, loop_queue_chores, loop_t, pipe_begin_stop,
     pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_t,
 )
-from pipeline._worker cimport (
+from pipeline.send._worker cimport (
     worker_give_back, worker_may_retry, worker_take_sealed, worker_to_python,
 )
-from pipeline._messages cimport Message, profile_index
-from pipeline._ring cimport (
+from pipeline.wire._messages cimport Message, profile_index
+from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )
-from pipeline._sync cimport (
+from pipeline.net._sync cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
     load_i64, load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int, timespec,

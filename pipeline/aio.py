@@ -17,22 +17,22 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, ParamSpec, Protocol, Self, TypeVar
 
-from pipeline._messages import Message
-from pipeline._receiver import ReceiverStats
 from pipeline.callbacks import Callbacks, require_callable, require_no_awaitable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, RequestRejected, UsageError, without_frames
-from pipeline.listener import Listener as ThreadedListener
 from pipeline.logs import get_logger
 from pipeline.node import Node
-from pipeline.protocol import format_id
+from pipeline.receive._receiver import ReceiverStats
+from pipeline.receive.listener import Listener as ThreadedListener
 from pipeline.remote import RemotePolicy
-from pipeline.snapshot_sender import SnapshotProgress
-from pipeline.snapshot_sender import SnapshotTransfer as ThreadedTransfer
-from pipeline.snapshot_source import SnapshotSource, close_quietly
+from pipeline.snapshot.sender import SnapshotProgress
+from pipeline.snapshot.sender import SnapshotTransfer as ThreadedTransfer
+from pipeline.snapshot.source import SnapshotSource, close_quietly
 from pipeline.threads import LibraryThread
 from pipeline.tls import TLSInfo
 from pipeline.types import Sendable, SnapshotStatus
+from pipeline.wire._messages import Message
+from pipeline.wire.protocol import format_id
 
 if TYPE_CHECKING:
     pass

@@ -16,7 +16,7 @@ from pipeline.arguments import require_bool, require_iterable
 from pipeline.errors import UsageError
 from pipeline.forks import is_foreign
 from pipeline.logs import lost_lines, show
-from pipeline.protocol import format_id
+from pipeline.wire.protocol import format_id
 
 try:
     from prometheus_client.core import (
@@ -33,10 +33,10 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from pipeline._receiver import ReceiverStats
-    from pipeline.handlers import Handlers
     from pipeline.node_snapshot import NodeSnapshot, PeerSnapshot
-    from pipeline.received import ReceivedCounts
+    from pipeline.receive._receiver import ReceiverStats
+    from pipeline.receive.handlers import Handlers
+    from pipeline.receive.received import ReceivedCounts
     from pipeline.stats import Histogram
 
 __all__ = ["MetricsCollector"]

@@ -17,27 +17,26 @@ from typing import TYPE_CHECKING, ClassVar
 from pipeline.arguments import require_bool, require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
 from pipeline.config import TransportConfig
-from pipeline.dispatcher import Dispatcher
 from pipeline.errors import MemberNotFoundError, MemberRemovedError, UsageError
 from pipeline.forks import disown, nothing_to_stop, public_names
-from pipeline.handlers import Handlers
 from pipeline.identity import Identity
 from pipeline.logs import get_logger, lost_lines, show
 from pipeline.node_snapshot import NodeSnapshot
 from pipeline.peer import Peer, PeerStats
-from pipeline.pipeline import PeerPipeline
-from pipeline.probing import Prober, ProbeStats
-from pipeline.protocol import format_id
+from pipeline.receive.handlers import Handlers
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
-from pipeline.snapshot_receiver import SnapshotReceiver
-from pipeline.snapshot_sender import (
+from pipeline.send.dispatcher import Dispatcher
+from pipeline.send.pipeline import PeerPipeline
+from pipeline.send.probing import Prober, ProbeStats
+from pipeline.snapshot.receiver import SnapshotReceiver
+from pipeline.snapshot.sender import (
     RateLimiter,
     SnapshotProgress,
     SnapshotSender,
     SnapshotTransfer,
     is_transfer_thread,
 )
-from pipeline.snapshot_source import SnapshotSource, close_quietly
+from pipeline.snapshot.source import SnapshotSource, close_quietly
 from pipeline.stats import (
     FollowerStats,
     PipelineStats,
@@ -48,15 +47,16 @@ from pipeline.stats import (
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import Credentials, TLSInfo
 from pipeline.types import APP, Raft, Sendable
-from pipeline.urls import parse_peer_urls
-from pipeline.versions import Versions
+from pipeline.wire.protocol import format_id
+from pipeline.wire.urls import parse_peer_urls
+from pipeline.wire.versions import Versions
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
 
-    from pipeline.asgi import App, ASGIApp
-    from pipeline.listener import Listener
     from pipeline.metrics import MetricsCollector
+    from pipeline.receive.asgi import App, ASGIApp
+    from pipeline.receive.listener import Listener
 
 __all__ = ["Node"]
 
@@ -571,7 +571,7 @@ class Node:
                 raise UsageError("listen: url is needed, for there are no peer_urls")
             url = self.peer_urls
         self._require_running("listen")
-        from pipeline.listener import Listener
+        from pipeline.receive.listener import Listener
 
         listener = Listener(
             self.handlers,
@@ -611,7 +611,7 @@ class Node:
         But for snapshots, which it answers 501. It may be mounted under a prefix. Every call gives
         the same one; its threads end with :meth:`stop`, after which it answers 503.
         """
-        from pipeline.asgi import App
+        from pipeline.receive.asgi import App
 
         if not self._asgi_apps:
             self._asgi_apps.append(App(self.handlers, self.config.receiver))
@@ -624,7 +624,7 @@ class Node:
         But for snapshots, which it answers 501. It may be mounted under a prefix. After
         :meth:`stop` it answers 503.
         """
-        from pipeline.wsgi import wsgi_app
+        from pipeline.receive.wsgi import wsgi_app
 
         return wsgi_app(self.handlers, self.config.receiver)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from pipeline._receiver import ReceiverStats
-    from pipeline.received import ReceivedCounts
-    from pipeline.snapshot_receiver import SnapshotCounts
-    from pipeline.snapshot_sender import SnapshotSendCounts
+    from pipeline.receive._receiver import ReceiverStats
+    from pipeline.receive.received import ReceivedCounts
+    from pipeline.snapshot.receiver import SnapshotCounts
+    from pipeline.snapshot.sender import SnapshotSendCounts
     from pipeline.stats import Histogram, PipelineStats
 
 __all__ = ["NodeSnapshot", "PeerSnapshot"]

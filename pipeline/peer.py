@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from pipeline.dispatcher import Dispatcher
 from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
 from pipeline.node_snapshot import PeerSnapshot
-from pipeline.pipeline import PeerPipeline
-from pipeline.protocol import format_id
-from pipeline.snapshot_sender import SnapshotSender
-from pipeline.status import LastError
+from pipeline.send.dispatcher import Dispatcher
+from pipeline.send.pipeline import PeerPipeline
+from pipeline.send.status import LastError
+from pipeline.snapshot.sender import SnapshotSender
 from pipeline.types import MessageType, Sendable, SendResult
+from pipeline.wire.protocol import format_id
 
 __all__ = ["Peer", "PeerStats"]
 

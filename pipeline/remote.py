@@ -19,13 +19,13 @@ from pipeline.errors import UsageError
 from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
 from pipeline.names import literal_address
-from pipeline.pipeline import STOP_TIMEOUT_S, PeerPipeline
-from pipeline.protocol import format_id
+from pipeline.send.pipeline import STOP_TIMEOUT_S, PeerPipeline
+from pipeline.send.status import LastError
 from pipeline.stats import PipelineStats
-from pipeline.status import LastError
 from pipeline.threads import Once
 from pipeline.types import Sendable, SendResult
-from pipeline.urls import parse_urls
+from pipeline.wire.protocol import format_id
+from pipeline.wire.urls import parse_urls
 
 __all__ = ["Remote", "RemotePolicy", "RemoteStats", "Remotes"]
 

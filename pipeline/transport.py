@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pipeline.node import Node
-from pipeline.snapshot_sender import SnapshotProgress, SnapshotTransfer
-from pipeline.snapshot_source import SnapshotSource
+from pipeline.snapshot.sender import SnapshotProgress, SnapshotTransfer
+from pipeline.snapshot.source import SnapshotSource
 from pipeline.types import Sendable
 
 if TYPE_CHECKING:
-    from pipeline.listener import Listener
+    from pipeline.receive.listener import Listener
 
 __all__ = ["Transport"]
 

@@ -6,8 +6,8 @@ import enum
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
-    from pipeline._jobs import EncodedMessage
-    from pipeline._messages import Message
+    from pipeline.send._jobs import EncodedMessage
+    from pipeline.wire._messages import Message
 
 __all__ = [
     "APP",

@@ -236,7 +236,7 @@ static void connect_to(conn_t *c, int port)
     if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&addr, sizeof addr))
         die("connect");
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    /* 1 MiB: as ours to a near peer (pipeline/_worker.pxd). */
+    /* 1 MiB: as ours to a near peer (pipeline/send/_worker.pxd). */
     setsockopt(c->fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof half);
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.pipeline import PeerPipeline
+from pipeline.send.pipeline import PeerPipeline
 from pipeline.tls import Credentials
 from tests.fault.test_answers import *  # noqa: F403
 from tests.fault.test_large import *  # noqa: F403

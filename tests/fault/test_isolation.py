@@ -215,7 +215,7 @@ def test_a_log_handler_that_raises_loses_no_message(caplog: pytest.LogCaptureFix
             raise Boom
 
     handler = Raising()
-    logger = logging.getLogger("pipeline.status")
+    logger = logging.getLogger("pipeline.send.status")
     logger.addHandler(handler)
     try:
         with (

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline._messages import Message
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Handlers
-from pipeline.listener import Listener
+from pipeline.receive.handlers import Handlers
+from pipeline.receive.listener import Listener
 from pipeline.types import MessageType
+from pipeline.wire._messages import Message
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import HEARTBEAT, handlers_of, peer_headers, post_heartbeat
 from tests.support.listening import GOOD, dial, raw_head, read_answers, read_status

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pipeline import EncodedMessage, MessageType, Pipeline, SendResult, Transport
-from pipeline.pipeline import STOP_TIMEOUT_S
+from pipeline.send.pipeline import STOP_TIMEOUT_S
 from tests.support import LONG_TIMEOUT
 from tests.support.descriptors import open_descriptors
 from tests.support.raft import FakeRaft

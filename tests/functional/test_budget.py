@@ -19,10 +19,10 @@ from wsgiref.util import setup_testing_defaults
 import pytest
 
 from pipeline import Entry, Message, MessageType, ReceiverConfig, Snapshot, SnapshotMetadata
-from pipeline.asgi import asgi_app
-from pipeline.listener import Listener
+from pipeline.receive.asgi import asgi_app
+from pipeline.receive.listener import Listener
+from pipeline.receive.wsgi import wsgi_app
 from pipeline.tls import Credentials
-from pipeline.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import GOOD, dial, raw_head, read_status

@@ -23,11 +23,11 @@ from pipeline import (
     Transport,
     TransportConfig,
 )
-from pipeline import dialling as module
-from pipeline import probing as probing_module
-from pipeline import snapshot_link as link_module
-from pipeline.dialling import Dial, Dialer, DialError
-from pipeline.poller import Poller
+from pipeline.net import dialling as module
+from pipeline.net.dialling import Dial, Dialer, DialError
+from pipeline.net.poller import Poller
+from pipeline.send import probing as probing_module
+from pipeline.snapshot import link as link_module
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets, open_descriptors
 from tests.support.names import Names

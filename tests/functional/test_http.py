@@ -26,15 +26,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline._messages import Entry, Message
-from pipeline.answers import Request
-from pipeline.asgi import asgi_app
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
-from pipeline.handlers import Handlers
-from pipeline.listener import Listener
+from pipeline.receive.asgi import asgi_app
+from pipeline.receive.handlers import Handlers
+from pipeline.receive.listener import Listener
+from pipeline.receive.wsgi import wsgi_app
 from pipeline.types import MessageType
-from pipeline.wsgi import wsgi_app
+from pipeline.wire._messages import Entry, Message
+from pipeline.wire.answers import Request
 from tests.support import LONG_TIMEOUT
 from tests.support.callbacks import RudeError, Unawaited
 from tests.support.fronts import AsgiFront, WsgiFront, running
@@ -317,7 +317,7 @@ def test_a_message_of_a_later_raft_is_answered_204_and_not_delivered(
         0,
     )
     assert handlers.received.bytes_by_sender == {7: 3 * len(body)}
-    (record,) = [record for record in caplog.records if record.name == "pipeline.handlers"]
+    (record,) = [record for record in caplog.records if record.name == "pipeline.receive.handlers"]
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith(f"Raft message of type {number} from member 7 at 127.")
 
@@ -386,7 +386,7 @@ def test_a_raising_process_is_answered_500_and_the_connection_closed(
     assert reply.close
     assert handlers.received.process_failures == 1
     assert handlers.received.bytes_by_sender == {1: len(MESSAGE)}
-    (record,) = [record for record in caplog.records if record.name == "pipeline.handlers"]
+    (record,) = [record for record in caplog.records if record.name == "pipeline.receive.handlers"]
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("failed to process Raft message of 1 from 127.0.0.1:")
     raft.process_error = None
@@ -656,7 +656,7 @@ def test_counts_exactly_with_many_threads(raft: FakeRaft, handlers: Handlers) ->
 def test_a_flood_of_strangers_is_warned_of_once(
     handlers: Handlers, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.DEBUG, "pipeline.handlers")
+    caplog.set_level(logging.DEBUG, "pipeline.receive.handlers")
     now = 100.0
     monkeypatch.setattr("pipeline.logs.time.monotonic", lambda: now)
 

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pipeline import listener as listener_module
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UsageError
-from pipeline.listener import Listener
+from pipeline.receive import listener as listener_module
+from pipeline.receive.listener import Listener
 from tests.support import LONG_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets, open_descriptors
 from tests.support.http import (

@@ -17,8 +17,8 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from pipeline import Message, ReceiverConfig, Transport, TransportConfig
-from pipeline.handlers import behind_prefix
-from pipeline.wsgi import wsgi_app
+from pipeline.receive.handlers import behind_prefix
+from pipeline.receive.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT
 from tests.support.fronts import AsgiFront, WsgiFront, running
 from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers

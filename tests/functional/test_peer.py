@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from pipeline import MessageType, PipelineConfig, SnapshotStatus, UsageError
-from pipeline.dispatcher import Dispatcher
 from pipeline.peer import Peer
+from pipeline.send.dispatcher import Dispatcher
 from pipeline.types import SendResult
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, message, peer_to

@@ -23,9 +23,9 @@ from pipeline import (
     UsageError,
     protocol,
 )
-from pipeline.picker import URLPicker
-from pipeline.pipeline import STOP_TIMEOUT_S
-from pipeline.status import PeerStatus
+from pipeline.send.picker import URLPicker
+from pipeline.send.pipeline import STOP_TIMEOUT_S
+from pipeline.send.status import PeerStatus
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
     CLUSTER,
@@ -405,7 +405,7 @@ def test_every_address_of_a_name_is_tried(host: str, monkeypatch: pytest.MonkeyP
         (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", server.port, 0, 0)),
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port)),
     ]
-    monkeypatch.setattr("pipeline.pool.socket.getaddrinfo", lambda *a, **k: found)
+    monkeypatch.setattr("pipeline.net.pool.socket.getaddrinfo", lambda *a, **k: found)
     raft = FakeRaft()
     url = server.url.replace("127.0.0.1", "localhost")
     with server, pipeline_to(url, raft) as pipeline:

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from pipeline import ProbeStats, Transport, TransportConfig
-from pipeline import probing as probing_module
-from pipeline.protocol import probe_head
+from pipeline.send import probing as probing_module
+from pipeline.wire.protocol import probe_head
 from tests.support import LONG_TIMEOUT
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
@@ -63,7 +63,7 @@ def test_a_probe_is_etcd_s_request() -> None:
 def test_a_healthy_peer_has_round_trips_on_one_connection(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "pipeline.probing")
+    caplog.set_level(logging.INFO, "pipeline.send.probing")
     with ScriptedServer() as server, prober() as transport:
         transport.add_peer(2, [server.url])
         assert transport.probe_stats()[2] == ProbeStats()
@@ -186,7 +186,7 @@ def test_interim_answers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_health_comes_and_goes_and_each_change_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "pipeline.probing")
+    caplog.set_level(logging.INFO, "pipeline.send.probing")
     bad = answer("500 Oops")
     with ScriptedServer() as server, prober() as transport:
         server.on_probe = in_turn(PROBED, PROBED, bad, bad, PROBED)
@@ -194,7 +194,7 @@ def test_health_comes_and_goes_and_each_change_is_told(caplog: pytest.LogCapture
         eventually(lambda: transport.probe_stats()[2].total >= 6)
         stats = transport.probe_stats()[2]
         assert (stats.is_healthy, stats.lost, stats.last_error) == (True, 2, "")
-    levels = [r.levelname for r in caplog.records if r.name == "pipeline.probing"]
+    levels = [r.levelname for r in caplog.records if r.name == "pipeline.send.probing"]
     assert levels == ["INFO", "WARNING", "INFO"]
 
 

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError
-from pipeline.listener import Listener
+from pipeline.receive.listener import Listener
 from pipeline.types import MessageType
+from pipeline.wire._messages import Entry, Message, Snapshot, SnapshotMetadata
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets, open_descriptors
 from tests.support.http import (
@@ -680,7 +680,8 @@ def test_a_malformed_64_mib_body_is_answered_400() -> None:
 def test_a_malformed_body_is_decoded_once_and_its_error_named(
     size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.handlers.Message", None)  # there is no second decoder to ask
+    # There is no second decoder to ask.
+    monkeypatch.setattr("pipeline.receive.handlers.Message", None)
     body = b"\x08\x03\x3a\x03\x18\x01\x07" + bytes(size)
     with listen(FakeRaft()) as listener, dial(listener.url) as sock:
         sock.sendall(post(body))

@@ -30,9 +30,9 @@ from pipeline import (
     UsageError,
     pace,
 )
-from pipeline.listener import Listener
-from pipeline.snapshot_connections import EVENT_S
-from pipeline.snapshot_receiver import SnapshotCounts
+from pipeline.receive.listener import Listener
+from pipeline.snapshot.connections import EVENT_S
+from pipeline.snapshot.receiver import SnapshotCounts
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.descriptors import open_descriptors
@@ -642,7 +642,7 @@ def test_an_error_of_the_disk_is_answered_500_and_leaves_nothing(
     def fail(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/path/that/is/ours")
 
-    monkeypatch.setattr(f"pipeline.snapshot_store.os.{name}", fail)
+    monkeypatch.setattr(f"pipeline.snapshot.store.os.{name}", fail)
     reply = ask(node.url, post_snapshot(BODY))
     text = f"failed to save KV snapshot ({os.strerror(errno.ENOSPC)})\n"
     assert (reply.status, reply.body.decode()) == (500, text)
@@ -663,7 +663,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(
             raise OSError(number, os.strerror(number))
         return write(fd, data[:1000])  # and a disk may take less than it is given
 
-    monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
+    monkeypatch.setattr("pipeline.snapshot.store.os.write", fail)
     reply = ask(node.url, post_snapshot(BODY))
     assert (reply.status, reply.body.decode()) == (
         500,
@@ -681,7 +681,7 @@ def test_a_machine_without_memory_is_answered_503(
     def fail(*_: object) -> int:
         raise MemoryError
 
-    monkeypatch.setattr("pipeline.snapshot_receiver._read_message", fail)
+    monkeypatch.setattr("pipeline.snapshot.receiver._read_message", fail)
     assert ask(node.url, post_snapshot(BODY)).status == 503
     assert "internal error" not in caplog.text
     monkeypatch.undo()
@@ -716,7 +716,7 @@ def test_a_file_system_that_cannot_sync_is_gone_on_with(
             raise OSError(number, os.strerror(number))
         fsync(fd)
 
-    monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
+    monkeypatch.setattr("pipeline.snapshot.store.os.fsync", fail)
     before = len(open_descriptors())
     for index in (INDEX, INDEX + 1):
         assert ask(node.url, post_snapshot(framed(snapshot(index), DATABASE))).status == 204
@@ -739,7 +739,7 @@ def test_a_directory_that_could_not_be_synced_is_an_error(
             raise OSError(number, os.strerror(number))
         fsync(fd)
 
-    monkeypatch.setattr("pipeline.snapshot_store.os.fsync", fail)
+    monkeypatch.setattr("pipeline.snapshot.store.os.fsync", fail)
     assert ask(node.url, post_snapshot(BODY)).status == 500
     assert node.raft.processed == []
     monkeypatch.undo()
@@ -770,7 +770,7 @@ def no_statvfs(path: object) -> Any:
 def test_a_file_system_that_does_not_tell_what_it_has_free_is_tried(
     node: Node, monkeypatch: pytest.MonkeyPatch, statvfs: Callable[[object], Any], status: int
 ) -> None:
-    monkeypatch.setattr("pipeline.snapshot_store.os.statvfs", statvfs)
+    monkeypatch.setattr("pipeline.snapshot.store.os.statvfs", statvfs)
     assert ask(node.url, post_snapshot(BODY)).status == status
 
 
@@ -781,8 +781,8 @@ def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     before = len(open_descriptors())
-    monkeypatch.setattr("pipeline.snapshot_store.os.write", fail)
-    monkeypatch.setattr("pipeline.snapshot_store.os.unlink", fail)
+    monkeypatch.setattr("pipeline.snapshot.store.os.write", fail)
+    monkeypatch.setattr("pipeline.snapshot.store.os.unlink", fail)
     reply = ask(node.url, post_snapshot(BODY))
     assert reply.status == 500
     assert os.strerror(errno.EROFS).encode() in reply.body
@@ -859,7 +859,7 @@ def test_a_close_does_not_wait_for_ever_for_the_disk(
         assert gate.wait(LONG_TIMEOUT)
         fsync(fd)
 
-    monkeypatch.setattr("pipeline.snapshot_store.os.fsync", stuck)
+    monkeypatch.setattr("pipeline.snapshot.store.os.fsync", stuck)
     with dial(node.url) as sock:
         sock.sendall(post_snapshot(BODY))
         assert reached.wait(LONG_TIMEOUT)

@@ -48,10 +48,10 @@ from pipeline import (
     UnexpectedStatusError,
     UsageError,
 )
-from pipeline import snapshot_sender as module
-from pipeline.odd_answer import PeerAnswer
-from pipeline.snapshot_link import SnapshotLink
-from pipeline.snapshot_sender import RateLimiter
+from pipeline.snapshot import sender as module
+from pipeline.snapshot.link import SnapshotLink
+from pipeline.snapshot.sender import RateLimiter
+from pipeline.wire.odd_answer import PeerAnswer
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.callbacks import Unawaited
 from tests.support.descriptors import open_descriptors
@@ -1503,7 +1503,7 @@ def test_a_handshake_that_is_not_answered_is_ended_by_cancel_and_by_its_time(
         transfer.cancel()
         with pytest.raises(SnapshotCancelledError):
             transfer.result(LONG_TIMEOUT)
-        monkeypatch.setattr("pipeline.snapshot_link.HANDSHAKE_TIMEOUT_S", 0.1)
+        monkeypatch.setattr("pipeline.snapshot.link.HANDSHAKE_TIMEOUT_S", 0.1)
         with pytest.raises(PeerUnreachableError, match="handshake timeout"):
             transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
         release.set()

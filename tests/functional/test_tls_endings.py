@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import MessageType, Transport, TransportConfig
-from pipeline._sockets import OwnSocket, open_socket
-from pipeline.pool import end_tls
+from pipeline.net._sockets import OwnSocket, open_socket
+from pipeline.net.pool import end_tls
 from pipeline.tls import Credentials
-from pipeline.tunnel import Tunnel
+from pipeline.tls.tunnel import Tunnel
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import CLUSTER, MEMBER, PEER, message

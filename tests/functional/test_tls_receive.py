@@ -32,13 +32,13 @@ from pipeline import (
     UsageError,
     pace,
 )
-from pipeline._receiver import KnownHead
-from pipeline.answers import Answer, Request
 from pipeline.errors import RequestRejected
-from pipeline.listener import Listener
-from pipeline.odd_request import Then
-from pipeline.sealed import Sealed, SealedServer
+from pipeline.receive._receiver import KnownHead
+from pipeline.receive.listener import Listener
+from pipeline.receive.odd_request import Then
+from pipeline.receive.sealed import Sealed, SealedServer
 from pipeline.tls import Credentials
+from pipeline.wire.answers import Answer, Request
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.descriptors import open_descriptors
@@ -576,7 +576,7 @@ def test_a_resumed_session_is_known_by_the_certificate_it_was_made_with(
     assert len(set(asked)) == 1
 
     the_day_after = SimpleNamespace(time=lambda: time.time() + 2 * 86400)
-    monkeypatch.setattr("pipeline.sealed.time", the_day_after)
+    monkeypatch.setattr("pipeline.receive.sealed.time", the_day_after)
     third = node.shake(context, session)
     assert third.session_reused
     assert end_of(third) == "close_notify"
@@ -1277,7 +1277,7 @@ def test_a_snapshot_that_cannot_leave_the_loop_gives_its_place_back(
 
     head = raw_head("content-length: 9", line="POST /raft/snapshot HTTP/1.1")
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.sealed.SealedSocket", no_memory)
+        patched.setattr("pipeline.receive.sealed.SealedSocket", no_memory)
         lost = node.call()
         lost.sendall(head)
         assert end_of(lost) == "cut off"

@@ -26,7 +26,7 @@ from pipeline import (
     TransportConfig,
     UsageError,
 )
-from pipeline.pipeline import STOP_TIMEOUT_S
+from pipeline.send.pipeline import STOP_TIMEOUT_S
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.raft import FakeRaft
@@ -71,7 +71,7 @@ def failure_of(
     server: ScriptedServer | str, info: TLSInfo, caplog: pytest.LogCaptureFixture
 ) -> str:
     """Send one message that must fail without a request; what the log says of it."""
-    caplog.set_level(logging.DEBUG, "pipeline.status")
+    caplog.set_level(logging.DEBUG, "pipeline.send.status")
     raft = FakeRaft()
     with sender(server, info, raft, connections=1) as pipeline:
         pipeline.send(message())
@@ -347,7 +347,7 @@ def url_of(listener: socket.socket) -> str:
 def test_a_handshake_that_is_not_answered_is_given_up(
     authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.pipeline.HANDSHAKE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pipeline.send.pipeline.HANDSHAKE_TIMEOUT_S", 0.1)
     with silent() as listener:
         assert "TLS handshake: not done within its timeout" in failure_of(
             url_of(listener), authority.info(), caplog
@@ -358,7 +358,7 @@ def test_a_handshake_that_trickles_is_given_up_all_the_same(
     authority: Authority, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a server sends does not put off the end of the handshake."""
-    monkeypatch.setattr("pipeline.pipeline.HANDSHAKE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("pipeline.send.pipeline.HANDSHAKE_TIMEOUT_S", 0.3)
     done = threading.Event()
 
     def trickle() -> None:
@@ -785,7 +785,7 @@ def test_a_probe_says_why_a_handshake_failed(authority: Authority) -> None:
 def test_a_probe_s_handshake_is_bounded(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.probing.STEP_TIMEOUT_S", SHORT_TIMEOUT)
+    monkeypatch.setattr("pipeline.send.probing.STEP_TIMEOUT_S", SHORT_TIMEOUT)
     with silent() as listener, transport_of(authority.info(), probe_interval_s=0.01) as transport:
         transport.add_peer(PEER, [url_of(listener)])
         eventually(lambda: transport.probe_stats()[PEER].lost > 0)

@@ -374,7 +374,7 @@ def log_of_status(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [
         (record.levelname, record.getMessage())
         for record in caplog.records
-        if record.name == "pipeline.status" and record.levelno > logging.DEBUG
+        if record.name == "pipeline.send.status" and record.levelno > logging.DEBUG
     ]
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipeline import MessageType, Pipeline, PipelineConfig, SendResult, SnapshotStatus, UsageError
-from pipeline.dispatcher import Dispatcher
+from pipeline.send.dispatcher import Dispatcher
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, message, peer_to, pipeline_to, settle
 from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, always, in_turn

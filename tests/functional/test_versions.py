@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pipeline import Message, MessageType, PipelineConfig, TLSInfo, Transport, TransportConfig
-from pipeline.pipeline import PeerPipeline
+from pipeline.send.pipeline import PeerPipeline
 from tests.support import LONG_TIMEOUT
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers, reply_of_socket
 from tests.support.raft import FakeRaft
@@ -34,11 +34,11 @@ def tls(request: pytest.FixtureRequest, authority: Authority) -> TLSInfo | None:
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What was warned of ``server_version``."""
-    caplog.set_level(logging.DEBUG, "pipeline.versions")
+    caplog.set_level(logging.DEBUG, "pipeline.wire.versions")
     return lambda: [
         record.getMessage()
         for record in caplog.records
-        if record.name == "pipeline.versions" and record.levelno >= logging.WARNING
+        if record.name == "pipeline.wire.versions" and record.levelno >= logging.WARNING
     ]
 
 
@@ -112,7 +112,7 @@ def test_a_peer_that_was_upgraded_is_told_of_again(
     said: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pipeline.versions.INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.wire.versions.INTERVAL_S", 0.0)
     _, url = listening
     for theirs in ("3.5.9", "3.6.16", "3.6.16", "3.6.17", "3.7.3"):
         headers = peer_headers(x_server_from=f"{PEER:x}", x_server_version=theirs)

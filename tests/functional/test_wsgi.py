@@ -11,8 +11,8 @@ import pytest
 
 from pipeline import Transport
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Handlers
-from pipeline.wsgi import wsgi_app
+from pipeline.receive.handlers import Handlers
+from pipeline.receive.wsgi import wsgi_app
 from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.raft import FakeRaft
 

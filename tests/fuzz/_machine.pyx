@@ -8,17 +8,17 @@ by ``build.py``, with the headers of the package that is installed: tests only.
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc
 
-from pipeline._conn cimport (
+from pipeline.receive._conn cimport (
     CONN_BODY, CONN_CLOSED, CONN_HANDLED, QUEUE_STRANGERS, answer_204_t, conn_t, handler_t,
     server_t,
 )
-from pipeline._queues cimport (
+from pipeline.receive._queues cimport (
     server_add_handler, server_remove_handler, server_signal_handlers, server_take,
 )
-from pipeline._server cimport server_end, server_resume_accept, server_turn
-from pipeline._receiver cimport Receiver
-from pipeline._sync cimport clock_ns, store_int
-from pipeline._turns cimport LANES
+from pipeline.receive._server cimport server_end, server_resume_accept, server_turn
+from pipeline.receive._receiver cimport Receiver
+from pipeline.net._sync cimport clock_ns, store_int
+from pipeline.receive._turns cimport LANES
 
 cdef extern from * nogil:
     """

@@ -15,12 +15,12 @@ import h11
 from google.protobuf.message import DecodeError
 
 from pipeline._core import recognise_204
-from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
-from pipeline._receiver import recognise_post
 from pipeline.config import ReceiverConfig
 from pipeline.errors import UnmarshalError
-from pipeline.odd_request import OddRequest, Then
 from pipeline.raftpb import raft_pb2
+from pipeline.receive._receiver import recognise_post
+from pipeline.receive.odd_request import OddRequest, Then
+from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from tests.support.http import handlers_of
 from tests.support.raft import FakeRaft
 

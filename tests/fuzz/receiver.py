@@ -20,14 +20,14 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline._messages import Entry, Message, Snapshot, SnapshotMetadata
-from pipeline._receiver import Receiver
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Handlers
 from pipeline.identity import Identity
-from pipeline.odd_request import OddRequest
-from pipeline.snapshot_receiver import SnapshotReceiver
+from pipeline.receive._receiver import Receiver
+from pipeline.receive.handlers import Handlers
+from pipeline.receive.odd_request import OddRequest
+from pipeline.snapshot.receiver import SnapshotReceiver
 from pipeline.types import MessageType
+from pipeline.wire._messages import Entry, Message, Snapshot, SnapshotMetadata
 from tests.support.http import CLUSTER_ID, HEARTBEAT, peer_headers
 from tests.support.listening import raw_head
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline._receiver import KnownHead, recognise_post
-from pipeline.request_body import RequestBody
+from pipeline.receive._receiver import KnownHead, recognise_post
+from pipeline.receive.request_body import RequestBody
 from tests.fuzz.oracles import check_request, is_let_through
 from tests.support.listening import raw_head
 

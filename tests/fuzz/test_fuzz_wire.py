@@ -10,8 +10,8 @@ from typing import Any
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata, _gather
 from pipeline.raftpb import raft_pb2
+from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata, _gather
 from tests.fuzz.oracles import ID_LISTS, PROFILES, SCALARS, check_message, from_protobuf
 
 uint64s = st.one_of(

@@ -101,7 +101,7 @@ def test_a_claim_that_does_not_suit_an_etcd_is_warned_of_once(
         assert peer.server_version == cluster.etcd.version
     finally:
         cluster.stop()
-    told = [r.getMessage() for r in caplog.records if r.name == "pipeline.versions"]
+    told = [r.getMessage() for r in caplog.records if r.name == "pipeline.wire.versions"]
     assert [text.rpartition(" ")[2] for text in told] == ([repr(right)] if step else [])
 
 

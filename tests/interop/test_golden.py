@@ -2,9 +2,9 @@
 
 import pytest
 
-from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from pipeline.raftpb import raft_pb2
 from pipeline.types import MessageType
+from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 
 SOME_DATA = "73 6f 6d 65 20 64 61 74 61"
 EMPTY_SNAPSHOT = "4a 0a 12 08 0a 02 28 00 10 00 18 00"

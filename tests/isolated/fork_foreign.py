@@ -26,7 +26,7 @@ from pipeline import (
     UsageError,
     aio,
 )
-from pipeline.answers import Request
+from pipeline.wire.answers import Request
 from tests.support.http import peer_headers
 from tests.support.raft import FakeRaft
 from tests.support.senders import CLUSTER, message

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import MessageType, PipelineConfig, Transport, TransportConfig
-from pipeline._sockets import own_sockets
+from pipeline.net._sockets import own_sockets
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import message

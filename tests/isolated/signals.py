@@ -52,8 +52,8 @@ from pipeline.errors import (
     SnapshotCancelledError,
     UsageError,
 )
-from pipeline.listener import Listener
-from pipeline.snapshot_sender import SnapshotTransfer
+from pipeline.receive.listener import Listener
+from pipeline.snapshot.sender import SnapshotTransfer
 from tests.support.raft import FakeRaft
 from tests.support.server import black_hole
 from tests.support.tls import Authority

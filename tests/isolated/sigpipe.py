@@ -21,21 +21,21 @@ from typing import cast
 
 import pytest
 
-from pipeline.answers import Answer
 from pipeline.config import ReceiverConfig
-from pipeline.dialling import Dialer
 from pipeline.errors import PeerUnreachableError
-from pipeline.odd_request import OddRequest, Then
-from pipeline.picker import URLPicker
-from pipeline.poller import Poller
-from pipeline.pool import Pool, PooledConnection
-from pipeline.probing import Prober, _Target
-from pipeline.sealed import SealedSocket
-from pipeline.snapshot_connections import _Receiving
-from pipeline.snapshot_link import Ending, SnapshotLink
-from pipeline.snapshot_source import FileSource
+from pipeline.net.dialling import Dialer
+from pipeline.net.poller import Poller
+from pipeline.net.pool import Pool, PooledConnection
+from pipeline.receive.odd_request import OddRequest, Then
+from pipeline.receive.sealed import SealedSocket
+from pipeline.send.picker import URLPicker
+from pipeline.send.probing import Prober, _Target
+from pipeline.snapshot.connections import _Receiving
+from pipeline.snapshot.link import Ending, SnapshotLink
+from pipeline.snapshot.source import FileSource
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
+from pipeline.wire.answers import Answer
 from tests.support.http import handlers_of
 from tests.support.listening import raw_head
 from tests.support.raft import FakeRaft

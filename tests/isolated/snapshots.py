@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 from pipeline.config import ReceiverConfig
-from pipeline.snapshot_receiver import MAX_MESSAGE_BYTES
+from pipeline.snapshot.receiver import MAX_MESSAGE_BYTES
 from tests.support import MIB
 from tests.support.listening import ask, chunked, dial, listen, raw_head, read_reply
 from tests.support.memory import IS_SANITIZED

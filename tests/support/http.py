@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline._messages import Message
-from pipeline.answers import Request
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Handlers
 from pipeline.identity import Identity
-from pipeline.snapshot_receiver import SnapshotReceiver
+from pipeline.receive.handlers import Handlers
+from pipeline.snapshot.receiver import SnapshotReceiver
 from pipeline.types import MessageType, Raft
+from pipeline.wire._messages import Message
+from pipeline.wire.answers import Request
 from tests.support import LONG_TIMEOUT
 
 CLUSTER_ID = 0xCDF818194E3A8C32

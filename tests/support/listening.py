@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.config import ReceiverConfig
-from pipeline.listener import Listener
+from pipeline.receive.listener import Listener
 from pipeline.tls import Credentials
 from pipeline.types import Raft
 from tests.support import LONG_TIMEOUT

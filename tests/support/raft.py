@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipeline._messages import Message
 from pipeline.types import SnapshotStatus
+from pipeline.wire._messages import Message
 from tests.support import LONG_TIMEOUT
 
 T = TypeVar("T")

@@ -18,11 +18,11 @@ from pipeline import (
     Snapshot,
     TransportConfig,
 )
-from pipeline.dispatcher import Dispatcher
 from pipeline.identity import Identity
 from pipeline.peer import Peer
-from pipeline.pipeline import PeerPipeline
-from pipeline.snapshot_sender import RateLimiter, SnapshotSender
+from pipeline.send.dispatcher import Dispatcher
+from pipeline.send.pipeline import PeerPipeline
+from pipeline.snapshot.sender import RateLimiter, SnapshotSender
 from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import assert_type
 
 from pipeline import Listener, Raft, ReceiverConfig, Transport, TransportConfig
-from pipeline.asgi import ASGIApp
+from pipeline.receive.asgi import ASGIApp
 
 
 def serve(raft: Raft) -> ASGIApp:

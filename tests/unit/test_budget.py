@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipeline._budget import BodyBudget
+from pipeline.net._budget import BodyBudget
 
 KIB = 1 << 10
 

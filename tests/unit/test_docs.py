@@ -24,7 +24,7 @@ from pipeline import (
     TransportConfig,
     TransportStats,
 )
-from pipeline._receiver import ReceiverStats
+from pipeline.receive._receiver import ReceiverStats
 from tests.support import MIB
 
 ROOT = Path(__file__).parents[2]
@@ -246,7 +246,7 @@ def test_operations_md_shows_every_warning_and_error() -> None:
         for lines, _ in log_rows()
         for line in lines
     ]
-    for path in sorted((ROOT / "pipeline").glob("*.py")):
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue

@@ -116,13 +116,13 @@ def test_every_module_logs_through_this_one() -> None:
             text = path.read_text().replace("logging.getLogger(__name__).addHandler", "")
             assert "logging.getLogger" not in text, path
     names = set()
-    for found in pkgutil.iter_modules(pipeline.__path__, "pipeline."):
+    for found in pkgutil.walk_packages(pipeline.__path__, "pipeline."):
         module = importlib.import_module(found.name)
         if (logger := getattr(module, "logger", None)) is not None:
             assert isinstance(logger, Logger)
             names.add(logger._logger.name)
-    assert {"pipeline.node", "pipeline.status", "pipeline.listener"} <= names
-    assert all(re.fullmatch(r"pipeline\.[a-z_]+", name) for name in names)
+    assert {"pipeline.node", "pipeline.send.status", "pipeline.receive.listener"} <= names
+    assert all(re.fullmatch(r"pipeline(\.[a-z_]+)+", name) for name in names)
 
 
 def test_a_line_names_the_place_it_comes_from(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from pipeline import EncodedMessage
-from pipeline._messages import (
+from pipeline.errors import MarshalError, UsageError
+from pipeline.types import EntryType, MessageType
+from pipeline.wire._messages import (
     ConfState,
     Entry,
     Message,
@@ -24,8 +26,6 @@ from pipeline._messages import (
     _gather,
     byte_view,
 )
-from pipeline.errors import MarshalError, UsageError
-from pipeline.types import EntryType, MessageType
 
 UINT64_MAX = 2**64 - 1
 MESSAGE_SCALARS = ["to", "from_", "term", "log_term", "index", "commit", "reject_hint"]

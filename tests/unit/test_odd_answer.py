@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import odd_answer
-from pipeline.odd_answer import ANSWER_MAX, OddAnswer, PeerAnswer
+from pipeline.wire import odd_answer
+from pipeline.wire.odd_answer import ANSWER_MAX, OddAnswer, PeerAnswer
 
 MISMATCH = b"cluster ID mismatch\n"
 NO_CONTENT = b"HTTP/1.1 204 No Content\r\nX-Etcd-Cluster-Id: 1\r\n\r\n"

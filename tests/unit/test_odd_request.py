@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import odd_request, request_body
 from pipeline.config import ReceiverConfig
-from pipeline.odd_request import OddRequest, Then
+from pipeline.receive import odd_request, request_body
+from pipeline.receive.odd_request import OddRequest, Then
 from tests.support.events import Events
 from tests.support.http import HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import raw_head

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.picker import URLPicker
-from pipeline.urls import parse_peer_urls, parse_urls
+from pipeline.send.picker import URLPicker
+from pipeline.wire.urls import parse_peer_urls, parse_urls
 
 A, B, C = "http://127.0.0.1:2380", "http://127.0.0.1:7001", "http://127.0.0.1:9001"
 

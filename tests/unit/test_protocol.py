@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from pipeline import protocol
 from pipeline._version import __version__
 from pipeline.errors import (
     ClusterIDMismatchError,
@@ -19,7 +18,8 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.identity import Identity, Version, compare_major_minor
-from pipeline.protocol import (
+from pipeline.wire import protocol
+from pipeline.wire.protocol import (
     check_answer,
     check_version_compatibility,
     format_id,

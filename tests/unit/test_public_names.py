@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -73,12 +74,12 @@ def test_the_protobuf_classes_are_where_the_contract_says() -> None:
 #: Slow to import, and not needed by a program that only has messages to encode.
 NOT_IMPORTED = """
     asyncio ssl h11 urllib3 http.client concurrent.futures google.protobuf uvicorn click rich
-    prometheus_client pipeline.aio pipeline.transport pipeline.listener
+    prometheus_client pipeline.aio pipeline.transport pipeline.receive.listener
 """
 #: What a node that only sends has no use for, either.
 NOT_IMPORTED_TO_SEND = """
-    asyncio h11 google.protobuf uvicorn click rich prometheus_client pipeline.aio pipeline.listener
-    pipeline.asgi pipeline.wsgi
+    asyncio h11 google.protobuf uvicorn click rich prometheus_client pipeline.aio
+    pipeline.receive.listener pipeline.receive.asgi pipeline.receive.wsgi
 """
 
 
@@ -96,6 +97,8 @@ def test_what_is_imported_is_what_is_used(statement: str, modules: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert result.stdout.split() == []
+    for module in modules.split():
+        assert not module.startswith("pipeline.") or importlib.util.find_spec(module) is not None
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:

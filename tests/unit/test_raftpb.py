@@ -143,7 +143,7 @@ def test_etcds_own_classes_can_be_in_the_same_process(order: str) -> None:
 
 
 def test_importing_pipeline_does_not_import_protobuf() -> None:
-    script = "import sys, pipeline, pipeline._messages; print('google.protobuf' in sys.modules)"
+    script = "import sys, pipeline.wire._messages; print('google.protobuf' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
     )

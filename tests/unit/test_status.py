@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from pipeline.status import PeerStatus
+from pipeline.send.status import PeerStatus
 from tests.support import LONG_TIMEOUT
 
 PEER = 0x8E9E05C52164694D
@@ -34,7 +34,7 @@ def flag() -> Flag:
 
 @pytest.fixture
 def status(flag: Flag, caplog: pytest.LogCaptureFixture) -> PeerStatus:
-    caplog.set_level(logging.DEBUG, "pipeline.status")
+    caplog.set_level(logging.DEBUG, "pipeline.send.status")
     return PeerStatus(1, PEER, flag)
 
 
@@ -200,7 +200,7 @@ def test_a_log_handler_may_ask_the_status(status: PeerStatus) -> None:
         def emit(self, record: logging.LogRecord) -> None:
             status.deactivate("pipeline", "write", "asked by a handler")
 
-    nosy, log = Nosy(level=logging.INFO), logging.getLogger("pipeline.status")
+    nosy, log = Nosy(level=logging.INFO), logging.getLogger("pipeline.send.status")
     log.addHandler(nosy)
     try:
         status.activate()
@@ -221,7 +221,7 @@ def test_two_first_successes_at_once_are_one_transition(caplog: pytest.LogCaptur
                 both_looked.wait(LONG_TIMEOUT)
             return value
 
-    caplog.set_level(logging.INFO, "pipeline.status")
+    caplog.set_level(logging.INFO, "pipeline.send.status")
     flag = Racing()
     status = PeerStatus(1, PEER, flag)
     threads = [threading.Thread(target=status.activate) for _ in range(2)]

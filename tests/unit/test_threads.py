@@ -13,9 +13,9 @@ import pytest
 
 from pipeline import Pipeline, Transport, UsageError
 from pipeline.config import ReceiverConfig
-from pipeline.handlers import Handlers
 from pipeline.identity import Identity
-from pipeline.listener import Listener
+from pipeline.receive.handlers import Handlers
+from pipeline.receive.listener import Listener
 from pipeline.threads import _REPLACED, LibraryThread, Once
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from pipeline import versions as module
-from pipeline.versions import Versions
+from pipeline.wire import versions as module
+from pipeline.wire.versions import Versions
 
 ETCD, OURS = "Go-http-client/1.1", "raft-pipeline/0.1"
 
@@ -33,7 +33,7 @@ class Cluster:
     """What is known of a cluster, and what the log said of it since the last look."""
 
     def __init__(self, ours: str, peers: set[int], caplog: pytest.LogCaptureFixture) -> None:
-        caplog.set_level(logging.INFO, "pipeline.versions")
+        caplog.set_level(logging.INFO, "pipeline.wire.versions")
         self.peers = peers
         self.versions = Versions(ours, lambda: self.peers)
         self._caplog = caplog

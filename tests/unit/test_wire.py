@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from pipeline._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from pipeline.errors import UnmarshalError
 from pipeline.types import EntryType, MessageType
+from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 from tests.support.wire import span, varint
 
 MAX_ENTRIES = 1 << 17

@@ -1,0 +1,1 @@
+"""The system: sockets and descriptors, who waits for them, dialling, memory of bodies."""

@@ -1,0 +1,397 @@
+"""Dialling: from a host and a port to a connected socket, for messages, snapshots and probes.
+
+The poller waits for all connects, so a host that swallows what is sent to it costs no thread. Names
+are looked up by ``getaddrinfo``, which blocks and cannot be ended, so each look-up has a thread of
+its own for as long as it takes; a name is looked up once at a time, for all who wait for it. The
+addresses of a name are raced (RFC 8305): the next one is tried when those before it have failed,
+or have not answered in 250 ms, and the first that connects wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import chain, zip_longest
+from typing import Any, TypeAlias
+
+from urllib3.util.connection import allowed_gai_family
+
+from pipeline.errors import STOPPED
+from pipeline.logs import get_logger
+from pipeline.names import literal_address, show_address
+from pipeline.net._sockets import OwnSocket, open_socket
+from pipeline.net.poller import WRITABLE, Poller
+from pipeline.threads import LibraryThread
+
+__all__ = ["Dial", "DialError", "Dialer"]
+
+logger = get_logger(__name__)
+
+#: Until the next address of a name is tried beside those before it; RFC 8305 section 8.
+ATTEMPT_DELAY_S = 0.25
+#: Names that are looked up at once. A cluster has 3 to 7 members, and up to 16 remotes are
+#: learned; so a name that hangs keeps none of theirs waiting.
+LOOKUPS_MAX = 32
+#: Names of which the address that answered last is remembered.
+REMEMBERED_MAX = 1024
+
+#: As of ``getaddrinfo``: family, and address with the port.
+Found: TypeAlias = tuple[int, tuple[Any, ...]]
+
+
+class DialError(OSError):
+    """No connection; the text says why, of each address that was tried."""
+
+
+class Dial:
+    """One way to a host: its name, its addresses, the first that connects.
+
+    Parameters
+    ----------
+    host : str
+        As in a URL: a name, or an address; IPv6 in brackets or not, with a zone or not.
+    port : int
+    timeout_s : float
+        For all of it, the name included.
+    options : sequence
+        Arguments of ``setsockopt`` for each socket.
+    on_done : callable
+        Called with this once it has ended, by the poller: it must neither block nor raise.
+
+    Notes
+    -----
+    Made, then given to :meth:`Dialer.begin`. What it came to is for one thread to take.
+    """
+
+    __slots__ = (
+        "_failure",
+        "_is_unwanted",
+        "_on_done",
+        "_options",
+        "_sock",
+        "addresses",
+        "attempts",
+        "began_at",
+        "deadline",
+        "failures",
+        "host",
+        "is_done",
+        "is_resolved",
+        "next_at",
+        "port",
+        "timeout_s",
+        "took_s",
+    )
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        timeout_s: float,
+        options: Sequence[tuple[int, int, int | bytes]],
+        on_done: Callable[[Dial], object],
+    ) -> None:
+        self.host = host.strip("[]")
+        self.port = port
+        self.timeout_s = timeout_s
+        self.began_at = time.monotonic()
+        self.deadline = self.began_at + timeout_s
+        #: Set last, when it has ended.
+        self.is_done = False
+        #: Seconds it took.
+        self.took_s = 0.0
+        self._options = options
+        self._on_done = [on_done]  # popped, and so called, by the one who ends the dial
+        self._sock: OwnSocket | None = None
+        self._failure = ""
+        self._is_unwanted = False
+        # The poller's thread's own.
+        self.is_resolved = False
+        self.addresses: deque[Found] = deque()  # not tried yet
+        self.attempts: dict[OwnSocket, Found] = {}  # under way
+        self.failures: list[str] = []
+        self.next_at = math.inf  # when the next address is tried
+
+    def take(self) -> OwnSocket:
+        """Return the connected socket, which is the caller's now and does not block.
+
+        Raises
+        ------
+        DialError
+            If there is none.
+        """
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            return sock
+        raise DialError(self._failure)
+
+    def discard(self) -> None:
+        """Close what it came to, if nobody has taken it, or will come to."""
+        self._is_unwanted = True
+        sock, self._sock = self._sock, None
+        if sock is not None:
+            sock.close()
+
+    # What follows is for the dialler.
+
+    def connect(self, found: Found) -> OwnSocket:
+        """Begin to connect to an address. Raises ``OSError``."""
+        family, address = found
+        sock = open_socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        try:
+            for option in self._options:
+                sock.setsockopt(*option)
+            with contextlib.suppress(BlockingIOError):  # EINPROGRESS
+                sock.connect(address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def finish(self, sock: OwnSocket | None, failure: str = "") -> None:
+        """End it with a socket or with a failure; only the first end counts."""
+        try:
+            on_done = self._on_done.pop()
+        except IndexError:
+            return
+        self.took_s = time.monotonic() - self.began_at
+        self._sock, self._failure = sock, failure
+        if self._is_unwanted:  # by now
+            self.discard()
+        self.is_done = True
+        logger.survive("the end of a dial was not told", on_done, self)
+
+
+class Dialer:
+    """Dials for all of a node.
+
+    Parameters
+    ----------
+    poller : Poller
+        Waits for it.
+
+    Notes
+    -----
+    ``begin`` and ``cancel`` are thread-safe, also for a signal handler, and do not block. The
+    threads that look names up are daemons, ``pipeline-resolve-<host>``. One that hangs outlives
+    the dialer, and nobody waits for it.
+    """
+
+    def __init__(self, poller: Poller) -> None:
+        self._poller = poller
+        self._has_ended = False
+        # The poller's thread's own.
+        self._dials: dict[Dial, None] = {}  # not ended, in the order they began
+        self._waiting: dict[str, dict[Dial, None]] = {}  # by the name they wait for
+        self._lookups = 0  # under way
+        self._lookups_due: deque[str] = deque()  # names for which there is no thread yet
+        self._answered: dict[tuple[str, int], Found] = {}  # last, of names with several addresses
+        poller.attach(self)
+
+    def begin(self, dial: Dial) -> None:
+        """Begin to dial."""
+        self._poller.ask(partial(self._begin, dial))
+
+    def cancel(self, dial: Dial) -> None:
+        """End a dial, soon, with ``stopped``; nothing if it has ended."""
+        if not dial.is_done:
+            self._poller.ask(partial(self._fail, dial, STOPPED))
+
+    # What follows runs in the poller's thread.
+
+    def next_due(self) -> float:
+        """When a dial ends for want of time, or goes on to its next address."""
+        return min((min(d.next_at, d.deadline) for d in self._dials), default=math.inf)
+
+    def check_time(self, now: float) -> None:
+        """End dials for want of time, or go on to their next address."""
+        for dial in list(self._dials):
+            if now >= dial.deadline:
+                self._fail(dial, self._lateness(dial))
+            elif now >= dial.next_at:
+                self._connect_next(dial)
+
+    def end(self) -> None:
+        """End every dial with ``stopped``, and those that come later."""
+        self._has_ended = True
+        for dial in list(self._dials):
+            self._fail(dial, STOPPED)
+
+    # -- names
+
+    def _begin(self, dial: Dial) -> None:
+        if dial.is_done:  # cancelled
+            return
+        if self._has_ended:
+            self._fail(dial, STOPPED)
+            return
+        self._dials[dial] = None
+        if literal_address(dial.host) is not None:
+            # Asks nobody; the kernel's number for a zone is in the answer.
+            self._race((dial,), _look_up(dial.host, dial.port, socket.AI_NUMERICHOST), dial.port)
+            return
+        if dial.host not in self._waiting:
+            self._waiting[dial.host] = {}
+            self._lookups_due.append(dial.host)
+        self._waiting[dial.host][dial] = None
+        self._start_lookups()
+
+    def _start_lookups(self) -> None:
+        while self._lookups_due and self._lookups < LOOKUPS_MAX:
+            host = self._lookups_due.popleft()
+            if not self._waiting[host]:
+                del self._waiting[host]  # nobody has waited for it that long
+                continue
+            port = next(iter(self._waiting[host])).port
+            thread = LibraryThread(self._resolve, f"pipeline-resolve-{host}", (host, port))
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads to be had
+                self._race(self._waiting.pop(host), str(error), port)
+            else:
+                self._lookups += 1
+
+    def _resolve(self, host: str, port: int) -> None:
+        """Look a name up; in a thread of its own."""
+        found = _look_up(host, port)
+        self._poller.ask(partial(self._resolved, host, found, port))
+
+    def _resolved(self, host: str, found: list[Found] | str, port: int) -> None:
+        if self._has_ended:
+            return
+        self._lookups -= 1
+        waiting = self._waiting.pop(host)
+        self._start_lookups()
+        self._race(waiting, found, port)
+
+    # -- addresses
+
+    def _race(self, dials: Iterable[Dial], found: list[Found] | str, port: int) -> None:
+        """Try the addresses of a host for all who wait for it; or tell them why there are none.
+
+        It was looked up with ``port``; another one takes its place in the addresses.
+        """
+        for dial in dials:
+            if isinstance(found, str):
+                self._fail(dial, f"cannot resolve {dial.host!r}: {found}")
+                continue
+            dial.is_resolved = True
+            addresses = _interleaved(
+                found
+                if dial.port == port
+                else ((family, (host, dial.port, *more)) for family, (host, _, *more) in found)
+            )
+            last = self._answered.get((dial.host, dial.port))
+            if last is not None and last in addresses:
+                addresses.remove(last)
+                addresses.insert(0, last)
+            dial.addresses.extend(addresses)
+            self._connect_next(dial)
+
+    def _connect_next(self, dial: Dial) -> None:
+        """Try the next address; end the dial when there is none and none is under way."""
+        dial.next_at = math.inf
+        while dial.addresses:
+            found = dial.addresses.popleft()
+            try:
+                sock = dial.connect(found)
+                try:
+                    self._poller.watch(sock, WRITABLE, partial(self._connected, dial, sock))
+                except BaseException:
+                    sock.close()
+                    raise
+            except OSError as error:
+                dial.failures.append(_reason(found, error))
+                continue
+            dial.attempts[sock] = found
+            if dial.addresses:
+                dial.next_at = time.monotonic() + ATTEMPT_DELAY_S
+            return
+        if not dial.attempts:
+            self._fail(dial, "; ".join(dial.failures))
+
+    def _connected(self, dial: Dial, sock: OwnSocket) -> None:
+        """Take what an attempt came to."""
+        found = dial.attempts[sock]
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self._forget(dial, sock)
+        if error:
+            sock.close()
+            dial.failures.append(_reason(found, OSError(error, os.strerror(error))))
+            self._connect_next(dial)
+            return
+        is_one_of_several = bool(dial.addresses or dial.attempts or dial.failures)
+        self._end(dial)
+        dial.finish(sock)
+        if is_one_of_several:
+            self._answers(dial.host, dial.port, found)
+
+    def _answers(self, host: str, port: int, found: Found) -> None:
+        """Try this address first from now on, and at once for who waits for others."""
+        self._answered.pop((host, port), None)
+        self._answered[host, port] = found
+        if len(self._answered) > REMEMBERED_MAX:
+            del self._answered[next(iter(self._answered))]
+        for dial in list(self._dials):
+            if (dial.host, dial.port) == (host, port) and found in dial.addresses:
+                dial.addresses.remove(found)
+                dial.addresses.appendleft(found)
+                self._connect_next(dial)
+
+    def _lateness(self, dial: Dial) -> str:
+        if not dial.is_resolved:
+            return f"dial timeout: {dial.host!r} was not resolved in {dial.timeout_s:g} s"
+        silent = ", ".join(show_address(*address[:2]) for _, address in dial.attempts.values())
+        failures = "".join(f"; {failure}" for failure in dial.failures)
+        return f"dial timeout: no answer from {silent} in {dial.timeout_s:g} s{failures}"
+
+    def _fail(self, dial: Dial, reason: str) -> None:
+        if not dial.is_done:
+            self._end(dial)
+            dial.finish(None, reason)
+
+    def _end(self, dial: Dial) -> None:
+        """Forget a dial, and close what it has tried."""
+        self._dials.pop(dial, None)
+        self._waiting.get(dial.host, {}).pop(dial, None)
+        for sock in list(dial.attempts):
+            self._forget(dial, sock)
+            sock.close()
+
+    def _forget(self, dial: Dial, sock: OwnSocket) -> None:
+        del dial.attempts[sock]
+        self._poller.unwatch(sock)
+
+
+def _look_up(host: str, port: int, flags: int = 0) -> list[Found] | str:
+    """Ask ``getaddrinfo`` for the addresses of a host; in words, why there are none."""
+    try:
+        found = socket.getaddrinfo(
+            host, port, allowed_gai_family(), socket.SOCK_STREAM, socket.IPPROTO_TCP, flags
+        )
+        return [(family, address) for family, _, _, _, address in found] or "no address"
+    except Exception as error:  # a UnicodeError is one as well, and whatever a substitute raises
+        text = error.strerror if isinstance(error, OSError) else None
+        return text or str(error) or type(error).__name__
+
+
+def _interleaved(found: Iterable[Found]) -> list[Found]:
+    """Return the addresses with their families in turn, the first one's first; each once.
+
+    Source: RFC 8305 section 4.
+    """
+    families: dict[int, list[Found]] = {}
+    for each in dict.fromkeys(found):
+        families.setdefault(each[0], []).append(each)
+    turns = chain.from_iterable(zip_longest(*families.values()))
+    return [each for each in turns if each is not None]
+
+
+def _reason(found: Found, error: OSError) -> str:
+    return f"{show_address(*found[1][:2])}: {error.strerror or error}"

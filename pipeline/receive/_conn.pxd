@@ -1,0 +1,456 @@
+"""A connection that was accepted, and the server it belongs to: what they are made of.
+
+A connection belongs to the loop (``_server.pxd``), or, with a request, to a handler thread
+(``_queues.pxd``). What the loop does with one is in ``_requests.pxd``.
+
+What the loop knows is one kind of request (``http_recognise_post``) whose head, but for its length,
+Python has accepted before. Everything else is *odd*: the loop reads bytes and hands them over,
+Python makes sense of them (``odd_request.py``) and says what to write and how to go on. A
+connection of an https listener is *sealed*: odd from its first byte to its last, for the bytes that
+the loop reads and writes mean nothing to it (``sealed.py``).
+"""
+
+from libc.stdint cimport int64_t, uint64_t, uint8_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy
+
+from pipeline.net._budget cimport budget_loop_t, budget_t
+from pipeline.net._descriptors cimport descriptors_t
+from pipeline.receive._heads cimport head_t, heads_add, heads_find, heads_t
+from pipeline.wire._http cimport http_post_t
+from pipeline.net._poll cimport poll_look_at, poll_t, poll_wake
+from pipeline.net._memory cimport (
+    BODY_MAPPED_MIN, SPARES, SPARE_NEW, SPARE_NONE, body_free, body_t, spares_expire, spares_find,
+    spares_keep, spares_t, spares_want,
+)
+from pipeline.net._sync cimport (
+    invariant, load_int, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
+    pthread_mutex_unlock, pthread_t, sockaddr_storage, store_int, time_t,
+)
+from pipeline.receive._turns cimport LANES, host_join, member_t, turn_t, turns_leave, turns_t
+from pipeline.wire._raftpb cimport wire_decoded_t
+
+cdef enum:
+    SERVER_EVENTS = 256
+    # Read at once; a request that fits is decoded from a copy of its own size.
+    SERVER_SCRATCH = 64 * 1024
+    # Bytes of a large body read per connection and turn; see LOOP_STEP_BYTES.
+    SERVER_STEP_BYTES = 1 << 20
+    # Bytes of all large bodies read, or thrown away, before others are looked at again: a
+    # millisecond.
+    SERVER_TURN_BYTES = 4 << 20
+    # A message with more entries takes a handler thread longer than it takes the loop to read one:
+    # about as long as 64 KiB of entries that are not empty.
+    ENTRIES_LARGE = 1024
+    ACCEPT_STEP = 64
+    ACCEPT_RETRY_NS = 100000000
+    # How long a queued request may wait for a handler thread that is awake already.
+    QUEUE_CHECK_NS = 1000000
+    # How long what a refused peer still sends is read and thrown away, so that it reads the
+    # answer before it hears of the end (RFC 9112 9.6).
+    LINGER_NS = 1000000000
+    # A turn of strangers that took longer is followed by no longer a pause than this.
+    STRANGERS_PAUSE_NS = 5000000
+    ANSWER_204_MAX = 256
+
+# Changed by conn_set_state alone.
+cdef enum:
+    CONN_HEAD = 0           # reads a head; idle while nothing of one has arrived
+    CONN_BODY               # reads the body of a recognised request
+    CONN_ODD                # reads for Python
+    CONN_HANDLED            # a handler thread has it: hands off
+    CONN_WRITING            # writes an answer
+    CONN_LINGERING          # has answered and ended; reads to throw away
+    CONN_CLOSED             # buried: freed at the end of the turn
+
+# The first four may block and go to the handler threads; the others to the odd thread.
+cdef enum:
+    REQUEST_MESSAGE = 0     # decoded
+    REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
+    REQUEST_LARGE           # a whole body, which the handler thread decodes
+    REQUEST_MALFORMED       # a whole body that is no message; decoded.error says why
+    REQUEST_BROKEN          # the body of a request did not come
+    REQUEST_ODD             # bytes for Python
+    REQUEST_GONE            # an odd connection has ended; Python forgets it
+    REQUEST_END             # a sealed connection is to be ended in good order
+
+# Of the odd thread. What handler threads do waits in the lanes of ``_turns.pxd``.
+cdef enum:
+    # Who was let past last time has every second turn, and whoever asks for
+    # nothing else is given it; the others, of whom a flood may come, share the rest.
+    QUEUE_MEMBERS = 0       # of members: a certificate was shown, or the last request let past
+    QUEUE_PROBES            # of others, that begin as a probe does
+    QUEUE_STRANGERS         # of all others, and of those whose bytes take more than a turn
+    QUEUE_HANDSHAKES
+    QUEUES
+    TYPE_PROP = 2
+
+# How Python wants a connection to go on.
+cdef enum:
+    THEN_NEXT = 0           # the request is answered: read the next one
+    THEN_CLOSE
+    THEN_READ_HEAD          # odd: read on, within the time of a head
+    THEN_READ_BODY          # odd: read on, as long as bytes come
+    THEN_DELIVER            # odd: a whole body to be decoded and processed
+    THEN_DETACH             # odd: Python has the socket now (server_detach)
+    THEN_FREE               # forgotten
+    THEN_HANDSHAKE          # sealed: read on, within the time of a handshake
+    THEN_IDLE               # sealed: answered, nothing is left; read the next request
+    THEN_AGAIN              # sealed: write this, then call again for what is left
+    THEN_TURN               # odd: as AGAIN, of the same request; strangers have a turn before
+
+# What Python has done on a sealed connection since the loop had it last.
+cdef struct sealed_news_t:
+    int fast_requests
+    int general_requests
+    int handshakes
+    int handshake_failures
+
+# What a handler thread is given: the one request of its connection.
+cdef struct request_t:
+    conn_t* next
+    int kind
+    int lane                # for a handler thread: where it waited
+    body_t body
+    wire_decoded_t decoded  # points into body.data
+
+cdef struct conn_t:
+    turn_t turn             # of its request; first, so that it is the connection as well
+    member_t* member        # whose turns it takes; changed under the lock by who has it
+    server_t* server
+    conn_t* previous        # of all connections, the one idle longest first
+    conn_t* next
+    conn_t* next_returned
+    conn_t* next_runnable
+    uint64_t id             # never used twice
+    int fd                  # owned; -1 when closed
+    int state
+    bint is_odd             # h11 reads it
+    bint is_sealed          # bytes are for Python only, of one request after the other
+    bint is_new             # has not been answered yet
+    bint is_member          # Python let its last request past, or it has shown a certificate
+    bint is_shaking         # while Python has it: with bytes of a TLS handshake
+    bint is_runnable
+    int has_event           # there may be something to read that epoll will not speak of again
+    bint has_ended          # the other side's end, or an error, is to be read behind what is left
+    bint is_paused          # a body waits until handlers or memory are free
+    int64_t deadline_ns     # 0 is none
+    # Of the head being read, whoever reads it, or of the handshake; 0 is none.
+    int64_t head_deadline_ns
+    int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
+    int64_t arrived         # bytes of that body, since the deadline was put off for the last ones
+    sealed_news_t news
+    uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
+    size_t buffer_len
+    uint64_t skip           # bytes of a refused request to throw away before the next head
+    uint8_t* known          # owned: the last accepted head
+    http_post_t known_post
+    request_t request
+    int64_t counted         # of its body in the budget, until it is answered
+    uint8_t* answer         # owned: what is left to write; NULL when nothing is
+    size_t answer_len
+    size_t answer_at
+    int then                # what to do when it is written
+    bint is_answered        # the handler thread has written the 204 itself
+    sockaddr_storage address
+
+# Connections that the loop looks at again in its next turn.
+cdef struct runnable_t:
+    conn_t* head
+    conn_t* tail
+
+cdef struct server_limits_t:
+    size_t max_head_bytes
+    uint64_t max_body_bytes
+    int max_connections
+    int handlers
+    int64_t head_timeout_ns
+    int64_t stall_timeout_ns
+    int64_t byte_ns         # what a byte of a body may take at the least rate; 0 is no least rate
+    int64_t idle_timeout_ns
+    int64_t handshake_timeout_ns
+
+# Counted by the loop alone; read without a lock, so each is right and the set may be a moment old.
+cdef struct server_counts_t:
+    uint64_t accepted
+    uint64_t connections    # open now
+    uint64_t fast_requests
+    uint64_t general_requests
+    uint64_t closed_for_room
+    uint64_t head_timeouts
+    uint64_t body_timeouts
+    uint64_t idle_timeouts
+    uint64_t accept_pauses
+    uint64_t body_pauses
+    uint64_t handshakes
+    uint64_t handshake_failures
+    uint64_t handshake_timeouts
+
+# The answer most requests get. Each thread that writes it has its own.
+cdef struct answer_204_t:
+    time_t second           # of its Date
+    size_t fixed            # bytes before the date
+    size_t len
+    uint8_t data[ANSWER_204_MAX]
+
+# A handler thread. Under the server's lock.
+cdef struct handler_t:
+    handler_t* next
+    bint is_waiting         # for a request
+    bint was_seen           # at work on its request when the queue was last looked at
+    bint is_stuck           # so long at work on it that others must not count on this thread
+
+cdef struct queue_t:
+    conn_t* head
+    conn_t* tail
+
+cdef struct server_t:
+    descriptors_t* descriptors  # the process's: what a forked child closes
+    budget_t* budget        # borrowed: the node's
+    budget_loop_t in_budget
+    poll_t poll             # deadlines and the time are the leader's
+    int timerfd             # wakes the stand-in
+    int* listening          # owned array of owned descriptors
+    int n_listening
+    int n_plain             # the first of them; the others' connections are sealed
+    pthread_t thread
+    int is_stopping         # atomic: stop accepting, close what has no handler
+    int is_retiring         # atomic: idle sealed connections are to end
+    int busy                # atomic: handler threads at work
+    conn_t* returned        # atomic list
+    server_limits_t limits
+    server_counts_t counts
+
+    pthread_mutex_t lock    # guards what follows
+    spares_t spares         # but for their state, which is atomic
+    int is_led              # somebody leads; written under the lock, and atomic
+    bint is_armed           # the stand-in will look whether somebody leads; always when nobody does
+    int64_t left_ns         # when the lead was last given up
+    pthread_cond_t ended    # the loop has ended
+    turns_t turns           # requests for handler threads
+    int at_work[LANES]      # handler threads, by the lane of what they do
+    int next_lane
+    queue_t queues[QUEUES]
+    pthread_cond_t handlers_queued      # a message or a proposal, or the end
+    pthread_cond_t odd_queued           # something odd, or the end
+    handler_t* handlers     # on their threads' stacks
+    bint is_turn_of_members  # in the odd thread
+    int next_other          # which of the other queues has the next of their turns
+    bint is_strangers_turn  # what the odd thread is at was in QUEUE_STRANGERS
+    int64_t turn_began_ns   # when the odd thread took it
+    int64_t strangers_at_ns  # when strangers may have a turn again
+    bint is_closed          # no request will come any more
+    bint is_ended           # the loop will not look at returned any more
+    int live                # connections not freed
+    heads_t heads
+
+    int wants_returned      # atomic: the loop is to be woken for every connection given back
+    conn_t* oldest          # the leader's own from here on; the lock hands it over
+    conn_t* newest
+    runnable_t runnable
+    runnable_t bulk         # the same, with much to read
+    int64_t bulk_bytes      # read of that in this turn
+    conn_t* buried          # closed in this turn, when events may still point to them
+    int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
+    int64_t reading         # bytes in the budget, of bodies that are being read
+    int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
+    int64_t handled         # connections that are not ours at the moment
+    bint has_queued         # requests for handlers since they were last signalled
+    bint has_signalled      # a handler thread, which is to have the lead next
+    bint has_begun_stop
+    bint has_paused
+    uint64_t next_id
+    uint8_t* answer_503     # owned: for requests that are not waited for
+    size_t answer_503_len
+    answer_204_t answer_204     # the loop's copy
+    uint8_t scratch[SERVER_SCRATCH]
+
+
+# -- a connection's states
+
+cdef inline int conn_next_states(int state) noexcept nogil:
+    """Return the states that may follow one, as bits."""
+    if state == CONN_HEAD:          # its head has come; TLS is to begin; something is for a thread
+        return 1 << CONN_BODY | 1 << CONN_ODD | 1 << CONN_HANDLED | 1 << CONN_CLOSED
+    if state == CONN_BODY:          # it is whole, or will not be
+        return 1 << CONN_HANDLED | 1 << CONN_CLOSED
+    if state == CONN_ODD:       # bytes have come, or a deadline
+        return 1 << CONN_HANDLED | 1 << CONN_CLOSED
+    if state == CONN_HANDLED or state == CONN_WRITING:      # given back; the answer is out
+        return 1 << CONN_HEAD | 1 << CONN_ODD | 1 << CONN_HANDLED | 1 << CONN_WRITING \
+            | 1 << CONN_LINGERING | 1 << CONN_CLOSED
+    if state == CONN_LINGERING:
+        return 1 << CONN_CLOSED
+    return 0
+
+
+cdef inline void conn_set_state(conn_t* conn, int state) noexcept nogil:
+    """Change the state of a connection that the loop has."""
+    invariant(conn_next_states(conn.state) >> state & 1)
+    conn.state = state
+
+
+# -- the connections in the order of their last request, so that the one idle longest is at hand
+
+cdef inline void conn_unlink(conn_t* conn) noexcept nogil:
+    cdef server_t* server = conn.server
+    if conn.previous is NULL:
+        server.oldest = conn.next
+    else:
+        conn.previous.next = conn.next
+    if conn.next is NULL:
+        server.newest = conn.previous
+    else:
+        conn.next.previous = conn.previous
+
+
+cdef inline void conn_append(conn_t* conn) noexcept nogil:
+    cdef server_t* server = conn.server
+    conn.previous = server.newest
+    conn.next = NULL
+    if server.newest is NULL:
+        server.oldest = conn
+    else:
+        server.newest.next = conn
+    server.newest = conn
+
+
+cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
+    conn.deadline_ns = deadline_ns
+    poll_look_at(&conn.server.poll, deadline_ns)
+
+
+cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
+    """Tell whether what comes on a connection is read by and by, for there may be much of it."""
+    return conn.state == CONN_LINGERING \
+        or (conn.state == CONN_BODY and conn.request.body.size > SERVER_SCRATCH)
+
+
+cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
+    """Let the loop look at the connection again in its next turn, or when there is time."""
+    cdef server_t* server = conn.server
+    cdef runnable_t* runnable = &server.bulk if conn_is_bulk(conn) else &server.runnable
+    if conn.is_runnable:
+        return
+    conn.is_runnable = True
+    conn.next_runnable = NULL
+    if runnable.head is NULL:
+        runnable.head = conn
+    else:
+        runnable.tail.next_runnable = conn
+    runnable.tail = conn
+
+
+# -- the loop, told from outside
+
+cdef inline void server_tell(server_t* server) noexcept nogil:
+    """Have the loop look at what waits for a thread, or for memory."""
+    pthread_mutex_lock(&server.lock)
+    store_int(&server.in_budget.has_news, True)
+    if not server.is_ended:     # or the descriptor may be another's
+        poll_wake(&server.poll)
+    pthread_mutex_unlock(&server.lock)
+
+
+# -- memory
+
+cdef inline bint conn_save(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
+    """Keep bytes for later; ``data`` may lie within the buffer."""
+    cdef uint8_t* copy = NULL
+    if n > 0:
+        copy = <uint8_t*>malloc(n)
+        if copy is NULL:
+            return False
+        memcpy(copy, data, n)
+    free(conn.buffer)
+    conn.buffer = copy
+    conn.buffer_len = n
+    return True
+
+
+cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
+    """Free a body, but keep its memory for a while if it is large. Never waits."""
+    cdef body_t older[SPARES]
+    cdef int i, n_older = 0
+    if spares_want(body, server.budget) and pthread_mutex_trylock(&server.lock) == 0:
+        if not load_int(&server.is_stopping):       # then nobody would free it
+            n_older = spares_keep(&server.spares, server.budget, body, older)
+            if load_int(&server.spares.state) == SPARE_NONE:
+                store_int(&server.spares.state, SPARE_NEW)
+                poll_wake(&server.poll)
+        pthread_mutex_unlock(&server.lock)
+    body_free(body)
+    for i in range(n_older):        # not under the lock: it takes a while
+        body_free(&older[i])
+
+
+cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) noexcept nogil:
+    """Make room in memory that was kept; False when there is none that fits."""
+    cdef bint is_fit
+    if size < BODY_MAPPED_MIN or load_int(&server.spares.state) == SPARE_NONE:
+        return False
+    pthread_mutex_lock(&server.lock)
+    is_fit = spares_find(&server.spares, server.budget, body, size)
+    pthread_mutex_unlock(&server.lock)
+    return is_fit
+
+
+cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept nogil:
+    """Free what was kept and not used in time, and see to it that the rest will be.
+
+    When memory is scarce nothing is kept.
+    """
+    cdef body_t older[SPARES]
+    cdef int i, n_older
+    pthread_mutex_lock(&server.lock)
+    n_older = spares_expire(&server.spares, server.budget, server.poll.now_ns, is_scarce, older)
+    if server.spares.n > 0:
+        poll_look_at(&server.poll, server.spares.kept[0].until_ns)
+    pthread_mutex_unlock(&server.lock)
+    for i in range(n_older):
+        body_free(&older[i])
+
+
+# -- accepted heads
+
+cdef inline void conn_set_member(conn_t* conn, uint64_t sender) noexcept nogil:
+    """Have a connection that the caller has take the turns of a member from now on.
+
+    The caller holds the lock.
+    """
+    cdef member_t* member = NULL
+    if conn.member.id != sender:
+        member = host_join(conn.member.host, sender)
+    if member is not NULL:
+        turns_leave(&conn.server.turns, conn.member)
+        conn.member = member
+
+
+cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* data, size_t n,
+                              http_post_t* post) noexcept nogil:
+    """Tell whether Python has accepted such a head before; remember it on the connection."""
+    cdef const head_t* head
+    cdef uint8_t* copy
+    pthread_mutex_lock(&server.lock)
+    head = heads_find(&server.heads, data, n, post)
+    if head is not NULL:
+        copy = <uint8_t*>realloc(conn.known, head.post.head_len)
+        if copy is not NULL:
+            memcpy(copy, head.data, head.post.head_len)
+            conn.known = copy
+            conn.known_post = head.post
+        conn_set_member(conn, head.sender)
+    pthread_mutex_unlock(&server.lock)
+    return head is not NULL
+
+
+cdef inline void server_learn(server_t* server, const uint8_t* data, const http_post_t* post,
+                              uint64_t sender) noexcept nogil:
+    """Accept heads that are like this one but for their length; the oldest makes room."""
+    cdef uint8_t* copy = <uint8_t*>malloc(post.head_len)
+    if copy is NULL:
+        return
+    memcpy(copy, data, post.head_len)
+    pthread_mutex_lock(&server.lock)
+    heads_add(&server.heads, copy, post, sender)
+    pthread_mutex_unlock(&server.lock)

@@ -1,0 +1,317 @@
+"""Requests that wait for a thread, and how a connection goes over to one and comes back.
+
+A whole message waits in a lane of ``_turns.pxd`` for a handler thread; everything else in a queue
+of the odd thread. The thread that takes a request has its connection, and gives it back through
+``returned``; after the loop's end it frees the connection instead.
+"""
+
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free
+from libc.string cimport memcmp, memset
+
+from pipeline.net._budget cimport budget_add
+from pipeline.receive._conn cimport (
+    CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
+    QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD,
+    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, conn_set_state,
+    conn_t, handler_t, queue_t, request_t, server_t,
+)
+from pipeline.net._descriptors cimport descriptors_shut
+from pipeline.net._memory cimport body_free
+from pipeline.net._poll cimport poll_look_at, poll_wake
+from pipeline.net._sync cimport (
+    EPOLL_CTL_DEL, clock_ns, epoll_ctl, invariant, list_push, load_int, pthread_cond_signal,
+    pthread_mutex_lock, pthread_mutex_unlock,
+)
+from pipeline.receive._turns cimport (
+    LANES, LANE_LARGE, LANE_MESSAGES, LANE_PROPOSALS, turns_leave, turns_push, turns_take,
+    turns_wait,
+)
+from pipeline.wire._raftpb cimport WIRE_OK, wire_decode
+
+
+cdef inline bint conn_is_probe(const conn_t* conn) noexcept nogil:
+    """Tell whether what is for Python begins as a probe does: it is answered with next to nothing.
+
+    Members probe over connections of their own, on which they say nothing else.
+    """
+    return not conn.is_sealed and conn.request.body.len >= 18 \
+        and memcmp(conn.request.body.data, b"GET /raft/probing ", 18) == 0
+
+
+cdef inline int request_lane(const request_t* request) noexcept nogil:
+    """Tell which lane a request waits in for a handler thread."""
+    if request.kind == REQUEST_PROPOSAL:
+        return LANE_PROPOSALS
+    if request.kind == REQUEST_LARGE or request.decoded.entries_len > ENTRIES_LARGE:
+        return LANE_LARGE
+    return LANE_MESSAGES
+
+
+cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
+    """Queue the connection's request; its thread has the connection from here on."""
+    cdef server_t* server = conn.server
+    cdef int which = QUEUE_MEMBERS
+    cdef queue_t* queue
+    conn_set_state(conn, CONN_HANDLED)
+    conn.deadline_ns = 0
+    server.handled += 1
+    conn.request.kind = kind
+    if kind <= REQUEST_MALFORMED:
+        pthread_mutex_lock(&server.lock)
+        conn.request.lane = request_lane(&conn.request)
+        turns_push(&server.turns, conn.request.lane, conn.member, &conn.turn)
+        server.has_queued = True    # server_signal_handlers, once for all of this turn
+        pthread_mutex_unlock(&server.lock)
+        return
+    conn.is_shaking = False
+    if conn.is_sealed and conn.then == THEN_HANDSHAKE:
+        which = QUEUE_HANDSHAKES
+        conn.is_shaking = kind == REQUEST_ODD
+    elif conn.is_odd and conn.then == THEN_TURN:
+        which = QUEUE_STRANGERS
+    elif not conn.is_member:
+        which = QUEUE_PROBES if conn_is_probe(conn) else QUEUE_STRANGERS
+    queue = &server.queues[which]
+    conn.request.next = NULL
+    pthread_mutex_lock(&server.lock)
+    if queue.tail is NULL:
+        queue.head = conn
+    else:
+        queue.tail.request.next = conn
+    queue.tail = conn
+    pthread_cond_signal(&server.odd_queued)
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline conn_t* queue_take(queue_t* queue) noexcept nogil:
+    """Take the oldest request, or NULL. The caller holds the lock."""
+    cdef conn_t* conn = queue.head
+    if conn is not NULL:
+        queue.head = conn.request.next
+        if queue.head is NULL:
+            queue.tail = NULL
+    return conn
+
+
+cdef inline conn_t* server_take_odd(server_t* server) noexcept nogil:
+    """Take what the odd thread does next, or NULL. The caller holds the lock.
+
+    Between two turns of strangers it rests for as long as the first one took, if nobody else is to
+    be served: it needs the GIL for each, and messages of members would wait for that.
+    """
+    cdef conn_t* conn = NULL
+    cdef int i, which
+    server.is_strangers_turn = False
+    server.is_turn_of_members = not server.is_turn_of_members
+    if server.is_turn_of_members:
+        conn = queue_take(&server.queues[QUEUE_MEMBERS])
+    for i in range(QUEUES - QUEUE_PROBES):
+        if conn is not NULL:
+            break
+        which = QUEUE_PROBES + (server.next_other + i) % (QUEUES - QUEUE_PROBES)
+        if which == QUEUE_STRANGERS and server.queues[which].head is not NULL:
+            server.turn_began_ns = clock_ns()
+            if server.turn_began_ns < server.strangers_at_ns:
+                continue
+            server.is_strangers_turn = True
+        conn = queue_take(&server.queues[which])
+        if conn is not NULL:
+            server.next_other = (which - QUEUE_PROBES + 1) % (QUEUES - QUEUE_PROBES)
+    return conn if conn is not NULL else queue_take(&server.queues[QUEUE_MEMBERS])
+
+
+cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogil:
+    """Tell whether one more handler thread may be at work for a lane. The caller holds the lock.
+
+    Proposals wait for a leader, and a leader is made of messages: one handler thread, if there is
+    more than one, never takes a proposal (etcd has a queue of its own for them, spec section 4.3).
+    Nor does one take what is large, lest heartbeats wait for it; while proposals wait, it may be
+    the same one.
+    """
+    return lane == LANE_MESSAGES or server.limits.handlers == 1 \
+        or server.at_work[lane] + 1 < server.limits.handlers
+
+
+cdef inline conn_t* server_take(server_t* server, bint is_odd) noexcept nogil:
+    """Take the next request for a thread of this kind, or NULL. The caller holds the lock."""
+    cdef int lane, _step
+    if is_odd:
+        return server_take_odd(server)
+    # In turn: no lane keeps another waiting.
+    lane = server.next_lane
+    for _step in range(LANES):
+        if turns_wait(&server.turns, lane) and server_may_take(server, lane):
+            server.at_work[lane] += 1
+            server.next_lane = lane + 1 if lane + 1 < LANES else 0
+            return <conn_t*>turns_take(&server.turns, lane)
+        lane = lane + 1 if lane + 1 < LANES else 0
+    return NULL
+
+
+cdef inline void server_leave_lane(server_t* server, int lane) noexcept nogil:
+    """A handler thread is at work for a lane no more. The caller holds the lock."""
+    server.at_work[lane] -= 1
+    if lane != LANE_MESSAGES and turns_wait(&server.turns, lane):
+        pthread_cond_signal(&server.handlers_queued)
+
+
+cdef inline void conn_decode(conn_t* conn) noexcept nogil:
+    """Decode a whole body, and see what kind of request it is."""
+    cdef request_t* request = &conn.request
+    if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
+        request.kind = REQUEST_MALFORMED
+    elif request.decoded.message.type == TYPE_PROP:
+        request.kind = REQUEST_PROPOSAL
+    else:
+        request.kind = REQUEST_MESSAGE
+
+
+cdef inline bint server_decode(server_t* server, conn_t* conn) noexcept nogil:
+    """Decode what the calling handler thread has taken undecoded.
+
+    False when that is a proposal, and as many threads as may be are at work on proposals: it waits
+    in their lane, and the thread has it no more.
+    """
+    cdef bint is_taken
+    conn_decode(conn)
+    if conn.request.kind != REQUEST_PROPOSAL:
+        return True
+    pthread_mutex_lock(&server.lock)
+    server_leave_lane(server, LANE_LARGE)
+    conn.request.lane = LANE_PROPOSALS
+    is_taken = server_may_take(server, LANE_PROPOSALS)
+    if is_taken:
+        server.at_work[LANE_PROPOSALS] += 1
+    else:
+        turns_push(&server.turns, LANE_PROPOSALS, conn.member, &conn.turn)
+    pthread_mutex_unlock(&server.lock)
+    return is_taken
+
+
+cdef inline void server_add_handler(server_t* server, handler_t* handler) noexcept nogil:
+    memset(handler, 0, sizeof(handler_t))
+    pthread_mutex_lock(&server.lock)
+    handler.next = server.handlers
+    server.handlers = handler
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline void server_remove_handler(server_t* server, handler_t* handler) noexcept nogil:
+    cdef handler_t** link
+    pthread_mutex_lock(&server.lock)
+    link = &server.handlers
+    while link[0] is not handler:
+        link = &link[0].next
+    link[0] = handler.next
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcept nogil:
+    """Wake a handler thread for what is queued, unless one is awake to come to it.
+
+    A wake-up and a hand-over of the GIL cost more than a small message, so one thread goes on
+    from message to message. But ``process`` may block: while something is queued we look again
+    every QUEUE_CHECK_NS, and count no more on a thread that has been on one request since. For the
+    stand-in: a handler thread that leads takes what it has queued itself.
+    """
+    cdef handler_t* handler
+    cdef bint is_queued = False, is_cared_for = False, is_any_waiting = False
+    cdef int lane
+    server.has_queued = False
+    pthread_mutex_lock(&server.lock)
+    for lane in range(LANES):
+        if turns_wait(&server.turns, lane) and server_may_take(server, lane):
+            is_queued = True
+    handler = server.handlers
+    while handler is not NULL:
+        if handler.is_waiting:
+            is_any_waiting = True
+        else:
+            if is_check:
+                handler.is_stuck = handler.was_seen
+                handler.was_seen = True
+            if not handler.is_stuck:
+                is_cared_for = True
+        handler = handler.next
+    if is_queued and is_any_waiting and not is_cared_for:
+        pthread_cond_signal(&server.handlers_queued)
+        server.has_signalled = True
+    pthread_mutex_unlock(&server.lock)
+    if not is_queued or not is_any_waiting:
+        server.queue_check_ns = 0
+    elif is_check or server.queue_check_ns == 0:
+        server.queue_check_ns = server.poll.now_ns + QUEUE_CHECK_NS
+        poll_look_at(&server.poll, server.queue_check_ns)
+
+
+# -- back to the loop
+
+cdef inline void conn_free(conn_t* conn) noexcept nogil:
+    """Free a connection nobody refers to. The caller holds the lock."""
+    cdef server_t* server = conn.server
+    invariant((conn.fd < 0 or server.is_ended) and not conn.is_runnable)
+    if conn.fd >= 0:
+        descriptors_shut(server.descriptors, conn.fd)
+    budget_add(server.budget, -conn.counted)
+    body_free(&conn.request.body)
+    free(conn.buffer)
+    free(conn.known)
+    free(conn.answer)
+    turns_leave(&server.turns, conn.member)
+    free(conn)
+    server.live -= 1
+
+
+cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcept nogil:
+    """Return a connection from a handler thread; when the loop has ended, free it here: False.
+
+    The caller holds the lock.
+    """
+    cdef server_t* server = conn.server
+    cdef bint is_urgent = not conn.is_answered or conn.buffer_len > 0
+    if handler is not NULL:
+        handler.was_seen = False
+        handler.is_stuck = False
+    elif server.is_strangers_turn:
+        server.is_strangers_turn = False
+        server.strangers_at_ns = clock_ns()
+        server.strangers_at_ns += min(server.strangers_at_ns - server.turn_began_ns,
+                                      <int64_t>STRANGERS_PAUSE_NS)
+    if conn.request.kind <= REQUEST_MALFORMED:
+        server_leave_lane(server, conn.request.lane)
+    if server.is_ended:
+        conn_free(conn)
+        return False
+    list_push(&server.returned, &conn.next_returned, conn)
+    # An answered connection can wait until the loop wakes by itself, at the latest for its next
+    # request. If that came while the connection was ours, the loop has noted so before it slept.
+    if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):
+        poll_wake(&server.poll)     # under the lock: the loop cannot have ended
+    return True
+
+
+cdef inline bint conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil:
+    cdef server_t* server = conn.server
+    cdef bint is_taken
+    pthread_mutex_lock(&server.lock)
+    is_taken = conn_give_back_locked(conn, handler)
+    pthread_mutex_unlock(&server.lock)
+    return is_taken
+
+
+cdef inline int server_detach(conn_t* conn) noexcept nogil:
+    """Take the socket of a connection that the calling thread holds; the caller owns it then.
+
+    -1 when the loop has ended and shut it. The connection is still to be given back, with
+    THEN_DETACH. An event for it may be under way to the loop, which only notes it.
+    """
+    cdef server_t* server = conn.server
+    cdef int fd = -1
+    pthread_mutex_lock(&server.lock)    # server_end shuts the sockets of handled connections
+    if not server.is_ended:
+        fd = conn.fd
+        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, fd, NULL)
+        conn.fd = -1
+    pthread_mutex_unlock(&server.lock)
+    return fd

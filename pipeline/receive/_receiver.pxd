@@ -1,0 +1,54 @@
+"""The classes of the receiving core and who owns what they hold. For the core, and for the fuzz
+targets in tests/fuzz, which run a receiver's loop and its requests in one thread.
+"""
+
+from pipeline.net._budget cimport BodyBudget, share_t
+from pipeline.receive._conn cimport answer_204_t, conn_t, handler_t, server_t
+from pipeline.net._memory cimport body_t
+from pipeline.wire._http cimport http_post_t
+from pipeline.net._sync cimport sockaddr_storage
+
+from libc.stdint cimport uint64_t
+
+
+cdef class KnownHead:
+    cdef bytes head
+    cdef http_post_t post       # of the head
+
+
+cdef class Body:
+    cdef body_t c               # owned
+    cdef share_t share          # what it counts with, until it is its connection's
+    cdef Receiver receiver
+    cdef server_t* server       # the receiver's
+    cdef bint is_message        # large payloads of one are views of it; then its memory is kept
+
+
+cdef class CallerAddress:
+    cdef sockaddr_storage address
+
+
+cdef class Receiver:
+    cdef server_t server
+    cdef bint is_made
+    cdef bint is_running
+    cdef object handlers
+    cdef object config
+    # Id of a connection that no thread has at the moment -> OddRequest or Sealed.
+    cdef dict odd_requests
+    cdef BodyBudget budget
+    cdef object take
+    cdef object sealed          # SealedServer; None without TLS
+
+    # Needs the GIL. ``handler`` and ``answer`` are NULL for the thread of odd requests.
+    cdef int run(self, handler_t* handler, answer_204_t* answer) except -1
+    cdef int forget(self, uint64_t id) except -1
+    # These need the GIL and a connection that the calling thread has taken from the queue.
+    cdef bint serve_request(self, conn_t* conn, handler_t* handler,
+                            answer_204_t* answer) except -1
+    cdef int handle(self, conn_t* conn) except -1
+    cdef int handle_odd(self, conn_t* conn, object odd, CallerAddress remote) except -1
+    cdef int answer(self, conn_t* conn, CallerAddress remote) except -1
+    cdef object message(self, conn_t* conn, CallerAddress remote)
+    cdef int go_on(self, conn_t* conn, object odd, bytes out, int then) except -1
+    cdef int detach(self, conn_t* conn, object odd) except -1

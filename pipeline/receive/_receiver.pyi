@@ -1,0 +1,66 @@
+"""The typed face of ``_receiver.pyx``; checked by stubtest."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from _typeshed import ReadableBuffer
+from typing_extensions import disjoint_base
+
+from pipeline.config import ReceiverConfig
+from pipeline.net._sockets import OwnSocket
+from pipeline.receive.detached import BegunRequest, Connection
+from pipeline.receive.handlers import Handlers
+from pipeline.tls import Credentials
+
+__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
+
+class ReceiverStats(NamedTuple):
+    accepted: int
+    connections: int
+    fast_requests: int
+    general_requests: int
+    closed_for_room: int
+    head_timeouts: int
+    body_timeouts: int
+    idle_timeouts: int
+    accept_pauses: int
+    body_pauses: int
+    handshakes: int
+    handshake_failures: int
+    handshake_timeouts: int
+
+def recognise_post(data: ReadableBuffer) -> tuple[int, int] | None: ...
+
+@disjoint_base
+class KnownHead:
+    def __init__(self, head: bytes) -> None: ...
+    def match(self, data: bytes) -> tuple[int, int] | None: ...
+
+@disjoint_base
+class Body:
+    def __len__(self) -> int: ...
+    @property
+    def missing(self) -> int: ...
+    def append(self, data: bytes) -> None: ...
+    def read_from(self, read: Callable[[int, memoryview], Any]) -> int: ...
+    def count(self) -> bool: ...
+
+@disjoint_base
+class Receiver:
+    def __new__(
+        cls,
+        handlers: Handlers,
+        config: ReceiverConfig,
+        cluster_header: bytes,
+        take: Callable[[Connection, BegunRequest], None] | None,
+        credentials: Credentials | None = None,
+    ) -> Receiver: ...
+    def start(self, plain: list[OwnSocket], sealed: list[OwnSocket]) -> None: ...
+    def retire(self) -> None: ...
+    def begin_close(self) -> None: ...
+    def wait_closed(self, timeout_s: float) -> bool: ...
+    def forget_after_fork(self) -> None: ...
+    def stats(self) -> ReceiverStats: ...
+    def serve(self, is_odd: bool = False) -> None: ...
+    def make_body(self, size: int) -> Body: ...
+    def learn(self, head: bytes, sender: int) -> bool: ...

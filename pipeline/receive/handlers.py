@@ -1,0 +1,555 @@
+"""What a node answers its peers: pure functions from request to answer, no sockets.
+
+A listener reads the head and calls ``check``. An answer is final; None means: read the body, then
+call ``deliver``, or ``read_failed`` or ``body_too_large`` when that did not work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
+from pipeline.config import ReceiverConfig
+from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.identity import Identity, Version
+from pipeline.logs import Throttle, get_logger
+from pipeline.net._budget import BodyBudget
+from pipeline.receive.detached import BegunRequest, Connection
+from pipeline.receive.places import Place
+from pipeline.receive.received import Received
+from pipeline.types import APP, MessageType, Raft
+from pipeline.wire._messages import Message
+from pipeline.wire.answers import Answer, Request, sender_of, text_answer
+from pipeline.wire.protocol import (
+    CLUSTER_ID,
+    CLUSTER_ID_MISMATCH,
+    INCOMPATIBLE_VERSION,
+    PEER_URLS,
+    PROBING_PATH,
+    RAFT_PATH,
+    SERVER_FROM,
+    SNAPSHOT_PATH,
+    STREAM_PREFIX,
+    VERSION_PATH,
+    check_version_compatibility,
+    format_id,
+    min_cluster_version,
+    server_version,
+)
+from pipeline.wire.versions import Versions
+
+__all__ = ["Handlers", "behind_prefix"]
+
+logger = get_logger(__name__)
+
+# Never on the network between honest members. Differs from etcd: there raft itself ignores them,
+# but a node's own core may not.
+_PROCESS_LOCAL = frozenset(
+    (
+        MessageType.HUP,
+        MessageType.BEAT,
+        MessageType.UNREACHABLE,
+        MessageType.SNAP_STATUS,
+        MessageType.CHECK_QUORUM,
+        MessageType.STORAGE_APPEND,
+        MessageType.STORAGE_APPEND_RESP,
+        MessageType.STORAGE_APPLY,
+        MessageType.STORAGE_APPLY_RESP,
+    )
+)
+#: As plain numbers: to find one of them among members of an enumeration takes twice as long.
+_DELIVERED_TYPES = frozenset(map(int, MessageType)) - frozenset(map(int, _PROCESS_LOCAL))
+
+#: A body of up to this size is never in the way of a larger one: as many as connections have a room
+#: of their own in the budget.
+SMALL_BODY_BYTES = 64 * 1024
+
+
+class SenderWatch(Protocol):
+    """Who wants to know who sends us messages (``remote.Remotes``)."""
+
+    def note(
+        self, sender: int, urls: tuple[str, ...], caller: object, *, is_authenticated: bool
+    ) -> None:
+        """See a sender's X-Server-From and X-PeerURLs, before its message is read."""
+
+    def is_watched(self, sender: int, *, is_authenticated: bool) -> bool:
+        """Tell whether every request of this sender is to be shown."""
+
+
+class Connections(Protocol):
+    """The connections of one listener on which snapshots arrive, out of the loop."""
+
+    #: Of the threads, before ``-<n>``; set before the first connection.
+    name: str
+
+    def take(self, connection: Connection, begun: BegunRequest) -> None:
+        """Receive on a connection that has left the loop. Does not block."""
+
+    def begin_close(self) -> None:
+        """End what is still being read; what is being stored or processed may go on."""
+
+    def wait_closed(self, deadline: float) -> bool:
+        """Wait for the threads until ``deadline`` (monotonic seconds); whether all have ended."""
+
+    def forget_after_fork(self) -> None:
+        """In a forked child, which has none of the threads: let go of what is the parent's."""
+
+
+class Snapshots(Protocol):
+    """Who receives snapshots: ``snapshot_receiver.SnapshotReceiver``."""
+
+    #: Whether there is a place to store them.
+    is_taking: bool
+
+    def prepare(self) -> None:
+        """Make the place; ``OSError`` if it cannot be made."""
+
+    def take_place(self) -> Place | None:
+        """Take one of the places for receives; None when all are taken."""
+
+    def refused(self) -> None:
+        """Count a request that was answered without its body being looked at."""
+
+    def connections(self) -> Connections:
+        """Return what takes the connections of one listener on which snapshots arrive."""
+
+    def forget(self, sender: int) -> None:
+        """Drop what was counted for a member that is one no more."""
+
+
+class Handlers:
+    """Everything a node serves on its peer port.
+
+    Parameters
+    ----------
+    raft : Raft
+        Its ``process`` is called by ``deliver``, concurrently.
+    identity : Identity
+        Ours. Senders of another cluster are refused, and those whose version does not suit ours.
+    config : ReceiverConfig
+        For ``max_body_bytes``, and what the budget has.
+    senders : SenderWatch, optional
+        Shown who posts; by default the two headers are not looked at.
+    on_append : callable, optional
+        Called with the sender and the bytes of each MsgApp, before Raft has it.
+    allow_member : callable, optional
+        ``TLSInfo.allow_member``: asked with the certificate and X-Server-From of each request
+        that comes with a certificate.
+    callbacks : Callbacks, optional
+        How the application is called; counts what it raises.
+    versions : Versions, optional
+        Told what version each sender claims.
+
+    Attributes
+    ----------
+    budget : BodyBudget
+        What the bodies of all requests hold together, however they come in.
+    received : Received
+        What was received, counted.
+    snapshots : Snapshots or None
+        Does ``POST /raft/snapshot`` from the body on. Without it, as at first, every snapshot is
+        answered 501.
+
+    Notes
+    -----
+    Thread-safe. Only ``deliver`` may block, in ``raft.process``.
+    Source: etcd ``rafthttp/http.go`` ``pipelineHandler``, ``Transport.Handler``.
+    """
+
+    def __init__(
+        self,
+        raft: Raft,
+        identity: Identity,
+        *,
+        config: ReceiverConfig | None = None,
+        senders: SenderWatch | None = None,
+        on_append: Callable[[int, int], None] | None = None,
+        allow_member: Callable[[Mapping[str, Any], int], bool] | None = None,
+        callbacks: Callbacks | None = None,
+        versions: Versions | None = None,
+    ) -> None:
+        self._senders = senders
+        self._versions = versions
+        self._on_append = on_append
+        self._allow_member = allow_member
+        self._callbacks = callbacks or Callbacks(logger)
+        self.config = config or ReceiverConfig()
+        # Whoever reads bodies for us takes from it.
+        self.budget = BodyBudget(
+            self.config.max_buffered_bytes, self.config.max_connections * SMALL_BODY_BYTES
+        )
+        self.received = Received()
+        self.snapshots: Snapshots | None = None
+        self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
+        self._cluster_id = format_id(identity.cluster_id)
+        self._local = Version.parse(identity.server_version)
+        self._local_min = Version.parse(identity.min_cluster_version)
+        # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
+        # Differs from etcd: we do not know what version the cluster has; it has at least this.
+        answer = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'
+        self._version = Answer(200, (("Content-Type", "application/json"),), answer.encode())
+        self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
+        #: The header line of every answer, as the compiled receiver writes it.
+        self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
+        self._warn = Throttle(logger).warning
+        self._is_foreign = False
+        self._is_stopped = False
+
+    def check(self, request: Request, *, can_detach: bool = False) -> Answer | None:
+        """Answer a request that needs no body; None if it is a message to be delivered.
+
+        Nothing of the body needs to have arrived. With ``can_detach`` None may also mean a
+        snapshot, which the caller has received elsewhere. Differs from etcd: paths are matched
+        exactly, as they are written; Go's mux cleans them.
+        """
+        path = request.path
+        if self._is_foreign or self._is_stopped:
+            if self._is_foreign:
+                text = "refused a request from %s: a forked child cannot answer it"
+                self._warn(text, request.remote)
+            return self.shutting_down()
+        if path == RAFT_PATH:
+            return self._check_post(request) or self._note_sender(request)
+        if path == PROBING_PATH:
+            return _probing()
+        if path == SNAPSHOT_PATH:
+            return self._check_snapshot(request, can_detach=can_detach)
+        if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
+            return self._get(request) if request.method == "GET" else _not_allowed("GET")
+        return text_answer(404, "404 page not found")
+
+    def is_learnable(self, request: Request) -> bool:
+        """Tell whether ``check`` need not see the next request with the same head.
+
+        For a request that ``check`` let pass. The compiled receiver remembers such heads.
+        """
+        if self._senders is None:
+            return True
+        sender = sender_of(request)
+        is_authenticated = request.certificate is not None
+        return sender is None or not self._senders.is_watched(
+            sender, is_authenticated=is_authenticated
+        )
+
+    def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
+        """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
+
+        Whatever ``process`` raises becomes an answer.
+        """
+        try:
+            message = Message.unmarshal(body)
+        except UnmarshalError as error:
+            return self.undecodable(request.remote, error)
+        return self.process(message, len(body), request.remote) or self.no_content()
+
+    def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
+        """Answer a body that is no message."""
+        self._warn("failed to unmarshal Raft message from %s: %s", remote, error)
+        self.received.count_failure(remote)
+        return self._answer(400, "error unmarshalling raft message")
+
+    def process(self, message: Message, size_bytes: int, remote: object) -> Answer | None:
+        """Hand a decoded message to Raft; None is the plain 204. Blocks as ``deliver`` does.
+
+        ``remote`` is shown in the log when something is wrong.
+        """
+        kind, sender = message.type, message.from_
+        if kind not in _DELIVERED_TYPES:
+            return self._not_delivered(kind, sender, size_bytes, remote)
+        self.received.count_bytes(sender, size_bytes)
+        if kind == APP and self._on_append is not None:
+            self._on_append(sender, size_bytes)
+        try:
+            result = self._raft.process(message)
+            if result is not None:  # a coroutine has not processed anything
+                require_no_awaitable("process", result)
+        except BaseException as error:  # whatever a node raises, its listener goes on
+            return self._not_processed(error, sender, remote)
+        return None
+
+    def _not_delivered(
+        self, kind: int, sender: int, size_bytes: int, remote: object
+    ) -> Answer | None:
+        """Answer a message of a type that is not for Raft; None is the plain 204."""
+        if kind < 0:
+            self._warn("refused Raft message from %s: type %d is negative", remote, kind)
+            self.received.count_failure(remote)
+            return self._answer(400, "error unmarshalling raft message")
+        self.received.count_bytes(sender, size_bytes)
+        if kind in _PROCESS_LOCAL:
+            self.received.count_ignored()
+        else:
+            self._ignore_unknown(kind, sender, remote)
+        return None
+
+    def _not_processed(self, error: BaseException, sender: int, remote: object) -> Answer:
+        answer = self.rejected(error)
+        if answer is None:
+            text = "failed to process Raft message of %s from %s"
+            trace = None if isinstance(error, NotAwaitedError) else error  # it is told elsewhere
+            self._warn(text, format_id(sender), remote, exc_info=trace)
+            # Differs from etcd: the answer is complete. etcd breaks it off, so that a Go sender
+            # sees an unexpected EOF; to both it is a failure.
+            answer = self._answer(500, "error processing raft message", close=True)
+        return answer
+
+    def _ignore_unknown(self, kind: int, sender: int, remote: object) -> None:
+        """Count a message of a type that a later raft has; the log hears once of each type.
+
+        A member that is upgraded before us may send it. It is no failure of that member's: answered
+        400, an etcd takes us for unreachable at each one. Differs from etcd: its raft is given the
+        message and does nothing with it.
+        """
+        if self.received.count_unknown(kind):
+            logger.warning(
+                "Raft message of type %d from member %s at %s is of a later raft than we know: "
+                "answered 204 and not delivered, like all of this type from now on",
+                kind,
+                format_id(sender),
+                remote,
+            )
+
+    def read_failed(self, remote: object) -> Answer:
+        """Answer a request whose body broke off or stalled."""
+        self._warn("failed to read Raft message from %s: the body is incomplete", remote)
+        self.received.count_failure(remote)
+        return self._answer(400, "error reading raft message", close=True)
+
+    def body_too_large(self, remote: object) -> Answer:
+        """Answer a request whose body is larger than ``max_body_bytes``."""
+        self._warn("refused Raft message from %s: the body is too large", remote)
+        self.received.count_failure(remote)
+        return self._answer(413, "request body too large", close=True)
+
+    def head_too_large(self) -> Answer:
+        """Answer a request whose head is larger than ``max_head_bytes``."""
+        return text_answer(431, "request header fields too large", close=True)
+
+    def overloaded(self, remote: object) -> Answer:
+        """Answer a request whose body there is no memory for just now."""
+        self._warn("no memory for a Raft message from %s", remote)
+        self.received.count_failure(remote)
+        return self._answer(503, "too many bytes in requests", close=True)
+
+    def too_many_snapshots(self, remote: object) -> Answer:
+        """Answer a snapshot while as many as may be are being received.
+
+        Differs from etcd: there is no limit there.
+        """
+        self._warn("refused a snapshot from %s: others are being received", remote)
+        self._count_refused_snapshot()
+        return self._answer(503, "too many snapshots at once", close=True)
+
+    def snapshot_failed(
+        self,
+        remote: object,
+        sender: str,
+        status: int,
+        text: str,
+        error: BaseException | None = None,
+    ) -> Answer:
+        """Answer a snapshot that was not taken; ``error`` is shown in the log."""
+        self._warn("refused a snapshot of %s from %s: %s", sender, remote, text, exc_info=error)
+        return self._answer(status, text)
+
+    def shutting_down(self) -> Answer:
+        """Answer a request that will not be waited for; its message may have been processed."""
+        return self._answer(503, "shutting down", close=True)
+
+    def _get(self, request: Request) -> Answer:
+        if request.path == VERSION_PATH:
+            return self._version
+        if request.headers.get(CLUSTER_ID.lower()) == self._cluster_id:
+            self._note_version(request)
+        # A stream. Without X-Server-Version etcd takes us for a member from before streams and
+        # keeps the peer active; with it, every dial would deactivate the peer (spec section 13.2).
+        return self._answer(404, "404 page not found")
+
+    def _check_post(self, request: Request) -> Answer | None:
+        """Do what etcd does before it reads a body; None if all is well."""
+        if request.method != "POST":
+            return _not_allowed("POST")
+        headers = request.headers
+        server, min_cluster = server_version(headers), min_cluster_version(headers)
+        reason = check_version_compatibility(
+            server, min_cluster, local=self._local, local_min=self._local_min
+        )
+        if reason is not None:
+            self._warn(
+                "failed to check version compatibility with %s: %s "
+                "(remote server %.64s, min cluster %.64s; local server %s, min cluster %s)",
+                request.remote,
+                reason,
+                server,
+                min_cluster,
+                self._local,
+                self._local_min,
+            )
+            return self._answer(412, INCOMPATIBLE_VERSION)
+        # The text is compared, as etcd does: another spelling of the same number is a mismatch.
+        cluster_id = headers.get(CLUSTER_ID.lower(), "")
+        if cluster_id != self._cluster_id:
+            self._warn(
+                "request cluster ID mismatch from %s: %r is not %s",
+                request.remote,
+                cluster_id[:64],
+                self._cluster_id,
+            )
+            return self._answer(412, CLUSTER_ID_MISMATCH)
+        refusal = self.check_member(request)
+        if refusal is None:
+            self._note_version(request)
+        return refusal
+
+    def check_member(self, request: Request) -> Answer | None:
+        """Refuse a sender whose certificate is not that of the member it says it is.
+
+        Differs from etcd: it binds no member to a certificate. Of 412 an etcd logs the text, and
+        a sender is told as unreachable; 403 would shut it down.
+        """
+        if self._allow_member is None or request.certificate is None:
+            return None
+        sender = sender_of(request)
+        if sender is not None:
+            about, certificate = f"{request.remote}", request.certificate
+            ask = self._callbacks.ask
+            if ask("allow_member", about, self._allow_member, certificate, sender):
+                return None
+        name = request.headers.get(SERVER_FROM.lower(), "")[:64]
+        self._warn("refused Raft message from %s: not the certificate of %r", request.remote, name)
+        return self._answer(412, "certificate not allowed for this member")
+
+    def handshake_failed(self, remote: object, reason: str) -> None:
+        """Hear of a caller that TLS does not let in."""
+        self._warn("rejected connection from %s: %s", remote, reason)
+
+    def _check_snapshot(self, request: Request, *, can_detach: bool) -> Answer | None:
+        """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
+        refusal = self._check_post(request)
+        is_taking = self.snapshots is not None and self.snapshots.is_taking
+        if refusal is None and not (can_detach and is_taking):
+            refusal = self._answer(501, "Not Implemented")
+        if refusal is None:
+            refusal = self._note_sender(request)
+        if refusal is not None:
+            self._count_refused_snapshot()
+        return refusal
+
+    def _count_refused_snapshot(self) -> None:
+        if self.snapshots is not None:
+            self.snapshots.refused()
+
+    def _note_version(self, request: Request) -> None:
+        if self._versions is not None and (sender := sender_of(request)) is not None:
+            self._versions.note(sender, request.headers)
+
+    def _note_sender(self, request: Request) -> Answer | None:
+        """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
+        urls = request.headers.get(PEER_URLS.lower(), "")
+        if self._senders is not None and urls and (sender := sender_of(request)) is not None:
+            self._senders.note(
+                sender,
+                tuple(urls.split(",")),
+                request.remote,
+                is_authenticated=request.certificate is not None,
+            )
+        return self._check_body(request)
+
+    def _check_body(self, request: Request) -> Answer | None:
+        """Refuse a body that would be refused once it had arrived.
+
+        Differs from etcd: it limits nothing and takes compressed bytes for a message.
+        """
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.lower() != "identity":
+            self._warn(
+                "refused Raft message from %s: content encoding %r", request.remote, encoding[:64]
+            )
+            self.received.count_failure(request.remote)
+            return self._answer(415, "unsupported content encoding", close=True)
+        # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
+        length = request.headers.get("content-length", "")
+        is_long = length.isdecimal() and (
+            len(length) > 19 or int(length) > self.config.max_body_bytes
+        )
+        if is_long and request.path == RAFT_PATH:
+            return self.body_too_large(request.remote)
+        return None
+
+    def rejected(self, error: BaseException) -> Answer | None:
+        """Answer as ``process`` has chosen by what it raised.
+
+        None if it has not: then it has failed, which is counted.
+        """
+        if isinstance(error, RequestRejected):
+            try:
+                # Whatever the node's own subclass made of it: made anew, it is checked again.
+                chosen = RequestRejected(error.status, error.body, error.content_type)
+            except BaseException as failure:
+                error = failure
+            else:
+                if chosen.status in (204, 205, 304):
+                    return Answer(chosen.status, self._cluster_header)
+                headers = (*self._cluster_header, ("Content-Type", chosen.content_type))
+                return Answer(chosen.status, headers, chosen.body)
+        self.received.count_process_failure()
+        self._callbacks.count("process", error)
+        return None
+
+    def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
+        return text_answer(status, text, self._cluster_header, close=close)
+
+    def no_content(self) -> Answer:
+        """Answer a message that was taken."""
+        return Answer(204, self._cluster_header)
+
+    def forget_after_fork(self, *, is_foreign: bool) -> None:
+        """Hear, in a forked child, whether the node is another process'.
+
+        An ASGI or WSGI server that was forked with it refuses what it is given: here nobody would
+        ever learn of the messages.
+        """
+        self._is_foreign = is_foreign
+
+    def stop(self) -> None:
+        """Refuse whatever comes from now on: a server of the application's may outlive the node."""
+        self._is_stopped = True
+
+    def forget(self, sender: int) -> None:
+        """Drop what was counted for a member that is one no more."""
+        self.received.forget(sender)
+        if self.snapshots is not None:
+            self.snapshots.forget(sender)
+
+
+def behind_prefix(path: str, prefix: str) -> str:
+    """Return what of a path is behind the prefix that a server has mounted an application at.
+
+    Parameters
+    ----------
+    path : str
+        As it was sent, with whatever is encoded, or behind the prefix already.
+    prefix : str
+        As WSGI's ``SCRIPT_NAME``: decoded, with a character for each byte.
+    """
+    for text in (prefix, quote(prefix, encoding="latin-1")):
+        mounted = text.rstrip("/")
+        if path.startswith(mounted) and path[len(mounted) :][:1] in ("", "/"):
+            return path[len(mounted) :]
+    return path
+
+
+def _not_allowed(method: str) -> Answer:
+    return text_answer(405, "Method Not Allowed", (("Allow", method),))
+
+
+def _probing() -> Answer:
+    """Say that we are there and what time it is here; source: xiang90/probing ``server.go``."""
+    now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    body = f'{{"OK":true,"Now":"{now}"}}\n'
+    # etcd leaves the type to Go, which sniffs text.
+    return Answer(200, (("Content-Type", "text/plain; charset=utf-8"),), body.encode())

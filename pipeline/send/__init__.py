@@ -1,0 +1,1 @@
+"""The pipeline of a peer: msgc, workers and their loop, who hears of an outcome."""

@@ -1,0 +1,553 @@
+"""A worker: one connection at a time, on which it writes a request and reads the answer.
+
+Called by the loop, in its thread; but for ``worker_take_sealed`` and ``worker_give_back``, which
+are for the dispatcher thread that holds the worker. What a worker cannot do without Python (dial,
+TLS, judge an answer that is not a plain 204, tell Raft) it leaves to the dispatcher, with an event.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint8_t
+from libc.string cimport memcmp, memcpy, memset
+from posix.uio cimport iovec
+
+from pipeline.send._books cimport OUTCOME_SENT
+from pipeline.send._channel cimport channel_take, job_t
+from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_gather, cursor_is_at_end
+from pipeline.wire._http cimport (
+    HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
+)
+from pipeline.net._link cimport link_is_dead, link_is_silent
+from pipeline.send._pipe cimport (
+    ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
+    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT,
+    EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
+    GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US,
+    SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
+    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
+    WORKER_WRITING, loop_add_runnable, loop_job_done, loop_queue_event, loop_t, loop_wake,
+    pipe_count, pipe_expire, pipe_t, worker_t,
+)
+from pipeline.net._poll cimport poll_look_at
+from pipeline.net._sync cimport (
+    EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
+    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
+    SOL_SOCKET, SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, invariant,
+    list_push, load_int, msghdr, note_int, pthread_cond_broadcast, pthread_mutex_lock,
+    pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t, tcp_info,
+)
+
+# -- a worker's states
+
+cdef inline int worker_next_states(int state) noexcept nogil:
+    """Return the states that may follow one, as bits."""
+    if state == WORKER_IDLE:        # a job; the peer has ended the connection; the pipe stops
+        return 1 << WORKER_WRITING | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
+    if state == WORKER_WRITING:     # the request is written; it failed, or TLS needs Python
+        return 1 << WORKER_WRITING | 1 << WORKER_READING | 1 << WORKER_PYTHON
+    if state == WORKER_READING:     # 204, with nothing or something queued; anything else
+        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_PYTHON
+    if state == WORKER_PYTHON:      # given back; its dial has ended; the pipe has stopped
+        return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_READING \
+            | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
+    return 0
+
+
+cdef inline void worker_set_state(worker_t* worker, int state) noexcept nogil:
+    """Change a worker's state, by whoever has the worker."""
+    invariant(worker_next_states(worker.state) >> state & 1)
+    note_int(&worker.state, state)
+
+
+cdef inline int worker_look_at_state(worker_t* worker) noexcept nogil:
+    """Return a worker's state, for the loop, which may not have the worker at the moment.
+
+    Whether it has it is certain: only the loop hands a worker over, and takes it back.
+    """
+    return load_int(&worker.state)
+
+
+cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
+    """Hand the worker over; the loop does not touch it again until it is returned.
+
+    Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
+    hold the connection open, and events would come for a worker that is gone.
+    """
+    if worker.is_registered:
+        epoll_ctl(worker.pipe.loop.poll.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
+        worker.is_registered = False
+    worker_set_state(worker, WORKER_PYTHON)
+    worker.deadline_ns = 0
+    worker.event.kind = kind
+    worker.event.error = error
+    worker.event.worker = worker
+    loop_queue_event(worker.pipe.loop, &worker.event)
+
+
+cdef inline void worker_retire(worker_t* worker) noexcept nogil:
+    """Count a worker out for good. The caller holds the lock."""
+    worker_set_state(worker, WORKER_RETIRED)
+    worker.pipe.live -= 1
+    pthread_cond_broadcast(&worker.pipe.retired)
+
+
+# -- its work
+
+cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
+    """Set the deadline of the present state; the link is watched in every state with a job."""
+    worker.deadline_ns = deadline_ns
+    poll_look_at(&worker.pipe.loop.poll, deadline_ns)
+    poll_look_at(&worker.pipe.loop.poll, worker.link_check_ns)
+
+
+cdef inline void worker_await_answer(worker_t* worker, int64_t answer_deadline_ns) noexcept nogil:
+    """Set the deadline of an answer. The peer may take its time over a snapshot's."""
+    cdef int64_t deadline_ns = 0 if worker.job.type == TYPE_SNAP else answer_deadline_ns
+    if worker.text_deadline_ns and (deadline_ns == 0 or worker.text_deadline_ns < deadline_ns):
+        deadline_ns = worker.text_deadline_ns
+    worker_set_deadline(worker, deadline_ns)
+
+
+cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
+    """Tell whether the job goes once more, on a fresh connection; if so, it is the last time.
+
+    Differs from etcd: Go repeats a request only if none of its bytes were written. etcd closes
+    connections it has not read from for 5 s, and a request may just be on its way: when a reused
+    connection ends before the first byte of an answer, the request is made once more. Never a
+    MsgProp of which a byte may have left: proposals are not idempotent.
+    """
+    cdef job_t* job = worker.job
+    if error != ERROR_CLOSED and error != EPIPE and error != ECONNRESET and error != ENOTCONN:
+        return False
+    if not worker.is_reused or worker.is_odd or job.retried \
+            or (job.type == TYPE_PROP and worker.written > 0):
+        return False
+    job.retried = True
+    return True
+
+
+cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
+    """Give a worker whose I/O failed to Python: once more on a fresh connection, or for good."""
+    if worker.answer_len == 0 and worker_may_retry(worker, error):
+        worker_to_python(worker, EVENT_CONNECT, error)
+    else:
+        worker_to_python(worker, EVENT_FAILED, error)
+
+
+cdef inline void worker_write(worker_t* worker) noexcept nogil:
+    """Write head and body until done, until the socket is full, or for one step."""
+    cdef loop_t* loop = worker.pipe.loop
+    cdef job_t* job = worker.job
+    cdef iovec iov[LOOP_STEP_SEGMENTS]
+    cdef msghdr message
+    cdef ssize_t written
+    cdef size_t budget = LOOP_STEP_BYTES
+    memset(&message, 0, sizeof(message))
+    message.msg_iov = iov
+    worker_set_state(worker, WORKER_WRITING)
+    while not cursor_is_at_end(&worker.cursor):
+        if worker.written == 0 and job.n_segments == 2 and job.size_bytes <= LOOP_JOINED_MAX:
+            memcpy(worker.head + worker.head_len, job.segments[1].iov_base, job.size_bytes)
+            written = send(worker.fd, worker.head, worker.head_len + job.size_bytes,
+                           MSG_NOSIGNAL | MSG_DONTWAIT)
+        else:
+            message.msg_iovlen = cursor_gather(&worker.cursor, iov, LOOP_STEP_SEGMENTS, budget)
+            written = sendmsg(worker.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                if budget != LOOP_STEP_BYTES or worker.deadline_ns == 0:
+                    worker_set_deadline(
+                        worker, loop.poll.now_ns + worker.pipe.limits.stall_timeout_ns)
+                return
+            worker_write_failed(worker, errno)
+            return
+        worker.written += written
+        budget -= <size_t>written
+        cursor_advance(&worker.cursor, <size_t>written)
+        if budget == 0 and not cursor_is_at_end(&worker.cursor):
+            worker_set_deadline(worker, loop.poll.now_ns + worker.pipe.limits.stall_timeout_ns)
+            loop_add_runnable(loop, worker)
+            return
+    worker_set_state(worker, WORKER_READING)
+    # Differs from etcd: it waits for ever, and a black hole keeps its worker.
+    worker.answer_deadline_ns = loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
+    worker_await_answer(worker, worker.answer_deadline_ns)
+
+
+cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
+    """A write failed; the peer may have said why (413, 412) before it closed."""
+    cdef ssize_t n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n > 0:
+        worker.answer_len = <int>n
+        worker.answer_deadline_ns = \
+            worker.pipe.loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
+        if worker.seal == SEAL_NONE:
+            worker_to_python(worker, EVENT_ANSWER, 0)
+            return
+        if worker.seal == SEAL_WRITING:     # it may be session tickets, and the answer behind them
+            worker.seal = SEAL_READING
+            worker.sealed_deadline_ns = worker.answer_deadline_ns
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+    else:
+        worker_fail(worker, error)
+
+
+cdef inline void worker_flush(worker_t* worker) noexcept nogil:
+    """Write what Python has encrypted; then have it encrypt more, or wait for the peer.
+
+    A deadline outlasts the visits to Python: what the peer sends meanwhile, such as session
+    tickets, does not put it off.
+    """
+    cdef int64_t now_ns = worker.pipe.loop.poll.now_ns
+    cdef ssize_t written
+    cdef bint has_moved = False
+    worker_set_state(worker, WORKER_WRITING)
+    while worker.seal != SEAL_READING and worker.sealed_written < worker.sealed_len:
+        written = send(worker.fd, worker.sealed + worker.sealed_written,
+                       worker.sealed_len - worker.sealed_written, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            if errno == EAGAIN:
+                if worker.seal == SEAL_WRITING and (has_moved or worker.sealed_deadline_ns == 0):
+                    worker.sealed_deadline_ns = now_ns + worker.pipe.limits.stall_timeout_ns
+                worker_set_deadline(worker, worker.sealed_deadline_ns)
+                return
+            worker_write_failed(worker, errno)
+            return
+        has_moved = True
+        worker.sealed_written += written
+        if worker.seal == SEAL_WRITING:
+            worker.written += written
+    if worker.seal == SEAL_WRITING:
+        worker.sealed_deadline_ns = 0
+        if not cursor_is_at_end(&worker.cursor):
+            worker_to_python(worker, EVENT_SEAL, 0)
+            return
+        worker.seal = SEAL_READING
+        worker.sealed_deadline_ns = now_ns + worker.pipe.limits.response_timeout_ns
+    worker_set_state(worker, WORKER_READING)
+    if worker.seal == SEAL_READING:
+        worker_await_answer(worker, worker.sealed_deadline_ns)
+    else:
+        worker_set_deadline(worker, worker.sealed_deadline_ns)
+
+
+cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
+    """Have Python begin with the handshake, or with the job when there has been one."""
+    cdef ssize_t n
+    if worker.seal == SEAL_CONNECTED:
+        worker.seal = SEAL_HANDSHAKE
+        worker_to_python(worker, EVENT_HANDSHAKE, 0)
+        return
+    # Session tickets may have come while it was idle; what else it may be, Python finds out.
+    n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n == 0 or (n < 0 and errno != EAGAIN):
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    worker.answer_len = <int>n if n > 0 else 0
+    worker.seal = SEAL_WRITING
+    worker.sealed_deadline_ns = 0
+    worker_to_python(worker, EVENT_SEAL, 0)
+
+
+cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil:
+    """Make head and position those of the worker's job, of which nothing is written."""
+    cdef size_t size = worker.job.size_bytes
+    if worker.head_for != size:
+        worker.head_len = worker.head_fixed + http_end_head(worker.head + worker.head_fixed, size)
+        worker.head_for = size
+    worker.job.segments[0].iov_base = worker.head
+    worker.job.segments[0].iov_len = worker.head_len
+    cursor_begin(&worker.cursor, worker.job.segments, worker.job.n_segments)
+    worker.written = 0
+    worker.answer_len = 0
+    worker.is_odd = False
+    worker.text_deadline_ns = 0
+    worker.deadline_ns = 0
+    worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns
+
+
+cdef inline void worker_begin(worker_t* worker) noexcept nogil:
+    """Start writing the worker's job on its connection."""
+    worker_prepare(worker, worker.pipe.loop.poll.now_ns)
+    if worker.seal != SEAL_NONE:
+        worker_begin_sealed(worker)
+    else:
+        worker_write(worker)
+
+
+cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
+    """Give an idle worker a job; without a connection fit for use it goes to Python first."""
+    cdef loop_t* loop = worker.pipe.loop
+    job.taken_ns = loop.poll.now_ns
+    worker.job = job
+    if worker.pipe.channel.limits.max_age_ns:
+        poll_look_at(&loop.poll, loop.poll.now_ns + worker.pipe.channel.limits.max_age_ns)
+    if worker.fd < 0 or worker.is_ended \
+            or worker.generation != load_int(&worker.pipe.generation) \
+            or loop.poll.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    # An idle connection must be silent: an end of stream or stray bytes make it unfit.
+    if was_idle and worker.seal == SEAL_NONE and not link_is_silent(worker.fd):
+        worker_to_python(worker, EVENT_CONNECT, 0)
+        return
+    worker_begin(worker)
+
+
+cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
+    """Take the next job, if the connection is fit for it; for the thread that holds the worker.
+
+    It saves a way through the loop and back: the thread is about to encrypt. What it has called
+    meanwhile may have taken long, so the connection is looked at as if it had been idle.
+    """
+    cdef pipe_t* pipe = worker.pipe
+    cdef int64_t now_ns = clock_ns()
+    if worker.fd < 0 or worker.is_ended \
+            or worker.generation != load_int(&pipe.generation) \
+            or now_ns - worker.last_used_ns > pipe.limits.idle_timeout_ns:
+        return False
+    if not link_is_silent(worker.fd):
+        return False
+    pthread_mutex_lock(&pipe.lock)
+    pipe_expire(pipe, now_ns)
+    # There is none when the pipe is stopping.
+    worker.job = channel_take(&pipe.channel, worker.index > 0)
+    pthread_mutex_unlock(&pipe.lock)
+    if worker.job is NULL:
+        return False
+    worker.job.taken_ns = now_ns
+    worker_prepare(worker, now_ns)
+    worker.seal = SEAL_WRITING
+    worker.sealed_deadline_ns = 0
+    return True
+
+
+cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcept nogil:
+    """Write ``done``'s outcome into the books, if there is one, and go on with msgc or be idle.
+
+    Without one the worker comes from Python: its connection may have ended meanwhile.
+    """
+    cdef pipe_t* pipe = worker.pipe
+    cdef job_t* job
+    cdef bint is_closed = worker.fd >= 0 and (
+        worker.is_ended or worker.generation != load_int(&pipe.generation))
+    pthread_mutex_lock(&pipe.lock)
+    if done is not NULL:
+        pipe_count(pipe, done, outcome, pipe.loop.poll.now_ns - done.taken_ns)
+    pipe_expire(pipe, pipe.loop.poll.now_ns)
+    job = channel_take(&pipe.channel, worker.index > 0)
+    worker.job = job
+    if job is NULL and not is_closed:
+        worker_set_state(worker, WORKER_IDLE)
+        worker.next = pipe.idle
+        pipe.idle = worker
+    pthread_mutex_unlock(&pipe.lock)
+    if done is not NULL:
+        loop_job_done(pipe.loop, done)
+    if job is not NULL:
+        worker_start(worker, job, done is NULL)
+    elif is_closed:
+        worker_to_python(worker, EVENT_CLOSED, 0)
+
+
+cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
+    """204: count it here, unless Python has to hear of it (spec section 2.4)."""
+    cdef job_t* job = worker.job
+    worker.is_reused = True
+    worker.last_used_ns = worker.pipe.loop.poll.now_ns
+    worker.deadline_ns = 0
+    if job.type == TYPE_SNAP or not load_int(worker.pipe.active):
+        worker_to_python(worker, EVENT_SUCCEEDED, 0)
+    else:
+        worker_next(worker, job, OUTCOME_SENT)
+
+
+cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
+    """Read what there is of an answer; the connection is written, or being written."""
+    cdef int verdict
+    cdef bint is_first
+    cdef ssize_t n
+    while True:
+        n = recv(worker.fd, worker.answer + worker.answer_len,
+                 HTTP_ANSWER_MAX - worker.answer_len, MSG_DONTWAIT)
+        if n >= 0 or errno != EINTR:
+            break
+    if n < 0:
+        if errno != EAGAIN:
+            worker_fail(worker, errno)
+        return
+    if n == 0:
+        if worker.answer_len > 0 or worker.is_odd:
+            worker_to_python(worker, EVENT_ANSWER if worker.seal == SEAL_NONE else EVENT_UNSEAL,
+                             ERROR_CLOSED)
+        else:
+            worker_fail(worker, ERROR_CLOSED)
+        return
+    worker.answer_len += <int>n
+    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+        worker.is_ended = True
+    if worker.seal != SEAL_NONE:
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+        return
+    if worker.state == WORKER_WRITING:
+        worker.answer_deadline_ns = \
+            worker.pipe.loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
+    if worker.state == WORKER_WRITING or worker.is_odd:
+        # An answer to a request that is not complete is rare, and never a plain success.
+        worker_to_python(worker, EVENT_ANSWER, 0)
+        return
+    if worker.answer_len == worker.known_len \
+            and memcmp(worker.answer, worker.known, worker.known_len) == 0:
+        worker_succeeded(worker)
+        return
+    verdict = http_recognise_204(worker.answer, worker.answer_len)
+    if verdict == worker.answer_len:
+        is_first = worker.known_len == 0
+        if worker.answer_len <= ANSWER_KNOWN_MAX:
+            memcpy(worker.known, worker.answer, worker.answer_len)
+            worker.known_len = worker.answer_len
+        if is_first and http_says_version(worker.answer, worker.answer_len):
+            # Python notes it, once for this connection; it is a success there as well.
+            worker_to_python(worker, EVENT_ANSWER, 0)
+        else:
+            worker_succeeded(worker)
+    elif verdict != HTTP_MORE or worker.answer_len == HTTP_ANSWER_MAX or worker.is_ended:
+        worker_to_python(worker, EVENT_ANSWER, 0)
+
+
+cdef inline void worker_bound_send_buffer(worker_t* worker) noexcept nogil:
+    """Keep the send buffer to a near peer small, where the kernel lets us.
+
+    The kernel lets it grow to 4 MiB, which a fast far link needs. At a round trip of NEAR_RTT_US
+    1 MiB is 80 Gbit/s, and the copy into it costs less, at least on loopback: most likely because
+    its pages are still in the core's cache from the last time (benchmarks/NOTES.md).
+    """
+    cdef tcp_info info
+    cdef socklen_t size = sizeof(info)
+    cdef int half = SEND_BUFFER_NEAR // 2       # the kernel doubles it, for its own overhead
+    if worker.pipe.loop.has_near_buffer \
+            and getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
+            and 0 < info.tcpi_rtt <= NEAR_RTT_US:       # 0: not known
+        setsockopt(worker.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
+
+
+cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
+    """Take a worker whose idle connection has ended off the stack, for Python to close it."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef worker_t** link
+    cdef uint8_t byte
+    cdef ssize_t n
+    if worker.seal == SEAL_NONE:
+        n = recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+    else:
+        n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    if n < 0 and errno == EAGAIN:
+        return
+    pthread_mutex_lock(&pipe.lock)
+    link = &pipe.idle
+    while link[0] is not worker:
+        link = &link[0].next
+    link[0] = worker.next
+    pthread_mutex_unlock(&pipe.lock)
+    if worker.seal != SEAL_NONE and n > 0:      # a session ticket does not end a connection
+        worker.answer_len = <int>n
+        worker_to_python(worker, EVENT_UNSEAL, 0)
+    else:
+        worker_to_python(worker, EVENT_CLOSED, 0)
+
+
+cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
+    """Act on what epoll says. Flags of an earlier socket may come late: the calls decide."""
+    if worker.state == WORKER_READING:
+        if flags & ~EPOLLOUT:
+            worker_read(worker, flags)
+    elif worker.state == WORKER_WRITING:
+        if flags & ~EPOLLOUT:
+            worker_read(worker, flags)
+        if worker.state == WORKER_WRITING and flags & EPOLLOUT:
+            if worker.seal != SEAL_NONE:
+                worker_flush(worker)
+            else:
+                worker_write(worker)
+    elif worker.state == WORKER_IDLE and worker.fd >= 0:
+        if flags & ~EPOLLOUT:
+            worker_idle_closed(worker)
+
+
+cdef inline void worker_returned(worker_t* worker) noexcept nogil:
+    """Go on with a worker that Python gives back: with a job to send, or with the next one."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef epoll_event event
+    if pipe.is_detached:
+        if worker.job is not NULL:
+            worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)
+            return
+        pthread_mutex_lock(&pipe.lock)
+        worker_retire(worker)
+        pthread_mutex_unlock(&pipe.lock)
+        return
+    if worker.fd >= 0:
+        event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
+        event.data.ptr = worker
+        if epoll_ctl(pipe.loop.poll.epfd, EPOLL_CTL_ADD, worker.fd, &event) == 0:
+            worker.is_registered = True
+        elif worker.job is NULL:
+            worker.is_ended = True
+        else:
+            worker_fail(worker, errno)
+            return
+    if worker.job is NULL:
+        worker_next(worker, NULL, OUTCOME_SENT)
+    elif worker.seal > SEAL_CONNECTED:
+        worker.answer_len = 0
+        worker_flush(worker)
+    elif worker.is_odd:
+        worker_set_state(worker, WORKER_READING)
+        worker.answer_len = 0
+        worker_await_answer(worker, worker.answer_deadline_ns)
+    else:
+        worker_bound_send_buffer(worker)
+        worker_begin(worker)
+
+
+cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcept nogil:
+    """Fail a worker that is overdue, and note its next deadline."""
+    cdef int state = worker_look_at_state(worker)
+    if state == WORKER_WRITING or state == WORKER_READING:
+        if worker.deadline_ns and now_ns >= worker.deadline_ns:
+            if worker.seal == SEAL_HANDSHAKE:
+                worker_fail(worker, ERROR_HANDSHAKE_TIMEOUT)
+            else:
+                worker_fail(worker, ERROR_STALLED if state == WORKER_WRITING
+                            else ERROR_RESPONSE_TIMEOUT)
+            return
+        if now_ns >= worker.link_check_ns:
+            if link_is_dead(worker.fd, worker.pipe.limits.dead_link_timeout_ns):
+                worker_fail(worker, ERROR_DEAD_LINK)
+                return
+            worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns // 4
+    else:
+        return
+    worker_set_deadline(worker, worker.deadline_ns)
+
+
+cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
+    """Return a worker from Python to the loop, or retire it when the pipe is detached; GIVEN_*."""
+    cdef pipe_t* pipe = worker.pipe
+    cdef loop_t* loop = pipe.loop
+    cdef int given = GIVEN_TO_LOOP
+    pthread_mutex_lock(&pipe.lock)
+    if not pipe.is_detached:
+        list_push(&loop.returned, &worker.next, worker)
+    elif worker.job is NULL:
+        worker_retire(worker)
+        given = GIVEN_RETIRED
+    else:
+        given = GIVEN_NOT
+    pthread_mutex_unlock(&pipe.lock)
+    if given == GIVEN_TO_LOOP:
+        # The caller keeps the loop's owner alive, though the pipe may be on its way out.
+        loop_wake(loop)
+    return given

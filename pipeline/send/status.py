@@ -1,0 +1,170 @@
+"""PeerStatus: whether a peer can be reached, as far as its traffic tells."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from pipeline._core import ActiveFlag
+from pipeline.arguments import require_id
+from pipeline.errors import STOPPED
+from pipeline.locks import lock_of
+from pipeline.logs import get_logger
+from pipeline.wire.protocol import (
+    CLUSTER_ID_MISMATCH,
+    INCOMPATIBLE_VERSION,
+    MEMBER_REMOVED,
+    format_id,
+)
+
+__all__ = ["LastError", "PeerStatus"]
+
+logger = get_logger(__name__)
+
+
+class LastError(NamedTuple):
+    """The last failure to send to a peer."""
+
+    #: Why: the reason as the log has it.
+    text: str
+    #: When it happened last, seconds since the epoch.
+    at: float
+    #: How often in a row, without a success or another reason in between.
+    times: int
+
+
+class PeerStatus:
+    """Active or not, since when, and how often the peer went away. Starts inactive.
+
+    Parameters
+    ----------
+    member_id : int
+        Ours.
+    peer_id : int
+        The peer's.
+    flag : ActiveFlag
+        What the I/O loop reads, without the GIL, after every answer. Set by this object only,
+        after ``active_since``.
+
+    Attributes
+    ----------
+    active_since : float or None
+        When the peer last became active, seconds since the epoch; None while it is inactive.
+    disconnects : int
+        Changes from active to inactive (``etcd_network_disconnected_peers_total``).
+
+    last_error : LastError or None
+        The last failure, also after a success; None before the first.
+
+    Notes
+    -----
+    Thread-safe. A change is logged once, and the first failure of a peer that was never active;
+    further failures of an inactive peer are logged at debug. What time does not heal, such as
+    another cluster ID, is logged as an error when it comes or changes. Differs from etcd: there
+    nothing above debug tells of a peer that never worked.
+    Source: etcd ``rafthttp/peer_status.go``.
+    """
+
+    def __init__(self, member_id: int, peer_id: int, flag: ActiveFlag) -> None:
+        require_id("member_id", member_id)
+        require_id("peer_id", peer_id)
+        self.member_id = member_id
+        self.peer_id = peer_id
+        self.active_since: float | None = None
+        self.disconnects = 0
+        self.flag = flag
+        self.last_error: LastError | None = None
+        self._is_unreachable = False
+        self._is_told = False  # whether a change, or that there was none yet, stands in the log
+        self._is_in_row = False  # the last error is the last thing heard
+        self._mismatch = ""  # the last one since a success, as logged
+        # Guards every change. Reentrant and held while logging: lines come in the order of the
+        # changes, and a log handler may ask us or even send to the peer.
+        self._lock = lock_of(self)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the last thing heard was a success."""
+        return self.flag.get()
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether the last thing heard was a failure; unlike activity, not so at the start."""
+        return self._is_unreachable
+
+    def activate(self) -> None:
+        """Note a success. Cheap while the peer is active: one read of the flag, no lock."""
+        if self.flag.get():
+            return
+        with self._lock:
+            if self.flag.get():
+                return
+            self.active_since = time.time()
+            self._is_unreachable = False
+            self._is_told = True
+            self._is_in_row = False
+            self._mismatch = ""
+            self.flag.set(True)
+            logger.info("peer became active: %s", format_id(self.peer_id))
+
+    def deactivate(self, source: str, action: str, reason: str) -> bool:
+        """Note a failure.
+
+        Parameters
+        ----------
+        source, action : str
+            Which channel failed at what: ``pipeline`` and ``write`` (spec section 3.3).
+        reason : str
+            The text of the error.
+
+        Returns
+        -------
+        bool
+            Whether this is the first failure after a success, or since the start. Of failures at
+            the same time one is the first.
+        """
+        failure = f"failed to {action} {format_id(self.peer_id)} on {source} ({reason})"
+        with self._lock:
+            is_first, self._is_unreachable = not self._is_unreachable, True
+            self._note(reason)
+            was_active = self.flag.get()
+            if was_active:
+                self.flag.set(False)
+                self.active_since = None
+                self.disconnects += 1
+                text = "peer became inactive (message send to peer failed): %s"
+            elif self._is_told or reason == STOPPED:
+                text = "peer deactivated again: %s"
+            else:
+                text = "peer was never active (message send to peer failed): %s"
+            is_news = was_active or not (self._is_told or reason == STOPPED)
+            self._is_told = self._is_told or is_news
+            if _is_mismatch(reason) and reason != self._mismatch:
+                self._mismatch = reason
+                logger.error(text, failure)
+            elif is_news:
+                logger.warning(text, failure)
+            else:
+                logger.debug(text, failure)
+            return is_first
+
+    def _note(self, reason: str) -> None:
+        times = 1
+        if self.last_error is not None and self._is_in_row and self.last_error.text == reason:
+            times += self.last_error.times
+        self.last_error = LastError(reason, time.time(), times)
+        self._is_in_row = True
+
+
+def _is_mismatch(reason: str) -> bool:
+    """Tell whether a failure stays until somebody changes the configuration of a member.
+
+    Such are another cluster, a version that is not compatible, a certificate that one of the two
+    refuses (412, or an alert of TLS), and that we were removed. Told by the text, which the
+    status is given: etcd's, or ours of what ``ssl`` says.
+    """
+    if reason in (MEMBER_REMOVED, CLUSTER_ID_MISMATCH, INCOMPATIBLE_VERSION):
+        return True
+    text = reason.lower()
+    is_refused = text.endswith("when precondition failed")
+    return is_refused or "certificate" in text or "unknown ca" in text

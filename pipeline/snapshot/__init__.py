@@ -1,0 +1,1 @@
+"""The database beside a MsgSnap: sent, received, stored."""

@@ -1,0 +1,107 @@
+"""What other extensions see of a message: its C fields, its size, and two ways to write it.
+
+None of the functions runs Python code, so a message cannot change between being measured and
+being written while the caller holds the GIL. All of them need the GIL.
+"""
+
+from cpython.buffer cimport Py_buffer
+from cpython.object cimport PyObject
+from libc.stdint cimport int32_t, uint8_t, uint64_t
+from posix.uio cimport iovec
+
+from pipeline.wire._raftpb cimport (
+    wire_conf_state_t,
+    wire_decoded_t,
+    wire_entry_t,
+    wire_message_t,
+)
+
+
+cdef class HeldBuffer:
+    """A buffer that is not bytes, held so that its memory neither moves nor goes."""
+
+    cdef Py_buffer view         # owned; view.obj is NULL until it is filled
+    cdef const uint8_t* data    # the payload, within the view
+    cdef size_t size
+    cdef object source          # what the user passed
+
+
+cdef class ConfState:
+    cdef wire_conf_state_t c    # arrays owned
+
+
+cdef class SnapshotMetadata:
+    cdef ConfState _conf_state  # never None
+    cdef unsigned long long _index
+    cdef unsigned long long _term
+
+
+cdef class Snapshot:
+    cdef const uint8_t* payload     # borrowed from owner; NULL when absent
+    cdef size_t payload_len
+    cdef object owner               # None, bytes or HeldBuffer
+    cdef SnapshotMetadata _metadata     # never None
+
+
+cdef class Entry:
+    cdef wire_entry_t c         # c.data borrowed from owner
+    cdef object owner           # None, bytes or HeldBuffer
+
+
+cdef class Message:
+    cdef wire_message_t c       # c.context borrowed from owner
+    cdef object owner           # of the context: None, bytes or HeldBuffer
+    cdef tuple _entries         # of Entry
+    cdef Snapshot _snapshot     # or None
+
+
+# How many framing bytes, segments and owners message_gather will produce.
+cdef struct gather_plan_t:
+    size_t framing_bytes
+    int segments
+    int owners
+
+
+# Checks of what a field may hold; MarshalError, with the field's dotted name, for anything else.
+cdef uint64_t as_uint64(object value, str field) except? 0xFFFFFFFFFFFFFFFF
+cdef int32_t as_int32(object value, str field) except? -1
+
+# What keeps the bytes of a payload alive and in place, and where they are. None, an absent payload,
+# has a NULL address; an empty one has not.
+cdef object as_owner(object value, str field, const uint8_t** data, size_t* size)
+
+# What the user passed to as_owner.
+cdef object owner_source(object owner)
+
+# Index into ("3.5", "3.6", "3.7"); UsageError for anything else.
+cdef int profile_index(object profile) except -1
+
+# Length of the encoded message in bytes.
+cdef Py_ssize_t message_size(Message m, int profile) noexcept
+
+# Write exactly message_size bytes; returns the byte after the last one.
+cdef uint8_t* message_write(Message m, int profile, uint8_t* out) noexcept
+
+cdef void message_gather_plan(
+    Message m, int profile, size_t borrow_min, gather_plan_t* plan
+) noexcept
+
+# Encode without copying payloads of borrow_min bytes or more. Everything else goes to `framing`;
+# `segments` name ranges of framing and payloads in the order of the wire, none of them empty.
+# owners[i] becomes a new reference to what keeps the i-th borrowed payload alive.
+cdef void message_gather(
+    Message m,
+    int profile,
+    size_t borrow_min,
+    uint8_t* framing,
+    iovec* segments,
+    PyObject** owners,
+) noexcept
+
+# Make the Message of what wire_decode read, once. Payloads are copied out of the input; with a
+# `body`, an object whose buffer is the input, large ones are views of it instead. The GIL is let go
+# of now and then when there are many entries.
+cdef Message message_from_decoded(wire_decoded_t* decoded, object body)
+
+# Make the exception for what stopped wire_decode.
+cdef object decode_error(const wire_decoded_t* decoded)

@@ -1,0 +1,1437 @@
+"""Messages of raftpb as Python sees them, and their encoding: thin classes over ``_raftpb``.
+
+Everything a field may hold is checked when it is assigned, so encoding cannot fail.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cpython.bytes cimport (
+    PyBytes_AS_STRING,
+    PyBytes_Check,
+    PyBytes_FromStringAndSize,
+    PyBytes_GET_SIZE,
+)
+from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.memoryview cimport PyMemoryView_Check
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM
+from libc.stdint cimport SIZE_MAX, int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+from posix.uio cimport iovec
+from posix.unistd cimport usleep
+
+cdef extern from "Python.h":
+    int PyObject_GC_IsTracked(object)
+    void PyObject_GC_Track(void*)
+    void PyObject_GC_UnTrack(void*)
+
+from pipeline.wire._raftpb cimport (
+    WIRE_END_GROUP,
+    WIRE_FIELD_NUMBER,
+    WIRE_GROUP_DEPTH,
+    WIRE_MAX_ENTRIES,
+    WIRE_MAX_GROUP_DEPTH,
+    WIRE_MAX_IDS,
+    WIRE_NEGATIVE_LENGTH,
+    WIRE_NO_MEMORY,
+    WIRE_OK,
+    WIRE_OVERRUN,
+    WIRE_PROFILE_35,
+    WIRE_PROFILE_36,
+    WIRE_PROFILE_37,
+    WIRE_TOO_MANY_ENTRIES,
+    WIRE_TOO_MANY_IDS,
+    WIRE_TRUNCATED,
+    WIRE_VARINT_TOO_LONG,
+    WIRE_WIRE_TYPE,
+    wire_conf_state_free,
+    wire_conf_state_size,
+    wire_decode,
+    wire_decoded_t,
+    wire_entry_size,
+    wire_field_size,
+    wire_has_ids,
+    wire_head_size,
+    wire_ids_free,
+    wire_ids_reserve,
+    wire_ids_t,
+    wire_next_entry,
+    wire_put_entry,
+    wire_put_field,
+    wire_put_head,
+    wire_put_length,
+    wire_put_metadata,
+    wire_put_reject,
+    wire_read_ids,
+    wire_reject_size,
+    wire_snapshot_measure,
+    wire_snapshot_sizes_t,
+    wire_snapshot_t,
+    wire_span_size,
+)
+
+import operator
+
+from pipeline.errors import MarshalError, UnmarshalError, UsageError
+from pipeline.logs import show
+from pipeline.types import EntryType, MessageType
+
+__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata", "byte_view"]
+
+# Position is the profile's number in C. config.PROFILES names them for settings.
+cdef tuple PROFILE_NAMES = ("3.5", "3.6", "3.7")
+cdef object DEFAULT_PROFILE = PROFILE_NAMES[WIRE_PROFILE_35]
+
+# Enum members by number, to find one without calling the enum class.
+cdef tuple MESSAGE_TYPES = tuple(MessageType)
+cdef tuple ENTRY_TYPES = tuple(EntryType)
+assert all(member == number for number, member in enumerate(MESSAGE_TYPES))
+assert all(member == number for number, member in enumerate(ENTRY_TYPES))
+
+# By wire_scope: what the dotted name starts with, and the fields by number.
+cdef tuple FIELD_NAMES = (
+    ("Message", ("type", "to", "from_", "term", "log_term", "index", "entries", "commit",
+                 "snapshot", "reject", "reject_hint", "context", "vote", "responses")),
+    ("Message.entries", ("type", "term", "index", "data")),
+    ("Message.snapshot", ("data", "metadata")),
+    ("Message.snapshot.metadata", ("conf_state", "index", "term")),
+    ("Message.snapshot.metadata.conf_state",
+     ("voters", "learners", "voters_outgoing", "learners_next", "auto_leave")),
+)
+
+cdef dict REASONS = {
+    WIRE_TRUNCATED: "the input ends inside a value",
+    WIRE_VARINT_TOO_LONG: "a varint of more than 64 bits",
+    WIRE_FIELD_NUMBER: "a field number outside 1..2**29-1",
+    WIRE_WIRE_TYPE: "a wire type that does not exist",
+    WIRE_NEGATIVE_LENGTH: "a negative length",
+    WIRE_OVERRUN: "a length past the end",
+    WIRE_END_GROUP: "an end-group tag that closes no open group",
+    WIRE_GROUP_DEPTH: f"more than {WIRE_MAX_GROUP_DEPTH} nested groups",
+    WIRE_TOO_MANY_ENTRIES: f"more than {WIRE_MAX_ENTRIES} entries",
+    WIRE_TOO_MANY_IDS: f"more than {WIRE_MAX_IDS} ids",
+}
+
+# An absent snapshot as 3.4 and 3.5 send it: field 9 with empty metadata and ConfState inside.
+cdef const char* EMPTY_SNAPSHOT = b"\x4a\x0a\x12\x08\x0a\x02\x28\x00\x10\x00\x18\x00"
+cdef enum:
+    EMPTY_SNAPSHOT_SIZE = 12
+
+# repr shows this many bytes of a payload, and this many entries and ids.
+cdef enum:
+    REPR_BYTES = 32
+    REPR_ITEMS = 8
+
+
+cdef int profile_index(object profile) except -1:
+    if profile is DEFAULT_PROFILE or profile == "3.5":
+        return WIRE_PROFILE_35
+    if profile == "3.6":
+        return WIRE_PROFILE_36
+    if profile == "3.7":
+        return WIRE_PROFILE_37
+    raise UsageError(f"profile: {show(profile)} is not one of {', '.join(PROFILE_NAMES)}")
+
+
+# Checks. Each takes the field's dotted name for the error.
+
+cdef object as_int(object value, str field, str rule):
+    # True is an int in Python, but never an ID or a term.
+    if isinstance(value, bool):
+        raise MarshalError(f"{field}: {show(value)} is not {rule}")
+    try:
+        return operator.index(value)
+    except Exception:       # also whatever an object's own __index__ raises
+        raise MarshalError(f"{field}: {show(value)} is not {rule}") from None
+
+
+cdef uint64_t as_uint64(object value, str field) except? 0xFFFFFFFFFFFFFFFF:
+    if type(value) is not int:
+        value = as_int(value, field, "an int in 0..2**64-1")
+    try:
+        return PyLong_AsUnsignedLongLong(value)
+    except OverflowError:
+        raise MarshalError(f"{field}: {show(value)} is not in 0..2**64-1") from None
+
+
+cdef int32_t as_int32(object value, str field) except? -1:
+    # Enum members are the usual value and ints already.
+    if not PyLong_Check(value) or isinstance(value, bool):
+        value = as_int(value, field, "an int in -2**31..2**31-1")
+    try:
+        return <int32_t>value
+    except OverflowError:
+        raise MarshalError(f"{field}: {show(value)} is not in -2**31..2**31-1") from None
+
+
+cdef bint as_bool(object value, str field) except -1:
+    if value is True:
+        return True
+    if value is False:
+        return False
+    raise MarshalError(f"{field}: {show(value)} is not True or False")
+
+
+cdef tuple as_tuple(object value, str field, str what, Py_ssize_t limit):
+    if type(value) is not tuple:
+        try:
+            value = tuple(value)
+        except TypeError:
+            raise MarshalError(f"{field}: {show(value)} is not an iterable of {what}") from None
+    if PyTuple_GET_SIZE(value) > limit:
+        raise MarshalError(f"{field}: {PyTuple_GET_SIZE(value)} items, more than {limit}")
+    return value
+
+
+# Payloads: bytes are kept as they are, any other buffer is held through a HeldBuffer.
+
+cdef enum:
+    # A received payload of this size is worth a view: copying 64 KiB costs several microseconds,
+    # making the objects of a view less than one.
+    VIEW_MIN = 64 * 1024
+    # From here on a message is checked without the GIL, which takes longer than to take it again.
+    NOGIL_MIN = 64 * 1024
+    # After so many entries have been made of a message, which takes a millisecond, the GIL is let
+    # go of for so long: whoever waits for it is awake by then.
+    ENTRIES_STEP = 4096
+    TURN_US = 50
+
+
+@cython.final
+@cython.no_gc_clear     # the memory may be in use until the very end
+cdef class HeldBuffer:
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, <void*>self.data, <Py_ssize_t>self.size, 1, flags)
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self.view)
+
+
+cdef HeldBuffer hold_buffer(object value):
+    """Hold the buffer of ``value``; TypeError, BufferError or ValueError if it has none."""
+    cdef HeldBuffer held = HeldBuffer.__new__(HeldBuffer)
+    PyObject_GetBuffer(value, &held.view, PyBUF_SIMPLE)
+    held.source = value
+    held.data = <const uint8_t*>held.view.buf
+    if held.data == NULL:   # an exporter of nothing need not have an address
+        held.data = <const uint8_t*><const char*>b""
+    held.size = <size_t>held.view.len
+    if PyMemoryView_Check(value):
+        hold_exporter(held, value.obj)
+    return held
+
+
+def byte_view(value):
+    """Return a read-only memoryview of the bytes of any C-contiguous buffer.
+
+    Whatever its items are: ``memoryview.cast`` takes no big-endian numbers, no structures, and
+    nothing of which a dimension is 0. ``value`` is held as long as the view is.
+
+    Raises
+    ------
+    TypeError, BufferError, ValueError
+        If ``value`` is not such a buffer, or not any more.
+    """
+    return memoryview(hold_buffer(value))
+
+
+cdef object as_owner(object value, str field, const uint8_t** data, size_t* size):
+    """Return what keeps ``value``'s bytes alive and in place, and where they are.
+
+    None, an absent payload, has a NULL address; an empty one has not.
+    """
+    cdef HeldBuffer held
+    if value is None:
+        data[0] = NULL
+        size[0] = 0
+        return None
+    if PyBytes_Check(value):
+        data[0] = <const uint8_t*>PyBytes_AS_STRING(value)
+        size[0] = <size_t>PyBytes_GET_SIZE(value)
+        return value
+    try:
+        held = hold_buffer(value)
+    except (TypeError, BufferError, ValueError) as error:
+        raise MarshalError(
+            f"{field}: {show(value)} is not None, bytes or a C-contiguous buffer: {error}"
+        ) from None
+    data[0] = held.data
+    size[0] = held.size
+    return held
+
+
+cdef int hold_exporter(HeldBuffer held, object exporter) except -1:
+    """Hold the buffer that a memoryview shows instead of the memoryview, if it is all there.
+
+    Before 3.12.7 the garbage collector breaks a memoryview that it finds in a cycle although its
+    buffer is held, and crashes when the holder lets go of it (python/cpython#77894).
+    """
+    cdef Py_buffer whole
+    if exporter is None:        # of memory that has none
+        return 0
+    try:
+        PyObject_GetBuffer(exporter, &whole, PyBUF_SIMPLE)
+    except (TypeError, BufferError, ValueError):    # what it shows is a part that is contiguous
+        return 0
+    if <const uint8_t*>whole.buf <= held.data \
+            and held.data + held.size <= <const uint8_t*>whole.buf + whole.len:
+        held.view, whole = whole, held.view
+    PyBuffer_Release(&whole)
+    return 0
+
+
+cdef object owner_source(object owner):
+    """What the user passed."""
+    return (<HeldBuffer>owner).source if type(owner) is HeldBuffer else owner
+
+
+cdef object owner_bytes(object owner):
+    """The payload as something that can be pickled."""
+    cdef HeldBuffer held
+    if type(owner) is not HeldBuffer:
+        return owner
+    held = <HeldBuffer>owner
+    return PyBytes_FromStringAndSize(<const char*>held.data, <Py_ssize_t>held.size)
+
+
+cdef bint same_payload(
+    const uint8_t* a, size_t a_len, const uint8_t* b, size_t b_len
+) noexcept:
+    if a == NULL or b == NULL:
+        return a == b
+    return a_len == b_len and memcmp(a, b, a_len) == 0
+
+
+# repr. Only what differs from the default is shown; long payloads and lists are cut.
+
+cdef str payload_text(const uint8_t* data, size_t size):
+    if size <= REPR_BYTES:
+        return repr(<bytes>(<const char*>data)[:size])
+    return f"<{size} bytes {<bytes>(<const char*>data)[:REPR_BYTES]!r}...>"
+
+
+cdef str items_text(tuple items):
+    cdef Py_ssize_t size = PyTuple_GET_SIZE(items)
+    if size <= REPR_ITEMS:
+        return repr(items)
+    return f"<{size} items {items[:REPR_ITEMS]!r}...>"
+
+
+cdef str enum_text(object member):
+    # str() of an IntEnum is its number.
+    return f"{type(member).__name__}.{member.name}" if type(member) is not int else repr(member)
+
+
+def _rebuild(cls, fields):
+    """Make the object that pickle and copy took apart."""
+    return cls(**fields)
+
+
+# ConfState. The lists are C arrays, so that encoding and decoding them needs no Python object.
+
+cdef int set_ids(wire_ids_t* ids, object value, str field) except -1:
+    cdef tuple items = as_tuple(value, field, "ints", WIRE_MAX_IDS)
+    cdef wire_ids_t fresh
+    cdef size_t i
+    memset(&fresh, 0, sizeof(fresh))
+    if not wire_ids_reserve(&fresh, len(items)):
+        raise MemoryError
+    try:
+        for i in range(<size_t>len(items)):
+            fresh.ids[i] = as_uint64(items[i], field)
+    except BaseException:
+        wire_ids_free(&fresh)
+        raise
+    fresh.len = len(items)
+    wire_ids_free(ids)
+    ids[0] = fresh
+    return 0
+
+
+cdef tuple ids_tuple(const wire_ids_t* ids):
+    return tuple([ids.ids[i] for i in range(ids.len)])
+
+
+cdef bint same_ids(const wire_ids_t* a, const wire_ids_t* b) noexcept:
+    return a.len == b.len and (a.len == 0 or memcmp(a.ids, b.ids, a.len * sizeof(uint64_t)) == 0)
+
+
+@cython.final
+cdef class ConfState:
+    """The members of a cluster: raftpb ``ConfState``.
+
+    Parameters
+    ----------
+    voters, learners, voters_outgoing, learners_next : iterable of int, optional
+        Member IDs, 0..2**64-1, at most 65,536 in each; kept in order, read back as tuples.
+    auto_leave : bool, optional
+        Whether a joint configuration is left without being asked.
+
+    Raises
+    ------
+    MarshalError
+        Here and on assignment, if a value has the wrong type or is out of range.
+    """
+
+    def __init__(self, *, voters=(), learners=(), voters_outgoing=(), learners_next=(),
+                 auto_leave=False):
+        """Take the fields by keyword; see the class."""
+        self.voters = voters
+        self.learners = learners
+        self.voters_outgoing = voters_outgoing
+        self.learners_next = learners_next
+        self.auto_leave = auto_leave
+
+    def __dealloc__(self):
+        wire_conf_state_free(&self.c)
+
+    @property
+    def voters(self):
+        """tuple of int: members that vote."""
+        return ids_tuple(&self.c.voters)
+
+    @voters.setter
+    def voters(self, value):
+        set_ids(&self.c.voters, value, "ConfState.voters")
+
+    @property
+    def learners(self):
+        """tuple of int: members that only receive."""
+        return ids_tuple(&self.c.learners)
+
+    @learners.setter
+    def learners(self, value):
+        set_ids(&self.c.learners, value, "ConfState.learners")
+
+    @property
+    def voters_outgoing(self):
+        """tuple of int: voters of the configuration that is being left."""
+        return ids_tuple(&self.c.voters_outgoing)
+
+    @voters_outgoing.setter
+    def voters_outgoing(self, value):
+        set_ids(&self.c.voters_outgoing, value, "ConfState.voters_outgoing")
+
+    @property
+    def learners_next(self):
+        """tuple of int: voters that become learners when the joint configuration is left."""
+        return ids_tuple(&self.c.learners_next)
+
+    @learners_next.setter
+    def learners_next(self, value):
+        set_ids(&self.c.learners_next, value, "ConfState.learners_next")
+
+    @property
+    def auto_leave(self):
+        """bool: whether the joint configuration is left without being asked."""
+        return bool(self.c.auto_leave)
+
+    @auto_leave.setter
+    def auto_leave(self, value):
+        self.c.auto_leave = as_bool(value, "ConfState.auto_leave")
+
+    def __eq__(self, other):
+        if type(other) is not ConfState:
+            return NotImplemented
+        return same_conf_state(self, <ConfState>other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        cdef list parts = [
+            f"{name}={items_text(ids)}"
+            for name, ids in (
+                ("voters", self.voters),
+                ("learners", self.learners),
+                ("voters_outgoing", self.voters_outgoing),
+                ("learners_next", self.learners_next),
+            )
+            if ids
+        ]
+        if self.c.auto_leave:
+            parts.append("auto_leave=True")
+        return f"ConfState({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild, (ConfState, {
+            "voters": self.voters,
+            "learners": self.learners,
+            "voters_outgoing": self.voters_outgoing,
+            "learners_next": self.learners_next,
+            "auto_leave": self.auto_leave,
+        })
+
+
+cdef bint same_conf_state(ConfState a, ConfState b) noexcept:
+    return (
+        same_ids(&a.c.voters, &b.c.voters)
+        and same_ids(&a.c.learners, &b.c.learners)
+        and same_ids(&a.c.voters_outgoing, &b.c.voters_outgoing)
+        and same_ids(&a.c.learners_next, &b.c.learners_next)
+        and a.c.auto_leave == b.c.auto_leave
+    )
+
+
+@cython.final
+cdef class SnapshotMetadata:
+    """Where in the log a snapshot stands: raftpb ``SnapshotMetadata``.
+
+    Parameters
+    ----------
+    conf_state : ConfState, optional
+        Kept by reference; a new empty one when left out.
+    index, term : int, optional
+        Of the last entry the snapshot covers, 0..2**64-1.
+
+    Raises
+    ------
+    MarshalError
+        Here and on assignment, if a value has the wrong type or is out of range.
+    """
+
+    def __cinit__(self):
+        self._conf_state = ConfState.__new__(ConfState)
+
+    def __init__(self, *, conf_state=None, index=0, term=0):
+        """Take the fields by keyword; see the class."""
+        if conf_state is not None:
+            self.conf_state = conf_state
+        self.index = index
+        self.term = term
+
+    @property
+    def conf_state(self):
+        """ConfState: the members at that index."""
+        return self._conf_state
+
+    @conf_state.setter
+    def conf_state(self, value):
+        if type(value) is not ConfState:
+            raise MarshalError(f"SnapshotMetadata.conf_state: {show(value)} is not a ConfState")
+        self._conf_state = <ConfState>value
+
+    @property
+    def index(self):
+        """int: index of the last entry the snapshot covers."""
+        return self._index
+
+    @index.setter
+    def index(self, value):
+        self._index = as_uint64(value, "SnapshotMetadata.index")
+
+    @property
+    def term(self):
+        """int: term of the last entry the snapshot covers."""
+        return self._term
+
+    @term.setter
+    def term(self, value):
+        self._term = as_uint64(value, "SnapshotMetadata.term")
+
+    def __eq__(self, other):
+        if type(other) is not SnapshotMetadata:
+            return NotImplemented
+        return same_metadata(self, <SnapshotMetadata>other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        cdef list parts = []
+        if wire_conf_state_size(&self._conf_state.c, True):
+            parts.append(f"conf_state={self._conf_state!r}")
+        if self._index:
+            parts.append(f"index={self._index}")
+        if self._term:
+            parts.append(f"term={self._term}")
+        return f"SnapshotMetadata({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild, (SnapshotMetadata, {
+            "conf_state": self._conf_state, "index": self._index, "term": self._term,
+        })
+
+
+cdef bint same_metadata(SnapshotMetadata a, SnapshotMetadata b) noexcept:
+    return (
+        a._index == b._index
+        and a._term == b._term
+        and same_conf_state(a._conf_state, b._conf_state)
+    )
+
+
+@cython.final
+@cython.no_gc_clear     # payload points into owner
+cdef class Snapshot:
+    """A state machine's snapshot: raftpb ``Snapshot``.
+
+    Parameters
+    ----------
+    data : bytes-like or None, optional
+        Kept by reference, never copied; must not change until the message is sent. None is
+        absent on the wire, ``b""`` is present and empty.
+    metadata : SnapshotMetadata, optional
+        Kept by reference; a new empty one when left out.
+
+    Raises
+    ------
+    MarshalError
+        Here and on assignment, if a value has the wrong type.
+    """
+
+    def __cinit__(self):
+        self._metadata = SnapshotMetadata.__new__(SnapshotMetadata)
+
+    def __init__(self, *, data=None, metadata=None):
+        """Take the fields by keyword; see the class."""
+        self.data = data
+        if metadata is not None:
+            self.metadata = metadata
+
+    @property
+    def data(self):
+        """bytes-like or None: the object that was passed, or bytes when received."""
+        return owner_source(self.owner)
+
+    @data.setter
+    def data(self, value):
+        cdef const uint8_t* payload
+        cdef size_t size
+        cdef object owner = as_owner(value, "Snapshot.data", &payload, &size)
+        self.payload = payload
+        self.payload_len = size
+        self.owner = owner
+
+    @property
+    def metadata(self):
+        """SnapshotMetadata: where in the log the snapshot stands."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, value):
+        if type(value) is not SnapshotMetadata:
+            raise MarshalError(f"Snapshot.metadata: {show(value)} is not a SnapshotMetadata")
+        self._metadata = <SnapshotMetadata>value
+
+    def __eq__(self, other):
+        if type(other) is not Snapshot:
+            return NotImplemented
+        return same_snapshot(self, <Snapshot>other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        cdef list parts = []
+        if self.payload != NULL:
+            parts.append(f"data={payload_text(self.payload, self.payload_len)}")
+        parts.append(f"metadata={self._metadata!r}")
+        return f"Snapshot({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild, (Snapshot, {
+            "data": owner_bytes(self.owner), "metadata": self._metadata,
+        })
+
+
+cdef wire_snapshot_t snapshot_view(Snapshot snapshot) noexcept:
+    """The snapshot as the encoder takes it; borrowed until the snapshot is changed."""
+    cdef wire_snapshot_t view
+    cdef SnapshotMetadata metadata = snapshot._metadata
+    view.data = snapshot.payload
+    view.data_len = snapshot.payload_len
+    view.index = metadata._index
+    view.term = metadata._term
+    view.conf_state = metadata._conf_state.c
+    return view
+
+
+cdef bint is_empty_snapshot(Snapshot snapshot) noexcept:
+    """Tell whether it says no more than None does."""
+    cdef wire_snapshot_t view
+    cdef wire_snapshot_sizes_t sizes
+    if snapshot is None:
+        return True
+    view = snapshot_view(snapshot)
+    wire_snapshot_measure(&view, True, &sizes)
+    return sizes.snapshot == 0
+
+
+cdef bint same_snapshot(Snapshot a, Snapshot b) noexcept:
+    if a is None or b is None:
+        return is_empty_snapshot(a) and is_empty_snapshot(b)
+    return (
+        same_payload(a.payload, a.payload_len, b.payload, b.payload_len)
+        and same_metadata(a._metadata, b._metadata)
+    )
+
+
+@cython.final
+@cython.freelist(256)
+@cython.no_gc_clear     # c.data points into owner
+cdef class Entry:
+    """One entry of the log: raftpb ``Entry``.
+
+    Parameters
+    ----------
+    term, index : int, optional
+        0..2**64-1.
+    type : EntryType or int, optional
+        An int of 32 bits; unknown numbers are carried as they are.
+    data : bytes-like or None, optional
+        Kept by reference, never copied; must not change until the message is sent. None is
+        absent on the wire, ``b""`` is present and empty.
+
+    Raises
+    ------
+    MarshalError
+        Here and on assignment, if a value has the wrong type or is out of range.
+    """
+
+    def __init__(self, *, term=0, index=0, type=EntryType.NORMAL, data=None):
+        """Take the fields by keyword; see the class."""
+        self.term = term
+        self.index = index
+        self.type = type
+        self.data = data
+
+    @property
+    def type(self):
+        """EntryType, or int where the number is unknown."""
+        return enum_member(ENTRY_TYPES, self.c.type)
+
+    @type.setter
+    def type(self, value):
+        self.c.type = as_int32(value, "Entry.type")
+
+    @property
+    def term(self):
+        """int: term in which the entry was proposed."""
+        return self.c.term
+
+    @term.setter
+    def term(self, value):
+        self.c.term = as_uint64(value, "Entry.term")
+
+    @property
+    def index(self):
+        """int: position in the log."""
+        return self.c.index
+
+    @index.setter
+    def index(self, value):
+        self.c.index = as_uint64(value, "Entry.index")
+
+    @property
+    def data(self):
+        """bytes-like or None: the object that was passed, or bytes when received."""
+        return owner_source(self.owner)
+
+    @data.setter
+    def data(self, value):
+        cdef const uint8_t* payload
+        cdef size_t size
+        cdef object owner = as_owner(value, "Entry.data", &payload, &size)
+        self.c.data = payload
+        self.c.data_len = size
+        self.owner = owner
+        if not PyObject_GC_IsTracked(self):     # see entries_from_decoded
+            PyObject_GC_Track(<void*>self)
+
+    def __eq__(self, other):
+        if type(other) is not Entry:
+            return NotImplemented
+        return same_entry(self, <Entry>other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        cdef list parts = []
+        if self.c.term:
+            parts.append(f"term={self.c.term}")
+        if self.c.index:
+            parts.append(f"index={self.c.index}")
+        if self.c.type:
+            parts.append(f"type={enum_text(self.type)}")
+        if self.c.data != NULL:
+            parts.append(f"data={payload_text(self.c.data, self.c.data_len)}")
+        return f"Entry({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild, (Entry, {
+            "term": self.term, "index": self.index, "type": self.type,
+            "data": owner_bytes(self.owner),
+        })
+
+
+cdef object enum_member(tuple members, int32_t number):
+    if 0 <= number < PyTuple_GET_SIZE(members):
+        return members[number]
+    return number
+
+
+cdef bint same_entry(Entry a, Entry b) noexcept:
+    return (
+        a.c.type == b.c.type
+        and a.c.term == b.c.term
+        and a.c.index == b.c.index
+        and same_payload(a.c.data, a.c.data_len, b.c.data, b.c.data_len)
+    )
+
+
+cdef bint same_entries(tuple a, tuple b) noexcept:
+    cdef Py_ssize_t i
+    if PyTuple_GET_SIZE(a) != PyTuple_GET_SIZE(b):
+        return False
+    for i in range(PyTuple_GET_SIZE(a)):
+        if not same_entry(<Entry>PyTuple_GET_ITEM(a, i), <Entry>PyTuple_GET_ITEM(b, i)):
+            return False
+    return True
+
+
+@cython.final
+@cython.freelist(64)
+@cython.no_gc_clear     # c.context points into owner
+cdef class Message:
+    """A message between members: raftpb ``Message``.
+
+    Parameters
+    ----------
+    type : MessageType or int
+        An int of 32 bits; unknown numbers are carried as they are.
+    to, from_ : int, optional
+        Member IDs, 0..2**64-1.
+    term, log_term, index, commit, reject_hint : int, optional
+        0..2**64-1.
+    entries : iterable of Entry, optional
+        Turned into a tuple; at most 131,072.
+    snapshot : Snapshot or None, optional
+        Kept by reference. A wholly empty one says the same as None: equal, and equal bytes.
+    reject : bool, optional
+        Whether the sender refuses.
+    context : bytes-like or None, optional
+        Kept by reference, never copied; must not change until the message is sent. None is
+        absent on the wire, ``b""`` is present and empty.
+
+    Raises
+    ------
+    MarshalError
+        Here and on assignment, if a value has the wrong type or is out of range.
+
+    Notes
+    -----
+    Not thread-safe: one thread at a time may change or encode a message.
+    Source: raft ``raftpb/raft.proto``. Its fields ``vote`` and ``responses`` never leave a node
+    and are not here; the decoder skips them.
+    """
+
+    def __cinit__(self):
+        self._entries = ()
+
+    def __init__(self, *, type, to=0, from_=0, term=0, log_term=0, index=0, entries=(), commit=0,
+                 snapshot=None, reject=False, reject_hint=0, context=None):
+        """Take the fields by keyword; see the class."""
+        self.type = type
+        self.to = to
+        self.from_ = from_
+        self.term = term
+        self.log_term = log_term
+        self.index = index
+        self.entries = entries
+        self.commit = commit
+        self.snapshot = snapshot
+        self.reject = reject
+        self.reject_hint = reject_hint
+        self.context = context
+
+    @property
+    def type(self):
+        """MessageType, or int where the number is unknown."""
+        return enum_member(MESSAGE_TYPES, self.c.type)
+
+    @type.setter
+    def type(self, value):
+        self.c.type = as_int32(value, "Message.type")
+
+    @property
+    def to(self):
+        """int: ID of the member the message is for."""
+        return self.c.to
+
+    @to.setter
+    def to(self, value):
+        self.c.to = as_uint64(value, "Message.to")
+
+    @property
+    def from_(self):
+        """int: ID of the member that sends it."""
+        return self.c.from_
+
+    @from_.setter
+    def from_(self, value):
+        self.c.from_ = as_uint64(value, "Message.from_")
+
+    @property
+    def term(self):
+        """int: the sender's term; 0 on MsgProp and MsgReadIndex."""
+        return self.c.term
+
+    @term.setter
+    def term(self, value):
+        self.c.term = as_uint64(value, "Message.term")
+
+    @property
+    def log_term(self):
+        """int: term of the entry at ``index``."""
+        return self.c.log_term
+
+    @log_term.setter
+    def log_term(self, value):
+        self.c.log_term = as_uint64(value, "Message.log_term")
+
+    @property
+    def index(self):
+        """int: index of the entry before ``entries``, or the one an answer is about."""
+        return self.c.index
+
+    @index.setter
+    def index(self, value):
+        self.c.index = as_uint64(value, "Message.index")
+
+    @property
+    def entries(self):
+        """tuple of Entry."""
+        return self._entries
+
+    @entries.setter
+    def entries(self, value):
+        cdef tuple entries = as_tuple(value, "Message.entries", "Entry", WIRE_MAX_ENTRIES)
+        for entry in entries:
+            if type(entry) is not Entry:
+                raise MarshalError(f"Message.entries: {show(entry)} is not an Entry")
+        self._entries = entries
+
+    @property
+    def commit(self):
+        """int: index up to which the sender has committed."""
+        return self.c.commit
+
+    @commit.setter
+    def commit(self, value):
+        self.c.commit = as_uint64(value, "Message.commit")
+
+    @property
+    def snapshot(self):
+        """Snapshot or None."""
+        return self._snapshot
+
+    @snapshot.setter
+    def snapshot(self, value):
+        if value is not None and type(value) is not Snapshot:
+            raise MarshalError(f"Message.snapshot: {show(value)} is not a Snapshot or None")
+        self._snapshot = <Snapshot>value
+
+    @property
+    def reject(self):
+        """bool: whether the sender refuses."""
+        return bool(self.c.reject)
+
+    @reject.setter
+    def reject(self, value):
+        self.c.reject = as_bool(value, "Message.reject")
+
+    @property
+    def reject_hint(self):
+        """int: where the sender of a refusal suggests to go on."""
+        return self.c.reject_hint
+
+    @reject_hint.setter
+    def reject_hint(self, value):
+        self.c.reject_hint = as_uint64(value, "Message.reject_hint")
+
+    @property
+    def context(self):
+        """bytes-like or None: the object that was passed, or bytes when received."""
+        return owner_source(self.owner)
+
+    @context.setter
+    def context(self, value):
+        cdef const uint8_t* payload
+        cdef size_t size
+        cdef object owner = as_owner(value, "Message.context", &payload, &size)
+        self.c.context = payload
+        self.c.context_len = size
+        self.owner = owner
+
+    def marshal(self, profile="3.5"):
+        """Encode the message.
+
+        Parameters
+        ----------
+        profile : str, optional
+            Whose encoder to repeat byte for byte: ``"3.5"`` (etcd 3.4 and 3.5), ``"3.6"`` or
+            ``"3.7"``. Every etcd reads all three.
+
+        Returns
+        -------
+        bytes
+            Exactly ``byte_size(profile)`` of them.
+
+        Raises
+        ------
+        UsageError
+            If the profile is none of the three.
+        """
+        cdef int number = profile_index(profile)
+        cdef Py_ssize_t size = message_size(self, number)
+        cdef bytes encoded = PyBytes_FromStringAndSize(NULL, size)
+        cdef uint8_t* start = <uint8_t*>PyBytes_AS_STRING(encoded)
+        cdef uint8_t* end = message_write(self, number, start)
+        assert end == start + size
+        return encoded
+
+    def byte_size(self, profile="3.5"):
+        """Return the length of the encoded message in bytes, without encoding it.
+
+        Parameters
+        ----------
+        profile : str, optional
+            As for ``marshal``.
+
+        Returns
+        -------
+        int
+            What etcd's metrics count: no framing of any transport is in it.
+
+        Raises
+        ------
+        UsageError
+            If the profile is none of the three.
+        """
+        return message_size(self, profile_index(profile))
+
+    @staticmethod
+    def unmarshal(data):
+        """Decode a message that any etcd since 3.4 has encoded.
+
+        Parameters
+        ----------
+        data : bytes-like
+            The whole message and nothing else. Payloads are copied out of it.
+
+        Returns
+        -------
+        Message
+            Its payloads are bytes. A wholly empty snapshot, which etcd 3.4 and 3.5 attach to
+            every message, is None.
+
+        Raises
+        ------
+        UnmarshalError
+            If the data is not a message; says which field, at which offset, and why.
+        UsageError
+            If ``data`` is not a C-contiguous buffer.
+        """
+        cdef Py_buffer view
+        if PyBytes_Check(data):
+            return message_unmarshal(
+                <const uint8_t*>PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data)
+            )
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except (TypeError, BufferError, ValueError) as error:
+            raise UsageError(f"data: {show(data)} is not a C-contiguous buffer: {error}") from None
+        try:
+            return message_unmarshal(<const uint8_t*>view.buf, <size_t>view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def __eq__(self, other):
+        if type(other) is not Message:
+            return NotImplemented
+        return same_message(self, <Message>other)
+
+    __hash__ = None
+
+    def __repr__(self):
+        cdef list parts = [f"type={enum_text(self.type)}"]
+        for name in ("to", "from_", "term", "log_term", "index"):
+            value = getattr(self, name)
+            if value:
+                parts.append(f"{name}={value}")
+        if self._entries:
+            parts.append(f"entries={items_text(self._entries)}")
+        if self.c.commit:
+            parts.append(f"commit={self.c.commit}")
+        if self._snapshot is not None:
+            parts.append(f"snapshot={self._snapshot!r}")
+        if self.c.reject:
+            parts.append("reject=True")
+        if self.c.reject_hint:
+            parts.append(f"reject_hint={self.c.reject_hint}")
+        if self.c.context != NULL:
+            parts.append(f"context={payload_text(self.c.context, self.c.context_len)}")
+        return f"Message({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild, (Message, {
+            "type": self.type, "to": self.to, "from_": self.from_, "term": self.term,
+            "log_term": self.log_term, "index": self.index, "entries": self._entries,
+            "commit": self.commit, "snapshot": self._snapshot, "reject": self.reject,
+            "reject_hint": self.reject_hint, "context": owner_bytes(self.owner),
+        })
+
+
+cdef bint same_message(Message a, Message b) noexcept:
+    return (
+        a.c.type == b.c.type
+        and a.c.to == b.c.to
+        and a.c.from_ == b.c.from_
+        and a.c.term == b.c.term
+        and a.c.log_term == b.c.log_term
+        and a.c.index == b.c.index
+        and a.c.commit == b.c.commit
+        and a.c.reject == b.c.reject
+        and a.c.reject_hint == b.c.reject_hint
+        and same_payload(a.c.context, a.c.context_len, b.c.context, b.c.context_len)
+        and same_entries(a._entries, b._entries)
+        and same_snapshot(a._snapshot, b._snapshot)
+    )
+
+
+# Encoding. One walk over the fields serves both ways of writing: message_write copies every
+# payload, message_gather leaves the large ones where they are.
+
+cdef struct sink_t:
+    uint8_t* out            # where the next byte of framing goes
+    uint8_t* run            # start of the framing that is in no segment yet
+    size_t borrow_min       # payloads from this size on are not copied
+    iovec* segments
+    PyObject** owners
+
+
+cdef inline void sink_end_run(sink_t* sink) noexcept:
+    if sink.out > sink.run:
+        sink.segments.iov_base = sink.run
+        sink.segments.iov_len = <size_t>(sink.out - sink.run)
+        sink.segments += 1
+        sink.run = sink.out
+
+
+cdef inline void sink_payload(
+    sink_t* sink, const uint8_t* data, size_t size, object owner
+) noexcept:
+    if size == 0:
+        return
+    if size < sink.borrow_min:
+        memcpy(sink.out, data, size)
+        sink.out += size
+        return
+    sink_end_run(sink)
+    sink.segments.iov_base = <void*>data
+    sink.segments.iov_len = size
+    sink.segments += 1
+    Py_INCREF(owner)
+    sink.owners[0] = <PyObject*>owner
+    sink.owners += 1
+
+
+cdef void sink_snapshot(sink_t* sink, Snapshot snapshot, int profile) noexcept:
+    cdef wire_snapshot_t view
+    cdef wire_snapshot_sizes_t sizes
+    cdef bint sparse = profile == WIRE_PROFILE_37
+    if is_empty_snapshot(snapshot):
+        if profile == WIRE_PROFILE_35:
+            memcpy(sink.out, EMPTY_SNAPSHOT, EMPTY_SNAPSHOT_SIZE)
+            sink.out += EMPTY_SNAPSHOT_SIZE
+        return
+    view = snapshot_view(snapshot)
+    wire_snapshot_measure(&view, sparse, &sizes)
+    sink.out = wire_put_length(sink.out, 0x4A, sizes.snapshot)
+    if view.data != NULL:
+        sink.out = wire_put_length(sink.out, 0x0A, view.data_len)
+        sink_payload(sink, view.data, view.data_len, snapshot.owner)
+    sink.out = wire_put_metadata(sink.out, &view, &sizes, sparse)
+
+
+cdef inline void sink_message(sink_t* sink, Message m, int profile) noexcept:
+    cdef bint sparse = profile == WIRE_PROFILE_37
+    cdef Entry entry
+    cdef Py_ssize_t i
+    sink.out = wire_put_head(sink.out, &m.c, sparse)
+    for i in range(PyTuple_GET_SIZE(m._entries)):
+        entry = <Entry>PyTuple_GET_ITEM(m._entries, i)
+        sink.out = wire_put_entry(sink.out, &entry.c, sparse)
+        sink_payload(sink, entry.c.data, entry.c.data_len, entry.owner)
+    sink.out = wire_put_field(sink.out, 0x40, m.c.commit, sparse)
+    sink_snapshot(sink, m._snapshot, profile)
+    sink.out = wire_put_reject(sink.out, &m.c, sparse)
+    if m.c.context != NULL:
+        sink.out = wire_put_length(sink.out, 0x62, m.c.context_len)
+        sink_payload(sink, m.c.context, m.c.context_len, m.owner)
+    if profile == WIRE_PROFILE_36:
+        # Field 13, vote: a node's own, but 3.6 sends it with every message.
+        sink.out = wire_put_field(sink.out, 0x68, 0, sparse)
+
+
+cdef size_t snapshot_size(Snapshot snapshot, int profile) noexcept:
+    """Size of field 9 with its tag."""
+    cdef wire_snapshot_t view
+    cdef wire_snapshot_sizes_t sizes
+    if is_empty_snapshot(snapshot):
+        return EMPTY_SNAPSHOT_SIZE if profile == WIRE_PROFILE_35 else 0
+    view = snapshot_view(snapshot)
+    wire_snapshot_measure(&view, profile == WIRE_PROFILE_37, &sizes)
+    return wire_span_size(sizes.snapshot)
+
+
+cdef Py_ssize_t message_size(Message m, int profile) noexcept:
+    cdef bint sparse = profile == WIRE_PROFILE_37
+    cdef size_t size = wire_head_size(&m.c, sparse)
+    cdef Entry entry
+    cdef Py_ssize_t i
+    for i in range(PyTuple_GET_SIZE(m._entries)):
+        entry = <Entry>PyTuple_GET_ITEM(m._entries, i)
+        size += wire_span_size(wire_entry_size(&entry.c, sparse))
+    size += wire_field_size(m.c.commit, sparse)
+    size += snapshot_size(m._snapshot, profile)
+    size += wire_reject_size(&m.c, sparse)
+    if m.c.context != NULL:
+        size += wire_span_size(m.c.context_len)
+    if profile == WIRE_PROFILE_36:
+        size += wire_field_size(0, sparse)
+    return <Py_ssize_t>size
+
+
+cdef uint8_t* message_write(Message m, int profile, uint8_t* out) noexcept:
+    cdef sink_t sink
+    sink.out = sink.run = out
+    sink.borrow_min = SIZE_MAX
+    sink.segments = NULL
+    sink.owners = NULL
+    sink_message(&sink, m, profile)
+    return sink.out
+
+
+cdef inline void plan_payload(
+    gather_plan_t* plan, size_t size, size_t borrow_min, size_t* borrowed
+) noexcept:
+    if size and size >= borrow_min:
+        # A payload never comes without tag and length before it: two segments.
+        plan.segments += 2
+        plan.owners += 1
+        borrowed[0] += size
+
+
+cdef bint ends_in_payload(Message m, int profile, size_t borrow_min) noexcept:
+    """Tell whether the last byte of the message is one of a payload that is borrowed."""
+    cdef Py_ssize_t count = PyTuple_GET_SIZE(m._entries)
+    cdef Entry last
+    cdef Snapshot snapshot = m._snapshot
+    cdef wire_snapshot_t view
+    cdef wire_snapshot_sizes_t sizes
+    if profile == WIRE_PROFILE_36:
+        return False
+    if m.c.context != NULL:
+        return 0 < m.c.context_len >= borrow_min
+    # Only a sparse message can end before field 11.
+    if profile != WIRE_PROFILE_37 or wire_reject_size(&m.c, True):
+        return False
+    if not is_empty_snapshot(snapshot):
+        view = snapshot_view(snapshot)
+        wire_snapshot_measure(&view, True, &sizes)
+        return sizes.metadata == 0 and 0 < view.data_len >= borrow_min
+    if count == 0 or m.c.commit:
+        return False
+    last = <Entry>PyTuple_GET_ITEM(m._entries, count - 1)
+    return 0 < last.c.data_len >= borrow_min
+
+
+cdef void message_gather_plan(
+    Message m, int profile, size_t borrow_min, gather_plan_t* plan
+) noexcept:
+    cdef size_t size = <size_t>message_size(m, profile)
+    cdef size_t borrowed = 0
+    cdef Entry entry
+    cdef Py_ssize_t i
+    plan.segments = plan.owners = 0
+    for i in range(PyTuple_GET_SIZE(m._entries)):
+        entry = <Entry>PyTuple_GET_ITEM(m._entries, i)
+        plan_payload(plan, entry.c.data_len, borrow_min, &borrowed)
+    if m._snapshot is not None:
+        plan_payload(plan, m._snapshot.payload_len, borrow_min, &borrowed)
+    plan_payload(plan, m.c.context_len, borrow_min, &borrowed)
+    plan.framing_bytes = size - borrowed
+    # And the framing after the last payload, or all there is.
+    if size and not ends_in_payload(m, profile, borrow_min):
+        plan.segments += 1
+
+
+cdef void message_gather(
+    Message m,
+    int profile,
+    size_t borrow_min,
+    uint8_t* framing,
+    iovec* segments,
+    PyObject** owners,
+) noexcept:
+    cdef sink_t sink
+    sink.out = sink.run = framing
+    sink.borrow_min = borrow_min
+    sink.segments = segments
+    sink.owners = owners
+    sink_message(&sink, m, profile)
+    sink_end_run(&sink)
+
+
+def _gather(Message message, profile, size_t borrow_min):
+    """Run message_gather for a test: the bytes of each segment, and the owners.
+
+    The memory is exactly what was planned and starts as zeros: a segment or an owner that was
+    planned and not made is seen, and a sanitizer sees what was made and not planned.
+    """
+    cdef int number = profile_index(profile)
+    cdef gather_plan_t plan
+    cdef uint8_t* framing
+    cdef iovec* segments
+    cdef PyObject** owners
+    message_gather_plan(message, number, borrow_min, &plan)
+    framing = <uint8_t*>calloc(plan.framing_bytes, 1)
+    segments = <iovec*>calloc(plan.segments, sizeof(iovec))
+    owners = <PyObject**>calloc(plan.owners, sizeof(PyObject*))
+    try:
+        message_gather(message, number, borrow_min, framing, segments, owners)
+        pieces = [
+            PyBytes_FromStringAndSize(<char*>segments[i].iov_base, segments[i].iov_len)
+            for i in range(plan.segments)
+        ]
+        kept = []
+        for i in range(plan.owners):
+            kept.append(owner_source(<object>owners[i]))
+            Py_DECREF(<object>owners[i])
+        return pieces, kept
+    finally:
+        free(framing)
+        free(segments)
+        free(owners)
+
+
+# Decoding: wire_decode needs no GIL and fills C structs; what follows makes objects of them, and
+# reads the entries once more as it does so.
+
+cdef object payload_bytes(const uint8_t* data, size_t size):
+    if data == NULL:
+        return None
+    return PyBytes_FromStringAndSize(<const char*>data, <Py_ssize_t>size)
+
+
+cdef const uint8_t* bytes_address(object payload) noexcept:
+    if payload is None:
+        return NULL
+    return <const uint8_t*>PyBytes_AS_STRING(payload)
+
+
+cdef object payload_of(
+    const uint8_t* data, size_t size, const uint8_t* input, object body, const uint8_t** address
+):
+    """Make the owner of a decoded payload: a copy, or a view of ``body`` for a large one."""
+    cdef Py_ssize_t start
+    if body is None or data == NULL or size < VIEW_MIN:
+        owner = payload_bytes(data, size)
+        address[0] = bytes_address(owner)
+        return owner
+    start = data - input
+    return as_owner(memoryview(body)[start:start + <Py_ssize_t>size], "data", address, &size)
+
+
+cdef tuple entries_from_decoded(wire_decoded_t* decoded, object body):
+    cdef tuple entries = PyTuple_New(<Py_ssize_t>decoded.entries_len)
+    cdef const uint8_t* at = decoded.entries
+    cdef Entry entry
+    cdef Py_ssize_t i
+    for i in range(<Py_ssize_t>decoded.entries_len):
+        if i % ENTRIES_STEP == ENTRIES_STEP - 1:
+            with nogil:
+                # Others have their turn: of the most entries there may be this takes 30 ms.
+                usleep(TURN_US)
+        entry = Entry.__new__(Entry)
+        if wire_next_entry(decoded, &at, &entry.c) != WIRE_OK:
+            entry.c.data = NULL
+            raise decode_error(decoded)
+        entry.owner = payload_of(
+            entry.c.data, entry.c.data_len, decoded.input, body, &entry.c.data)
+        if entry.owner is None or type(entry.owner) is bytes:
+            # It refers to nothing that could refer to it: the collector, which would look at it
+            # again and again while others are made, need not know of it.
+            PyObject_GC_UnTrack(<void*>entry)
+        Py_INCREF(entry)    # PyTuple_SET_ITEM takes a reference over
+        PyTuple_SET_ITEM(entries, i, entry)
+    return entries
+
+
+cdef Snapshot snapshot_from_decoded(wire_decoded_t* decoded, object body):
+    cdef Snapshot snapshot = Snapshot.__new__(Snapshot)
+    cdef SnapshotMetadata metadata = snapshot._metadata
+    cdef wire_snapshot_t* read = &decoded.snapshot
+    cdef int code = WIRE_OK
+    if wire_has_ids(&read.conf_state):
+        code = wire_read_ids(decoded)
+    metadata._conf_state.c = read.conf_state
+    memset(&read.conf_state, 0, sizeof(read.conf_state))
+    if code != WIRE_OK:
+        raise decode_error(decoded)
+    snapshot.owner = payload_of(
+        read.data, read.data_len, decoded.input, body, &snapshot.payload)
+    snapshot.payload_len = read.data_len
+    metadata._index = read.index
+    metadata._term = read.term
+    return snapshot
+
+
+cdef Message message_from_decoded(wire_decoded_t* decoded, object body):
+    cdef Message message = Message.__new__(Message)
+    cdef wire_snapshot_t* snapshot = &decoded.snapshot
+    message.owner = payload_bytes(decoded.message.context, decoded.message.context_len)
+    message.c = decoded.message
+    message.c.context = bytes_address(message.owner)
+    if decoded.entries_len:
+        message._entries = entries_from_decoded(decoded, body)
+    if snapshot.data is not NULL or snapshot.index or snapshot.term \
+            or snapshot.conf_state.auto_leave or wire_has_ids(&snapshot.conf_state):
+        message._snapshot = snapshot_from_decoded(decoded, body)
+    return message
+
+
+cdef Message message_unmarshal(const uint8_t* data, size_t size):
+    cdef wire_decoded_t decoded
+    cdef int code
+    if size < NOGIL_MIN:
+        code = wire_decode(data, size, &decoded)
+    else:
+        with nogil:
+            # Others go on meanwhile. The caller holds the buffer, but its bytes may be changed by
+            # now: whatever is read of them, then and later, is compared with its end.
+            code = wire_decode(data, size, &decoded)
+    if code != WIRE_OK:
+        raise decode_error(&decoded)
+    return message_from_decoded(&decoded, None)
+
+
+cdef object decode_error(const wire_decoded_t* decoded):
+    """Make the exception for what stopped wire_decode."""
+    cdef uint32_t number = decoded.error.field
+    if decoded.error.code == WIRE_NO_MEMORY:
+        return MemoryError()
+    scope, names = FIELD_NAMES[decoded.error.scope]
+    if number == 0:
+        field = scope
+    elif number <= len(names):
+        field = f"{scope}.{names[number - 1]}"
+    else:
+        field = f"{scope}.{number}"
+    return UnmarshalError(field, decoded.error.offset, REASONS[decoded.error.code])

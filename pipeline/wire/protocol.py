@@ -1,0 +1,326 @@
+"""What rafthttp means by HTTP: paths, headers, versions, and which error an answer stands for.
+
+No sockets here. Source: etcd ``rafthttp/util.go``, ``http.go`` and ``pipeline.go``.
+"""
+
+from __future__ import annotations
+
+import http
+import re
+from collections.abc import Mapping
+
+from pipeline._version import __version__
+from pipeline.arguments import require_id
+from pipeline.errors import (
+    ClusterIDMismatchError,
+    IncompatibleVersionError,
+    MemberRemovedError,
+    PostError,
+    UnexpectedStatusError,
+    UsageError,
+)
+from pipeline.identity import Identity, Version, compare_major_minor
+from pipeline.names import zoneless
+from pipeline.wire.urls import parse_peer_urls
+
+__all__ = [
+    "PROBING_PATH",
+    "RAFT_PATH",
+    "SNAPSHOT_PATH",
+    "STREAM_PREFIX",
+    "VERSION_PATH",
+    "check_answer",
+    "check_version_compatibility",
+    "format_id",
+    "min_cluster_version",
+    "parse_id",
+    "post_url",
+    "probe_head",
+    "reason_phrase",
+    "request_head",
+    "server_version",
+]
+
+RAFT_PATH = "/raft"
+SNAPSHOT_PATH = "/raft/snapshot"
+PROBING_PATH = "/raft/probing"
+STREAM_PREFIX = "/raft/stream/"
+VERSION_PATH = "/version"
+
+# As Go's net/http writes them: etcd's source says X-Etcd-Cluster-ID and X-PeerURLs, the wire does
+# not.
+CLUSTER_ID = "X-Etcd-Cluster-Id"
+MIN_CLUSTER = "X-Min-Cluster-Version"
+PEER_URLS = "X-Peerurls"
+SERVER_FROM = "X-Server-From"
+SERVER_VERSION = "X-Server-Version"
+
+#: The status of a POST whose text means something: which of two refusals it is.
+TELLING_STATUS = 412
+
+CONTENT_TYPE = "application/protobuf"
+
+#: How the User-Agent of every member of this library begins.
+PRODUCT_NAME = "raft-pipeline/"
+PRODUCT = f"{PRODUCT_NAME}{__version__}"
+
+INCOMPATIBLE_VERSION = "incompatible version"
+CLUSTER_ID_MISMATCH = "cluster ID mismatch"
+MEMBER_REMOVED = "the member has been permanently removed from the cluster"
+
+_ID = re.compile(r"[0-9A-Fa-f]+")
+_TOKEN = re.compile(r"[!-~]+(?: [!-~]+)*")
+
+
+def format_id(member_id: int) -> str:
+    """Write a member or cluster id as headers, labels and logs do: hex, lower case, unpadded.
+
+    Raises ``UsageError`` if it does not fit 64 bits.
+    """
+    require_id("id", member_id)
+    return f"{member_id:x}"
+
+
+def parse_id(text: str) -> int:
+    """Read an id from a header: hex of any case, leading zeros allowed, at most 64 bits.
+
+    Raises ``UsageError`` otherwise. Source: etcd ``types.IDFromString``.
+    """
+    # int() alone would take "0x1", "1_0", " 1" and "-1".
+    if _ID.fullmatch(text):
+        significant = text.lstrip("0")
+        if len(significant) <= 16:
+            return int(significant or "0", 16)
+    raise UsageError(f"id: {text[:64]!r} is not a hexadecimal number of at most 64 bits")
+
+
+# What a peer that does not say is taken for: etcd 2.0 had no version headers.
+_UNSTATED = Version(2, 0, "2.0.0")
+
+
+def server_version(headers: Mapping[str, str]) -> Version | None:
+    """Return the sender's version, 2.0.0 if it does not say, None if it cannot be read.
+
+    ``headers`` has names in lower case, or is case-insensitive.
+    """
+    return _version_header(headers, SERVER_VERSION)
+
+
+def min_cluster_version(headers: Mapping[str, str]) -> Version | None:
+    """Return the lowest cluster version the sender takes part in; see :func:`server_version`."""
+    return _version_header(headers, MIN_CLUSTER)
+
+
+def _version_header(headers: Mapping[str, str], name: str) -> Version | None:
+    text = headers.get(name.lower())
+    if not text:
+        return _UNSTATED
+    try:
+        return Version.parse(text)
+    except UsageError:
+        return None
+
+
+def check_version_compatibility(
+    server: Version | None,
+    min_cluster: Version | None,
+    *,
+    local: Version,
+    local_min: Version,
+) -> str | None:
+    """Tell why a sender's versions and ours do not go together; None if they do.
+
+    Differs from etcd: a version that cannot be read (None) is incompatible; etcd's handler panics.
+    Source: etcd ``rafthttp/util.go`` ``checkVersionCompatibility``.
+    """
+    if server is None or min_cluster is None:
+        return "remote version is malformed"
+    if compare_major_minor(server, local_min) < 0:
+        return "remote version is too low"
+    if compare_major_minor(min_cluster, local) > 0:
+        return "local version is too low"
+    return None
+
+
+def post_url(url: str, path: str = RAFT_PATH) -> str:
+    """Return the full URL that a peer URL (``http://10.0.0.2:2380``) is posted to."""
+    return url + path
+
+
+def request_head(
+    identity: Identity, url: str, *, path: str = RAFT_PATH, content_type: str = CONTENT_TYPE
+) -> bytes:
+    r"""Build what stands before the body of a POST, up to and including ``Content-Length: ``.
+
+    The sender appends the digits and ``\r\n\r\n``.
+
+    Parameters
+    ----------
+    identity : Identity
+        Who posts. The header with our URLs is left out if there are none.
+    url : str
+        The peer's URL, ``http`` or ``https``, as ``urls.parse_peer_urls`` takes it.
+
+    Raises
+    ------
+    UsageError
+        If a value is not valid, above all if it could smuggle a line into the head.
+
+    Notes
+    -----
+    Source: etcd ``rafthttp/util.go`` ``createPostRequest``; header order is Go's. Differs from
+    etcd: Content-Length comes last, for it is what changes from message to message; User-Agent is
+    ours; nothing compressed is asked for.
+    """
+    (checked,) = parse_peer_urls((url,))
+    scheme, _, host = zoneless(checked).partition("://")
+    if scheme not in ("http", "https"):
+        raise UsageError(f"url: {url!r}: must be http or https to be posted to")
+    if not _TOKEN.fullmatch(content_type):
+        raise UsageError(f"content_type: {content_type!r} is not printable ASCII")
+    if path not in (RAFT_PATH, SNAPSHOT_PATH):
+        raise UsageError(f"path: {path!r} is neither {RAFT_PATH} nor {SNAPSHOT_PATH}")
+    lines = [
+        f"POST {path} HTTP/1.1",
+        f"Host: {host}",
+        f"User-Agent: {PRODUCT}",
+        f"Content-Type: {content_type}",
+        f"{CLUSTER_ID}: {format_id(identity.cluster_id)}",
+        f"{MIN_CLUSTER}: {identity.min_cluster_version}",
+    ]
+    if identity.peer_urls:
+        urls = map(zoneless, parse_peer_urls(identity.peer_urls))
+        lines.append(f"{PEER_URLS}: {','.join(urls)}")
+    lines += [
+        f"{SERVER_FROM}: {format_id(identity.member_id)}",
+        f"{SERVER_VERSION}: {identity.server_version}",
+        # A refusal is a line of text: nothing to compress, and nothing to inflate.
+        "Accept-Encoding: identity",
+        "Content-Length: ",
+    ]
+    return "\r\n".join(lines).encode("ascii")
+
+
+def probe_head(url: str) -> bytes:
+    """Build a whole probe: ``GET /raft/probing`` at an ``http`` or ``https`` peer URL."""
+    (checked,) = parse_peer_urls((url,))
+    lines = [
+        f"GET {PROBING_PATH} HTTP/1.1",
+        f"Host: {zoneless(checked).partition('://')[2]}",
+        f"User-Agent: {PRODUCT}",
+        "Accept-Encoding: identity",
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode("ascii")
+
+
+def check_answer(
+    status: int, body: bytes, headers: Mapping[str, str], *, peer_id: int, url: str
+) -> PostError | None:
+    """Judge the answer to a POST: None for success, which is 204 and nothing else.
+
+    Parameters
+    ----------
+    status : int
+        The HTTP status.
+    body : bytes
+        The body; looked at for 412 only. The caller bounds what it reads.
+    headers : mapping
+        Names in lower case, or case-insensitive.
+    peer_id : int
+        The peer that was posted to.
+    url : str
+        The full URL that was posted to (:func:`post_url`).
+
+    Returns
+    -------
+    PostError or None
+        Not raised, so that the caller chooses the moment. Texts are etcd's to the letter, but for
+        what a 500 says besides.
+
+    Notes
+    -----
+    Source: etcd ``rafthttp/util.go`` ``checkPostResponse``.
+    """
+    if status == 204:
+        return None
+    if status == 403:
+        return MemberRemovedError(MEMBER_REMOVED, peer_id=peer_id, url=url, status=status)
+    if status == 412:
+        text = body.removesuffix(b"\n")
+        if text == INCOMPATIBLE_VERSION.encode():
+            return IncompatibleVersionError(
+                INCOMPATIBLE_VERSION, peer_id=peer_id, url=url, status=status
+            )
+        if text == CLUSTER_ID_MISMATCH.encode():
+            return ClusterIDMismatchError(
+                CLUSTER_ID_MISMATCH,
+                peer_id=peer_id,
+                url=url,
+                status=status,
+                remote_cluster_id=headers.get(CLUSTER_ID.lower(), ""),
+            )
+        reason = f"unhandled error {_go_quote(body)} when precondition failed"
+    else:
+        reason = (
+            f"unexpected http status {reason_phrase(status)} "
+            f"while posting to {_go_quote(url.encode())}"
+        )
+        if status == 500:
+            # What an etcd answers whose process fails: it breaks the answer off after this line.
+            reason += " (500: the member could not process it)"
+    return UnexpectedStatusError(reason, peer_id=peer_id, url=url, status=status)
+
+
+# Where Go's http.StatusText and some version of Python's http.HTTPStatus differ.
+_GO_PHRASES = {
+    413: "Request Entity Too Large",
+    414: "Request URI Too Long",
+    416: "Requested Range Not Satisfiable",
+    418: "I'm a teapot",
+    422: "Unprocessable Entity",
+}
+
+
+def reason_phrase(status: int) -> str:
+    """Return the text of a status as Go has it; empty for one that nobody knows."""
+    phrase = _GO_PHRASES.get(status)
+    if phrase is None:
+        try:
+            phrase = http.HTTPStatus(status).phrase
+        except ValueError:
+            phrase = ""
+    return phrase
+
+
+_GO_ESCAPES = {
+    "\a": "\\a",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+    "\v": "\\v",
+    "\\": "\\\\",
+    '"': '\\"',
+}
+
+
+def _go_quote(raw: bytes) -> str:
+    """Quote as Go's ``%q`` does: what is not printable UTF-8 is escaped."""
+    # surrogateescape keeps an undecodable byte b as U+DC00 + b.
+    return '"' + "".join(map(_go_escape, raw.decode("utf-8", "surrogateescape"))) + '"'
+
+
+def _go_escape(char: str) -> str:
+    code = ord(char)
+    if char in _GO_ESCAPES:
+        return _GO_ESCAPES[char]
+    if char.isprintable():
+        return char
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
