@@ -21,11 +21,11 @@ from pipeline import (
     SendResult,
     SnapshotStatus,
     UsageError,
-    protocol,
 )
 from pipeline.send.picker import URLPicker
 from pipeline.send.pipeline import STOP_TIMEOUT_S
 from pipeline.send.status import PeerStatus
+from pipeline.wire import protocol
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
     CLUSTER,

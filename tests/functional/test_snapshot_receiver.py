@@ -28,8 +28,8 @@ from pipeline import (
     Transport,
     TransportConfig,
     UsageError,
-    pace,
 )
+from pipeline.net import pace
 from pipeline.receive.listener import Listener
 from pipeline.snapshot.connections import EVENT_S
 from pipeline.snapshot.receiver import SnapshotCounts

@@ -30,9 +30,9 @@ from pipeline import (
     Transport,
     TransportConfig,
     UsageError,
-    pace,
 )
 from pipeline.errors import RequestRejected
+from pipeline.net import pace
 from pipeline.receive._receiver import KnownHead
 from pipeline.receive.listener import Listener
 from pipeline.receive.odd_request import Then
