@@ -101,6 +101,7 @@ class Sender:
 
 @disjoint_base
 class Worker:
+    def __init__(self, /, *args: object, **kwargs: object) -> None: ...
     @property
     def sender(self) -> Sender: ...
     @property

@@ -417,8 +417,6 @@ cdef class Sender:
         cdef int i
         if self.is_open:
             raise UsageError("start: a pipeline can be started once")
-        if not loop.is_running:
-            raise UsageError("start: it was stopped")
         channel_limits.messages = config.queue_length
         channel_limits.bytes = config.queue_bytes
         channel_limits.max_age_ns = <int64_t>((config.max_queue_age or 0.0) * 1e9)
@@ -435,6 +433,10 @@ cdef class Sender:
             worker.connection = connection
             workers.append(worker)
         made = tuple(workers)
+        # From here on nothing is allocated that the collector looks at: a finalizer would let a
+        # signal's handler in, which may stop the loop.
+        if not loop.is_running:
+            raise UsageError("start: it was stopped")
         if pipe_init(&self.pipe, &loop.loop, len(made), &channel_limits, &limits,
                      &active.value, <void*>self) != 0:
             raise MemoryError
@@ -660,6 +662,9 @@ cdef class Worker:
     cdef readonly Sender sender
     cdef readonly object connection
     cdef worker_t* c            # in sender.pipe, and so as long there as the sender is
+
+    def __init__(self):
+        raise TypeError("a Worker is its Sender's: Sender.open makes it")
 
     def job(self):
         """Return (type, to, encoded size in bytes) of the worker's message."""

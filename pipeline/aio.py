@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, ParamSpec, Protocol, Self, TypeVar
+from typing import ParamSpec, Protocol, Self, TypeVar
 
 from pipeline.callbacks import Callbacks, require_callable, require_no_awaitable, require_raft
 from pipeline.config import TransportConfig
@@ -33,9 +33,6 @@ from pipeline.tls import TLSInfo
 from pipeline.types import Sendable, SnapshotStatus
 from pipeline.wire._messages import Message
 from pipeline.wire.protocol import format_id
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Listener", "Raft", "SnapshotTransfer", "Transport"]
 
@@ -418,6 +415,9 @@ class Transport(Node):
     ``remove_all_peers``, ``send_snapshot``, ``begin_snapshot`` and ``reload_tls``; call these, and
     ``start``, on the loop. A handler of ``signal.signal`` may call what is plain; what is ``async``
     it has the loop run, as with ``loop.add_signal_handler``.
+
+    ``asgi_app`` may run on the same loop. ``wsgi_app`` is for threads off it: on the loop it would
+    wait for itself.
 
     While a callback has not returned, the thread that delivers it waits: a message's sender has no
     answer, and no more than ``config.receiver.handlers`` messages of each listener and

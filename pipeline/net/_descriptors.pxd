@@ -69,7 +69,8 @@ cdef inline void descriptors_reset(descriptors_t* open, int fd) noexcept nogil:
     """
     cdef sockaddr_storage nowhere
     memset(&nowhere, 0, sizeof(nowhere))    # of the family AF_UNSPEC, which dissolves a connection
-    connect(fd, <const sockaddr*>&nowhere, sizeof(nowhere))
+    if connect(fd, <const sockaddr*>&nowhere, sizeof(nowhere)) != 0:
+        shutdown(fd, SHUT_RDWR)     # a system that cannot: then it ends, at least
     descriptors_close(open, fd)
 
 

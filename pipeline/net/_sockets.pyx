@@ -125,4 +125,6 @@ def open_socket(int family, int kind, int protocol):
         pthread_mutex_unlock(&descriptors.lock)
     if fd < 0:
         raise OSError(error, os.strerror(error))
-    return OwnSocket(family, kind, protocol, fileno=fd)
+    sock = OwnSocket(family, kind, protocol, fileno=fd)
+    sock.setblocking(False)     # whatever socket.setdefaulttimeout was told
+    return sock

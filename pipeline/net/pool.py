@@ -40,7 +40,7 @@ def socket_options(dead_link_timeout_s: float) -> list[tuple[int, int, int | byt
 
 
 def end_tls(sock: OwnSocket, tunnel: Tunnel, *, is_cut: bool) -> None:
-    """Close a connection in TLS's order, without waiting.
+    """Close a connection in TLS's order, without waiting. Differs from etcd: Go never resets one.
 
     In the middle of a handshake or of a record, which ``is_cut`` says, the peer cannot be told
     anything, and the connection is reset. Were it merely closed, an OpenSSL at the other end would

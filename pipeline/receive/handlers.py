@@ -100,7 +100,7 @@ class Connections(Protocol):
 
 
 class Snapshots(Protocol):
-    """Who receives snapshots: ``snapshot_receiver.SnapshotReceiver``."""
+    """Who receives snapshots: ``snapshot.receiver.SnapshotReceiver``."""
 
     #: Whether there is a place to store them.
     is_taking: bool

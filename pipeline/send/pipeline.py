@@ -84,6 +84,8 @@ class PeerPipeline(Sender):
         Counts callbacks that raise for the whole transport.
     versions : Versions, optional
         Shown the headers of answers that Python sees.
+    picker, status : URLPicker, PeerStatus, optional
+        To be shared with other channels to the peer. With a picker ``urls`` are ignored.
 
     Raises
     ------
@@ -120,11 +122,13 @@ class PeerPipeline(Sender):
         credentials: Credentials | None = None,
         callbacks: Callbacks | None = None,
         versions: Versions | None = None,
+        picker: URLPicker | None = None,
+        status: PeerStatus | None = None,
     ) -> None:
         self.peer_id = peer_id
         self.identity = identity
-        self.picker = URLPicker(urls)
-        self.status = PeerStatus(identity.member_id, peer_id, ActiveFlag())
+        self.picker = URLPicker(urls) if picker is None else picker
+        self.status = status or PeerStatus(identity.member_id, peer_id, ActiveFlag())
         self._callbacks = Callbacks(logger, callbacks)
         self._peer = protocol.format_id(peer_id)
         self._config = config
@@ -562,6 +566,8 @@ class Pipeline(PeerPipeline):
         application's decision.
     credentials : Credentials, optional
         For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
+    picker, status : URLPicker, PeerStatus, optional
+        To be shared with other channels to the peer. With a picker ``urls`` are ignored.
 
     Raises
     ------
@@ -589,6 +595,8 @@ class Pipeline(PeerPipeline):
         min_cluster_version: str = MIN_CLUSTER_VERSION,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
         credentials: Credentials | None = None,
+        picker: URLPicker | None = None,
+        status: PeerStatus | None = None,
     ) -> None:
         require_raft(raft)
         require_callable("on_critical_error", on_critical_error)
@@ -596,8 +604,13 @@ class Pipeline(PeerPipeline):
         require_id("peer_id", peer_id)
         if config is not None:
             require_instance("config", config, PipelineConfig)
-        if credentials is not None:
-            require_instance("credentials", credentials, Credentials)
+        for name, given, kind in (
+            ("credentials", credentials, Credentials),
+            ("picker", picker, URLPicker),
+            ("status", status, PeerStatus),
+        ):
+            if given is not None:
+                require_instance(name, given, kind)
         defaults = TransportConfig()
         identity = Identity(
             member_id,
@@ -620,6 +633,8 @@ class Pipeline(PeerPipeline):
             config=config or defaults.pipeline,
             on_critical_error=on_critical_error,
             credentials=credentials,
+            picker=picker,
+            status=status,
         )
 
     def start(self) -> None:

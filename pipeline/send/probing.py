@@ -144,7 +144,9 @@ class Prober:
         # Changed by single operations of dict, by any thread and by signals' handlers.
         self._targets: dict[URLPicker, _Target] = {}
         self._is_stopped = False
-        self._known: set[_Target] = set()  # the poller's thread's own
+        # The poller's thread's own: whom it probes, and whose connections it is yet to close.
+        self._known: set[_Target] = set()
+        self._leaving: list[_Target] = []
         poller.attach(self)
 
     def stop(self) -> None:
@@ -196,15 +198,17 @@ class Prober:
         self._is_stopped = True
         self._targets.clear()
         self._known = set()
+        self._leaving = []
 
     # What follows runs in the poller's thread.
 
     def next_due(self) -> float:
         """When the next probe is, or is given up."""
-        return min((target.due for target in self._known), default=math.inf)
+        return min((target.due for target in (*self._known, *self._leaving)), default=math.inf)
 
     def check_time(self, now: float) -> None:
         """Begin probes, and give up others."""
+        self._close_left(now)
         for target in self._known:
             if target.due <= now:
                 if target.is_busy:
@@ -217,18 +221,27 @@ class Prober:
         self._is_stopped = True
         self._targets.clear()
         self._follow()
+        if self._leaving:
+            time.sleep(max(0.0, self._leaving[-1].due - time.monotonic()))
+            self._close_left(math.inf)
 
     def _follow(self) -> None:
         """Go by the targets as they are now."""
         targets = set(self._targets.values())
-        left = self._known - targets
-        if any(target.is_shaken_only for target in left):
-            # OpenSSL writes one session ticket after the other, and its process is sent SIGPIPE for
-            # the second if the first finds the connection closed.
-            time.sleep(TICKETS_S)
-        for target in left:
-            self._close(target)
+        for target in self._known - targets:
+            if target.is_shaken_only:
+                # OpenSSL writes one session ticket after the other, and its process is sent SIGPIPE
+                # for the second if the first finds the connection closed.
+                target.due = time.monotonic() + TICKETS_S
+                self._leaving.append(target)
+            else:
+                self._close(target)
         self._known = targets
+
+    def _close_left(self, now: float) -> None:
+        for target in [target for target in self._leaving if target.due <= now]:
+            self._leaving.remove(target)
+            self._close(target)
 
     def _begin(self, target: _Target) -> None:
         target.is_busy = True

@@ -40,6 +40,7 @@ class Tunnel:
         #: The peer has ended the stream in order.
         self.is_ended = False
         self._has_failed = False
+        self._is_record_due = False  # of what was encrypted something has not been taken
         self._credentials = credentials
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -89,19 +90,22 @@ class Tunnel:
 
     def seal(self, data: bytes | memoryview) -> None:
         """Encrypt; what it becomes is added to what :meth:`outgoing` returns next."""
+        self._is_record_due = True
         written = self._tls.write(data)
         while written < len(data):
             written += self._tls.write(memoryview(data)[written:])
 
     def outgoing(self) -> bytes:
         """Take what is to be sent."""
+        self._is_record_due = False
         return self._outgoing.read()
 
     def last_words(self) -> bytes | None:
         """Return what is to be sent before the connection is closed: that nothing follows
-        (close_notify), or with an alert what went wrong. None in the middle of a handshake.
+        (close_notify), or with an alert what went wrong. None in the middle of a handshake, and
+        where a message would go with it.
         """
-        if not (self.is_established or self._has_failed):
+        if self._is_record_due or not (self.is_established or self._has_failed):
             return None
         with contextlib.suppress(ssl.SSLError):  # it wants the peer's close_notify, too
             self._tls.unwrap()

@@ -186,6 +186,8 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
             "server_version": NOT_A_VERSION,
             "min_cluster_version": (*NOT_A_VERSION, None, "3.9.0"),
             "credentials": NOT_CONFIG,
+            "picker": NOT_CONFIG,
+            "status": NOT_CONFIG,
         },
     ),
     URLPicker: (URLPicker, {"urls": NOT_URLS}),

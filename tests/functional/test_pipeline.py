@@ -22,6 +22,7 @@ from pipeline import (
     SnapshotStatus,
     UsageError,
 )
+from pipeline._core import ActiveFlag
 from pipeline.send.picker import URLPicker
 from pipeline.send.pipeline import STOP_TIMEOUT_S
 from pipeline.send.status import PeerStatus
@@ -202,14 +203,14 @@ class Recorder:
 
         self.pipeline = Pipeline(
             PEER,
-            [url],
+            (),
             self,
             member_id=MEMBER,
             cluster_id=CLUSTER,
+            picker=Picker([url]),
+            status=Status(MEMBER, PEER, ActiveFlag()),
             on_critical_error=lambda error: calls.append(("critical", type(error))),
         )
-        self.pipeline.picker.__class__ = Picker
-        self.pipeline.status.__class__ = Status
 
     def report_unreachable(self, member_id: int) -> None:
         self.calls.append(("unreachable", member_id))

@@ -225,3 +225,17 @@ def test_whatever_we_send_ends_as_tls_asks(authority: Authority, kind: str) -> N
             node.send_snapshot(snapshot, source, size=8).result(LONG_TIMEOUT)
         assert has_answered.wait(LONG_TIMEOUT)
     assert server.outcome == b""
+
+
+def test_a_message_that_was_not_given_to_be_written_does_not_go_with_the_last_words(
+    authority: Authority,
+) -> None:
+    with (
+        Server(reader(authority, below_tls=True)) as server,
+        tunnel_to(server, Credentials(authority.info())) as (sock, tunnel),
+    ):
+        shake(sock, tunnel)
+        hear_tickets(sock, tunnel)
+        tunnel.seal(b"a message")
+        end_tls(sock, tunnel, is_cut=False)
+    assert isinstance(server.outcome, ConnectionResetError)
