@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,25 @@ if child == 0:
     os.read(read, 1)  # until the parent has seen what it must see while we live
     os._exit(0)
 os.close(read)
-mine = [f"/proc/{os.getpid()}/fd/{sock.fileno()}" for sock in list(own_sockets)]
-open_here = {os.readlink(path) for path in mine if "/-1" not in path}
+
+
+def links(paths: Iterable[str]) -> set[str]:
+    """What descriptors are; some may be closed while we look."""
+    found = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.add(os.readlink(path))
+    return found
+
+
+open_here = links(f"/proc/{os.getpid()}/fd/{sock.fileno()}" for sock in list(own_sockets))
 assert len(open_here) >= 2 * 3 + 2, open_here
 theirs = f"/proc/{child}/fd"
 
 
 def is_told() -> bool:
     """The child's copies are gone."""
-    return not open_here & {os.readlink(f"{theirs}/{fd}") for fd in os.listdir(theirs)}
+    return not open_here & links(f"{theirs}/{fd}" for fd in os.listdir(theirs))
 
 
 eventually(is_told)
