@@ -132,7 +132,7 @@ cdef struct worker_t:
     int64_t text_deadline_ns        # of the text of an answer whose head has come; 0 is none
     bint is_odd             # http.client reads the answer: whatever comes goes to Python
     int seal                # SEAL_*
-    const uint8_t* sealed   # ciphertext to write; borrowed from its connection until that gives more
+    const uint8_t* sealed   # ciphertext to write; its connection's, until that gives more
     size_t sealed_len
     size_t sealed_written
     int64_t sealed_deadline_ns      # of handshake, stall or answer, however often Python is asked
