@@ -192,16 +192,21 @@ class Saving:
         self.size = 0
         self._store = store
         self._path = store.path(index)
-        name = f"tmp-pipeline-{index:016x}-{secrets.token_hex(8)}"
-        self._temporary = store.directory / name
         self._begin = time.monotonic()
         self._is_temporary = True  # has its temporary name; guarded by the store's lock
-        self._fd = os.open(  # owned; -1 when closed
-            self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-        )
-        # Tells prepare(), in whatever process, that the file is no leftover.
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            name = f"tmp-pipeline-{index:016x}-{secrets.token_hex(8)}"
+            self._temporary = store.directory / name
+            self._fd = os.open(  # owned; -1 when closed
+                self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+            )
+            # Tells prepare(), in whatever process, that the file is no leftover; unless that came
+            # first, has the lock, and removes the file.
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if os.path.lexists(self._temporary):
+                break
+            os.close(self._fd)
 
     def write(self, data: memoryview) -> None:
         """Add bytes. ``OSError`` when the disk is full or a limit is reached."""

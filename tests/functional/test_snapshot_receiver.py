@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import select
@@ -801,10 +802,34 @@ def test_leftovers_of_a_crash_are_removed_and_nothing_else(make_node: MakeNode) 
         eventually(lambda: len(node.files()) == 6, "one is arriving")
         again = make_node()  # another listener over the same directory
         assert ours not in again.files()
-        assert kept < set(again.files())
+        # A file that had no lock yet was removed, and another takes its place.
+        eventually(lambda: kept < set(again.files()), "one is arriving still")
         sock.sendall(DATABASE[-1:])
         assert read_reply(sock).status == 204
     assert set(node.files()) == kept | {f"{7:016x}.snap.db"}
+
+
+def test_a_file_that_was_taken_for_a_leftover_is_made_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another listener over the directory starts between the file's making and its lock."""
+    flock = fcntl.flock
+    removed: list[Path] = []
+
+    def take_away(fd: int, how: int) -> None:
+        if not removed:
+            (file,) = node.directory.iterdir()
+            file.unlink()
+            removed.append(file)
+        flock(fd, how)
+
+    monkeypatch.setattr("pipeline.snapshot.store.fcntl.flock", take_away)
+    with dial(node.url) as sock:
+        sock.sendall(post_snapshot(framed(snapshot(7), DATABASE)))
+        assert read_reply(sock).status == 204
+    assert len(removed) == 1
+    assert (node.directory / f"{7:016x}.snap.db").read_bytes() == DATABASE
+    assert len(node.files()) == 1
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_of_listen(tmp_path: Path) -> None:
