@@ -602,9 +602,8 @@ class Pipeline(PeerPipeline):
         require_callable("on_critical_error", on_critical_error)
         require_real_threads()
         require_id("peer_id", peer_id)
-        if config is not None:
-            require_instance("config", config, PipelineConfig)
         for name, given, kind in (
+            ("config", config, PipelineConfig),
             ("credentials", credentials, Credentials),
             ("picker", picker, URLPicker),
             ("status", status, PeerStatus),

@@ -10,6 +10,7 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from pipeline import MessageType, Transport, TransportConfig
 from pipeline.net._sockets import OwnSocket, open_socket
 from pipeline.net.pool import end_tls
+from pipeline.send.probing import TICKETS_S
 from pipeline.tls import Credentials
 from pipeline.tls.tunnel import Tunnel
 from tests.support import LONG_TIMEOUT
@@ -53,12 +55,16 @@ class Server:
         except OSError as error:
             self.outcome = error
 
+    def wait(self) -> None:
+        """Wait until the connection has ended."""
+        self._thread.join()
+
     def __enter__(self) -> Server:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join()
+        self.wait()
         self._listener.close()
 
 
@@ -239,3 +245,37 @@ def test_a_message_that_was_not_given_to_be_written_does_not_go_with_the_last_wo
         tunnel.seal(b"a message")
         end_tls(sock, tunnel, is_cut=False)
     assert isinstance(server.outcome, ConnectionResetError)
+
+
+@pytest.mark.parametrize("end", ["stop", "remove_peer"])
+def test_a_probed_server_that_has_just_shaken_hands_has_time_for_its_tickets(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """It writes none here, and so the connection stays for as long as it might."""
+    monkeypatch.setattr("pipeline.send.probing.STEP_TIMEOUT_S", LONG_TIMEOUT)
+    context = authority.server()
+    context.num_tickets = 0
+    is_asked = threading.Event()
+
+    def serve(sock: socket.socket) -> float:
+        with context.wrap_socket(sock, server_side=True, suppress_ragged_eofs=False) as tls:
+            assert tls.recv(65536).startswith(b"GET ")
+            is_asked.set()
+            assert read_on(tls) == b""
+            return time.monotonic()
+
+    config = TransportConfig(probe_interval_s=0.1)
+    with (
+        Server(serve) as server,
+        Transport(MEMBER, CLUSTER, FakeRaft(), tls=authority.info(), config=config) as node,
+    ):
+        node.add_peer(PEER, [f"https://127.0.0.1:{server.port}"])
+        assert is_asked.wait(LONG_TIMEOUT)
+        began = time.monotonic()
+        if end == "stop":
+            node.stop()
+        else:
+            node.remove_peer(PEER)
+            server.wait()
+    assert isinstance(server.outcome, float), server.outcome
+    assert server.outcome - began >= TICKETS_S
