@@ -162,8 +162,10 @@ tsan: build $(VENV)/.builders
 		tests/stress tests/functional/test_pipeline.py tests/functional/test_receiver.py
 
 # libFuzzer under the same sanitizers, FUZZ_SECONDS on each target (tests/fuzz/README.md). Needs
-# clang, and says so where there is none. make -j2 fuzz runs two at a time.
+# clang, and says so where there is none. make -j2 fuzz runs two at a time. A seed of 0 is another
+# one each time.
 FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 0
 FUZZ_TARGETS := message answer request receiver
 FUZZ_SOURCES := $(wildcard pipeline/*.py pipeline/*/*.py tests/fuzz/*.py tests/fuzz/*.pyx)
 
@@ -175,7 +177,7 @@ build/fuzz/.built: $(VENV)/.built $(VENV)/.builders $(SOURCES) $(FUZZ_SOURCES)
 fuzz: $(FUZZ_TARGETS:%=fuzz-%)
 
 $(FUZZ_TARGETS:%=fuzz-%): fuzz-%: build/fuzz/.built
-	$(BIN)/python tests/fuzz/fuzz.py run $* $(FUZZ_SECONDS)
+	$(BIN)/python tests/fuzz/fuzz.py run $* $(FUZZ_SECONDS) $(FUZZ_SEED)
 
 # Makes the corpus that is checked in anew, of itself and what make fuzz has found.
 fuzz-merge: build/fuzz/.built

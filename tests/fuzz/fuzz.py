@@ -1,7 +1,7 @@
 """Build what libFuzzer needs, run it on one target, merge what it has found (README.md).
 
-``python tests/fuzz/fuzz.py build``, ``... run TARGET SECONDS``, ``... merge TARGET``; make fuzz and
-make fuzz-merge call these. Where clang is missing, that is said and nothing else happens.
+``python tests/fuzz/fuzz.py build``, ``... run TARGET SECONDS SEED``, ``... merge TARGET``; make fuzz
+and make fuzz-merge call these. Where clang is missing, that is said and nothing else happens.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def inputs(target: str) -> list[str]:
     return [str(folder) for folder in folders if folder.is_dir()]
 
 
-def run(target: str, seconds: int) -> int:
+def run(target: str, seconds: int, seed: int) -> int:
+    """Look for faults of a target, with inputs that follow from the seed; 0 makes one up."""
     found = BUILD / "corpus" / target
     found.mkdir(parents=True, exist_ok=True)
     print(f"fuzz: {target}, {seconds} s", flush=True)
@@ -107,6 +108,7 @@ def run(target: str, seconds: int) -> int:
     status = libfuzzer(
         target,
         f"-max_total_time={seconds}",
+        f"-seed={seed}",
         f"-max_len={MAX_LENGTHS[target]}",
         f"-artifact_prefix={BUILD}/{target}-",
         *([f"-dict={dictionary}"] if dictionary.exists() else []),
@@ -159,8 +161,8 @@ def main() -> int:
         case ["build"]:
             build()
             return 0
-        case ["run", target, seconds]:
-            return run(target, int(seconds))
+        case ["run", target, seconds, seed]:
+            return run(target, int(seconds), int(seed))
         case ["merge", target]:
             return merge(target)
     print(__doc__, file=sys.stderr)

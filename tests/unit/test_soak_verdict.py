@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.memory import IS_SANITIZED
 from tests.soak.verdict import KIB, MIB, MIN_SAMPLES, Sample, growths
 
 STEADY = Sample(resident=100 * MIB, allocated=12 * MIB, blocks=220_000, threads=60, descriptors=70)
@@ -68,9 +69,10 @@ def test_a_sample_sees_what_the_process_holds() -> None:
         thread.start()
     descriptors = [os.dup(0) for _ in range(5)]
     held = [bytearray(b"x" * (3 * MIB)), [object() for _ in range(20_000)]]
-    # What malloc gives out may have been resident before; fresh pages were not.
-    pages = mmap.mmap(-1, 3 * MIB)
-    pages.write(b"x" * (3 * MIB))
+    # What malloc gives out may have been resident before; fresh pages were not. They are more than
+    # the collection in between can give back.
+    pages = mmap.mmap(-1, 64 * MIB)
+    pages.write(b"x" * (64 * MIB))
     try:
         after = Sample.take()
     finally:
@@ -81,8 +83,9 @@ def test_a_sample_sees_what_the_process_holds() -> None:
             os.close(descriptor)
     assert after.threads == before.threads + 3
     assert after.descriptors == before.descriptors + 5
-    assert after.resident > before.resident + 2 * MIB
-    # Beside a sanitizer, which has an allocator of its own, both are 0.
+    # A sanitizer gives freed memory back whenever it likes, and has an allocator of its own: the
+    # other two are 0 beside it.
+    assert IS_SANITIZED or after.resident > before.resident + 32 * MIB
     assert before.blocks == 0 or after.blocks > before.blocks + 15_000
     assert before.allocated == 0 or after.allocated > before.allocated + 2 * MIB
     del held
