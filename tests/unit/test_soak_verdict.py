@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.memory import IS_SANITIZED
 from tests.soak.verdict import KIB, MIB, MIN_SAMPLES, Sample, growths
+from tests.support.memory import IS_SANITIZED
 
 STEADY = Sample(resident=100 * MIB, allocated=12 * MIB, blocks=220_000, threads=60, descriptors=70)
 
