@@ -1,7 +1,7 @@
 """Build what libFuzzer needs, run it on one target, merge what it has found (README.md).
 
-``python tests/fuzz/fuzz.py build``, ``... run TARGET SECONDS SEED``, ``... merge TARGET``; make fuzz
-and make fuzz-merge call these. Where clang is missing, that is said and nothing else happens.
+``python tests/fuzz/fuzz.py build``, ``... run TARGET SECONDS SEED``, ``... merge TARGET``; make
+fuzz and make fuzz-merge call these. Where clang is missing, that is said and nothing else happens.
 """
 
 from __future__ import annotations
