@@ -33,11 +33,11 @@ from pipeline.send._jobs cimport (
 from pipeline.send._loop cimport loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop
 from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
-    ERROR_STOPPED, EVENT_ANSWER, EVENT_CHORES, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED,
-    EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
+    ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED,
+    EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_TASKS, EVENT_UNSEAL, GIVEN_NOT,
     GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, SEAL_CONNECTED, SEAL_NONE,
     SEAL_READING, SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING,
-    WORKER_RETIRED, WORKER_WRITING, event_t, limits_t, loop_queue_chores, loop_t, pipe_begin_stop,
+    WORKER_RETIRED, WORKER_WRITING, event_t, limits_t, loop_queue_tasks, loop_t, pipe_begin_stop,
     pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_t,
 )
 from pipeline.send._worker cimport (
@@ -311,8 +311,8 @@ cdef class IOLoop:
             pthread_mutex_unlock(&loop.event_lock)
         if event is NULL:
             return None
-        if taken.kind == EVENT_CHORES:
-            store_int(&loop.chores_queued, 0)
+        if taken.kind == EVENT_TASKS:
+            store_int(&loop.tasks_queued, 0)
             self.drop_finished()
             return (None, None, 0)
         return ((<Sender>taken.worker.pipe.owner).workers[taken.worker.index], EVENTS[taken.kind],
@@ -325,7 +325,7 @@ cdef class IOLoop:
     def queue_tasks(self):
         """Have ``next_event`` return for Python's own tasks in some dispatcher thread, soon."""
         with nogil:
-            loop_queue_chores(&self.loop)
+            loop_queue_tasks(&self.loop)
 
     def has_waiter(self):
         """Tell whether a dispatcher thread is waiting for an event."""

@@ -10,7 +10,7 @@ from libc.string cimport memset
 from pipeline.send._channel cimport channel_take, job_t
 from pipeline.send._pipe cimport (
     ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, LOOP_EVENTS, SEND_BUFFER_NEAR, WORKER_IDLE,
-    WORKER_PYTHON, WORKER_WRITING, loop_add_runnable, loop_queue_chores, loop_t, loop_wake,
+    WORKER_PYTHON, WORKER_WRITING, loop_add_runnable, loop_queue_tasks, loop_t, loop_wake,
     pipe_check_age, pipe_expire, pipe_t, worker_t,
 )
 from pipeline.net._poll cimport poll_is_due, poll_timeout_ms, poll_wait
@@ -187,7 +187,7 @@ cdef inline void* loop_main(void* argument) noexcept nogil:
         if loop.release_due_ns and loop.poll.now_ns >= loop.release_due_ns:
             loop.release_due_ns = 0
             if load_i64(&loop.finished_jobs) > 0:       # a send may have been quicker
-                loop_queue_chores(loop)
+                loop_queue_tasks(loop)
         if load_int(&loop.is_stopping) and loop.attached is NULL \
                 and list_is_empty(&loop.detached) \
                 and list_is_empty(&loop.returned):

@@ -80,7 +80,7 @@ cdef enum:
     EVENT_HANDSHAKE         # connected; TLS is to begin
     EVENT_SEAL              # the job, or more of it, is to be encrypted
     EVENT_UNSEAL            # ciphertext has been read; without a job from an idle connection
-    EVENT_CHORES            # no worker; borrowed payloads to release, Python's own tasks to run
+    EVENT_TASKS             # no worker; there are tasks for Python, releasing payloads among them
 
 # Causes of failure that have no errno.
 cdef enum:
@@ -107,7 +107,7 @@ cdef enum:
 
 cdef struct event_t:
     event_t* next
-    worker_t* worker        # NULL for EVENT_CHORES
+    worker_t* worker        # NULL for EVENT_TASKS
     int kind
     int error
 
@@ -190,7 +190,7 @@ cdef struct loop_t:
     job_t* finished         # atomic: jobs whose owners Python must drop
     int64_t finished_jobs   # atomic
     int64_t finished_bytes  # atomic
-    int chores_queued       # atomic: the event is in the queue
+    int tasks_queued        # atomic: the event is in the queue
     int has_expired         # atomic: some pipe has expired jobs
     queue_budget_t budget   # of all pipes' channels
     bint has_near_buffer    # the kernel grants SEND_BUFFER_NEAR; never changes
@@ -202,7 +202,7 @@ cdef struct loop_t:
     int event_waiters       # dispatcher threads that wait for an event
     bint events_closed      # the dispatcher is to end
 
-    event_t chores_event
+    event_t tasks_event
     pipe_t* attached        # the loop's own from here on
     worker_t* runnable
     worker_t* runnable_tail
@@ -296,7 +296,7 @@ cdef inline void pipe_expire(pipe_t* pipe, int64_t now_ns) noexcept nogil:
     """Leave jobs that waited too long to Python, which fails them. The caller holds the lock."""
     if channel_expire(&pipe.channel, now_ns):
         store_int(&pipe.loop.has_expired, 1)
-        loop_queue_chores(pipe.loop)
+        loop_queue_tasks(pipe.loop)
 
 
 cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
@@ -381,11 +381,11 @@ cdef inline void loop_job_done(loop_t* loop, job_t* job) noexcept nogil:
     if load_i64(&loop.finished_jobs) >= RELEASE_JOBS \
             or load_i64(&loop.finished_bytes) >= RELEASE_BYTES:
         loop.release_due_ns = 0
-        loop_queue_chores(loop)
+        loop_queue_tasks(loop)
 
 
-cdef inline void loop_queue_chores(loop_t* loop) noexcept nogil:
-    """Have a dispatcher thread see to the chores, if none is about to."""
-    if not swap_int(&loop.chores_queued, 1):
-        loop.chores_event.kind = EVENT_CHORES
-        loop_queue_event(loop, &loop.chores_event)
+cdef inline void loop_queue_tasks(loop_t* loop) noexcept nogil:
+    """Have a dispatcher thread do what tasks there are, if none is about to."""
+    if not swap_int(&loop.tasks_queued, 1):
+        loop.tasks_event.kind = EVENT_TASKS
+        loop_queue_event(loop, &loop.tasks_event)
