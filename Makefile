@@ -35,8 +35,9 @@ $(VENV)/.linters: $(VENV)/.created pyproject.toml
 
 build: $(VENV)/.built
 
+# make demo TLS=1: over mutual TLS.
 demo: build
-	$(BIN)/raft-pipeline demo
+	$(BIN)/raft-pipeline demo $(if $(TLS),--tls)
 
 three-nodes: build
 	$(BIN)/python -m pipeline.examples.three_nodes

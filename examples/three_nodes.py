@@ -11,17 +11,15 @@ certificates; the extra ``demo`` brings both.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline import ReceiverConfig, TLSInfo, Transport, TransportConfig
+from pipeline.examples.certificates import Certificates, CertificatesError
 from pipeline.examples.etcd import (
     EtcdError,
     EtcdMember,
@@ -34,10 +32,7 @@ from pipeline.examples.etcd import (
 )
 from pipeline.examples.follower import Follower, Role, State
 
-if TYPE_CHECKING:
-    from trustme import CA
-
-__all__ = ["Certificates", "Node", "StoryError", "main"]
+__all__ = ["Node", "StoryError", "main"]
 
 WRITES = 20
 #: etcd takes a snapshot of itself after as many entries (``--snapshot-count``; 100,000 by default).
@@ -50,36 +45,6 @@ Put = tuple[bytes, bytes]
 
 class StoryError(Exception):
     """The story did not go on as told."""
-
-
-class Certificates:
-    """The files of TLS: one authority, and a certificate for each node.
-
-    Parameters
-    ----------
-    authority : trustme.CA
-    directory : Path
-        Existing; gets the files.
-    """
-
-    def __init__(self, authority: CA, directory: Path) -> None:
-        self.authority = authority
-        self.directory = directory
-        self.ca_file = directory / "ca.pem"
-        authority.cert_pem.write_to_path(os.fspath(self.ca_file))
-
-    def issue(self, name: str, *, days: int) -> TLSInfo:
-        """Write a node's key and certificate, in place of those it has.
-
-        Both are in one file, which a rename replaces: nobody ever reads one without the other.
-        """
-        issued = self.authority.issue_cert(
-            "127.0.0.1", not_after=datetime.now(UTC) + timedelta(days=days)
-        )
-        path, new = self.directory / f"{name}.pem", self.directory / f"{name}.new"
-        issued.private_key_and_cert_chain_pem.write_to_path(os.fspath(new))
-        new.replace(path)
-        return TLSInfo(cert_file=path, key_file=path, trusted_ca_file=self.ca_file)
 
 
 class Node:
@@ -366,9 +331,9 @@ def tell_verdict(written: set[Put], held: Mapping[str, set[Put]]) -> bool:
     return all(puts == written for puts in held.values())
 
 
-def run(binary: Path, authority: CA, directory: Path) -> bool:
+def run(binary: Path, directory: Path) -> bool:
     """Make the cluster and tell its story; whether all nodes hold the same writes at its end."""
-    certificates = Certificates(authority, directory)
+    certificates = Certificates(directory)
     urls = [f"https://127.0.0.1:{free_port()}" for _ in range(2)]
     etcd = EtcdMember(
         binary,
@@ -420,15 +385,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--etcd", type=Path, metavar="PATH", help="the etcd binary")
     asked = parser.parse_args(arguments)
     try:
-        import trustme
-    except ModuleNotFoundError:
-        print("no trustme: pip install 'raft-pipeline[demo]' brings it", file=sys.stderr)
-        return 1
-    try:
         binary = asked.etcd or find_etcd()
         with tempfile.TemporaryDirectory(prefix="raft-pipeline-three-") as directory:
-            return 0 if run(binary, trustme.CA(), Path(directory)) else 1
-    except (EtcdError, StoryError) as error:
+            return 0 if run(binary, Path(directory)) else 1
+    except (CertificatesError, EtcdError, StoryError) as error:
         print(error, file=sys.stderr)
         return 1
 

