@@ -30,7 +30,8 @@ from pipeline import (
     TransportConfig,
     UsageError,
 )
-from pipeline.aio import Transport, _Call
+from pipeline.aio import Transport
+from pipeline.aio.deliveries import Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat
@@ -289,7 +290,7 @@ def test_a_stuck_loop_makes_callers_wait_and_holds_no_more_calls_than_threads(
     config = TransportConfig(receiver=ReceiverConfig(handlers=2))
 
     def calls() -> int:
-        return len([thing for thing in gc.get_objects() if type(thing) is _Call])
+        return len([thing for thing in gc.get_objects() if type(thing) is Call])
 
     async def main() -> None:
         node = Node()

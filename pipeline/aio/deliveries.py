@@ -1,0 +1,212 @@
+"""Calls that the library's threads have made on the event loop, and wait for."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import inspect
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from pipeline.callbacks import Callbacks, require_no_awaitable
+from pipeline.errors import UsageError
+from pipeline.logs import get_logger
+from pipeline.wire.protocol import format_id
+
+__all__ = ["Call", "Deliveries", "Refused"]
+
+logger = get_logger(__name__)
+
+#: How often a waiting thread looks whether the loop still runs: a loop that ends tells nobody.
+LOOP_CHECK_S = 0.5
+
+#: What ``stop`` gives cancelled callbacks to end. They need one turn of the loop, unless they
+#: suppress the cancellation or clean up.
+CANCEL_TIMEOUT_S = 0.1
+
+
+class Refused(Exception):
+    """The call was not made, or not waited for: the loop ended, or the transport stopped."""
+
+
+class Call:
+    """One callback to be made on the loop, and the thread that waits for its outcome."""
+
+    __slots__ = ("callbacks", "function", "is_given_up", "is_report", "outcome")
+
+    def __init__(
+        self,
+        function: Callable[[], Awaitable[object] | object],
+        callbacks: Callbacks,
+        *,
+        is_report: bool,
+    ) -> None:
+        self.function = function
+        self.callbacks = callbacks
+        #: It is a report, whose outcome nobody needs.
+        self.is_report = is_report
+        #: Set when nobody waits for it and it was not begun: it is not made any more.
+        self.is_given_up = False
+        # Completed on the loop only.
+        self.outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
+
+    def refuse(self) -> None:
+        self.is_given_up = True
+        if not self.outcome.done():
+            self.outcome.set_exception(Refused())
+
+    def succeed(self, result: object) -> None:
+        if not self.outcome.done():
+            self.outcome.set_result(result)
+
+    def fail(self, error: BaseException) -> None:
+        if not self.outcome.done():
+            self.outcome.set_exception(error)
+        else:  # let go before it ended
+            self.callbacks.failed("a callback that is not waited for any more", "nobody", error)
+
+
+class Deliveries:
+    """Calls by member: a queue each, emptied by a task each. Used on the loop, but for ``call``."""
+
+    def __init__(self) -> None:
+        #: Counts what is raised when no thread waits any more; the transport's, once there is one.
+        self.callbacks = Callbacks(logger)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread_id = 0
+        self._is_closed = False
+        self._queues: dict[int, deque[Call]] = {}  # the call being made stays at the left end
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._stopping: set[asyncio.Task[None]] = set()  # those whose callback called stop
+
+    def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread_id = threading.get_ident()
+
+    def call(
+        self,
+        member_id: int,
+        function: Callable[[], Awaitable[object] | object],
+        *,
+        is_report: bool = False,
+    ) -> object:
+        """Have ``function`` called on the loop; its result or what it raises. Blocks.
+
+        Raises ``Refused`` when it will not be called, and ``UsageError`` on the loop's thread,
+        which would wait for itself.
+        """
+        loop = self._loop
+        if loop is None or self._is_closed:
+            raise Refused
+        if threading.get_ident() == self._thread_id:
+            raise UsageError("called on the event loop: it would wait for itself")
+        call = Call(function, self.callbacks, is_report=is_report)
+        try:
+            loop.call_soon_threadsafe(self._take, member_id, call)
+        except RuntimeError:  # closed
+            raise Refused from None
+        while not call.outcome.done():
+            concurrent.futures.wait((call.outcome,), LOOP_CHECK_S)
+            if not loop.is_running() and not call.outcome.done():
+                call.is_given_up = True
+                raise Refused
+        try:
+            return call.outcome.result()
+        finally:
+            del call  # its outcome's traceback has this frame: no cycle for what is raised
+
+    def let_go(self, *, is_stop: bool) -> None:
+        """Have no thread wait for the callback that the current task runs, if it runs one.
+
+        Called before something that waits for the library's threads: those that wait for this
+        callback, or for their turn after it, could not end first. Only a stop also waits for
+        those in ``process``; it has no use for those that wait for their turn.
+        """
+        for member_id, task in self._tasks.items():
+            if task is asyncio.current_task():
+                for call in self._queues[member_id]:
+                    if call.is_report:
+                        call.succeed(None)
+                    elif is_stop:
+                        call.refuse()
+                if is_stop:
+                    self._stopping.add(task)
+
+    async def close(self) -> None:
+        """Refuse what waits and what comes, cancel the callbacks that run but those that stop."""
+        self._is_closed = True
+        for queue in self._queues.values():
+            for call in queue:
+                call.refuse()
+        tasks = [task for task in self._tasks.values() if task not in self._stopping]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT_S)
+
+    def _take(self, member_id: int, call: Call) -> None:
+        if self._is_closed:
+            call.refuse()
+            return
+        queue = self._queues.setdefault(member_id, deque())
+        queue.append(call)
+        if len(queue) == 1:
+            name = f"pipeline-member-{format_id(member_id)}"
+            calls = self._make_calls(member_id, queue)
+            try:
+                task = asyncio.get_running_loop().create_task(calls, name=name)
+            except BaseException as error:  # the application's task factory, or what it has run
+                calls.close()
+                self._tasks.pop(member_id, None)
+                for waiting in self._queues.pop(member_id, ()):
+                    waiting.fail(error)
+                if not isinstance(error, Exception):
+                    raise  # ends the program, as anywhere on the loop
+                return
+            if not task.done():
+                self._tasks[member_id] = task
+            task.add_done_callback(partial(self._clear, member_id))
+
+    async def _make_calls(self, member_id: int, queue: deque[Call]) -> None:
+        # A task factory that is eager runs this before create_task has returned.
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks[member_id] = task
+        while queue:
+            # Not by a name of its own: what it raises may hold this frame.
+            if not queue[0].is_given_up and not self._is_closed:
+                await self._make_call(queue[0])
+            queue.popleft()
+        # In the same turn that found the queue empty: what is taken next makes a task anew.
+        del self._queues[member_id], self._tasks[member_id]
+
+    def _clear(self, member_id: int, task: asyncio.Task[None]) -> None:
+        """Refuse what a task left that was cancelled, perhaps before it began, or that broke."""
+        if self._tasks.get(member_id) is task:
+            for call in self._queues[member_id]:
+                call.refuse()
+            del self._queues[member_id], self._tasks[member_id]
+
+    async def _make_call(self, call: Call) -> None:
+        try:
+            result = call.function()
+            if inspect.isawaitable(result):
+                result = await result
+            require_no_awaitable("a callback", result)  # one that was wrapped in another
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            assert task is not None
+            if task.cancelling():
+                raise
+            call.fail(error)  # of something it awaited: a failure like another
+        except (KeyboardInterrupt, SystemExit) as error:
+            call.fail(error)
+            raise  # ends the program, as anywhere on the loop
+        except BaseException as error:
+            call.fail(error)
+        else:
+            call.succeed(result)
+        finally:
+            del call  # or its outcome and this frame would hold one another

@@ -1,0 +1,88 @@
+"""The node: as the loop calls it, and as the library's threads do."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from pipeline.aio.deliveries import Deliveries, Refused
+from pipeline.errors import MemberRemovedError, RequestRejected
+from pipeline.logs import get_logger
+from pipeline.types import SnapshotStatus
+from pipeline.wire._messages import Message
+from pipeline.wire.protocol import format_id
+
+__all__ = ["Bridge", "Raft"]
+
+logger = get_logger(__name__)
+
+
+class Raft(Protocol):
+    """What the node implements: ``pipeline.Raft``, each method plain or ``async``.
+
+    Called on the event loop: one call at a time for one member, in the order in which they came;
+    calls for different members run concurrently where they await. A plain method must not block.
+    One that waits holds up its member's further calls and a thread of the library, so ``process``
+    should not wait for what the same member's next message brings.
+    """
+
+    def process(self, message: Message) -> Awaitable[None] | None:
+        """Take a message from a peer, which is answered 204 when this has returned.
+
+        ``RequestRejected`` chooses the answer; anything else raised is answered 500. The calls
+        are ordered by ``message.from_``.
+        """
+
+    def is_id_removed(self, member_id: int) -> Awaitable[bool] | bool:
+        """Tell whether the member was removed from the cluster for good."""
+
+    def report_unreachable(self, member_id: int) -> Awaitable[None] | None:
+        """Learn that a message to the member was not delivered."""
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> Awaitable[None] | None:
+        """Learn how a MsgSnap to the member ended."""
+
+
+class Bridge:
+    """The node as the library's threads know it: ``pipeline.Raft``."""
+
+    def __init__(
+        self,
+        raft: Raft,
+        on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None,
+    ) -> None:
+        self.deliveries = Deliveries()
+        self._raft = raft
+        self._on_critical_error = on_critical_error
+
+    def process(self, message: Message) -> None:
+        try:
+            self.deliveries.call(message.from_, lambda: self._raft.process(message))
+        except Refused:
+            # What a listener answers that closes; the message may have been processed.
+            raise RequestRejected(503, b"shutting down\n") from None
+
+    def is_id_removed(self, member_id: int) -> bool:
+        try:
+            return bool(
+                self.deliveries.call(member_id, lambda: self._raft.is_id_removed(member_id))
+            )
+        except Refused:
+            return False
+
+    def report_unreachable(self, member_id: int) -> None:
+        self._report(member_id, lambda: self._raft.report_unreachable(member_id))
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
+        self._report(member_id, lambda: self._raft.report_snapshot(member_id, status))
+
+    def critical_error(self, error: MemberRemovedError) -> None:
+        callback = self._on_critical_error
+        assert callback is not None
+        self._report(error.peer_id, lambda: callback(error))
+
+    def _report(self, member_id: int, function: Callable[[], Awaitable[None] | None]) -> None:
+        try:
+            self.deliveries.call(member_id, function, is_report=True)
+        except Refused:
+            logger.debug("nobody is told of peer %s: the loop has ended", format_id(member_id))
