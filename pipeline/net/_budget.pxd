@@ -7,14 +7,15 @@ behind what is large; the receiving loop does not count them at all, for it has 
 connections.
 
 Counting takes no lock. A loop that has something to do when memory becomes scarce, or is to be had
-again, is told so through its eventfd.
+again, is told so and woken.
 """
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 
+from pipeline.net._loop cimport loop_t, loop_wake
 from pipeline.net._sync cimport (
     add_i64, add_int, load_i64, load_int, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
-    store_int, write,
+    store_int,
 )
 
 cdef enum:
@@ -24,7 +25,7 @@ cdef enum:
 # A receiving loop. Its own, from budget_join to budget_leave.
 cdef struct budget_loop_t:
     budget_loop_t* next
-    int wakefd              # borrowed
+    loop_t* loop            # borrowed
     int has_news            # atomic: there may be memory, or need of it
     bint is_waiting         # the loop's own: for memory
 
@@ -48,13 +49,12 @@ cdef struct share_t:
 
 cdef inline void budget_tell(budget_t* budget) noexcept nogil:
     """Have every loop look at its spare memory, and at what waits for memory."""
-    cdef uint64_t one = 1
     cdef budget_loop_t* loop
     pthread_mutex_lock(&budget.lock)
     loop = budget.loops
     while loop is not NULL:
         store_int(&loop.has_news, True)
-        write(loop.wakefd, &one, sizeof(one))
+        loop_wake(loop.loop)
         loop = loop.next
     pthread_mutex_unlock(&budget.lock)
 

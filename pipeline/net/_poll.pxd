@@ -1,33 +1,4 @@
-"""What a loop waits with: an epoll instance, an eventfd that wakes it, the time, the next deadline.
-
-There are two loops, the one that sends (``_loop.pxd``) and the one that receives (``_server.pxd``).
-Before a loop sleeps it says so, and then looks at its lists once more; whoever pushes onto one of
-them does so first and then looks whether the loop sleeps. So either the loop sees the push or the
-pusher sees the sleep, and a push to a loop that is awake costs one load.
-
-What they rely on in epoll:
-
-- A connection is registered once, for reading, writing and the peer's end, edge-triggered: an event
-  says that something has changed, not that something is there. Nothing is said again. So whoever
-  stops before EAGAIN, for others are to have a turn, puts itself on the list of the runnable.
-- To register a socket reports what is there already. A worker that comes back from Python misses
-  nothing that arrived meanwhile.
-- Listening sockets are level-triggered: a caller who is not accepted in this turn is told of again,
-  and accepting is paused by taking the socket out.
-- The eventfd is edge-triggered and never read. Each write is an edge, whatever the sum; the sum of
-  ones does not overflow. To read it would be a system call per wake-up, for nothing.
-- The set holds open files, not descriptors. A socket stays in it until its last copy is closed, and
-  a forked child has copies. So a socket leaves the set by EPOLL_CTL_DEL before it is closed or is
-  Python's; otherwise events would come for memory that is gone.
-- The peer's end is told once, maybe long before what was sent ahead of it is read. It is noted
-  (``is_ended``, ``has_ended``), or ``recv`` comes upon it.
-- EPOLL_CTL_DEL takes back no event that ``epoll_wait`` has returned already. A turn may close a
-  connection that a later event of the same turn points to. So a conn is *buried* and freed after
-  the turn; a worker outlives the loop's interest, and flags of an earlier socket do it no harm:
-  they only have it call ``recv``, which says EAGAIN.
-- Another thread may change the set while the loop waits (``server_detach``).
-- A wait is in milliseconds and rounded up, so no deadline is looked at before it has passed.
-"""
+"""What the sending loop waits with. What it relies on in epoll is told in ``_loop.pxd``."""
 
 from libc.stdint cimport int64_t, uint64_t
 

@@ -18,7 +18,7 @@ from pipeline.net._budget cimport budget_loop_t, budget_t
 from pipeline.net._descriptors cimport descriptors_t
 from pipeline.receive._heads cimport head_t, heads_add, heads_find, heads_t
 from pipeline.wire._http cimport http_post_t
-from pipeline.net._poll cimport poll_look_at, poll_t, poll_wake
+from pipeline.net._loop cimport io_t, loop_look_at, loop_t, loop_wake, runnable_add, runnable_t
 from pipeline.net._memory cimport (
     BODY_MAPPED_MIN, SPARES, SPARE_NEW, SPARE_NONE, body_free, body_t, spares_expire, spares_find,
     spares_keep, spares_t, spares_want,
@@ -31,7 +31,6 @@ from pipeline.receive._turns cimport LANES, host_join, member_t, turn_t, turns_l
 from pipeline.wire._raftpb cimport wire_decoded_t
 
 cdef enum:
-    SERVER_EVENTS = 256
     # Read at once; a request that fits is decoded from a copy of its own size.
     SERVER_SCRATCH = 64 * 1024
     # Bytes of a large body read per connection and turn; see LOOP_STEP_BYTES.
@@ -115,22 +114,19 @@ cdef struct request_t:
     wire_decoded_t decoded  # points into body.data
 
 cdef struct conn_t:
-    turn_t turn             # of its request; first, so that it is the connection as well
+    io_t io                 # first; its descriptor is owned, -1 when closed
+    turn_t turn             # of its request
     member_t* member        # whose turns it takes; changed under the lock by who has it
     server_t* server
     conn_t* previous        # of all connections, the one idle longest first
     conn_t* next
-    conn_t* next_returned
-    conn_t* next_runnable
     uint64_t id             # never used twice
-    int fd                  # owned; -1 when closed
     int state
     bint is_odd             # h11 reads it
     bint is_sealed          # bytes are for Python only, of one request after the other
     bint is_new             # has not been answered yet
     bint is_member          # Python let its last request past, or it has shown a certificate
     bint is_shaking         # while Python has it: with bytes of a TLS handshake
-    bint is_runnable
     int has_event           # there may be something to read that epoll will not speak of again
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
@@ -154,10 +150,11 @@ cdef struct conn_t:
     bint is_answered        # the handler thread has written the 204 itself
     sockaddr_storage address
 
-# Connections that the loop looks at again in its next turn.
-cdef struct runnable_t:
-    conn_t* head
-    conn_t* tail
+# A listening socket.
+cdef struct listening_t:
+    io_t io                 # first; its descriptor is owned
+    server_t* server
+    bint is_sealed          # https: so are the connections it accepts
 
 cdef struct server_limits_t:
     size_t max_head_bytes
@@ -208,16 +205,14 @@ cdef struct server_t:
     descriptors_t* descriptors  # the process's: what a forked child closes
     budget_t* budget        # borrowed: the node's
     budget_loop_t in_budget
-    poll_t poll             # deadlines and the time are the leader's
+    loop_t loop             # run by the leader
     int timerfd             # wakes the stand-in
-    int* listening          # owned array of owned descriptors
+    listening_t* listening  # owned array
     int n_listening
-    int n_plain             # the first of them; the others' connections are sealed
     pthread_t thread
     int is_stopping         # atomic: stop accepting, close what has no handler
     int is_retiring         # atomic: idle sealed connections are to end
     int busy                # atomic: handler threads at work
-    conn_t* returned        # atomic list
     server_limits_t limits
     server_counts_t counts
 
@@ -240,15 +235,14 @@ cdef struct server_t:
     int64_t turn_began_ns   # when the odd thread took it
     int64_t strangers_at_ns  # when strangers may have a turn again
     bint is_closed          # no request will come any more
-    bint is_ended           # the loop will not look at returned any more
+    bint is_ended           # the loop will not look at what is given back any more
     int live                # connections not freed
     heads_t heads
 
     int wants_returned      # atomic: the loop is to be woken for every connection given back
     conn_t* oldest          # the leader's own from here on; the lock hands it over
     conn_t* newest
-    runnable_t runnable
-    runnable_t bulk         # the same, with much to read
+    runnable_t bulk         # runnable when there is time: with much to read
     int64_t bulk_bytes      # read of that in this turn
     conn_t* buried          # closed in this turn, when events may still point to them
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
@@ -264,6 +258,12 @@ cdef struct server_t:
     size_t answer_503_len
     answer_204_t answer_204     # the loop's copy
     uint8_t scratch[SERVER_SCRATCH]
+
+
+cdef inline conn_t* conn_of_turn(turn_t* turn) noexcept nogil:
+    """Return the connection whose turn it is; NULL for NULL."""
+    cdef conn_t* conn = <conn_t*>turn
+    return NULL if turn is NULL else <conn_t*>(<char*>turn - (<char*>&conn.turn - <char*>conn))
 
 
 # -- a connection's states
@@ -317,7 +317,7 @@ cdef inline void conn_append(conn_t* conn) noexcept nogil:
 
 cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
     conn.deadline_ns = deadline_ns
-    poll_look_at(&conn.server.poll, deadline_ns)
+    loop_look_at(&conn.server.loop, deadline_ns)
 
 
 cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
@@ -329,27 +329,15 @@ cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
 cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
     """Let the loop look at the connection again in its next turn, or when there is time."""
     cdef server_t* server = conn.server
-    cdef runnable_t* runnable = &server.bulk if conn_is_bulk(conn) else &server.runnable
-    if conn.is_runnable:
-        return
-    conn.is_runnable = True
-    conn.next_runnable = NULL
-    if runnable.head is NULL:
-        runnable.head = conn
-    else:
-        runnable.tail.next_runnable = conn
-    runnable.tail = conn
+    runnable_add(&server.bulk if conn_is_bulk(conn) else &server.loop.runnable, &conn.io)
 
 
 # -- the loop, told from outside
 
 cdef inline void server_tell(server_t* server) noexcept nogil:
     """Have the loop look at what waits for a thread, or for memory."""
-    pthread_mutex_lock(&server.lock)
     store_int(&server.in_budget.has_news, True)
-    if not server.is_ended:     # or the descriptor may be another's
-        poll_wake(&server.poll)
-    pthread_mutex_unlock(&server.lock)
+    loop_wake(&server.loop)
 
 
 # -- memory
@@ -377,7 +365,7 @@ cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
             n_older = spares_keep(&server.spares, server.budget, body, older)
             if load_int(&server.spares.state) == SPARE_NONE:
                 store_int(&server.spares.state, SPARE_NEW)
-                poll_wake(&server.poll)
+                loop_wake(&server.loop)
         pthread_mutex_unlock(&server.lock)
     body_free(body)
     for i in range(n_older):        # not under the lock: it takes a while
@@ -403,9 +391,9 @@ cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept n
     cdef body_t older[SPARES]
     cdef int i, n_older
     pthread_mutex_lock(&server.lock)
-    n_older = spares_expire(&server.spares, server.budget, server.poll.now_ns, is_scarce, older)
+    n_older = spares_expire(&server.spares, server.budget, server.loop.now_ns, is_scarce, older)
     if server.spares.n > 0:
-        poll_look_at(&server.poll, server.spares.kept[0].until_ns)
+        loop_look_at(&server.loop, server.spares.kept[0].until_ns)
     pthread_mutex_unlock(&server.lock)
     for i in range(n_older):
         body_free(&older[i])

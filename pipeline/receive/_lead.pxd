@@ -43,7 +43,7 @@ cdef inline void server_leave(server_t* server) noexcept nogil:
     The timer is not disarmed when somebody leads again: that would be a system call per message.
     """
     store_int(&server.is_led, False)
-    server.left_ns = server.poll.now_ns
+    server.left_ns = server.loop.now_ns
     if not server.is_armed:
         server_arm(server, STAND_IN_NS)
 
@@ -135,9 +135,9 @@ cdef inline void* server_main(void* argument) noexcept nogil:
 
 cdef inline int server_start(server_t* server) noexcept nogil:
     """Start the thread; 0 or an errno."""
-    server.poll.now_ns = clock_ns()
+    server.loop.now_ns = clock_ns()
     server_resume_accept(server)
     server.is_led = True            # by the thread to be started
-    server.in_budget.wakefd = server.poll.wakefd
+    server.in_budget.loop = &server.loop
     budget_join(server.budget, &server.in_budget)
     return thread_start(&server.thread, server_main, server, b"pipeline-serve")

@@ -2,7 +2,7 @@
 
 A whole message waits in a lane of ``_turns.pxd`` for a handler thread; everything else in a queue
 of the odd thread. The thread that takes a request has its connection, and gives it back through
-``returned``; after the loop's end it frees the connection instead.
+``loop_return``; after the loop's end it frees the connection instead.
 """
 
 from libc.stdint cimport int64_t
@@ -13,15 +13,14 @@ from pipeline.net._budget cimport budget_add
 from pipeline.receive._conn cimport (
     CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
     QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD,
-    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, conn_set_state,
-    conn_t, handler_t, queue_t, request_t, server_t,
+    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, conn_of_turn,
+    conn_set_state, conn_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._memory cimport body_free
-from pipeline.net._poll cimport poll_look_at, poll_wake
+from pipeline.net._loop cimport loop_look_at, loop_remove, loop_return, loop_wake
 from pipeline.net._sync cimport (
-    EPOLL_CTL_DEL, clock_ns, epoll_ctl, invariant, list_push, load_int, pthread_cond_signal,
-    pthread_mutex_lock, pthread_mutex_unlock,
+    clock_ns, invariant, load_int, pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from pipeline.receive._turns cimport (
     LANES, LANE_LARGE, LANE_MESSAGES, LANE_PROPOSALS, turns_leave, turns_push, turns_take,
@@ -144,7 +143,7 @@ cdef inline conn_t* server_take(server_t* server, bint is_odd) noexcept nogil:
         if turns_wait(&server.turns, lane) and server_may_take(server, lane):
             server.at_work[lane] += 1
             server.next_lane = lane + 1 if lane + 1 < LANES else 0
-            return <conn_t*>turns_take(&server.turns, lane)
+            return conn_of_turn(turns_take(&server.turns, lane))
         lane = lane + 1 if lane + 1 < LANES else 0
     return NULL
 
@@ -241,8 +240,8 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
     if not is_queued or not is_any_waiting:
         server.queue_check_ns = 0
     elif is_check or server.queue_check_ns == 0:
-        server.queue_check_ns = server.poll.now_ns + QUEUE_CHECK_NS
-        poll_look_at(&server.poll, server.queue_check_ns)
+        server.queue_check_ns = server.loop.now_ns + QUEUE_CHECK_NS
+        loop_look_at(&server.loop, server.queue_check_ns)
 
 
 # -- back to the loop
@@ -250,9 +249,9 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
 cdef inline void conn_free(conn_t* conn) noexcept nogil:
     """Free a connection nobody refers to. The caller holds the lock."""
     cdef server_t* server = conn.server
-    invariant((conn.fd < 0 or server.is_ended) and not conn.is_runnable)
-    if conn.fd >= 0:
-        descriptors_shut(server.descriptors, conn.fd)
+    invariant((conn.io.fd < 0 or server.is_ended) and not conn.io.is_runnable)
+    if conn.io.fd >= 0:
+        descriptors_shut(server.descriptors, conn.io.fd)
     budget_add(server.budget, -conn.counted)
     body_free(&conn.request.body)
     free(conn.buffer)
@@ -283,11 +282,11 @@ cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
     if server.is_ended:
         conn_free(conn)
         return False
-    list_push(&server.returned, &conn.next_returned, conn)
+    loop_return(&server.loop, &conn.io)
     # An answered connection can wait until the loop wakes by itself, at the latest for its next
     # request. If that came while the connection was ours, the loop has noted so before it slept.
     if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):
-        poll_wake(&server.poll)     # under the lock: the loop cannot have ended
+        loop_wake(&server.loop)
     return True
 
 
@@ -310,8 +309,8 @@ cdef inline int server_detach(conn_t* conn) noexcept nogil:
     cdef int fd = -1
     pthread_mutex_lock(&server.lock)    # server_end shuts the sockets of handled connections
     if not server.is_ended:
-        fd = conn.fd
-        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, fd, NULL)
-        conn.fd = -1
+        fd = conn.io.fd
+        loop_remove(&server.loop, &conn.io)
+        conn.io.fd = -1
     pthread_mutex_unlock(&server.lock)
     return fd

@@ -21,13 +21,14 @@ from libc.string cimport memcpy, memset
 from pipeline.net._budget cimport BODY_SMALL, BodyShare, share_end, share_set
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._gil cimport lock_with_gil
+from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline.wire._messages cimport decode_error, message_from_decoded
 from pipeline.receive._conn cimport (
     ANSWER_204_MAX, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE, REQUEST_MALFORMED,
     REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
-    conn_save, conn_set_member, conn_t, handler_t, request_t, server_counts_t, server_learn,
-    server_limits_t, server_recycle, server_reuse_body, server_tell,
+    conn_save, conn_set_member, conn_t, handler_t, listening_t, request_t, server_counts_t,
+    server_learn, server_limits_t, server_recycle, server_reuse_body, server_tell,
 )
 from pipeline.receive._lead cimport server_start, server_wait
 from pipeline.net._memory cimport (
@@ -39,7 +40,8 @@ from pipeline.receive._queues cimport (
 )
 from pipeline.receive._requests cimport conn_answer_here
 from pipeline.receive._server cimport (
-    server_close_descriptors, server_free, server_init, server_retire_soon, server_stop,
+    server_close_descriptors, server_free, server_init, server_listen, server_retire_soon,
+    server_stop,
 )
 from pipeline.net._sockets cimport fork_count, own_descriptors
 from pipeline.net._sync cimport (
@@ -268,14 +270,12 @@ cdef class Receiver:
         """
         cdef int i, error
         cdef list sockets = [*plain, *sealed]
-        self.server.listening = <int*>calloc(len(sockets), sizeof(int))
+        self.server.listening = <listening_t*>calloc(len(sockets), sizeof(listening_t))
         if self.server.listening is NULL:
             raise MemoryError
         for i in range(len(sockets)):
             # Not the method of their class, which is Python's: Ctrl-C could come between two.
-            self.server.listening[i] = _socket.socket.detach(sockets[i])
-        self.server.n_listening = len(sockets)
-        self.server.n_plain = len(plain)
+            server_listen(&self.server, _socket.socket.detach(sockets[i]), i >= len(plain))
         error = server_start(&self.server)
         if error != 0:
             raise OSError(error, os.strerror(error))
@@ -283,9 +283,7 @@ cdef class Receiver:
 
     def retire(self):
         """End the idle https connections. Those at a request see to it themselves."""
-        with nogil:
-            # The lock's owner may be at work. Only C state is touched.
-            server_retire_soon(&self.server)
+        server_retire_soon(&self.server)
 
     def begin_close(self):
         """Free the ports, close idle connections, let requests with handlers end."""
@@ -322,7 +320,8 @@ cdef class Receiver:
         """
         self.budget.forget_after_fork()
         self.server.n_listening = 0
-        self.server.poll.epfd = self.server.poll.wakefd = self.server.timerfd = -1
+        loop_init(&self.server.loop)
+        self.server.timerfd = -1
         store_int(&self.server.is_stopping, 1)  # nothing is kept to be used again
         # is_running stays: what the parent's thread was at work on when it was copied is not
         # touched, nor freed.
@@ -397,9 +396,7 @@ cdef class Receiver:
                 is_taken = server_decode(&self.server, conn)
             if not is_taken:
                 add_int(&self.server.busy, -1)
-                with nogil:
-                    # The lock's owner may be at work. Only C state is touched.
-                    server_tell(&self.server)
+                server_tell(&self.server)
                 return True
         try:
             self.handle(conn)

@@ -23,11 +23,12 @@ from pipeline.wire._http cimport (
     HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post,
 )
 from pipeline.net._memory cimport body_free, body_grown, body_init, body_resident, body_t
+from pipeline.net._loop cimport IO_TURN, io_t, loop_remove
 from pipeline.receive._queues cimport conn_decode, conn_to_handler
 from pipeline.net._sync cimport (
-    EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP, EPOLL_CTL_DEL, MSG_DONTWAIT,
-    MSG_NOSIGNAL, MSG_TRUNC, SHUT_WR, count_add, epoll_ctl, errno, format_http_date, invariant,
-    load_int, recv, send, shutdown, store_int, time, time_t,
+    EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_NOSIGNAL,
+    MSG_TRUNC, SHUT_WR, count_add, errno, format_http_date, invariant, load_int, recv, send,
+    shutdown, store_int, time, time_t,
 )
 
 
@@ -53,17 +54,16 @@ cdef inline void conn_count_closed(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     count_add(&server.counts.connections, -1)
     if server.accept_at_ns < 0:
-        server.accept_at_ns = server.poll.now_ns
+        server.accept_at_ns = server.loop.now_ns
 
 
 cdef inline void conn_close(conn_t* conn) noexcept nogil:
     """End a connection that the loop has. An odd one goes to Python once more."""
     cdef server_t* server = conn.server
-    if conn.fd >= 0:
-        # Told to, for a forked child's copy of the descriptor would keep it in the epoll set.
-        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, conn.fd, NULL)
-        descriptors_shut(server.descriptors, conn.fd)
-        conn.fd = -1
+    if conn.io.fd >= 0:
+        loop_remove(&server.loop, &conn.io)
+        descriptors_shut(server.descriptors, conn.io.fd)
+        conn.io.fd = -1
         conn_leave_body(conn)
         conn_count_closed(conn)
     if conn.is_odd:
@@ -122,7 +122,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     cdef size_t size, have
     cdef int verdict
     if conn.head_deadline_ns == 0:      # the head's time starts with its first byte
-        conn.head_deadline_ns = server.poll.now_ns + server.limits.head_timeout_ns
+        conn.head_deadline_ns = server.loop.now_ns + server.limits.head_timeout_ns
     if conn.known is NULL \
             or not http_same_post(data, n, conn.known, &conn.known_post, &post):
         verdict = http_recognise_post(data, n, &post)
@@ -163,7 +163,7 @@ cdef inline void conn_parse(conn_t* conn, const uint8_t* data, size_t n) noexcep
     conn_unlink(conn)           # in the order of their beginnings, for conn_must_wait
     conn_append(conn)
     conn_count(conn)
-    conn_set_deadline(conn, server.poll.now_ns + server.limits.stall_timeout_ns)
+    conn_set_deadline(conn, server.loop.now_ns + server.limits.stall_timeout_ns)
     if conn_is_bulk(conn):
         conn_add_runnable(conn)
     else:
@@ -203,7 +203,7 @@ cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
     So a body may stop for a while and may be slow, but one that drips is ended.
     """
     cdef server_t* server = conn.server
-    cdef int64_t stalled_ns = server.poll.now_ns + server.limits.stall_timeout_ns
+    cdef int64_t stalled_ns = server.loop.now_ns + server.limits.stall_timeout_ns
     cdef int64_t slow_ns = conn.deadline_ns + n * server.limits.byte_ns
     if conn.deadline_ns == 0 or server.limits.byte_ns == 0 or slow_ns > stalled_ns:
         slow_ns = stalled_ns
@@ -238,7 +238,7 @@ cdef inline void conn_read_body(conn_t* conn) noexcept nogil:
         room = body.size - body.len
         if room > budget:
             room = budget
-        n = recv(conn.fd, body.data + body.len, room, MSG_DONTWAIT)
+        n = recv(conn.io.fd, body.data + body.len, room, MSG_DONTWAIT)
         if n < 0:
             if errno == EINTR:
                 continue
@@ -274,7 +274,7 @@ cdef inline void conn_skip(conn_t* conn, size_t n) noexcept nogil:
     if n > 0:
         memmove(server.scratch, server.scratch + conn.skip, n)
     conn.skip = 0
-    conn_set_deadline(conn, server.poll.now_ns + server.limits.idle_timeout_ns)
+    conn_set_deadline(conn, server.loop.now_ns + server.limits.idle_timeout_ns)
     if n > 0:
         conn_parse(conn, server.scratch, n)
 
@@ -287,7 +287,7 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
     if kept > 0:
         memcpy(server.scratch, conn.buffer, kept)
     while True:
-        n = recv(conn.fd, server.scratch + kept, SERVER_SCRATCH - kept, MSG_DONTWAIT)
+        n = recv(conn.io.fd, server.scratch + kept, SERVER_SCRATCH - kept, MSG_DONTWAIT)
         if n >= 0 or errno != EINTR:
             break
     if n < 0 and errno == EAGAIN:
@@ -301,13 +301,13 @@ cdef inline void conn_read(conn_t* conn) noexcept nogil:
             conn_close(conn)
         return
     if conn.is_sealed and conn.head_deadline_ns == 0:
-        conn.head_deadline_ns = server.poll.now_ns + server.limits.head_timeout_ns
+        conn.head_deadline_ns = server.loop.now_ns + server.limits.head_timeout_ns
     if kept + <size_t>n == SERVER_SCRATCH:
         conn_add_runnable(conn)         # there may be more, and epoll will not say so again
     if conn.state == CONN_ODD:
         if conn.then == THEN_READ_BODY:
             # The time Python takes is not the sender's. What of it was body, Python says.
-            conn.body_left_ns = max(conn.deadline_ns - server.poll.now_ns, 1)
+            conn.body_left_ns = max(conn.deadline_ns - server.loop.now_ns, 1)
         conn_hand_over(conn, server.scratch, kept + <size_t>n)
     elif conn.skip > 0:
         conn_skip(conn, <size_t>n)
@@ -329,11 +329,11 @@ cdef inline void conn_next(conn_t* conn) noexcept nogil:
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
-    conn_set_deadline(conn, server.poll.now_ns + server.limits.idle_timeout_ns)
+    conn_set_deadline(conn, server.loop.now_ns + server.limits.idle_timeout_ns)
     if conn.skip > 0:           # as long as a head may take
-        conn_set_deadline(conn, server.poll.now_ns + server.limits.head_timeout_ns)
+        conn_set_deadline(conn, server.loop.now_ns + server.limits.head_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:
-        server.accept_at_ns = server.poll.now_ns     # an idle connection can make room
+        server.accept_at_ns = server.loop.now_ns     # an idle connection can make room
     if kept > 0:
         memcpy(server.scratch, conn.buffer, kept)
         conn.buffer_len = 0
@@ -351,9 +351,9 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
     conn.is_new = False
     conn.head_deadline_ns = 0
     conn.body_left_ns = 0
-    conn_set_deadline(conn, server.poll.now_ns + server.limits.idle_timeout_ns)
+    conn_set_deadline(conn, server.loop.now_ns + server.limits.idle_timeout_ns)
     if server.accept_at_ns < 0:
-        server.accept_at_ns = server.poll.now_ns     # an idle connection can make room
+        server.accept_at_ns = server.loop.now_ns     # an idle connection can make room
     if conn.has_event:
         conn_add_runnable(conn)
 
@@ -361,10 +361,10 @@ cdef inline void conn_idle(conn_t* conn) noexcept nogil:
 cdef inline void conn_linger(conn_t* conn) noexcept nogil:
     """End our side, and wait a moment for the other to do so."""
     conn_set_state(conn, CONN_LINGERING)
-    if load_int(&conn.server.is_stopping) or shutdown(conn.fd, SHUT_WR) != 0:
+    if load_int(&conn.server.is_stopping) or shutdown(conn.io.fd, SHUT_WR) != 0:
         conn_close(conn)
         return
-    conn_set_deadline(conn, conn.server.poll.now_ns + LINGER_NS)
+    conn_set_deadline(conn, conn.server.loop.now_ns + LINGER_NS)
     conn_add_runnable(conn)
 
 
@@ -374,7 +374,7 @@ cdef inline void conn_discard(conn_t* conn) noexcept nogil:
     cdef ssize_t n
     cdef int _step
     for _step in range(SERVER_STEP_BYTES // SERVER_SCRATCH):
-        n = recv(conn.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT | MSG_TRUNC)
+        n = recv(conn.io.fd, server.scratch, SERVER_SCRATCH, MSG_DONTWAIT | MSG_TRUNC)
         if n <= 0:
             if n == 0 or (errno != EAGAIN and errno != EINTR):
                 conn_close(conn)
@@ -409,13 +409,13 @@ cdef inline void conn_written(conn_t* conn) noexcept nogil:
         conn_set_state(conn, CONN_ODD)
         if conn.then == THEN_READ_BODY:
             conn_credit_body(conn)
-            conn_set_deadline(conn, conn.server.poll.now_ns + conn.body_left_ns)
+            conn_set_deadline(conn, conn.server.loop.now_ns + conn.body_left_ns)
         else:
             if conn.head_deadline_ns == 0:
-                conn.head_deadline_ns = conn.server.poll.now_ns + conn.server.limits.head_timeout_ns
+                conn.head_deadline_ns = conn.server.loop.now_ns + conn.server.limits.head_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
             if conn.then == THEN_HANDSHAKE and conn.server.accept_at_ns < 0:
-                conn.server.accept_at_ns = conn.server.poll.now_ns   # it can be spared
+                conn.server.accept_at_ns = conn.server.loop.now_ns   # it can be spared
         if conn.has_event:
             conn_add_runnable(conn)
 
@@ -425,7 +425,7 @@ cdef inline void conn_write(conn_t* conn) noexcept nogil:
     cdef ssize_t n
     cdef uint8_t* data = conn.answer
     while conn.answer_at < conn.answer_len:
-        n = send(conn.fd, data + conn.answer_at, conn.answer_len - conn.answer_at,
+        n = send(conn.io.fd, data + conn.answer_at, conn.answer_len - conn.answer_at,
                  MSG_DONTWAIT | MSG_NOSIGNAL)
         if n < 0:
             if errno == EINTR:
@@ -433,7 +433,7 @@ cdef inline void conn_write(conn_t* conn) noexcept nogil:
             if errno == EAGAIN:
                 conn_set_state(conn, CONN_WRITING)
                 conn_set_deadline(
-                    conn, conn.server.poll.now_ns + conn.server.limits.stall_timeout_ns)
+                    conn, conn.server.loop.now_ns + conn.server.limits.stall_timeout_ns)
                 return
             conn_close(conn)
             return
@@ -457,7 +457,7 @@ cdef inline bint conn_send_204(conn_t* conn, answer_204_t* answer) noexcept nogi
     """Write a 204, and keep what the socket does not take; False when the connection is lost."""
     cdef ssize_t n
     answer_204_date(answer)
-    n = send(conn.fd, answer.data, answer.len, MSG_DONTWAIT | MSG_NOSIGNAL)
+    n = send(conn.io.fd, answer.data, answer.len, MSG_DONTWAIT | MSG_NOSIGNAL)
     if n == <ssize_t>answer.len:
         conn.is_answered = True
         return True
@@ -476,7 +476,7 @@ cdef inline void conn_answer_here(conn_t* conn, answer_204_t* answer) noexcept n
     """Answer in the handler thread, unless the loop is awake: to wake it would cost as much."""
     cdef server_t* server = conn.server
     if conn.answer is NULL and conn.then == THEN_NEXT and not conn.is_odd \
-            and (load_int(&server.poll.is_sleeping) or not load_int(&server.is_led)) \
+            and (load_int(&server.loop.is_sleeping) or not load_int(&server.is_led)) \
             and not conn_send_204(conn, answer):
         conn.then = THEN_CLOSE
 
@@ -524,11 +524,15 @@ cdef inline void conn_returned(conn_t* conn) noexcept nogil:
     conn_write(conn)
 
 
-cdef inline void conn_ready(conn_t* conn, uint32_t flags, bint is_its_turn) noexcept nogil:
-    """Act on what epoll says, or on EPOLLIN when the connection was runnable.
+cdef inline void conn_ready(io_t* io, uint32_t flags) noexcept nogil:
+    """Act on what epoll says, or, when the connection was runnable, as if there were bytes.
 
-    What there may be much of waits for ``is_its_turn``.
+    What there may be much of waits for its turn.
     """
+    cdef conn_t* conn = <conn_t*>io
+    cdef bint is_its_turn = flags == IO_TURN
+    if is_its_turn:
+        flags = EPOLLIN
     if conn.state == CONN_CLOSED:
         return
     # Told of once, maybe long before all that was sent ahead of it is read.
@@ -560,4 +564,4 @@ cdef inline bint conn_is_idle(const conn_t* conn) noexcept nogil:
     """Tell whether nothing of a request has come. A TLS handshake that has begun is one."""
     if conn.state == CONN_ODD:
         return conn.is_sealed and (conn.then == THEN_IDLE or not conn.is_odd)
-    return conn.state == CONN_HEAD and conn.buffer_len == 0 and conn.fd >= 0
+    return conn.state == CONN_HEAD and conn.buffer_len == 0 and conn.io.fd >= 0

@@ -1,19 +1,18 @@
 """The receiving loop: accepts, waits, and has connections read and answered, without the GIL.
 
-Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. The mirror image of ``_loop.pxd``;
-what both wait with is in ``_poll.pxd``, what is done with one connection in ``_requests.pxd``, and
-who runs the loop in ``_lead.pxd``.
+Source: etcd rafthttp/http.go ``pipelineHandler``, on net/http. What is done with one connection is
+in ``_requests.pxd``, who runs the loop in ``_lead.pxd``, and what it waits with in ``_loop.pxd``.
 """
 
-from libc.stdint cimport INT64_MAX, int64_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from pipeline.net._budget cimport budget_leave, budget_left, budget_t, budget_wait
 from pipeline.receive._conn cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_HANDLED, CONN_LINGERING, CONN_ODD, CONN_WRITING,
-    QUEUES, SERVER_EVENTS, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY,
-    conn_add_runnable, conn_append, conn_set_deadline, conn_set_state, conn_t, runnable_t,
+    QUEUES, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, conn_add_runnable,
+    conn_append, conn_of_turn, conn_set_deadline, conn_set_state, conn_t, listening_t,
     server_check_spare, server_limits_t, server_t,
 )
 from pipeline.net._descriptors cimport (
@@ -21,20 +20,22 @@ from pipeline.net._descriptors cimport (
 )
 from pipeline.receive._heads cimport heads_free
 from pipeline.net._memory cimport SPARE_NEW, SPARE_NONE, body_free, body_t, spares_take
-from pipeline.net._poll cimport poll_is_due, poll_look_at, poll_timeout_ms, poll_wait
+from pipeline.net._loop cimport (
+    IO_TURN, LOOP_EDGES, io_t, loop_add, loop_close, loop_init, loop_is_due, loop_look_at,
+    loop_may_sleep, loop_open, loop_remove, loop_run_events, loop_run_runnable, loop_take_returned,
+    loop_timeout_ms, loop_wait, loop_wake, runnable_pop,
+)
 from pipeline.receive._queues cimport conn_free, queue_take, server_signal_handlers
 from pipeline.receive._requests cimport (
     conn_broken, conn_close, conn_end, conn_is_idle, conn_ready, conn_returned,
 )
 from pipeline.net._sync cimport (
-    CLOCK_MONOTONIC, EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLET,
-    EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_DONTWAIT,
-    MSG_NOSIGNAL, SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns,
-    cond_init_monotonic, count_add, count_set, epoll_create1, epoll_ctl, epoll_event, errno,
-    eventfd, invariant, list_is_empty, list_take, load_i64, load_int, pthread_cond_broadcast,
-    pthread_cond_destroy, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, send, shutdown, sockaddr, socklen_t, store_int, swap_int, timerfd_create,
-    write,
+    CLOCK_MONOTONIC, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLIN, MSG_DONTWAIT, MSG_NOSIGNAL,
+    SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns, cond_init_monotonic,
+    count_add, count_set, errno, invariant, list_is_empty, load_i64, load_int,
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, send, shutdown, sockaddr, socklen_t, store_int,
+    swap_int, timerfd_create,
 )
 from pipeline.receive._turns cimport LANES, turns_join, turns_take
 
@@ -71,33 +72,27 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
 cdef inline void server_pause_accept(server_t* server, int64_t until_ns) noexcept nogil:
     cdef int i
     for i in range(server.n_listening):
-        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)
+        loop_remove(&server.loop, &server.listening[i].io)
     server.accept_at_ns = until_ns
     count_add(&server.counts.accept_pauses, 1)
     if until_ns > 0:
-        poll_look_at(&server.poll, until_ns)
+        loop_look_at(&server.loop, until_ns)
 
 
 cdef inline void server_resume_accept(server_t* server) noexcept nogil:
-    cdef epoll_event event
     cdef int i
     server.accept_at_ns = 0
-    event.events = EPOLLIN
     for i in range(server.n_listening):
-        event.data.ptr = &server.listening[i]
-        epoll_ctl(server.poll.epfd, EPOLL_CTL_ADD, server.listening[i], &event)
+        loop_add(&server.loop, &server.listening[i].io, EPOLLIN)
 
 
-cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
-    """Accept what waits, within the limit of connections."""
+cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
+    """Accept who waits, within the limit of connections."""
+    cdef listening_t* listening = <listening_t*>io
+    cdef server_t* server = listening.server
     cdef conn_t* conn
-    cdef epoll_event event
     cdef socklen_t size
-    cdef int step, i, error
-    cdef bint is_sealed = True
-    for i in range(server.n_plain):
-        if listening == server.listening[i]:
-            is_sealed = False
+    cdef int step, error
     for step in range(ACCEPT_STEP):
         if server.counts.connections >= <uint64_t>server.limits.max_connections:
             if step > 0:
@@ -107,24 +102,25 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
                 return
         conn = <conn_t*>calloc(1, sizeof(conn_t))
         if conn is NULL:
-            server_pause_accept(server, server.poll.now_ns + ACCEPT_RETRY_NS)
+            server_pause_accept(server, server.loop.now_ns + ACCEPT_RETRY_NS)
             return
         size = sizeof(conn.address)
         pthread_mutex_lock(&server.descriptors.lock)
-        conn.fd = descriptors_add(server.descriptors, accept4(
-            listening, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC))
+        conn.io.fd = descriptors_add(server.descriptors, accept4(
+            listening.io.fd, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC))
         error = errno
         pthread_mutex_unlock(&server.descriptors.lock)
-        if conn.fd < 0:
+        if conn.io.fd < 0:
             free(conn)
             if error == EAGAIN:
                 return
             if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
                 if not server_make_room(server):
                     # The listener stays, and looks again in a while.
-                    server_pause_accept(server, server.poll.now_ns + ACCEPT_RETRY_NS)
+                    server_pause_accept(server, server.loop.now_ns + ACCEPT_RETRY_NS)
                 return
             continue    # anything else was the end of the one connection (accept(2))
+        conn.io.ready = conn_ready
         conn.server = server
         server.next_id += 1
         conn.id = server.next_id
@@ -134,24 +130,22 @@ cdef inline void server_accept(server_t* server, int listening) noexcept nogil:
         server.live += conn.member is not NULL
         pthread_mutex_unlock(&server.lock)
         if conn.member is NULL:
-            descriptors_shut(server.descriptors, conn.fd)
+            descriptors_shut(server.descriptors, conn.io.fd)
             free(conn)
             continue
         count_add(&server.counts.accepted, 1)
         count_add(&server.counts.connections, 1)
         conn_append(conn)
-        if is_sealed:
+        if listening.is_sealed:
             conn.is_sealed = True
             conn_set_state(conn, CONN_ODD)
             conn.then = THEN_HANDSHAKE
-            conn.head_deadline_ns = server.poll.now_ns + server.limits.handshake_timeout_ns
+            conn.head_deadline_ns = server.loop.now_ns + server.limits.handshake_timeout_ns
             conn_set_deadline(conn, conn.head_deadline_ns)
         else:
             # A connection that says nothing at all has no more time than a head.
-            conn_set_deadline(conn, server.poll.now_ns + server.limits.head_timeout_ns)
-        event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
-        event.data.ptr = conn
-        if epoll_ctl(server.poll.epfd, EPOLL_CTL_ADD, conn.fd, &event) != 0:
+            conn_set_deadline(conn, server.loop.now_ns + server.limits.head_timeout_ns)
+        if loop_add(&server.loop, &conn.io, LOOP_EDGES) != 0:
             conn_close(conn)
 
 
@@ -168,7 +162,7 @@ cdef inline void server_free_buried(server_t* server) noexcept nogil:
     pthread_mutex_lock(&server.lock)
     while conn is not NULL:
         following = conn.next
-        if conn.is_runnable:
+        if conn.io.is_runnable:
             conn.next = server.buried
             server.buried = conn
         else:
@@ -177,20 +171,18 @@ cdef inline void server_free_buried(server_t* server) noexcept nogil:
     pthread_mutex_unlock(&server.lock)
 
 
-cdef inline void server_run(server_t* server, runnable_t* runnable, int64_t bulk) noexcept nogil:
-    """Look at the connections that are runnable now, until ``bulk`` bytes have been read of them.
+cdef inline void server_run_bulk(server_t* server) noexcept nogil:
+    """Read where there is much to read, until it was SERVER_TURN_BYTES.
 
-    Those left, and those that become so meanwhile, are for the next turn.
+    Connections left, and those that become so meanwhile, are for the next turn.
     """
-    cdef conn_t* conn
-    cdef conn_t* last = runnable.tail
+    cdef io_t* io
+    cdef io_t* last = server.bulk.tail
     server.bulk_bytes = 0
-    while runnable.head is not NULL and server.bulk_bytes < bulk:
-        conn = runnable.head
-        runnable.head = conn.next_runnable
-        conn.is_runnable = False
-        conn_ready(conn, EPOLLIN, True)
-        if conn is last:
+    while server.bulk.head is not NULL and server.bulk_bytes < SERVER_TURN_BYTES:
+        io = runnable_pop(&server.bulk)
+        io.ready(io, IO_TURN)
+        if io is last:
             return
 
 
@@ -202,19 +194,19 @@ cdef inline void server_resume(server_t* server) noexcept nogil:
     while conn is not NULL:
         if conn.is_paused and conn.state == CONN_BODY:
             conn.is_paused = False
-            conn_set_deadline(conn, server.poll.now_ns + server.limits.stall_timeout_ns)
+            conn_set_deadline(conn, server.loop.now_ns + server.limits.stall_timeout_ns)
             conn_add_runnable(conn)
         conn = conn.next
 
 
 cdef inline void server_run_returned(server_t* server) noexcept nogil:
-    cdef conn_t* conn = <conn_t*>list_take(&server.returned)
-    cdef conn_t* following
-    cdef bint is_some = conn is not NULL
-    while conn is not NULL:
-        following = conn.next_returned
-        conn_returned(conn)
-        conn = following
+    cdef io_t* io = loop_take_returned(&server.loop)
+    cdef io_t* following
+    cdef bint is_some = io is not NULL
+    while io is not NULL:
+        following = io.next_returned
+        conn_returned(<conn_t*>io)
+        io = following
     if load_int(&server.is_retiring) and swap_int(&server.is_retiring, 0):
         server_retire(server)
     if is_some and server.has_paused:
@@ -225,25 +217,25 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
     """End what is overdue and find the next deadline. Runs when one may have passed."""
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
-    server.poll.next_deadline_ns = 0
+    server.loop.next_deadline_ns = 0
     if server.queue_check_ns:
-        if server.poll.now_ns >= server.queue_check_ns:
+        if server.loop.now_ns >= server.queue_check_ns:
             server_signal_handlers(server, True)
         else:
-            server.poll.next_deadline_ns = server.queue_check_ns
+            server.loop.next_deadline_ns = server.queue_check_ns
     if load_int(&server.spares.state) != SPARE_NONE:
         server_check_spare(server, False)
     if server.accept_at_ns > 0:
-        if server.poll.now_ns >= server.accept_at_ns:
+        if server.loop.now_ns >= server.accept_at_ns:
             server_resume_accept(server)
         else:
-            poll_look_at(&server.poll, server.accept_at_ns)
+            loop_look_at(&server.loop, server.accept_at_ns)
     while conn is not NULL:
         following = conn.next
         if conn.state == CONN_HANDLED or conn.deadline_ns == 0:
             pass
-        elif server.poll.now_ns < conn.deadline_ns:
-            poll_look_at(&server.poll, conn.deadline_ns)
+        elif server.loop.now_ns < conn.deadline_ns:
+            loop_look_at(&server.loop, conn.deadline_ns)
         elif conn.state == CONN_LINGERING:
             conn_close(conn)
         elif conn.state == CONN_BODY \
@@ -283,8 +275,8 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     cdef conn_t* following
     cdef int i
     for i in range(server.n_listening):
-        epoll_ctl(server.poll.epfd, EPOLL_CTL_DEL, server.listening[i], NULL)    # see conn_close
-        descriptors_shut(server.descriptors, server.listening[i])
+        loop_remove(&server.loop, &server.listening[i].io)
+        descriptors_shut(server.descriptors, server.listening[i].io.fd)
     server.n_listening = 0
     while conn is not NULL:
         following = conn.next
@@ -299,15 +291,13 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     Does not wait while requests for handlers are queued, but looks for what has come: a caller who
     sends ahead would otherwise be the only one read.
     """
-    cdef epoll_event events[SERVER_EVENTS]
-    cdef void* pointer
-    cdef int n, i, timeout_ms
-    if not list_is_empty(&server.returned):
-        server.poll.now_ns = clock_ns()
+    cdef int timeout_ms
+    if not list_is_empty(&server.loop.returned):
+        server.loop.now_ns = clock_ns()
         server_run_returned(server)
-    server_run(server, &server.runnable, INT64_MAX)
+    loop_run_runnable(&server.loop)
     # Small requests come first: what has much to read waits until others have been looked at.
-    server_run(server, &server.bulk, SERVER_TURN_BYTES)
+    server_run_bulk(server)
     server_free_buried(server)
     if load_int(&server.spares.state) == SPARE_NEW:
         server_check_spare(server, False)
@@ -317,7 +307,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
             server_resume(server)
     if server.in_budget.is_waiting and budget_left(server.budget) > 0:
         server_resume(server)
-    if server.accept_at_ns > 0 and server.poll.now_ns >= server.accept_at_ns \
+    if server.accept_at_ns > 0 and server.loop.now_ns >= server.accept_at_ns \
             and not server.has_begun_stop:
         server_resume_accept(server)
     if load_int(&server.is_stopping):
@@ -329,32 +319,24 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
             return False
     if server.handled > 0:
         # What is answered without waking us is to be idle from some time on.
-        poll_look_at(&server.poll, server.poll.now_ns + server.limits.idle_timeout_ns)
+        loop_look_at(&server.loop, server.loop.now_ns + server.limits.idle_timeout_ns)
     timeout_ms = 0
-    if server.runnable.head is NULL and server.bulk.head is NULL and not server.has_queued:
-        timeout_ms = poll_timeout_ms(&server.poll, 0)
+    if server.bulk.head is NULL and not server.has_queued:
+        timeout_ms = loop_timeout_ms(&server.loop, 0)
     if timeout_ms != 0:
         store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
-        store_int(&server.poll.is_sleeping, 1)
-        if not list_is_empty(&server.returned) \
+        if not loop_may_sleep(&server.loop) \
                 or load_int(&server.spares.state) == SPARE_NEW \
                 or load_int(&server.in_budget.has_news) \
+                or load_int(&server.is_retiring) \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
                 or load_int(&server.is_stopping) == 2:
             timeout_ms = 0
-    n = poll_wait(&server.poll, events, SERVER_EVENTS, timeout_ms)
+    loop_wait(&server.loop, timeout_ms)
     # Before the events: what was answered is idle again, and can make room for a caller.
     server_run_returned(server)
-    for i in range(n):
-        pointer = events[i].data.ptr
-        if pointer is NULL:
-            continue
-        if <void*>server.listening <= pointer \
-                < <void*>(server.listening + server.n_listening):
-            server_accept(server, (<int*>pointer)[0])
-        else:
-            conn_ready(<conn_t*>pointer, events[i].events, False)
-    if poll_is_due(&server.poll):
+    loop_run_events(&server.loop)
+    if loop_is_due(&server.loop):
         server_check_deadlines(server)
     return True
 
@@ -367,25 +349,27 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     """
     cdef conn_t* conn = server.oldest
     cdef conn_t* following
+    cdef io_t* io
+    cdef io_t* next_io
     cdef body_t body
     cdef int i
     pthread_mutex_lock(&server.lock)
     server.is_ended = True
     while conn is not NULL:
         following = conn.next
-        if conn.fd >= 0 and conn.state == CONN_HANDLED:
+        if conn.io.fd >= 0 and conn.state == CONN_HANDLED:
             if not conn.is_sealed:
-                send(conn.fd, server.answer_503, server.answer_503_len,
+                send(conn.io.fd, server.answer_503, server.answer_503_len,
                      MSG_DONTWAIT | MSG_NOSIGNAL)
-            shutdown(conn.fd, SHUT_RDWR)
-        conn.is_runnable = False
+            shutdown(conn.io.fd, SHUT_RDWR)
+        conn.io.is_runnable = False
         if conn.state != CONN_HANDLED:
             conn_free(conn)
         conn = following
     conn = server.buried
     while conn is not NULL:
         following = conn.next
-        conn.is_runnable = False
+        conn.io.is_runnable = False
         conn_free(conn)
         conn = following
     # Queued, and given back, but nobody will look at them any more.
@@ -395,15 +379,15 @@ cdef inline void server_end(server_t* server) noexcept nogil:
             conn_free(conn)
             conn = queue_take(&server.queues[i])
     for i in range(LANES):
-        conn = <conn_t*>turns_take(&server.turns, i)
+        conn = conn_of_turn(turns_take(&server.turns, i))
         while conn is not NULL:
             conn_free(conn)
-            conn = <conn_t*>turns_take(&server.turns, i)
-    conn = <conn_t*>list_take(&server.returned)
-    while conn is not NULL:
-        following = conn.next_returned
-        conn_free(conn)
-        conn = following
+            conn = conn_of_turn(turns_take(&server.turns, i))
+    io = loop_take_returned(&server.loop)
+    while io is not NULL:
+        next_io = io.next_returned
+        conn_free(<conn_t*>io)
+        io = next_io
     while server.spares.n > 0:
         body = spares_take(&server.spares, server.budget, 0)
         body_free(&body)
@@ -420,33 +404,26 @@ cdef inline void server_end(server_t* server) noexcept nogil:
 cdef inline int server_init(server_t* server, const server_limits_t* limits,
                             descriptors_t* descriptors, budget_t* budget) noexcept nogil:
     """Make a server that neither listens nor runs yet; 0 or an errno."""
-    cdef epoll_event event
     cdef int error
     memset(server, 0, sizeof(server_t))
     server.limits = limits[0]
     server.descriptors = descriptors
     server.budget = budget
-    server.poll.epfd = server.poll.wakefd = server.timerfd = -1
+    loop_init(&server.loop)
+    server.timerfd = -1
     if pthread_mutex_init(&server.lock, NULL) != 0 \
             or cond_init_monotonic(&server.handlers_queued) != 0 \
             or cond_init_monotonic(&server.odd_queued) != 0 \
             or cond_init_monotonic(&server.ended) != 0:
         return EAGAIN
-    pthread_mutex_lock(&descriptors.lock)
-    server.poll.epfd = descriptors_add(descriptors, epoll_create1(EPOLL_CLOEXEC))
-    if server.poll.epfd >= 0:
-        server.poll.wakefd = descriptors_add(descriptors, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))
-    if server.poll.wakefd >= 0:
+    error = loop_open(&server.loop, descriptors)
+    if error == 0:
+        pthread_mutex_lock(&descriptors.lock)
         server.timerfd = descriptors_add(
             descriptors, timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC))
-    error = errno
-    pthread_mutex_unlock(&descriptors.lock)
-    event.events = EPOLLIN | EPOLLET
-    event.data.ptr = NULL
-    if server.timerfd >= 0:
-        error = epoll_ctl(server.poll.epfd, EPOLL_CTL_ADD, server.poll.wakefd, &event)
-        if error != 0:
+        if server.timerfd < 0:
             error = errno
+        pthread_mutex_unlock(&descriptors.lock)
     if error != 0:
         server_free(server)
     return error
@@ -457,7 +434,7 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     cdef int i
     invariant(server.live == 0)
     for i in range(server.n_listening):
-        descriptors_shut(server.descriptors, server.listening[i])
+        descriptors_shut(server.descriptors, server.listening[i].io.fd)
     free(server.listening)
     heads_free(&server.heads)
     server_close_descriptors(server)
@@ -468,29 +445,31 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     pthread_mutex_destroy(&server.lock)
 
 
+cdef inline void server_listen(server_t* server, int fd, bint is_sealed) noexcept nogil:
+    """Take over a listening socket, before the start. There is room for it in ``listening``."""
+    cdef listening_t* listening = &server.listening[server.n_listening]
+    listening.io.fd = fd
+    listening.io.ready = listening_ready
+    listening.server = server
+    listening.is_sealed = is_sealed
+    server.n_listening += 1
+
+
 cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
     budget_leave(server.budget, &server.in_budget)
-    if server.poll.epfd >= 0:
-        descriptors_close(server.descriptors, server.poll.epfd)
-    if server.poll.wakefd >= 0:
-        descriptors_close(server.descriptors, server.poll.wakefd)
+    loop_close(&server.loop)
     if server.timerfd >= 0:
         descriptors_close(server.descriptors, server.timerfd)
-    server.poll.epfd = server.poll.wakefd = server.timerfd = -1
+    server.timerfd = -1
 
 
 cdef inline void server_stop(server_t* server, int how) noexcept nogil:
     """Have the loop stop: 1 lets requests with handlers end, 2 does not wait for them."""
-    cdef uint64_t one = 1
     store_int(&server.is_stopping, how)
-    write(server.poll.wakefd, &one, sizeof(one))
+    loop_wake(&server.loop)
 
 
 cdef inline void server_retire_soon(server_t* server) noexcept nogil:
     """Have the loop, if it runs, end the sealed connections that are idle."""
-    cdef uint64_t one = 1
-    pthread_mutex_lock(&server.lock)
-    if not server.is_ended:         # or the descriptor may be another's
-        store_int(&server.is_retiring, 1)
-        write(server.poll.wakefd, &one, sizeof(one))
-    pthread_mutex_unlock(&server.lock)
+    store_int(&server.is_retiring, 1)
+    loop_wake(&server.loop)

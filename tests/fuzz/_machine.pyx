@@ -10,12 +10,14 @@ from libc.stdlib cimport calloc
 
 from pipeline.receive._conn cimport (
     CONN_BODY, CONN_CLOSED, CONN_HANDLED, QUEUE_STRANGERS, answer_204_t, conn_t, handler_t,
-    server_t,
+    listening_t, server_t,
 )
 from pipeline.receive._queues cimport (
     server_add_handler, server_remove_handler, server_signal_handlers, server_take,
 )
-from pipeline.receive._server cimport server_end, server_resume_accept, server_turn
+from pipeline.receive._server cimport (
+    server_end, server_listen, server_resume_accept, server_turn,
+)
 from pipeline.receive._receiver cimport Receiver
 from pipeline.net._sync cimport clock_ns, store_int
 from pipeline.receive._turns cimport LANES
@@ -89,12 +91,11 @@ cdef class Machine:
         global machine_ahead_ns
         machine_ahead_ns = 0
         self.receiver = receiver
-        server.listening = <int*>calloc(1, sizeof(int))
+        server.listening = <listening_t*>calloc(1, sizeof(listening_t))
         if server.listening is NULL:
             raise MemoryError
-        server.listening[0] = listening
-        server.n_listening = server.n_plain = 1
-        server.poll.now_ns = clock_ns()
+        server_listen(server, listening, False)
+        server.loop.now_ns = clock_ns()
         server.is_led = True
         self.n_handlers = min(handlers, <int>MAX_DEPTH)
         for i in range(self.n_handlers):
@@ -192,7 +193,8 @@ cdef class Machine:
             assert conn.server is server
             assert conn.state != CONN_CLOSED
             listed += 1
-            connected += conn.fd >= 0
+            connected += conn.io.fd >= 0
+            assert conn.io.is_registered == (conn.io.fd >= 0)
             handled += conn.state == CONN_HANDLED
             if conn.state == CONN_BODY:
                 reading += conn.counted
@@ -210,8 +212,8 @@ cdef class Machine:
     def is_quiet(self):
         """Whether nothing is left to do until bytes come or time passes."""
         cdef server_t* server = &self.receiver.server
-        return server.runnable.head is NULL and server.bulk.head is NULL \
-            and server.returned is NULL and server.handled == 0
+        return server.loop.runnable.head is NULL and server.bulk.head is NULL \
+            and server.loop.returned is NULL and server.handled == 0
 
     def describe(self):
         """Return of each connection its state, then, has_event and bytes to write, for people."""
