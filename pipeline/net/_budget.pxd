@@ -19,6 +19,8 @@ from pipeline.net._sync cimport (
 )
 
 cdef enum:
+    # The largest body that is never in the way of another, nor behind one: a heartbeat, a vote, an
+    # append of a few entries.
     BODY_SMALL = 64 * 1024
 
 

@@ -2,7 +2,9 @@
 
 from typing_extensions import disjoint_base
 
-__all__ = ["BodyBudget", "BodyShare"]
+__all__ = ["SMALL_BODY_BYTES", "BodyBudget", "BodyShare"]
+
+SMALL_BODY_BYTES: int
 
 @disjoint_base
 class BodyBudget:

@@ -7,7 +7,10 @@ from pipeline.net._sync cimport (
     load_i64, pthread_mutex_destroy, pthread_mutex_init, store_int,
 )
 
-__all__ = ["BodyBudget", "BodyShare"]
+__all__ = ["SMALL_BODY_BYTES", "BodyBudget", "BodyShare"]
+
+#: The largest body that counts as a small one.
+SMALL_BODY_BYTES = BODY_SMALL
 
 
 cdef class BodyBudget:
@@ -16,7 +19,7 @@ cdef class BodyBudget:
     Parameters
     ----------
     size_bytes : int
-        For bodies above 64 KiB.
+        For bodies above ``SMALL_BODY_BYTES``.
     small_bytes : int
         For all others.
 

@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 
-from pipeline.net._budget cimport budget_loop_t, budget_t
+from pipeline.net._budget cimport BODY_SMALL, budget_loop_t, budget_t
 from pipeline.net._descriptors cimport descriptors_t
 from pipeline.receive._heads cimport head_t, heads_add, heads_find, heads_t
 from pipeline.wire._http cimport http_post_t
@@ -323,7 +323,7 @@ cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept n
 cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
     """Tell whether what comes on a connection is read by and by, for there may be much of it."""
     return conn.state == CONN_LINGERING \
-        or (conn.state == CONN_BODY and conn.request.body.size > SERVER_SCRATCH)
+        or (conn.state == CONN_BODY and conn.request.body.size > BODY_SMALL)
 
 
 cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:

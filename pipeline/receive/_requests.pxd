@@ -108,7 +108,7 @@ cdef inline void conn_hand_over(conn_t* conn, const uint8_t* data, size_t n) noe
 cdef inline void conn_deliver(conn_t* conn) noexcept nogil:
     """A message is complete: queue it, decoded if that is done in no time."""
     cdef request_t* request = &conn.request
-    if request.body.len > SERVER_SCRATCH:
+    if request.body.len > BODY_SMALL:
         request.kind = REQUEST_LARGE
     else:
         conn_decode(conn)
@@ -181,7 +181,7 @@ cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     cdef server_t* server = conn.server
     cdef int64_t left
     cdef conn_t* first
-    if conn.request.body.size <= SERVER_SCRATCH:
+    if conn.request.body.size <= BODY_SMALL:
         return False
     if load_int(&server.busy) >= server.limits.handlers:
         return True
@@ -192,7 +192,7 @@ cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     if left + server.reading <= 0:
         return True
     first = server.oldest
-    while first.state != CONN_BODY or first.request.body.size <= SERVER_SCRATCH:
+    while first.state != CONN_BODY or first.request.body.size <= BODY_SMALL:
         first = first.next
     return first is not conn
 

@@ -16,7 +16,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.identity import Identity, Version
 from pipeline.logs import Throttle, get_logger
-from pipeline.net._budget import BodyBudget
+from pipeline.net._budget import SMALL_BODY_BYTES, BodyBudget
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.places import Place
 from pipeline.receive.received import Received
@@ -62,10 +62,6 @@ _PROCESS_LOCAL = frozenset(
 )
 #: As plain numbers: to find one of them among members of an enumeration takes twice as long.
 _DELIVERED_TYPES = frozenset(map(int, MessageType)) - frozenset(map(int, _PROCESS_LOCAL))
-
-#: A body of up to this size is never in the way of a larger one: as many as connections have a room
-#: of their own in the budget.
-SMALL_BODY_BYTES = 64 * 1024
 
 
 class SenderWatch(Protocol):
@@ -178,7 +174,8 @@ class Handlers:
         self._allow_member = allow_member
         self._callbacks = callbacks or Callbacks(logger)
         self.config = config or ReceiverConfig()
-        # Whoever reads bodies for us takes from it.
+        # Whoever reads bodies for us takes from it. As many small ones as there are connections
+        # have a room of their own.
         self.budget = BodyBudget(
             self.config.max_buffered_bytes, self.config.max_connections * SMALL_BODY_BYTES
         )
