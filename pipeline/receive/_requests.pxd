@@ -15,8 +15,8 @@ from pipeline.receive._conn cimport (
     SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_AGAIN, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE,
     THEN_HANDSHAKE, THEN_IDLE, THEN_NEXT, THEN_READ_BODY, THEN_TURN, answer_204_t,
     conn_add_runnable, conn_append, conn_is_bulk, conn_save, conn_set_deadline, conn_set_state,
-    conn_t, conn_unlink, request_t, sealed_news_t, server_counts_t, server_knows, server_reuse_body,
-    server_t,
+    conn_t, conn_unlink, request_t, sealed_news_t, server_counts_t, server_knows, server_limits_t,
+    server_reuse_body, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.wire._http cimport (
@@ -197,28 +197,36 @@ cdef inline bint conn_must_wait(conn_t* conn) noexcept nogil:
     return first is not conn
 
 
-cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
-    """Put off the deadline of a body: by what ``n`` bytes may take, to a stall from now at most.
+cdef inline int64_t conn_body_time(const conn_t* conn, int64_t left_ns,
+                                   int64_t n) noexcept nogil:
+    """Return for how long more of a body is waited for, ``n`` bytes having come in time.
 
-    So a body may stop for a while and may be slow, but one that drips is ended.
+    That is what was left and what ``n`` bytes may take at the least rate, at most a stall; without
+    a least rate, whatever comes is worth a whole stall. So a body may stop for a while and may be
+    slow, but one that drips is ended.
     """
+    cdef const server_limits_t* limits = &conn.server.limits
+    left_ns += n * limits.byte_ns
+    if left_ns > limits.stall_timeout_ns or (limits.byte_ns == 0 and n > 0):
+        return limits.stall_timeout_ns
+    return left_ns
+
+
+cdef inline void conn_body_arrived(conn_t* conn, ssize_t n) noexcept nogil:
+    """Put off the deadline of a body of which ``n`` bytes have come."""
     cdef server_t* server = conn.server
-    cdef int64_t stalled_ns = server.loop.now_ns + server.limits.stall_timeout_ns
-    cdef int64_t slow_ns = conn.deadline_ns + n * server.limits.byte_ns
-    if conn.deadline_ns == 0 or server.limits.byte_ns == 0 or slow_ns > stalled_ns:
-        slow_ns = stalled_ns
-    conn_set_deadline(conn, slow_ns)
+    cdef int64_t left_ns = server.limits.stall_timeout_ns
+    if conn.deadline_ns != 0:
+        left_ns = conn.deadline_ns - server.loop.now_ns
+    conn_set_deadline(conn, server.loop.now_ns + conn_body_time(conn, left_ns, n))
 
 
 cdef inline void conn_credit_body(conn_t* conn) noexcept nogil:
     """Do the same for a body that Python reads, when it gives the connection back."""
-    cdef server_t* server = conn.server
-    cdef int64_t stalled_ns = server.limits.stall_timeout_ns
-    cdef int64_t slow_ns = conn.body_left_ns + conn.arrived * server.limits.byte_ns
-    if conn.body_left_ns == 0 or slow_ns > stalled_ns \
-            or (server.limits.byte_ns == 0 and conn.arrived > 0):
-        slow_ns = stalled_ns
-    conn.body_left_ns = slow_ns
+    cdef int64_t left_ns = conn.server.limits.stall_timeout_ns
+    if conn.body_left_ns != 0:
+        left_ns = conn.body_left_ns
+    conn.body_left_ns = conn_body_time(conn, left_ns, conn.arrived)
     conn.arrived = 0
 
 
