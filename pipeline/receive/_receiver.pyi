@@ -12,7 +12,9 @@ from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.handlers import Handlers
 from pipeline.tls import Credentials
 
-__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
+__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "recognise_post"]
+
+LINGER_S: float
 
 class ReceiverStats(NamedTuple):
     accepted: int

@@ -25,10 +25,10 @@ from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline.wire._messages cimport decode_error, message_from_decoded
 from pipeline.receive._conn cimport (
-    ANSWER_204_MAX, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE, REQUEST_MALFORMED,
-    REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, answer_204_t,
-    conn_save, conn_set_member, conn_t, handler_t, listening_t, request_t, server_counts_t,
-    server_learn, server_limits_t, server_recycle, server_reuse_body, server_tell,
+    ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE,
+    REQUEST_MALFORMED, REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
+    answer_204_t, conn_save, conn_set_member, conn_t, handler_t, listening_t, request_t,
+    server_counts_t, server_learn, server_limits_t, server_recycle, server_reuse_body, server_tell,
 )
 from pipeline.receive._lead cimport server_start, server_wait
 from pipeline.net._memory cimport (
@@ -61,9 +61,12 @@ from pipeline.logs import get_logger
 from pipeline.names import show_address
 from pipeline.receive.sealed import Sealed, SealedServer
 
-__all__ = ["Receiver", "ReceiverStats", "recognise_post"]
+__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "recognise_post"]
 
 logger = get_logger("pipeline.receive.listener")
+
+#: The loop's ``LINGER_NS``, for a connection that has left it.
+LINGER_S = LINGER_NS / 1e9
 
 cdef enum:
     # One read asks for no more. ssl takes an int, and gives one record of at most 16 KiB.

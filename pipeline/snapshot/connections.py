@@ -22,6 +22,7 @@ from pipeline.errors import without_frames
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.net.pace import PIECE_S, Pace
+from pipeline.receive._receiver import LINGER_S
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.places import Place
 from pipeline.snapshot.body import BodyError, ClosingError, SnapshotBody
@@ -38,10 +39,6 @@ _PARSE_BYTES = MIB
 
 #: Rest for each event of h11, which takes the interpreter so much longer than a small piece.
 EVENT_S = 4 * PIECE_S
-
-# How long what a refused sender still sends is read and thrown away, so that it reads the answer
-# before it hears of the end (RFC 9112 9.6); LINGER_NS of the loop.
-_LINGER_S = 1.0
 
 
 class SnapshotConnections:
@@ -289,9 +286,9 @@ class _Receiving:
             raise TimeoutError
 
     def _linger(self) -> None:
-        """End our side, and wait a moment for the other to do so."""
+        """End our side, and wait as long as the loop does for the other to do so."""
         buffer = memoryview(bytearray(64 * 1024))
-        deadline = time.monotonic() + _LINGER_S
+        deadline = time.monotonic() + LINGER_S
         self._connection.shutdown(socket.SHUT_WR)
         while (left_s := deadline - time.monotonic()) > 0 and not self._is_stopped:
             self._connection.settimeout(left_s)
