@@ -19,8 +19,9 @@ import urllib3
 
 from pipeline.config import PipelineConfig
 from pipeline.errors import UsageError
+from pipeline.raft import Raft
 from pipeline.stats import PipelineStats
-from pipeline.types import MessageType, Raft, SendResult, SnapshotStatus
+from pipeline.types import MessageType, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
     from pipeline.raftpb import raft_pb2

@@ -36,8 +36,9 @@ from pipeline.errors import (
     UnmarshalError,
     UsageError,
 )
+from pipeline.raft import Raft
 from pipeline.stats import FollowerStats, PipelineStats, TransportStats
-from pipeline.types import EntryType, MessageType, Raft, SendResult, SnapshotStatus
+from pipeline.types import EntryType, MessageType, SendResult, SnapshotStatus
 from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 
 if TYPE_CHECKING:

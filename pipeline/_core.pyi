@@ -8,8 +8,9 @@ from typing_extensions import disjoint_base
 
 from pipeline.config import PipelineConfig
 from pipeline.net.pool import PooledConnection
+from pipeline.send.sendable import Sendable
 from pipeline.stats import FollowerStats, PipelineStats
-from pipeline.types import Sendable, SendResult
+from pipeline.types import SendResult
 
 __all__ = [
     "CLOSED",

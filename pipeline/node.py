@@ -23,11 +23,13 @@ from pipeline.identity import Identity
 from pipeline.logs import get_logger, lost_lines, show
 from pipeline.node_snapshot import NodeSnapshot
 from pipeline.peer import Peer, PeerStats
+from pipeline.raft import Raft
 from pipeline.receive.handlers import Handlers
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.probing import Prober, ProbeStats
+from pipeline.send.sendable import Sendable
 from pipeline.snapshot.receiver import SnapshotReceiver
 from pipeline.snapshot.sender import (
     RateLimiter,
@@ -46,7 +48,7 @@ from pipeline.stats import (
 )
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import Credentials, TLSInfo
-from pipeline.types import APP, Raft, Sendable
+from pipeline.types import APP
 from pipeline.wire.protocol import format_id
 from pipeline.wire.urls import parse_peer_urls
 from pipeline.wire.versions import Versions

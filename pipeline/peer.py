@@ -12,9 +12,10 @@ from pipeline.logs import Throttle, get_logger
 from pipeline.node_snapshot import PeerSnapshot
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
+from pipeline.send.sendable import Sendable
 from pipeline.send.status import LastError
 from pipeline.snapshot.sender import SnapshotSender
-from pipeline.types import MessageType, Sendable, SendResult
+from pipeline.types import MessageType, SendResult
 from pipeline.wire.protocol import format_id
 
 __all__ = ["Peer", "PeerStats"]

@@ -20,10 +20,11 @@ from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
 from pipeline.names import literal_address
 from pipeline.send.pipeline import STOP_TIMEOUT_S, PeerPipeline
+from pipeline.send.sendable import Sendable
 from pipeline.send.status import LastError
 from pipeline.stats import PipelineStats
 from pipeline.threads import Once
-from pipeline.types import Sendable, SendResult
+from pipeline.types import SendResult
 from pipeline.wire.protocol import format_id
 from pipeline.wire.urls import parse_urls
 

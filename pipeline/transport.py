@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pipeline.node import Node
+from pipeline.send.sendable import Sendable
 from pipeline.snapshot.sender import SnapshotProgress, SnapshotTransfer
 from pipeline.snapshot.source import SnapshotSource
-from pipeline.types import Sendable
 
 if TYPE_CHECKING:
     from pipeline.receive.listener import Listener

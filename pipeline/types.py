@@ -1,24 +1,10 @@
-"""What users implement, send and are told: the Raft protocol, messages, outcomes."""
+"""Kinds and outcomes, as numbers: of messages, entries, offers and snapshots."""
 
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
-if TYPE_CHECKING:
-    from pipeline.send._jobs import EncodedMessage
-    from pipeline.wire._messages import Message
-
-__all__ = [
-    "APP",
-    "EntryType",
-    "MessageType",
-    "ProtobufMessage",
-    "Raft",
-    "SendResult",
-    "Sendable",
-    "SnapshotStatus",
-]
+__all__ = ["APP", "EntryType", "MessageType", "SendResult", "SnapshotStatus"]
 
 
 class MessageType(enum.IntEnum):
@@ -62,25 +48,6 @@ class EntryType(enum.IntEnum):
     CONF_CHANGE_V2 = 2
 
 
-class ProtobufMessage(Protocol):
-    """A protobuf object of any raftpb schema."""
-
-    @property
-    def type(self) -> int:
-        """Which kind of message it is; its numbers are ``MessageType``'s."""
-
-    @property
-    def to(self) -> int:
-        """The member it is for, 64 bits."""
-
-    def SerializeToString(self) -> bytes:
-        """Encode it."""
-
-
-#: What can be sent.
-Sendable: TypeAlias = "Message | EncodedMessage | ProtobufMessage"
-
-
 class SendResult(enum.IntEnum):
     """What became of an offered message at the door. Refusals are counted and reported."""
 
@@ -94,36 +61,3 @@ class SnapshotStatus(enum.IntEnum):
 
     FINISH = 1
     FAILURE = 2
-
-
-@runtime_checkable
-class Raft(Protocol):
-    """What the node implements; called from the library's threads, concurrently.
-
-    Its methods are plain: ``async`` ones are for ``pipeline.aio``. One that raises is logged and
-    counted and kills no thread; one that blocks holds up the worker or the connection it was
-    called for, nothing else. Source: etcd ``rafthttp.Raft``.
-    """
-
-    def process(self, message: Message) -> None:
-        """Take a message a peer sent. The peer is answered 204 when this returns.
-
-        Raise ``RequestRejected`` to choose the answer; anything else is answered 500.
-        """
-
-    def is_id_removed(self, member_id: int) -> bool:
-        """Tell whether the member was removed from the cluster for good.
-
-        Nothing calls it yet. etcd asks when a member dials a stream, and this node refuses
-        streams to all alike; a POST is not checked. What a removed member sends is for
-        ``process`` to reject.
-        """
-
-    def report_unreachable(self, member_id: int) -> None:
-        """Learn that a message to the member was not delivered.
-
-        Called for every such message, or less often (``PipelineConfig.unreachable_reports``).
-        """
-
-    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
-        """Learn how a MsgSnap to the member ended."""

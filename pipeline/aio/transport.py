@@ -18,11 +18,11 @@ from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.logs import get_logger
 from pipeline.node import Node
 from pipeline.remote import RemotePolicy
+from pipeline.send.sendable import Sendable
 from pipeline.snapshot.sender import SnapshotProgress
 from pipeline.snapshot.sender import SnapshotTransfer as ThreadedTransfer
 from pipeline.snapshot.source import SnapshotSource, close_quietly
 from pipeline.tls import TLSInfo
-from pipeline.types import Sendable
 
 __all__ = ["Transport"]
 

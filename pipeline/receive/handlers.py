@@ -17,10 +17,11 @@ from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.identity import Identity, Version
 from pipeline.logs import Throttle, get_logger
 from pipeline.net._budget import SMALL_BODY_BYTES, BodyBudget
+from pipeline.raft import Raft
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.places import Place
 from pipeline.receive.received import Received
-from pipeline.types import APP, MessageType, Raft
+from pipeline.types import APP, MessageType
 from pipeline.wire._messages import Message
 from pipeline.wire.answers import Answer, Request, sender_of, text_answer
 from pipeline.wire.protocol import (

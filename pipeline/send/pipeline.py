@@ -35,6 +35,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.net.dialling import DialError
 from pipeline.net.pool import Pool, PooledConnection
+from pipeline.raft import Raft
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.picker import URLPicker
 from pipeline.send.reports import Reports
@@ -42,7 +43,7 @@ from pipeline.send.status import PeerStatus
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tls.tunnel import Tunnel, tls_reason
-from pipeline.types import MessageType, Raft
+from pipeline.types import MessageType
 from pipeline.wire import protocol
 from pipeline.wire.odd_answer import TEXT_TIMEOUT_S
 from pipeline.wire.urls import parse_peer_urls

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from pipeline.callbacks import Callbacks
 from pipeline.errors import MemberRemovedError, PipelineError, PostError
+from pipeline.raft import Raft
 from pipeline.send.picker import URLPicker
 from pipeline.send.status import PeerStatus
-from pipeline.types import MessageType, Raft, SnapshotStatus
+from pipeline.types import MessageType, SnapshotStatus
 from pipeline.wire.protocol import format_id
 
 __all__ = ["Reports"]

@@ -21,12 +21,13 @@ from pipeline.errors import UnmarshalError
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.net._budget import BodyShare
+from pipeline.raft import Raft
 from pipeline.receive.handlers import Handlers
 from pipeline.receive.places import Place, Places
 from pipeline.snapshot.body import BodyError, ClosingError, NoRoomError, SnapshotBody
 from pipeline.snapshot.store import SnapshotStore
 from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
-from pipeline.types import MessageType, Raft
+from pipeline.types import MessageType
 from pipeline.wire._messages import Message
 from pipeline.wire.answers import Answer, Request
 from pipeline.wire.protocol import format_id

@@ -46,6 +46,7 @@ from pipeline.logs import get_logger, show
 from pipeline.send._jobs import EncodedMessage
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
+from pipeline.send.sendable import Sendable
 from pipeline.snapshot.link import AnsweredError, Ending, SnapshotLink
 from pipeline.snapshot.source import (
     FileSource,
@@ -56,7 +57,7 @@ from pipeline.snapshot.source import (
 )
 from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 from pipeline.threads import LibraryThread, Once
-from pipeline.types import MessageType, Sendable
+from pipeline.types import MessageType
 from pipeline.wire import protocol
 from pipeline.wire._messages import Message, byte_view
 

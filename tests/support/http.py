@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 
 from pipeline.config import ReceiverConfig
 from pipeline.identity import Identity
+from pipeline.raft import Raft
 from pipeline.receive.handlers import Handlers
 from pipeline.snapshot.receiver import SnapshotReceiver
-from pipeline.types import MessageType, Raft
+from pipeline.types import MessageType
 from pipeline.wire._messages import Message
 from pipeline.wire.answers import Request
 from tests.support import LONG_TIMEOUT

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class FakeRaft:
-    """Implements ``pipeline.types.Raft``. Thread-safe.
+    """Implements ``pipeline.Raft``. Thread-safe.
 
     Attributes
     ----------

@@ -1,0 +1,45 @@
+"""The node, as the library calls it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from pipeline.types import SnapshotStatus
+
+if TYPE_CHECKING:
+    from pipeline.wire._messages import Message
+
+__all__ = ["Raft"]
+
+
+@runtime_checkable
+class Raft(Protocol):
+    """What the node implements; called from the library's threads, concurrently.
+
+    Its methods are plain: ``async`` ones are for ``pipeline.aio``. One that raises is logged and
+    counted and kills no thread; one that blocks holds up the worker or the connection it was
+    called for, nothing else. Source: etcd ``rafthttp.Raft``.
+    """
+
+    def process(self, message: Message) -> None:
+        """Take a message a peer sent. The peer is answered 204 when this returns.
+
+        Raise ``RequestRejected`` to choose the answer; anything else is answered 500.
+        """
+
+    def is_id_removed(self, member_id: int) -> bool:
+        """Tell whether the member was removed from the cluster for good.
+
+        Nothing calls it yet. etcd asks when a member dials a stream, and this node refuses
+        streams to all alike; a POST is not checked. What a removed member sends is for
+        ``process`` to reject.
+        """
+
+    def report_unreachable(self, member_id: int) -> None:
+        """Learn that a message to the member was not delivered.
+
+        Called for every such message, or less often (``PipelineConfig.unreachable_reports``).
+        """
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
+        """Learn how a MsgSnap to the member ended."""
