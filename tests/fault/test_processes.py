@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import MIB
 from tests.support.processes import ISOLATED, TIMEOUT_S, run
 
 
@@ -42,7 +43,7 @@ def test_a_64_mib_snapshot_is_not_copied(tmp_path: Path) -> None:
     with sink(tmp_path / "counter") as port:
         result = run("memory.py", port)
     assert result.stderr == ""
-    assert int(result.stdout) < 16 * 1024
+    assert int(result.stdout) < 16 * MIB
 
 
 @pytest.mark.parametrize(

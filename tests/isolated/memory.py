@@ -1,13 +1,14 @@
-"""A 64 MiB snapshot is not copied: ``memory.py PORT`` prints by how many KiB the peak RSS grew."""
+"""A 64 MiB snapshot is not copied: ``memory.py PORT`` prints by how many bytes the peak grew."""
 
 from __future__ import annotations
 
-import resource
 import sys
 import threading
 
 from pipeline import Message, Pipeline, Snapshot
 from pipeline.types import MessageType
+from tests.support import LONG_TIMEOUT
+from tests.support.memory import peak
 
 PAYLOAD = bytes(64 << 20)
 
@@ -25,10 +26,6 @@ class Raft:
     process = is_id_removed = report_unreachable
 
 
-def peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main() -> None:
     raft = Raft()
     small = Message(type=MessageType.SNAP, to=2, snapshot=Snapshot(data=b"small"))
@@ -38,13 +35,13 @@ def main() -> None:
     ) as pipeline:
         for index, message in enumerate((small, large, large, large)):
             if index == 1:
-                before = peak_kib()
+                before = peak()
             raft.reported.clear()
             pipeline.send(message)
-            if not raft.reported.wait(60):
+            if not raft.reported.wait(LONG_TIMEOUT):
                 print("timeout", flush=True)
                 return
-    print(peak_kib() - before, flush=True)
+    print(peak() - before, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,12 @@ from pipeline.config import ReceiverConfig
 from pipeline.snapshot.receiver import MAX_MESSAGE_BYTES
 from tests.support import MIB
 from tests.support.listening import ask, chunked, dial, listen, raw_head, read_reply
-from tests.support.memory import IS_SANITIZED
+from tests.support.memory import peak
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import FILE, LINE, framed, post_snapshot, snapshot
 from tests.support.waiting import eventually
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
-
-
-def peak() -> int:
-    """Return the most memory the process has had, in bytes; 0 under a sanitizer."""
-    return 0 if IS_SANITIZED else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory(directory: Path) -> None:
