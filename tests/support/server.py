@@ -7,6 +7,7 @@ import socket
 import ssl
 import struct
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -113,10 +114,16 @@ class TLSConnection(Connection):
         self._context = context
 
     def shake(self) -> None:
-        # Raises if the peer has reset the connection: wrap_socket would, too, but CPython (3.11)
-        # does not close what it has made by then.
-        self.sock.getpeername()
-        self.sock = self._context.wrap_socket(self.sock, server_side=True)
+        try:
+            self.sock = self._context.wrap_socket(self.sock, server_side=True)
+        except OSError as error:
+            # CPython (3.11) does not close what it has made by the time it sees that the peer has
+            # reset the connection.
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                half_made = frame.f_locals.get("self")
+                if isinstance(half_made, ssl.SSLSocket):
+                    half_made.close()
+            raise
 
     def read_head(self) -> bytes:
         head = bytearray()
