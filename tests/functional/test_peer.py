@@ -13,11 +13,10 @@ from pipeline import MessageType, PipelineConfig, SnapshotStatus, UsageError
 from pipeline.peer import Peer
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.types import SendResult
+from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, message, peer_to
 from tests.support.server import ScriptedServer
-
-TIMEOUT_S = 1.0
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def dispatcher() -> Iterator[Dispatcher]:
     dispatcher = Dispatcher("1", queue_bytes=1 << 20, max_threads=4)
     dispatcher.start()
     yield dispatcher
-    dispatcher.stop(time.monotonic() + TIMEOUT_S)
+    dispatcher.stop(time.monotonic() + LONG_TIMEOUT)
 
 
 def start_peer(
@@ -42,7 +41,7 @@ def stop(peer: Peer) -> None:
     import time
 
     peer.stop_begin()
-    peer.stop_end(time.monotonic() + TIMEOUT_S)
+    peer.stop_end(time.monotonic() + LONG_TIMEOUT)
 
 
 @pytest.mark.parametrize(

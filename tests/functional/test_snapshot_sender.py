@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -1153,7 +1154,7 @@ def test_a_transfer_is_ended_in_every_phase(
     server: ScriptedServer, raft: FakeRaft, phase: str, end: str, make: Make
 ) -> None:
     source = Closing(*[bytes(MIB)] * 64)
-    config = config_of(dial_timeout_s=LONG_TIMEOUT)
+    config = replace(config_of(dial_timeout_s=LONG_TIMEOUT), stop_timeout_s=LONG_TIMEOUT)
     with black_hole() as hole, make(raft, config=config) as transport:
         url = f"http://127.0.0.1:{hole}" if phase == "dialing" else server.url
         transport.add_peer(PEER, [url])
@@ -1170,9 +1171,8 @@ def test_a_transfer_is_ended_in_every_phase(
         with pytest.raises(SnapshotCancelledError, match=reason):
             transfer.result(LONG_TIMEOUT)
         if end != "cancel":
-            # stop and remove_peer return within a second, and wait for that; a busy machine
-            # makes it two.
-            assert time.monotonic() - began < 5
+            # stop and remove_peer wait for that, and for nothing that the peer would have to do.
+            assert time.monotonic() - began < LONG_TIMEOUT / 2
             assert snapshots._thread is None or not snapshots._thread.is_alive()
         assert source.closed.is_set()
         is_blamed = end != "cancel"

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import MessageType, Pipeline, PipelineConfig, SendResult, SnapshotStatus, UsageError
 from pipeline.send.dispatcher import Dispatcher
+from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import PEER, message, peer_to, pipeline_to, settle
 from tests.support.server import ERROR, OK, Connection, Request, ScriptedServer, always, in_turn
@@ -105,7 +106,7 @@ def test_a_refusal_is_told_unless_raft_knows(is_unreachable: bool) -> None:
         assert raft.unreachable == ([] if is_unreachable else [PEER])
         server.release.set()
         eventually(lambda: peer.pipeline.stats().sent == 2)
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + LONG_TIMEOUT
         peer.stop_begin()
         peer.stop_end(deadline)
         dispatcher.stop(deadline)
