@@ -77,6 +77,8 @@ def resolve(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]]) -> Non
     real = socket.getaddrinfo
 
     def getaddrinfo(host: str, *args: Any, **kwargs: Any) -> list[Any]:
+        if host.endswith(".invalid"):  # without asking the machine's resolver, which may be slow
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         found = [real(address, *args, **kwargs) for address in names.get(host, [host])]
         return [entry for entries in found for entry in entries]
 

@@ -28,6 +28,7 @@ from pipeline.send.picker import URLPicker
 from pipeline.send.status import PeerStatus
 from pipeline.wire import protocol
 from tests.support import LONG_TIMEOUT
+from tests.support.names import Names
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
     CLUSTER,
@@ -419,7 +420,9 @@ def test_every_address_of_a_name_is_tried(host: str, monkeypatch: pytest.MonkeyP
         assert raft.unreachable == []
 
 
-def test_a_name_that_does_not_resolve_is_a_failure() -> None:
+def test_a_name_that_does_not_resolve_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = Names(monkeypatch)
+    names.of["does-not-exist.invalid"] = socket.gaierror(socket.EAI_NONAME, "Name not known")
     raft = FakeRaft()
     with pipeline_to("http://does-not-exist.invalid:2380", raft) as pipeline:
         pipeline.send(message())
