@@ -10,9 +10,14 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tests.support import tls_use
+from pipeline.send import probing
+from tests.support import LONG_TIMEOUT, tls_use
 
 tls_use.watch()
+
+# What answers a probe has a second to. Who answers on a machine so busy that it takes longer is
+# there all the same.
+probing.STEP_TIMEOUT_S = LONG_TIMEOUT
 
 # The same examples everywhere, every time: what is new comes from `make fuzz`. A busy machine makes
 # a deadline per example meaningless. HYPOTHESIS_PROFILE=ci takes ten times as many.

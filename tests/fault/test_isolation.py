@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import MessageType, PipelineConfig, SnapshotStatus, Transport, TransportConfig
 from pipeline.logs import lost_lines
+from tests.support import LONG_TIMEOUT
 from tests.support.callbacks import RudeError
 from tests.support.logs import handler_that_raises
 from tests.support.raft import FakeRaft
@@ -47,7 +48,7 @@ def test_blocked_callbacks_hold_up_their_peer_only() -> None:
         raft.wait_unreachable(4)
         for count in range(1, 50):
             transport.send([message(to=HEALTHY)])
-            good.wait_requests(count, timeout=10.0)
+            good.wait_requests(count)
         assert transport.stats()[PEER].in_flight == 4
         raft.release.set()
 
@@ -55,17 +56,24 @@ def test_blocked_callbacks_hold_up_their_peer_only() -> None:
 def test_a_black_hole_holds_up_nobody() -> None:
     raft = FakeRaft()
     holes = range(10, 20)
-    with black_hole() as port, ScriptedServer() as good, Transport(1, 1, raft) as transport:
+    # Nobody is given up meanwhile, and who waited for one of them would wait for that.
+    config = TransportConfig(pipeline=PipelineConfig(dial_timeout_s=2 * LONG_TIMEOUT))
+    with (
+        black_hole() as port,
+        ScriptedServer() as good,
+        Transport(1, 1, raft, config=config) as transport,
+    ):
         for peer in holes:
             transport.add_peer(peer, [f"http://127.0.0.1:{port}"])
             transport.send([message(to=peer)] * 5)
         transport.add_peer(HEALTHY, [good.url])
         for count in range(1, 50):
             transport.send([message(to=HEALTHY)])
-            good.wait_requests(count, timeout=1.5)  # less than a dial timeout
+            good.wait_requests(count)
         books = settle(transport._peers[HEALTHY].pipeline)
         assert (books.sent, books.failed, books.refused) == (49, 0, 0)
         assert not any(transport.stats()[peer].sent for peer in holes)
+        assert raft.unreachable == []
     assert set(raft.unreachable) == set(holes)
 
 

@@ -26,7 +26,6 @@ from pipeline import (
 from pipeline.net import dialling as module
 from pipeline.net.dialling import Dial, Dialer, DialError
 from pipeline.net.poller import Poller
-from pipeline.send import probing as probing_module
 from pipeline.snapshot import link as link_module
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.descriptors import copies_of_sockets, open_descriptors
@@ -114,9 +113,8 @@ def resolver_threads() -> list[str]:
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_an_address_that_swallows_everything_does_not_hide_the_next(
-    names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channel: str, scheme: str
+    names: Names, tmp_path: Path, channel: str, scheme: str
 ) -> None:
-    monkeypatch.setattr(probing_module, "STEP_TIMEOUT_S", LONG_TIMEOUT)
     authority = Authority(tmp_path)
     tls = authority.server("server", "two.test") if scheme == "https" else None
     with (
@@ -529,10 +527,7 @@ def test_a_dial_answered_while_the_thread_was_late_has_not_failed(
         dial.take().close()
 
 
-def test_a_probe_answered_while_the_thread_was_late_is_no_loss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(probing_module, "STEP_TIMEOUT_S", LONG_TIMEOUT)
+def test_a_probe_answered_while_the_thread_was_late_is_no_loss() -> None:
     with (
         ScriptedServer() as server,
         Transport(1, 1, FakeRaft(), config=config("probe")) as transport,

@@ -249,10 +249,9 @@ def test_a_message_that_was_not_given_to_be_written_does_not_go_with_the_last_wo
 
 @pytest.mark.parametrize("end", ["stop", "remove_peer"])
 def test_a_probed_server_that_has_just_shaken_hands_has_time_for_its_tickets(
-    authority: Authority, monkeypatch: pytest.MonkeyPatch, end: str
+    authority: Authority, end: str
 ) -> None:
     """It writes none here, and so the connection stays for as long as it might."""
-    monkeypatch.setattr("pipeline.send.probing.STEP_TIMEOUT_S", LONG_TIMEOUT)
     context = authority.server()
     context.num_tickets = 0
     is_asked = threading.Event()
