@@ -18,6 +18,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.names import show_address
 from pipeline.net._budget import BodyShare
+from pipeline.receive.body_time import BodyTime
 from pipeline.receive.handlers import Handlers, behind_prefix
 from pipeline.threads import LibraryThread
 from pipeline.wire.answers import BODILESS, Answer, Request
@@ -188,12 +189,12 @@ async def _read_body(receive: Receive, config: ReceiverConfig, share: BodyShare)
 async def _read_pieces(
     receive: Receive, config: ReceiverConfig, share: BodyShare, body: bytearray
 ) -> None:
-    left_s = config.stall_timeout_s
+    body_time = BodyTime(config)
     for pieces in itertools.count(1):
         if pieces % _PIECES_MAX == 0:  # a server that has them at hand lets nobody else run
             await asyncio.sleep(0)
         begin = time.monotonic()
-        async with asyncio.timeout(left_s):
+        async with asyncio.timeout(body_time.left_s):
             event = await receive()
         if event["type"] == "http.disconnect":
             raise _DisconnectedError
@@ -201,9 +202,7 @@ async def _read_pieces(
         if not share.set(len(body) + len(part)):
             raise _NoRoomError
         body += part
-        if config.min_body_rate:  # as conn_body_arrived in _requests.pxd
-            left_s += len(part) / config.min_body_rate - (time.monotonic() - begin)
-            left_s = min(left_s, config.stall_timeout_s)
+        body_time.arrived(len(part), time.monotonic() - begin)
         if len(body) > config.max_body_bytes:
             raise _BodyTooLargeError
         if not event.get("more_body", False):

@@ -10,6 +10,7 @@ from wsgiref.types import InputStream, StartResponse, WSGIApplication, WSGIEnvir
 from pipeline.config import ReceiverConfig
 from pipeline.names import show_address
 from pipeline.net._budget import BodyShare
+from pipeline.receive.body_time import BodyTime
 from pipeline.receive.handlers import Handlers, behind_prefix
 from pipeline.wire.answers import BODILESS, Answer, Request
 from pipeline.wire.protocol import reason_phrase
@@ -104,18 +105,18 @@ def _serve_message(
 def _read(stream: InputStream, size: int, config: ReceiverConfig, share: BodyShare) -> bytearray:
     """Read ``size`` bytes, or what there is; ``TimeoutError`` for a body that drips."""
     body = bytearray()
-    begin = time.monotonic()
+    body_time = BodyTime(config)
     while len(body) < size:
+        begin = time.monotonic()
         part = stream.read(min(size - len(body), _READ_BYTES))
         if not part:
             break
         if not share.set(len(body) + len(part)):
             raise _NoRoomError
         body += part
-        if config.min_body_rate:
-            late_s = time.monotonic() - begin - len(body) / config.min_body_rate
-            if late_s > config.stall_timeout_s:
-                raise TimeoutError
+        body_time.arrived(len(part), time.monotonic() - begin)
+        if body_time.left_s < 0:
+            raise TimeoutError
     return body
 
 

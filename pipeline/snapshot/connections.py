@@ -23,6 +23,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.net.pace import PIECE_S, Pace
 from pipeline.receive._receiver import LINGER_S
+from pipeline.receive.body_time import BodyTime
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.places import Place
 from pipeline.snapshot.body import BodyError, ClosingError, SnapshotBody
@@ -179,10 +180,9 @@ class _Receiving:
         self._is_stopped = False
         self._data = memoryview(b"")  # of the body, read and not asked for yet
         self._buffer = memoryview(bytearray(_PARSE_BYTES if self.left is None else 0))
-        self._config = config
         self._pace = Pace()
-        self._arrived = 0  # bytes of the body, and the seconds that we waited for them
-        self._waited_s = 0.0
+        self._time = BodyTime(config)
+        self._waited_s = 0.0  # since the last bytes of the body
         connection.settimeout(config.stall_timeout_s)
 
     def readinto(self, view: memoryview) -> int:
@@ -280,9 +280,9 @@ class _Receiving:
 
     def _count_arrived(self, n: int) -> None:
         """Count bytes of the body; those of its framing put nothing off."""
-        self._arrived += n
-        rate = self._config.min_body_rate
-        if rate and self._waited_s > self._config.stall_timeout_s + self._arrived / rate:
+        self._time.arrived(n, self._waited_s)
+        self._waited_s = 0.0
+        if self._time.left_s < 0:
             raise TimeoutError
 
     def _linger(self) -> None:

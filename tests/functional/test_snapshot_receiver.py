@@ -506,10 +506,14 @@ def test_a_body_that_stalls_is_given_up(make_node: MakeNode, sent: int, status: 
     assert node.files() == {}
 
 
-def test_a_body_that_drips_is_given_up(make_node: MakeNode) -> None:
-    node = make_node(stall_timeout_s=SHORT_TIMEOUT, min_body_rate=1_000_000)
+@pytest.mark.parametrize(
+    ("sent", "rate"), [(50, 1_000_000), (len(BODY) // 2, 1000)], ids=["drips", "began quickly"]
+)
+def test_a_body_that_drips_is_given_up(make_node: MakeNode, sent: int, rate: int) -> None:
+    """However quickly it began: what came then is no store to drip from for hours."""
+    node = make_node(stall_timeout_s=0.5, min_body_rate=rate)  # no drip is as late as a stall
     with dial(node.url) as sock:
-        sock.sendall(raw_head(f"content-length: {len(BODY)}", line=LINE) + BODY[:50])
+        sock.sendall(raw_head(f"content-length: {len(BODY)}", line=LINE) + BODY[:sent])
         give_up = threading.Event()
 
         def drip() -> None:
