@@ -1,11 +1,11 @@
 # cython: auto_pickle=False
 """The sending core: where Python meets the I/O loop on the way out.
 
-``_pipe``, ``_worker`` and ``_loop`` hold what runs without the GIL, ``_jobs`` what makes jobs of
+``_pipe``, ``_worker`` and ``_sending`` hold what runs without the GIL, ``_jobs`` what makes jobs of
 messages. Here are the calls a dispatcher thread makes for a worker, and the Python owners of the C
 structs:
 
-    IOLoop      owns a loop_t; keeps every Sender alive that has a live worker
+    IOLoop      owns a sending_t; keeps every Sender alive that has a live worker
     Sender      owns a pipe_t; the base of ``pipeline.Pipeline``
     ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
 """
@@ -26,20 +26,22 @@ from pipeline.send._books cimport (
 from pipeline.send._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_take_expired, job_t
 from pipeline.net._cursor cimport cursor_advance, cursor_gather, cursor_is_at_end, cursor_t
 from pipeline.net._gil cimport lock_with_gil, try_lock
+from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline.send._jobs cimport (
     EncodedMessage, job_free, job_from_encoded, job_from_message, job_from_protobuf, jobs_free,
 )
-from pipeline.send._loop cimport loop_close_descriptors, loop_free, loop_init, loop_start, loop_stop
 from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
     ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED,
     EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_TASKS, EVENT_UNSEAL, GIVEN_NOT,
-    GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, SEAL_CONNECTED, SEAL_NONE,
-    SEAL_READING, SEAL_WRITING, TYPE_APP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING,
-    WORKER_RETIRED, WORKER_WRITING, event_t, limits_t, loop_queue_tasks, loop_t, pipe_begin_stop,
-    pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t, worker_t,
+    GIVEN_RETIRED, GIVEN_TO_LOOP, SEAL_CONNECTED, SEAL_NONE, SEAL_READING, SEAL_WRITING, TYPE_APP,
+    WORKER_IDLE, WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
+    WORKER_STEP_BYTES, WORKER_WRITING, event_t, limits_t, pipe_begin_stop, pipe_count, pipe_free,
+    pipe_init, pipe_offer, pipe_retire_connections, pipe_t, sending_queue_tasks, sending_t,
+    worker_t,
 )
+from pipeline.send._sending cimport sending_free, sending_init, sending_start, sending_stop
 from pipeline.send._worker cimport (
     worker_give_back, worker_may_retry, worker_take_sealed, worker_to_python,
 )
@@ -47,6 +49,7 @@ from pipeline.wire._messages cimport Message, profile_index
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )
+from pipeline.net._sockets cimport own_descriptors
 from pipeline.net._sync cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
     load_i64, load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait,
@@ -219,7 +222,7 @@ cdef class IOLoop:
     Thread-safe. The thread takes no GIL and handles no signals.
     """
 
-    cdef loop_t loop
+    cdef sending_t sending
     cdef bint is_made
     cdef bint is_running
     # Senders with a live worker. Events carry borrowed pointers to them: this keeps them alive.
@@ -227,8 +230,8 @@ cdef class IOLoop:
 
     def __cinit__(self, int64_t queue_bytes, str name="pipeline-io"):
         cdef bytes comm = name.encode()[:15]
-        cdef int error = loop_init(&self.loop, queue_bytes)
-        memcpy(self.loop.name, PyBytes_AS_STRING(comm), len(comm))
+        cdef int error = sending_init(&self.sending, queue_bytes)
+        memcpy(self.sending.name, PyBytes_AS_STRING(comm), len(comm))
         if error != 0:
             raise OSError(error, error_text(error))
         self.is_made = True
@@ -238,11 +241,11 @@ cdef class IOLoop:
         # Running loops are kept alive by dispatcher.py; a stopped one has no thread and no pipe.
         if self.is_made and not self.is_running:
             self.drop_finished()
-            loop_free(&self.loop)
+            sending_free(&self.sending)
 
     def start(self):
         """Start the thread."""
-        cdef int error = loop_start(&self.loop)
+        cdef int error = sending_start(&self.sending, own_descriptors())
         if error != 0:
             raise OSError(error, error_text(error))
         self.is_running = True
@@ -257,17 +260,17 @@ cdef class IOLoop:
         self.is_running = False     # before the GIL is let go of: from now on nothing is opened
         with nogil:
             # Wait for the loop to detach what it was told to; it never waits for Python.
-            loop_stop(&self.loop)
+            sending_stop(&self.sending)
         self.drop_finished()
 
     @property
     def queued_bytes(self):
         """Bytes queued by all senders."""
-        return load_i64(&self.loop.budget.bytes)
+        return load_i64(&self.sending.budget.bytes)
 
     cdef void drop_finished(self) noexcept:
         """Free finished jobs and drop what they borrowed."""
-        cdef job_t* job = <job_t*>list_take(&self.loop.finished)
+        cdef job_t* job = <job_t*>list_take(&self.sending.finished)
         cdef job_t* following
         cdef int64_t jobs = 0, size = 0
         cdef job_t* first = job
@@ -275,8 +278,8 @@ cdef class IOLoop:
             jobs += 1
             size += <int64_t>job.size_bytes
             job = job.next
-        add_i64(&self.loop.finished_jobs, -jobs)
-        add_i64(&self.loop.finished_bytes, -size)
+        add_i64(&self.sending.finished_jobs, -jobs)
+        add_i64(&self.sending.finished_bytes, -size)
         job = first
         while job is not NULL:
             following = job.next
@@ -292,27 +295,27 @@ cdef class IOLoop:
             The worker is None when there are only tasks to run or payloads to release; None when
             the queue is closed and empty.
         """
-        cdef loop_t* loop = &self.loop
+        cdef sending_t* sending = &self.sending
         cdef event_t* event
         cdef event_t taken
         with nogil:
             # Wait until there is an event or the queue is closed. Only C state is touched.
-            pthread_mutex_lock(&loop.event_lock)
-            loop.event_waiters += 1
-            while loop.event_head is NULL and not loop.events_closed:
-                pthread_cond_wait(&loop.event_cond, &loop.event_lock)
-            loop.event_waiters -= 1
-            event = loop.event_head
+            pthread_mutex_lock(&sending.event_lock)
+            sending.event_waiters += 1
+            while sending.event_head is NULL and not sending.events_closed:
+                pthread_cond_wait(&sending.event_cond, &sending.event_lock)
+            sending.event_waiters -= 1
+            event = sending.event_head
             if event is not NULL:
                 taken = event[0]
-                loop.event_head = event.next
-                if loop.event_head is NULL:
-                    loop.event_tail = NULL
-            pthread_mutex_unlock(&loop.event_lock)
+                sending.event_head = event.next
+                if sending.event_head is NULL:
+                    sending.event_tail = NULL
+            pthread_mutex_unlock(&sending.event_lock)
         if event is NULL:
             return None
         if taken.kind == EVENT_TASKS:
-            store_int(&loop.tasks_queued, 0)
+            store_int(&sending.tasks_queued, 0)
             self.drop_finished()
             return (None, None, 0)
         return ((<Sender>taken.worker.pipe.owner).workers[taken.worker.index], EVENTS[taken.kind],
@@ -320,27 +323,27 @@ cdef class IOLoop:
 
     def take_expired(self):
         """Return the senders that may have messages to be failed for their age; often none."""
-        return list(self.senders) if swap_int(&self.loop.has_expired, 0) else []
+        return list(self.senders) if swap_int(&self.sending.has_expired, 0) else []
 
     def queue_tasks(self):
         """Have ``next_event`` return for Python's own tasks in some dispatcher thread, soon."""
         with nogil:
-            loop_queue_tasks(&self.loop)
+            sending_queue_tasks(&self.sending)
 
     def has_waiter(self):
         """Tell whether a dispatcher thread is waiting for an event."""
         cdef int waiters
-        lock_with_gil(&self.loop.event_lock)
-        waiters = self.loop.event_waiters
-        pthread_mutex_unlock(&self.loop.event_lock)
+        lock_with_gil(&self.sending.event_lock)
+        waiters = self.sending.event_waiters
+        pthread_mutex_unlock(&self.sending.event_lock)
         return waiters > 0
 
     def close_events(self):
         """Let ``next_event`` return None in every dispatcher thread, once the queue is empty."""
-        lock_with_gil(&self.loop.event_lock)
-        self.loop.events_closed = True
-        pthread_cond_broadcast(&self.loop.event_cond)
-        pthread_mutex_unlock(&self.loop.event_lock)
+        lock_with_gil(&self.sending.event_lock)
+        self.sending.events_closed = True
+        pthread_cond_broadcast(&self.sending.event_cond)
+        pthread_mutex_unlock(&self.sending.event_lock)
 
     def forget_after_fork(self):
         """Cut loose in a forked child, which has none of our threads: everything is stopped.
@@ -348,11 +351,10 @@ cdef class IOLoop:
         Locks may have been held by threads that do not exist here, so they are made anew.
         """
         cdef Sender sender
-        pthread_mutex_init(&self.loop.event_lock, NULL)
-        cond_init_monotonic(&self.loop.event_cond)
-        self.loop.events_closed = True
-        self.loop.poll.is_sleeping = 0
-        loop_close_descriptors(&self.loop)      # the copies
+        pthread_mutex_init(&self.sending.event_lock, NULL)
+        cond_init_monotonic(&self.sending.event_cond)
+        self.sending.events_closed = True
+        loop_init(&self.sending.loop)           # its descriptors are closed already
         self.is_running = False
         for sender in self.senders:
             sender.forget_after_fork()
@@ -437,7 +439,7 @@ cdef class Sender:
         # signal's handler in, which may stop the loop.
         if not loop.is_running:
             raise UsageError("start: it was stopped")
-        if pipe_init(&self.pipe, &loop.loop, len(made), &channel_limits, &limits,
+        if pipe_init(&self.pipe, &loop.sending, len(made), &channel_limits, &limits,
                      &active.value, <void*>self) != 0:
             raise MemoryError
         for i in range(self.pipe.n_workers):
@@ -480,7 +482,7 @@ cdef class Sender:
         cdef int rc
         if not self.is_open:
             raise UsageError("send: the pipeline was not started")
-        if not list_is_empty(&self.loop.loop.finished):
+        if not list_is_empty(&self.loop.sending.finished):
             self.loop.drop_finished()
         if isinstance(message, Message):
             job = job_from_message(<Message>message, self.profile)
@@ -708,7 +710,7 @@ cdef class Worker:
         """
         cdef worker_t* worker = self.c
         cdef size_t n = PyBytes_GET_SIZE(head)
-        cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX + LOOP_JOINED_MAX)
+        cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX + WORKER_JOINED_MAX)
         if copy is NULL:
             raise MemoryError
         memcpy(copy, PyBytes_AS_STRING(head), n)
@@ -717,7 +719,7 @@ cdef class Worker:
         worker.head_fixed = n
         worker.head_for = <size_t>-1
         worker.known_len = 0
-        worker.fd = fd
+        worker.io.fd = fd
         worker.seal = SEAL_CONNECTED if is_sealed else SEAL_NONE
         worker.sealed = NULL
         worker.sealed_len = worker.sealed_written = 0
@@ -735,7 +737,7 @@ cdef class Worker:
         """
         cdef worker_t* worker = self.c
         cdef bint is_written = worker.sealed_written == worker.sealed_len
-        worker.fd = -1
+        worker.io.fd = -1
         worker.sealed = NULL
         worker.sealed_len = worker.sealed_written = 0
         worker.generation = load_int(&self.c.pipe.generation)
@@ -799,7 +801,7 @@ cdef class Worker:
         cdef worker_t* worker = self.c
         cdef cursor_t* cursor = &worker.cursor
         cdef size_t whole = worker.head_len + worker.job.size_bytes
-        cdef size_t left = LOOP_STEP_BYTES
+        cdef size_t left = WORKER_STEP_BYTES
         cdef iovec piece
         cdef uint8_t* at
         if cursor.at == 0 and whole <= RECORD_MAX:

@@ -160,9 +160,11 @@ cdef inline int loop_timeout_ms(const loop_t* loop, int64_t due_ns) noexcept nog
 
 # -- what is watched
 
-cdef inline int loop_add(loop_t* loop, io_t* io, uint32_t events) noexcept nogil:
-    """Watch a descriptor; 0 or an errno."""
+cdef inline int loop_add(loop_t* loop, io_t* io, uint32_t events,
+                         void (*ready)(io_t* io, uint32_t flags) noexcept nogil) noexcept nogil:
+    """Watch a descriptor, and have ``ready`` called for it; 0 or an errno."""
     cdef epoll_event event
+    io.ready = ready
     event.events = events
     event.data.ptr = io
     if epoll_ctl(loop.epfd, EPOLL_CTL_ADD, io.fd, &event) != 0:
@@ -242,14 +244,13 @@ cdef inline void loop_wake(loop_t* loop) noexcept nogil:
 # -- making and ending
 
 cdef inline void loop_woken(io_t* io, uint32_t flags) noexcept nogil:
-    """Nothing: that the wait is over was all that was wanted."""
+    """Do nothing: that the wait is over was all that was wanted."""
 
 
 cdef inline void loop_init(loop_t* loop) noexcept nogil:
     """Make a loop that is not open, or forget what it has open: in a forked child."""
     memset(loop, 0, sizeof(loop_t))
     loop.epfd = loop.wake.fd = -1
-    loop.wake.ready = loop_woken
 
 
 cdef inline int loop_open(loop_t* loop, descriptors_t* descriptors) noexcept nogil:
@@ -265,7 +266,7 @@ cdef inline int loop_open(loop_t* loop, descriptors_t* descriptors) noexcept nog
         error = errno
     pthread_mutex_unlock(&descriptors.lock)
     if error == 0:
-        error = loop_add(loop, &loop.wake, EPOLLIN | EPOLLET)
+        error = loop_add(loop, &loop.wake, EPOLLIN | EPOLLET, loop_woken)
     if error != 0:
         loop_close(loop)
     return error

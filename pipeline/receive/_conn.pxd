@@ -33,7 +33,7 @@ from pipeline.wire._raftpb cimport wire_decoded_t
 cdef enum:
     # Read at once; a request that fits is decoded from a copy of its own size.
     SERVER_SCRATCH = 64 * 1024
-    # Bytes of a large body read per connection and turn; see LOOP_STEP_BYTES.
+    # Bytes of a large body read per connection and turn; see WORKER_STEP_BYTES.
     SERVER_STEP_BYTES = 1 << 20
     # Bytes of all large bodies read, or thrown away, before others are looked at again: a
     # millisecond.

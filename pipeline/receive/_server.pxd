@@ -83,7 +83,7 @@ cdef inline void server_resume_accept(server_t* server) noexcept nogil:
     cdef int i
     server.accept_at_ns = 0
     for i in range(server.n_listening):
-        loop_add(&server.loop, &server.listening[i].io, EPOLLIN)
+        loop_add(&server.loop, &server.listening[i].io, EPOLLIN, listening_ready)
 
 
 cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
@@ -120,7 +120,6 @@ cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
                     server_pause_accept(server, server.loop.now_ns + ACCEPT_RETRY_NS)
                 return
             continue    # anything else was the end of the one connection (accept(2))
-        conn.io.ready = conn_ready
         conn.server = server
         server.next_id += 1
         conn.id = server.next_id
@@ -145,7 +144,7 @@ cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
         else:
             # A connection that says nothing at all has no more time than a head.
             conn_set_deadline(conn, server.loop.now_ns + server.limits.head_timeout_ns)
-        if loop_add(&server.loop, &conn.io, LOOP_EDGES) != 0:
+        if loop_add(&server.loop, &conn.io, LOOP_EDGES, conn_ready) != 0:
             conn_close(conn)
 
 
@@ -449,7 +448,6 @@ cdef inline void server_listen(server_t* server, int fd, bint is_sealed) noexcep
     """Take over a listening socket, before the start. There is room for it in ``listening``."""
     cdef listening_t* listening = &server.listening[server.n_listening]
     listening.io.fd = fd
-    listening.io.ready = listening_ready
     listening.server = server
     listening.is_sealed = is_sealed
     server.n_listening += 1

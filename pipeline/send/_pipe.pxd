@@ -2,7 +2,7 @@
 
 Source: etcd rafthttp/pipeline.go. There the four workers of a pipeline are goroutines on the
 runtime's netpoller; here a worker is a connection slot with a state (``_worker.pxd``), and the loop
-(``_loop.pxd``) is the netpoller.
+(``_sending.pxd``) is the netpoller.
 
     who                 may touch                                           guarded by
     producers           channel, idle stack: pipe_offer                     pipe.lock
@@ -28,7 +28,7 @@ from pipeline.send._channel cimport (
 )
 from pipeline.net._cursor cimport cursor_t
 from pipeline.wire._http cimport HTTP_ANSWER_MAX
-from pipeline.net._poll cimport poll_look_at, poll_t, poll_wake
+from pipeline.net._loop cimport io_t, loop_look_at, loop_t, loop_wake
 from pipeline.net._sync cimport (
     add_i64, add_int, cond_init_monotonic, invariant, list_push, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_mutex_destroy,
@@ -39,15 +39,14 @@ from pipeline.net._sync cimport (
 cdef enum:
     # Bytes a worker writes per turn. Steps of 256 KiB cost a third more CPU than steps of 1 MiB on
     # loopback; one step of 1 MiB delays the other workers by about 0.2 ms (design section 3).
-    LOOP_STEP_BYTES = 1 << 20
-    LOOP_STEP_SEGMENTS = 64
+    WORKER_STEP_BYTES = 1 << 20
+    WORKER_STEP_SEGMENTS = 64
     # The send buffer to a peer whose handshake took no longer: one step of the loop fills it.
     NEAR_RTT_US = 100
     SEND_BUFFER_NEAR = 1 << 20
     # Up to this a body is copied behind the head and both are sent as one piece, which costs the
     # kernel less than to gather two.
-    LOOP_JOINED_MAX = 2048
-    LOOP_EVENTS = 256
+    WORKER_JOINED_MAX = 2048
     # Borrowed payloads go back to Python in batches of this many jobs, bytes, or after this long.
     RELEASE_JOBS = 64
     RELEASE_BYTES = 1 << 20
@@ -112,18 +111,16 @@ cdef struct event_t:
     int error
 
 cdef struct worker_t:
+    # First. Its descriptor is borrowed from the Python connection, which outlives its use here.
+    io_t io
     pipe_t* pipe            # borrowed; outlives its workers
-    worker_t* next          # on the idle stack, or on loop.returned
-    worker_t* next_runnable
+    worker_t* next          # on the idle stack
     event_t event           # at most one is under way
     job_t* job              # owned
     int index
     int state
-    int fd                  # borrowed from the Python connection, which outlives its use here; -1
-    bint is_registered      # fd is in the loop's epoll set
-    bint is_runnable        # on loop.runnable
-    bint is_reused          # fd has carried a request that was answered
-    bint is_ended           # the peer has ended fd's stream
+    bint is_reused          # the connection has carried a request that was answered
+    bint is_ended           # the peer has ended its stream
     int64_t last_used_ns
     int64_t deadline_ns     # of the present state; 0 is none
     int64_t link_check_ns   # when to look whether the peer still acknowledges
@@ -137,7 +134,7 @@ cdef struct worker_t:
     size_t sealed_written
     int64_t sealed_deadline_ns      # of handshake, stall or answer, however often Python is asked
     # Owned: the request head up to and with "Content-Length: ", and room for its end and for
-    # LOOP_JOINED_MAX bytes of a body.
+    # WORKER_JOINED_MAX bytes of a body.
     uint8_t* head
     size_t head_fixed       # bytes of it that never change
     size_t head_len
@@ -163,7 +160,7 @@ cdef struct pipe_t:
     worker_t* idle          # stack: the warmest connection is used first
     int live                # workers not retired
     bint is_detached        # the loop has forgotten this pipe
-    bint is_scheduled       # on loop.ready
+    bint is_scheduled       # on sending.ready
     bint is_retiring        # idle connections of an earlier generation are to be closed
 
     pipe_t* next_ready
@@ -175,18 +172,17 @@ cdef struct pipe_t:
     limits_t limits
     int generation          # atomic: raised when another URL is to be used
     int* active             # owned by Python's ActiveFlag, which outlives the pipe
-    loop_t* loop            # outlives the pipe
+    sending_t* sending      # outlives the pipe
     void* owner             # borrowed PyObject*: the Sender; held by the loop's registry while live
 
-cdef struct loop_t:
-    poll_t poll
+# A node's sending loop: whose it is to run, and the lists it goes through between two waits.
+cdef struct sending_t:
+    loop_t loop
     char name[16]
     pthread_t thread
     int is_stopping         # atomic
-    int wakers              # atomic: threads about to write to wakefd
     pipe_t* ready           # atomic lists, pushed by anyone, taken whole by the loop
     pipe_t* detached
-    worker_t* returned
     job_t* finished         # atomic: jobs whose owners Python must drop
     int64_t finished_jobs   # atomic
     int64_t finished_bytes  # atomic
@@ -204,36 +200,26 @@ cdef struct loop_t:
 
     event_t tasks_event
     pipe_t* attached        # the loop's own from here on
-    worker_t* runnable
-    worker_t* runnable_tail
     int64_t release_due_ns          # 0 is none
-
-
-cdef inline void loop_wake(loop_t* loop) noexcept nogil:
-    """Make a sleeping loop look at its lists. Costs one load while it is awake."""
-    if load_int(&loop.poll.is_sleeping):
-        add_int(&loop.wakers, 1)        # loop_stop does not close wakefd meanwhile
-        poll_wake(&loop.poll)
-        add_int(&loop.wakers, -1)
 
 
 # -- events: from the loop to the dispatcher
 
-cdef inline void loop_queue_event(loop_t* loop, event_t* event) noexcept nogil:
+cdef inline void sending_queue_event(sending_t* sending, event_t* event) noexcept nogil:
     event.next = NULL
-    pthread_mutex_lock(&loop.event_lock)
-    if loop.event_tail is NULL:
-        loop.event_head = event
+    pthread_mutex_lock(&sending.event_lock)
+    if sending.event_tail is NULL:
+        sending.event_head = event
     else:
-        loop.event_tail.next = event
-    loop.event_tail = event
-    pthread_cond_signal(&loop.event_cond)
-    pthread_mutex_unlock(&loop.event_lock)
+        sending.event_tail.next = event
+    sending.event_tail = event
+    pthread_cond_signal(&sending.event_cond)
+    pthread_mutex_unlock(&sending.event_lock)
 
 
 # -- the pipe: what is offered, and whoever is idle
 
-cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers,
+cdef inline int pipe_init(pipe_t* pipe, sending_t* sending, int n_workers,
                           channel_limits_t* channel_limits, const limits_t* limits, int* active,
                           void* owner) noexcept nogil:
     """Make a pipe with idle workers and no connections; 0, or -1 without memory.
@@ -242,13 +228,13 @@ cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers,
     """
     cdef int i
     memset(pipe, 0, sizeof(pipe_t))
-    pipe.loop = loop
+    pipe.sending = sending
     pipe.limits = limits[0]
     pipe.active = active
     pipe.owner = owner
     channel_limits.large_min = LARGE_MIN if n_workers > 1 else <size_t>-1
     pipe.workers = <worker_t*>calloc(n_workers, sizeof(worker_t))
-    if pipe.workers is NULL or channel_init(&pipe.channel, channel_limits, &loop.budget) != 0:
+    if pipe.workers is NULL or channel_init(&pipe.channel, channel_limits, &sending.budget) != 0:
         free(pipe.workers)
         return -1
     pthread_mutex_init(&pipe.lock, NULL)
@@ -257,7 +243,7 @@ cdef inline int pipe_init(pipe_t* pipe, loop_t* loop, int n_workers,
     for i in range(n_workers):      # the first worker ends up last on the stack
         pipe.workers[i].pipe = pipe
         pipe.workers[i].index = i
-        pipe.workers[i].fd = -1
+        pipe.workers[i].io.fd = -1
         pipe.workers[i].next = pipe.idle
         pipe.idle = &pipe.workers[i]
     return 0
@@ -285,18 +271,18 @@ cdef inline int pipe_offer(pipe_t* pipe, job_t* job) noexcept nogil:
     # Busy workers look at msgc themselves when they finish; only an idle one needs the loop.
     if rc == OFFER_ACCEPTED and pipe.idle is not NULL and not pipe.is_scheduled:
         pipe.is_scheduled = is_needed = True
-        list_push(&pipe.loop.ready, &pipe.next_ready, pipe)
+        list_push(&pipe.sending.ready, &pipe.next_ready, pipe)
     pthread_mutex_unlock(&pipe.lock)
     if is_needed:       # not under the lock, which the loop is about to want
-        loop_wake(pipe.loop)
+        loop_wake(&pipe.sending.loop)
     return rc
 
 
 cdef inline void pipe_expire(pipe_t* pipe, int64_t now_ns) noexcept nogil:
     """Leave jobs that waited too long to Python, which fails them. The caller holds the lock."""
     if channel_expire(&pipe.channel, now_ns):
-        store_int(&pipe.loop.has_expired, 1)
-        loop_queue_tasks(pipe.loop)
+        store_int(&pipe.sending.has_expired, 1)
+        sending_queue_tasks(pipe.sending)
 
 
 cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
@@ -307,11 +293,11 @@ cdef inline void pipe_check_age(pipe_t* pipe, int64_t now_ns) noexcept nogil:
         return
     pthread_mutex_lock(&pipe.lock)
     pipe_expire(pipe, now_ns)
-    poll_look_at(&pipe.loop.poll, channel_expires_at(&pipe.channel))
+    loop_look_at(&pipe.sending.loop, channel_expires_at(&pipe.channel))
     pthread_mutex_unlock(&pipe.lock)
     for i in range(pipe.n_workers):     # what is offered from now on may have to wait for it
         if load_int(&pipe.workers[i].state) != WORKER_IDLE:
-            poll_look_at(&pipe.loop.poll, now_ns + age_ns)
+            loop_look_at(&pipe.sending.loop, now_ns + age_ns)
             return
 
 
@@ -332,9 +318,9 @@ cdef inline job_t* pipe_begin_stop(pipe_t* pipe) noexcept nogil:
     pthread_mutex_lock(&pipe.lock)
     if not pipe.channel.is_stopping:
         first = channel_drop_all(&pipe.channel)
-        list_push(&pipe.loop.detached, &pipe.next_detached, pipe)
+        list_push(&pipe.sending.detached, &pipe.next_detached, pipe)
     pthread_mutex_unlock(&pipe.lock)
-    loop_wake(pipe.loop)
+    loop_wake(&pipe.sending.loop)
     return first
 
 
@@ -347,45 +333,32 @@ cdef inline void pipe_retire_connections(pipe_t* pipe) noexcept nogil:
         pipe.is_retiring = True
         if not pipe.is_scheduled:
             pipe.is_scheduled = is_needed = True
-            list_push(&pipe.loop.ready, &pipe.next_ready, pipe)
+            list_push(&pipe.sending.ready, &pipe.next_ready, pipe)
     pthread_mutex_unlock(&pipe.lock)
     if is_needed:
-        loop_wake(pipe.loop)
+        loop_wake(&pipe.sending.loop)
 
 
 # -- what pipe and workers want of the loop
 
-cdef inline void loop_add_runnable(loop_t* loop, worker_t* worker) noexcept nogil:
-    """Let a worker write on in the next turn."""
-    if worker.is_runnable:
-        return
-    worker.is_runnable = True
-    worker.next_runnable = NULL
-    if loop.runnable is NULL:
-        loop.runnable = worker
-    else:
-        loop.runnable_tail.next_runnable = worker
-    loop.runnable_tail = worker
-
-
-cdef inline void loop_job_done(loop_t* loop, job_t* job) noexcept nogil:
+cdef inline void sending_job_done(sending_t* sending, job_t* job) noexcept nogil:
     """Free a job; one that borrows is left for Python, in batches."""
     if job.n_owners == 0:
         free(job)
         return
-    add_i64(&loop.finished_bytes, <int64_t>job.size_bytes)
-    add_i64(&loop.finished_jobs, 1)
-    list_push(&loop.finished, &job.next, job)
-    if loop.release_due_ns == 0:
-        loop.release_due_ns = loop.poll.now_ns + RELEASE_DELAY_NS
-    if load_i64(&loop.finished_jobs) >= RELEASE_JOBS \
-            or load_i64(&loop.finished_bytes) >= RELEASE_BYTES:
-        loop.release_due_ns = 0
-        loop_queue_tasks(loop)
+    add_i64(&sending.finished_bytes, <int64_t>job.size_bytes)
+    add_i64(&sending.finished_jobs, 1)
+    list_push(&sending.finished, &job.next, job)
+    if sending.release_due_ns == 0:
+        sending.release_due_ns = sending.loop.now_ns + RELEASE_DELAY_NS
+    if load_i64(&sending.finished_jobs) >= RELEASE_JOBS \
+            or load_i64(&sending.finished_bytes) >= RELEASE_BYTES:
+        sending.release_due_ns = 0
+        sending_queue_tasks(sending)
 
 
-cdef inline void loop_queue_tasks(loop_t* loop) noexcept nogil:
+cdef inline void sending_queue_tasks(sending_t* sending) noexcept nogil:
     """Have a dispatcher thread do what tasks there are, if none is about to."""
-    if not swap_int(&loop.tasks_queued, 1):
-        loop.tasks_event.kind = EVENT_TASKS
-        loop_queue_event(loop, &loop.tasks_event)
+    if not swap_int(&sending.tasks_queued, 1):
+        sending.tasks_event.kind = EVENT_TASKS
+        sending_queue_event(sending, &sending.tasks_event)

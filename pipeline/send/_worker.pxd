@@ -20,19 +20,21 @@ from pipeline.send._pipe cimport (
     ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
     ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT,
     EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
-    GIVEN_RETIRED, GIVEN_TO_LOOP, LOOP_JOINED_MAX, LOOP_STEP_BYTES, LOOP_STEP_SEGMENTS, NEAR_RTT_US,
-    SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE, SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR,
-    TYPE_PROP, TYPE_SNAP, WORKER_IDLE, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
-    WORKER_WRITING, loop_add_runnable, loop_job_done, loop_queue_event, loop_t, loop_wake,
-    pipe_count, pipe_expire, pipe_t, worker_t,
+    GIVEN_RETIRED, GIVEN_TO_LOOP, NEAR_RTT_US, SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE,
+    SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR, TYPE_PROP, TYPE_SNAP, WORKER_IDLE,
+    WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED, WORKER_STEP_BYTES,
+    WORKER_STEP_SEGMENTS, WORKER_WRITING, pipe_count, pipe_expire, pipe_t, sending_job_done,
+    sending_queue_event, sending_t, worker_t,
 )
-from pipeline.net._poll cimport poll_look_at
+from pipeline.net._loop cimport (
+    IO_TURN, LOOP_EDGES, io_t, loop_add, loop_look_at, loop_remove, loop_return, loop_wake,
+    runnable_add,
+)
 from pipeline.net._sync cimport (
-    EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT,
-    EPOLLRDHUP, EPOLL_CTL_ADD, EPOLL_CTL_DEL, IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK,
-    SOL_SOCKET, SO_SNDBUF, TCP_INFO, clock_ns, epoll_ctl, epoll_event, errno, getsockopt, invariant,
-    list_push, load_int, msghdr, note_int, pthread_cond_broadcast, pthread_mutex_lock,
-    pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t, tcp_info,
+    EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP,
+    IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET, SO_SNDBUF, TCP_INFO, clock_ns,
+    errno, getsockopt, invariant, load_int, msghdr, note_int, pthread_cond_broadcast,
+    pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t, tcp_info,
 )
 
 # -- a worker's states
@@ -71,15 +73,13 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
     hold the connection open, and events would come for a worker that is gone.
     """
-    if worker.is_registered:
-        epoll_ctl(worker.pipe.loop.poll.epfd, EPOLL_CTL_DEL, worker.fd, NULL)
-        worker.is_registered = False
+    loop_remove(&worker.pipe.sending.loop, &worker.io)
     worker_set_state(worker, WORKER_PYTHON)
     worker.deadline_ns = 0
     worker.event.kind = kind
     worker.event.error = error
     worker.event.worker = worker
-    loop_queue_event(worker.pipe.loop, &worker.event)
+    sending_queue_event(worker.pipe.sending, &worker.event)
 
 
 cdef inline void worker_retire(worker_t* worker) noexcept nogil:
@@ -94,8 +94,8 @@ cdef inline void worker_retire(worker_t* worker) noexcept nogil:
 cdef inline void worker_set_deadline(worker_t* worker, int64_t deadline_ns) noexcept nogil:
     """Set the deadline of the present state; the link is watched in every state with a job."""
     worker.deadline_ns = deadline_ns
-    poll_look_at(&worker.pipe.loop.poll, deadline_ns)
-    poll_look_at(&worker.pipe.loop.poll, worker.link_check_ns)
+    loop_look_at(&worker.pipe.sending.loop, deadline_ns)
+    loop_look_at(&worker.pipe.sending.loop, worker.link_check_ns)
 
 
 cdef inline void worker_await_answer(worker_t* worker, int64_t answer_deadline_ns) noexcept nogil:
@@ -134,30 +134,30 @@ cdef inline void worker_fail(worker_t* worker, int error) noexcept nogil:
 
 cdef inline void worker_write(worker_t* worker) noexcept nogil:
     """Write head and body until done, until the socket is full, or for one step."""
-    cdef loop_t* loop = worker.pipe.loop
+    cdef sending_t* sending = worker.pipe.sending
     cdef job_t* job = worker.job
-    cdef iovec iov[LOOP_STEP_SEGMENTS]
+    cdef iovec iov[WORKER_STEP_SEGMENTS]
     cdef msghdr message
     cdef ssize_t written
-    cdef size_t budget = LOOP_STEP_BYTES
+    cdef size_t budget = WORKER_STEP_BYTES
     memset(&message, 0, sizeof(message))
     message.msg_iov = iov
     worker_set_state(worker, WORKER_WRITING)
     while not cursor_is_at_end(&worker.cursor):
-        if worker.written == 0 and job.n_segments == 2 and job.size_bytes <= LOOP_JOINED_MAX:
+        if worker.written == 0 and job.n_segments == 2 and job.size_bytes <= WORKER_JOINED_MAX:
             memcpy(worker.head + worker.head_len, job.segments[1].iov_base, job.size_bytes)
-            written = send(worker.fd, worker.head, worker.head_len + job.size_bytes,
+            written = send(worker.io.fd, worker.head, worker.head_len + job.size_bytes,
                            MSG_NOSIGNAL | MSG_DONTWAIT)
         else:
-            message.msg_iovlen = cursor_gather(&worker.cursor, iov, LOOP_STEP_SEGMENTS, budget)
-            written = sendmsg(worker.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+            message.msg_iovlen = cursor_gather(&worker.cursor, iov, WORKER_STEP_SEGMENTS, budget)
+            written = sendmsg(worker.io.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
         if written < 0:
             if errno == EINTR:
                 continue
             if errno == EAGAIN:
-                if budget != LOOP_STEP_BYTES or worker.deadline_ns == 0:
+                if budget != WORKER_STEP_BYTES or worker.deadline_ns == 0:
                     worker_set_deadline(
-                        worker, loop.poll.now_ns + worker.pipe.limits.stall_timeout_ns)
+                        worker, sending.loop.now_ns + worker.pipe.limits.stall_timeout_ns)
                 return
             worker_write_failed(worker, errno)
             return
@@ -165,22 +165,22 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
         budget -= <size_t>written
         cursor_advance(&worker.cursor, <size_t>written)
         if budget == 0 and not cursor_is_at_end(&worker.cursor):
-            worker_set_deadline(worker, loop.poll.now_ns + worker.pipe.limits.stall_timeout_ns)
-            loop_add_runnable(loop, worker)
+            worker_set_deadline(worker, sending.loop.now_ns + worker.pipe.limits.stall_timeout_ns)
+            runnable_add(&sending.loop.runnable, &worker.io)
             return
     worker_set_state(worker, WORKER_READING)
     # Differs from etcd: it waits for ever, and a black hole keeps its worker.
-    worker.answer_deadline_ns = loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
+    worker.answer_deadline_ns = sending.loop.now_ns + worker.pipe.limits.response_timeout_ns
     worker_await_answer(worker, worker.answer_deadline_ns)
 
 
 cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
     """A write failed; the peer may have said why (413, 412) before it closed."""
-    cdef ssize_t n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    cdef ssize_t n = recv(worker.io.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
     if n > 0:
         worker.answer_len = <int>n
         worker.answer_deadline_ns = \
-            worker.pipe.loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
+            worker.pipe.sending.loop.now_ns + worker.pipe.limits.response_timeout_ns
         if worker.seal == SEAL_NONE:
             worker_to_python(worker, EVENT_ANSWER, 0)
             return
@@ -198,12 +198,12 @@ cdef inline void worker_flush(worker_t* worker) noexcept nogil:
     A deadline outlasts the visits to Python: what the peer sends meanwhile, such as session
     tickets, does not put it off.
     """
-    cdef int64_t now_ns = worker.pipe.loop.poll.now_ns
+    cdef int64_t now_ns = worker.pipe.sending.loop.now_ns
     cdef ssize_t written
     cdef bint has_moved = False
     worker_set_state(worker, WORKER_WRITING)
     while worker.seal != SEAL_READING and worker.sealed_written < worker.sealed_len:
-        written = send(worker.fd, worker.sealed + worker.sealed_written,
+        written = send(worker.io.fd, worker.sealed + worker.sealed_written,
                        worker.sealed_len - worker.sealed_written, MSG_NOSIGNAL | MSG_DONTWAIT)
         if written < 0:
             if errno == EINTR:
@@ -241,7 +241,7 @@ cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
         worker_to_python(worker, EVENT_HANDSHAKE, 0)
         return
     # Session tickets may have come while it was idle; what else it may be, Python finds out.
-    n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    n = recv(worker.io.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
     if n == 0 or (n < 0 and errno != EAGAIN):
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
@@ -270,7 +270,7 @@ cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil
 
 cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     """Start writing the worker's job on its connection."""
-    worker_prepare(worker, worker.pipe.loop.poll.now_ns)
+    worker_prepare(worker, worker.pipe.sending.loop.now_ns)
     if worker.seal != SEAL_NONE:
         worker_begin_sealed(worker)
     else:
@@ -279,18 +279,18 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
 
 cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
     """Give an idle worker a job; without a connection fit for use it goes to Python first."""
-    cdef loop_t* loop = worker.pipe.loop
-    job.taken_ns = loop.poll.now_ns
+    cdef sending_t* sending = worker.pipe.sending
+    job.taken_ns = sending.loop.now_ns
     worker.job = job
     if worker.pipe.channel.limits.max_age_ns:
-        poll_look_at(&loop.poll, loop.poll.now_ns + worker.pipe.channel.limits.max_age_ns)
-    if worker.fd < 0 or worker.is_ended \
+        loop_look_at(&sending.loop, sending.loop.now_ns + worker.pipe.channel.limits.max_age_ns)
+    if worker.io.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&worker.pipe.generation) \
-            or loop.poll.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
+            or sending.loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     # An idle connection must be silent: an end of stream or stray bytes make it unfit.
-    if was_idle and worker.seal == SEAL_NONE and not link_is_silent(worker.fd):
+    if was_idle and worker.seal == SEAL_NONE and not link_is_silent(worker.io.fd):
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     worker_begin(worker)
@@ -304,11 +304,11 @@ cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
     """
     cdef pipe_t* pipe = worker.pipe
     cdef int64_t now_ns = clock_ns()
-    if worker.fd < 0 or worker.is_ended \
+    if worker.io.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&pipe.generation) \
             or now_ns - worker.last_used_ns > pipe.limits.idle_timeout_ns:
         return False
-    if not link_is_silent(worker.fd):
+    if not link_is_silent(worker.io.fd):
         return False
     pthread_mutex_lock(&pipe.lock)
     pipe_expire(pipe, now_ns)
@@ -331,12 +331,12 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     """
     cdef pipe_t* pipe = worker.pipe
     cdef job_t* job
-    cdef bint is_closed = worker.fd >= 0 and (
+    cdef bint is_closed = worker.io.fd >= 0 and (
         worker.is_ended or worker.generation != load_int(&pipe.generation))
     pthread_mutex_lock(&pipe.lock)
     if done is not NULL:
-        pipe_count(pipe, done, outcome, pipe.loop.poll.now_ns - done.taken_ns)
-    pipe_expire(pipe, pipe.loop.poll.now_ns)
+        pipe_count(pipe, done, outcome, pipe.sending.loop.now_ns - done.taken_ns)
+    pipe_expire(pipe, pipe.sending.loop.now_ns)
     job = channel_take(&pipe.channel, worker.index > 0)
     worker.job = job
     if job is NULL and not is_closed:
@@ -345,7 +345,7 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
         pipe.idle = worker
     pthread_mutex_unlock(&pipe.lock)
     if done is not NULL:
-        loop_job_done(pipe.loop, done)
+        sending_job_done(pipe.sending, done)
     if job is not NULL:
         worker_start(worker, job, done is NULL)
     elif is_closed:
@@ -356,7 +356,7 @@ cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
     """204: count it here, unless Python has to hear of it (spec section 2.4)."""
     cdef job_t* job = worker.job
     worker.is_reused = True
-    worker.last_used_ns = worker.pipe.loop.poll.now_ns
+    worker.last_used_ns = worker.pipe.sending.loop.now_ns
     worker.deadline_ns = 0
     if job.type == TYPE_SNAP or not load_int(worker.pipe.active):
         worker_to_python(worker, EVENT_SUCCEEDED, 0)
@@ -370,7 +370,7 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
     cdef bint is_first
     cdef ssize_t n
     while True:
-        n = recv(worker.fd, worker.answer + worker.answer_len,
+        n = recv(worker.io.fd, worker.answer + worker.answer_len,
                  HTTP_ANSWER_MAX - worker.answer_len, MSG_DONTWAIT)
         if n >= 0 or errno != EINTR:
             break
@@ -393,7 +393,7 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         return
     if worker.state == WORKER_WRITING:
         worker.answer_deadline_ns = \
-            worker.pipe.loop.poll.now_ns + worker.pipe.limits.response_timeout_ns
+            worker.pipe.sending.loop.now_ns + worker.pipe.limits.response_timeout_ns
     if worker.state == WORKER_WRITING or worker.is_odd:
         # An answer to a request that is not complete is rare, and never a plain success.
         worker_to_python(worker, EVENT_ANSWER, 0)
@@ -427,10 +427,10 @@ cdef inline void worker_bound_send_buffer(worker_t* worker) noexcept nogil:
     cdef tcp_info info
     cdef socklen_t size = sizeof(info)
     cdef int half = SEND_BUFFER_NEAR // 2       # the kernel doubles it, for its own overhead
-    if worker.pipe.loop.has_near_buffer \
-            and getsockopt(worker.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
+    if worker.pipe.sending.has_near_buffer \
+            and getsockopt(worker.io.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
             and 0 < info.tcpi_rtt <= NEAR_RTT_US:       # 0: not known
-        setsockopt(worker.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
+        setsockopt(worker.io.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
 
 
 cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
@@ -440,9 +440,9 @@ cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
     cdef uint8_t byte
     cdef ssize_t n
     if worker.seal == SEAL_NONE:
-        n = recv(worker.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+        n = recv(worker.io.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
     else:
-        n = recv(worker.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+        n = recv(worker.io.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
     if n < 0 and errno == EAGAIN:
         return
     pthread_mutex_lock(&pipe.lock)
@@ -458,12 +458,20 @@ cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
         worker_to_python(worker, EVENT_CLOSED, 0)
 
 
-cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
-    """Act on what epoll says. Flags of an earlier socket may come late: the calls decide."""
-    if worker.state == WORKER_READING:
+cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
+    """Act on what epoll says, or write on when the worker was runnable.
+
+    Flags of an earlier socket may come late: the calls decide.
+    """
+    cdef worker_t* worker = <worker_t*>io
+    cdef int state = worker_look_at_state(worker)
+    if state == WORKER_READING:
         if flags & ~EPOLLOUT:
             worker_read(worker, flags)
-    elif worker.state == WORKER_WRITING:
+    elif state == WORKER_WRITING:
+        if flags == IO_TURN:
+            worker_write(worker)
+            return
         if flags & ~EPOLLOUT:
             worker_read(worker, flags)
         if worker.state == WORKER_WRITING and flags & EPOLLOUT:
@@ -471,7 +479,7 @@ cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
                 worker_flush(worker)
             else:
                 worker_write(worker)
-    elif worker.state == WORKER_IDLE and worker.fd >= 0:
+    elif state == WORKER_IDLE and worker.io.fd >= 0:
         if flags & ~EPOLLOUT:
             worker_idle_closed(worker)
 
@@ -479,7 +487,7 @@ cdef inline void worker_ready(worker_t* worker, uint32_t flags) noexcept nogil:
 cdef inline void worker_returned(worker_t* worker) noexcept nogil:
     """Go on with a worker that Python gives back: with a job to send, or with the next one."""
     cdef pipe_t* pipe = worker.pipe
-    cdef epoll_event event
+    cdef int error
     if pipe.is_detached:
         if worker.job is not NULL:
             worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)
@@ -488,16 +496,13 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         worker_retire(worker)
         pthread_mutex_unlock(&pipe.lock)
         return
-    if worker.fd >= 0:
-        event.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET
-        event.data.ptr = worker
-        if epoll_ctl(pipe.loop.poll.epfd, EPOLL_CTL_ADD, worker.fd, &event) == 0:
-            worker.is_registered = True
-        elif worker.job is NULL:
-            worker.is_ended = True
-        else:
-            worker_fail(worker, errno)
+    if worker.io.fd >= 0:
+        error = loop_add(&pipe.sending.loop, &worker.io, LOOP_EDGES, worker_ready)
+        if error != 0 and worker.job is not NULL:
+            worker_fail(worker, error)
             return
+        if error != 0:
+            worker.is_ended = True
     if worker.job is NULL:
         worker_next(worker, NULL, OUTCOME_SENT)
     elif worker.seal > SEAL_CONNECTED:
@@ -524,7 +529,7 @@ cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcep
                             else ERROR_RESPONSE_TIMEOUT)
             return
         if now_ns >= worker.link_check_ns:
-            if link_is_dead(worker.fd, worker.pipe.limits.dead_link_timeout_ns):
+            if link_is_dead(worker.io.fd, worker.pipe.limits.dead_link_timeout_ns):
                 worker_fail(worker, ERROR_DEAD_LINK)
                 return
             worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns // 4
@@ -536,11 +541,11 @@ cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcep
 cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
     """Return a worker from Python to the loop, or retire it when the pipe is detached; GIVEN_*."""
     cdef pipe_t* pipe = worker.pipe
-    cdef loop_t* loop = pipe.loop
+    cdef sending_t* sending = pipe.sending
     cdef int given = GIVEN_TO_LOOP
     pthread_mutex_lock(&pipe.lock)
     if not pipe.is_detached:
-        list_push(&loop.returned, &worker.next, worker)
+        loop_return(&sending.loop, &worker.io)
     elif worker.job is NULL:
         worker_retire(worker)
         given = GIVEN_RETIRED
@@ -549,5 +554,5 @@ cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
     pthread_mutex_unlock(&pipe.lock)
     if given == GIVEN_TO_LOOP:
         # The caller keeps the loop's owner alive, though the pipe may be on its way out.
-        loop_wake(loop)
+        loop_wake(&sending.loop)
     return given
