@@ -87,9 +87,14 @@ typecheck: build $(VENV)/.linters
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
 	$(BIN)/python -m mypy.stubtest pipeline.net._budget pipeline.wire._chunks pipeline._core pipeline.send._jobs pipeline.wire._messages pipeline.receive._receiver pipeline.net._sockets
 
-benchmarks/bin/%: benchmarks/c/%.c benchmarks/c/peak.h
+benchmarks/bin/%: benchmarks/c/%.c $(wildcard benchmarks/c/*.h)
 	mkdir -p $(@D)
 	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -o $@ $<
+
+# The same programs over OpenSSL, whose headers and library only the benchmarks compile against.
+benchmarks/bin/%-tls: benchmarks/c/%.c $(wildcard benchmarks/c/*.h)
+	mkdir -p $(@D)
+	$(CC) -O2 -std=gnu11 -Wall -Wextra -pthread -DTLS -o $@ $< -lssl -lcrypto
 
 bench: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
 	$(BIN)/python benchmarks/report.py $(BENCH_ARGS)
@@ -106,9 +111,12 @@ $(VENV)/.peers: $(VENV)/.built
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' || echo 'not all peers are installed' >&2
 	touch $@
 
-# BENCH_ROUNDS=1 BENCH_SUBJECTS=etcd,ours BENCH_SIZES=128 make bench-peers
+TLS_PROGRAMS := benchmarks/bin/sink-tls benchmarks/bin/bare_sender-tls
+
+# BENCH_ROUNDS=1 BENCH_SUBJECTS=etcd,ours BENCH_SIZES=128 make bench-peers; BENCH_ARGS='--sides tls'
 bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
 	$(MAKE) --no-print-directory benchmarks/bin/etcd || echo 'no etcd to compare with' >&2
+	$(MAKE) --no-print-directory $(TLS_PROGRAMS) || echo 'no bare C over TLS to compare with' >&2
 	$(BIN)/python benchmarks/compare.py --rounds $(or $(BENCH_ROUNDS),5) \
 		--subjects '$(BENCH_SUBJECTS)' --sizes '$(BENCH_SIZES)' $(BENCH_ARGS)
 

@@ -31,7 +31,9 @@ from harness import (
     Pacer,
     QuietRaft,
     Subject,
+    add_tls_options,
     cpu_s,
+    credentials_of,
     forget_peak,
     quantiles,
     running,
@@ -265,6 +267,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="bytes in the one entry")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--lone", type=int, default=200, help="messages one at a time (peer)")
+    add_tls_options(parser)
     args = parser.parse_args()
     if args.subject == "bare-c":
         if args.mode != "work":
@@ -272,7 +275,8 @@ def main() -> None:
         print(json.dumps(measure_work_beside_c(args.port, args.seconds)))
         return
     raft = QuietRaft()
-    with running(args.subject, args.port, args.size, raft) as subject:
+    credentials = credentials_of(args)
+    with running(args.subject, args.port, args.size, raft, credentials=credentials) as subject:
         if args.mode == "lone":
             result = measure_lone(subject)
         elif args.mode == "busy":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import atexit
 import enum
+import functools
 import json
 import os
 import platform
 import queue
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,7 +23,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import pipeline
-from pipeline import MessageType, PipelineConfig, SendResult
+from pipeline import MessageType, PipelineConfig, SendResult, TLSInfo
+from pipeline.examples.certificates import Certificates
 from pipeline.tls import Credentials
 
 HERE = Path(__file__).resolve().parent
@@ -60,6 +65,39 @@ class QuietRaft:
         self.finished.put(status)
 
 
+@functools.cache
+def certificate() -> TLSInfo:
+    """One certificate for everybody (ECDSA P-256) and its authority, for as long as we run."""
+    directory = Path(tempfile.mkdtemp(prefix="raft-pipeline-bench-"))
+    atexit.register(shutil.rmtree, directory)
+    return Certificates(directory).issue("node", days=1)
+
+
+def tls_flags() -> list[object]:
+    """The words that make any of our programs speak mutual TLS with ``certificate``."""
+    info = certificate()
+    assert info.trusted_ca_file is not None
+    return ["--cert", os.fsdecode(info.cert_file), "--ca", os.fsdecode(info.trusted_ca_file)]
+
+
+def add_tls_options(parser: argparse.ArgumentParser) -> None:
+    """Let a program in Python understand ``tls_flags``."""
+    parser.add_argument("--cert", help="speak mutual TLS with this certificate and its key")
+    parser.add_argument("--ca", help="who signed the other side's")
+
+
+def credentials_of(args: argparse.Namespace) -> Credentials | None:
+    """What ``add_tls_options`` were given; None without them."""
+    if args.cert is None:
+        return None
+    return Credentials(TLSInfo(cert_file=args.cert, key_file=args.cert, trusted_ca_file=args.ca))
+
+
+def bare_sender(*, tls: bool = False) -> list[object]:
+    """The command of bare C that sends."""
+    return [BIN / "bare_sender-tls", *tls_flags()] if tls else [BIN / "bare_sender"]
+
+
 class Listening:
     """A process that prints "listening PORT", and one JSON object when its stdin ends.
 
@@ -88,12 +126,18 @@ class Listening:
 
 
 class Sink(Listening):
-    """The C sink. ``counters``: requests, body_bytes, connections, gets, bad, cpu_s, peak_kib,
-    and stamps_ns (arrival, CLOCK_REALTIME) if ``stamp`` was asked for.
+    """The C sink, with what it is told ("--stamp", "--close", "--spin"). ``counters``: requests,
+    body_bytes, connections, handshakes, gets, bad, cpu_s, peak_kib, and stamps_ns (arrival,
+    CLOCK_REALTIME) with "--stamp".
     """
 
-    def __init__(self, *, stamp: bool = False) -> None:
-        super().__init__(BIN / "sink", *(["--stamp"] if stamp else []))
+    def __init__(self, *flags: str, tls: bool = False) -> None:
+        super().__init__(*sink(tls=tls), *flags)
+
+
+def sink(*, tls: bool = False) -> list[object]:
+    """The command of bare C that receives."""
+    return [BIN / "sink-tls", *tls_flags()] if tls else [BIN / "sink"]
 
 
 def run_json(*command: object) -> dict[str, Any]:
@@ -367,11 +411,11 @@ def receive(subject: str, load: Load, seconds: float) -> dict[str, Any]:
     return {**result, "messages_per_s": sent["messages_per_s"]}
 
 
-def receiving(subject: str) -> list[object]:
+def receiving(subject: str, *, tls: bool = False) -> list[object]:
     """The command of a process that receives as ``subject``; see ``Listening``."""
     if subject == "bare-c":
-        return [BIN / "sink"]
-    return [sys.executable, HERE / "receive.py", subject]
+        return sink(tls=tls)
+    return [sys.executable, HERE / "receive.py", subject, *(tls_flags() if tls else [])]
 
 
 def commit() -> str:

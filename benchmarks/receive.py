@@ -2,8 +2,8 @@
 
 Subjects: ``core`` (the compiled listener), ``uvicorn`` (``asgi_app`` under uvicorn with httptools
 and uvloop if they are installed), ``recv`` (a plain recv into one buffer: what 64 MiB cost at the
-least). The load is ``bin/bare_sender --body``. ``core`` speaks TLS when it is given three files:
-certificate, key, authorities.
+least). The load is ``bin/bare_sender --body``. ``core`` speaks TLS when it is given a certificate.
+With ``--spin`` the main thread computes in Python all the time (T4); its CPU is in the figure.
 """
 
 from __future__ import annotations
@@ -14,13 +14,21 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from harness import CLUSTER_ID, cpu_s, forget_peak, status_kib
+from driver import spin
+from harness import (
+    CLUSTER_ID,
+    add_tls_options,
+    cpu_s,
+    credentials_of,
+    forget_peak,
+    status_kib,
+)
 
-from pipeline import Listener, Message, ReceiverConfig, TLSInfo
+from pipeline import Listener, Message, ReceiverConfig
 from pipeline.identity import Identity
 from pipeline.receive.handlers import Handlers
 from pipeline.tls import Credentials
@@ -45,19 +53,19 @@ class CountingRaft:
         pass
 
 
+#: The port of a server, and how many handshakes it has made so far.
+Serving = tuple[int, Callable[[], int]]
+
+
 @contextmanager
-def serve_core(handlers: Handlers, files: list[str]) -> Iterator[int]:
-    url, credentials = "http://127.0.0.1:0", None
-    if files:
-        cert, key, ca = files
-        url = "https://127.0.0.1:0"
-        credentials = Credentials(TLSInfo(cert_file=cert, key_file=key, trusted_ca_file=ca))
+def serve_core(handlers: Handlers, credentials: Credentials | None) -> Iterator[Serving]:
+    url = f"{'https' if credentials else 'http'}://127.0.0.1:0"
     with Listener(handlers, url, ReceiverConfig(), credentials) as listener:
-        yield int(listener.url.rpartition(":")[2])
+        yield int(listener.url.rpartition(":")[2]), lambda: listener.stats().handshakes
 
 
 @contextmanager
-def serve_uvicorn(handlers: Handlers) -> Iterator[int]:
+def serve_uvicorn(handlers: Handlers) -> Iterator[Serving]:
     import uvicorn
 
     from pipeline.receive.asgi import asgi_app
@@ -67,13 +75,13 @@ def serve_uvicorn(handlers: Handlers) -> Iterator[int]:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])))
         thread.start()
-        yield sock.getsockname()[1]
+        yield sock.getsockname()[1], lambda: 0
         server.should_exit = True
         thread.join()
 
 
 @contextmanager
-def serve_recv(raft: CountingRaft) -> Iterator[int]:
+def serve_recv(raft: CountingRaft) -> Iterator[Serving]:
     """Read whole requests of one connection into one buffer and answer 204."""
 
     def run(sock: socket.socket) -> None:
@@ -91,31 +99,51 @@ def serve_recv(raft: CountingRaft) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         thread = threading.Thread(target=run, args=(sock,), daemon=True)
         thread.start()
-        yield sock.getsockname()[1]
+        yield sock.getsockname()[1], lambda: 0
+
+
+def spin_until_told() -> None:
+    """Compute in Python, without a rest, until stdin ends."""
+    is_told = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.read()
+        is_told.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    while not is_told.is_set():
+        spin(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=("core", "uvicorn", "recv"))
-    parser.add_argument("files", nargs="*")
+    parser.add_argument("--spin", action="store_true", help="compute in the main thread")
+    add_tls_options(parser)
     args = parser.parse_args()
     raft = CountingRaft()
     handlers = Handlers(raft, Identity(1, CLUSTER_ID, (), "3.5.1"))
     serve: Any = {
-        "core": lambda: serve_core(handlers, args.files),
+        "core": lambda: serve_core(handlers, credentials_of(args)),
         "uvicorn": lambda: serve_uvicorn(handlers),
         "recv": lambda: serve_recv(raft),
     }[args.subject]
-    with serve() as port:
+    with serve() as (port, handshakes):
         before_s, rss_kib = cpu_s(), status_kib("VmRSS")
         forget_peak()
         print(f"listening {port}", flush=True)
-        sys.stdin.read()
+        if args.spin:
+            spin_until_told()
+        else:
+            sys.stdin.read()
         took_s, peak_kib = cpu_s() - before_s, status_kib("VmHWM")
+        shaken = handshakes()
     print(
         json.dumps(
             {
                 "total": raft.messages,
+                "handshakes": shaken,
+                "cpu_s": took_s,
                 "cpu_us_per_message": took_s * 1e6 / max(raft.messages, 1),
                 "peak_mib": (peak_kib - rss_kib) / 1024,
             }

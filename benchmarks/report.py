@@ -9,7 +9,6 @@ code says only whether the run itself was sound.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -47,7 +46,7 @@ RECEIVING = {"receive": Load.SMALL, "receive-large": Load.LARGE}
 
 def run_one(subject: str, mode: str, seconds: float, wire_bytes: int) -> dict[str, Any]:
     """One subject against a fresh sink; what the sink counted must be what was sent."""
-    with Sink(stamp=mode == "lone") as sink:
+    with Sink(*(["--stamp"] if mode == "lone" else [])) as sink:
         common = ("--port", sink.port, "--size")
         if subject == "bare-c" and mode != "work":
             load = ("--messages", LONE_MESSAGES) if mode == "lone" else ("--seconds", seconds)
@@ -351,32 +350,6 @@ def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def rows_of_tls(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
-    rows = []
-    messages = (("128 B MsgApp", 128, "us"), ("64 MiB MsgApp", 64 << 20, "ms"))
-    ends = (
-        ("sender", "sent", "to the same Python server"),
-        ("receiver", "received", "with the same sender"),
-    )
-    for (end, done, how), (text, size, unit) in itertools.product(ends, messages):
-        plain, tls = (
-            benchmarks[f"test_cpu_of_the_{end}[MsgApp-{size}B-{scheme}]"]["extra_info"][
-                "cpu_us_per_message"
-            ]
-            / (1000 if unit == "ms" else 1)
-            for scheme in ("plain", "tls")
-        )
-        rows.append(
-            Row(
-                f"CPU per {text} {done} over mutual TLS",
-                f"{tls:.1f} {unit}",
-                f"plain {plain:.1f} {unit}, {how}",
-                f"{tls / plain:.1f}",
-            )
-        )
-    return rows
-
-
 def chart(runs: Runs) -> str:
     """P5: how many calls of ``send`` took how long, of all rounds together."""
 
@@ -420,7 +393,6 @@ def main() -> None:
     files = bench_files(watch)
     benchmarks = {name: each for name, (each,) in files.items()}
     rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
-    rows += rows_of_tls(benchmarks)
     where = machine()
     result = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

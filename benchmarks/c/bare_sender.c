@@ -1,4 +1,5 @@
-/* "Bare C": the exchange of a pipeline and nothing else; the reference of P1 and P4.
+/* "Bare C": the exchange of a pipeline and nothing else; the reference of P1 and P4, and as
+ * bare_sender-tls, over mutual TLS, of T1, T3 and T4.
  *
  * One epoll thread, N connections, one request outstanding on each; or N blocking threads with one
  * connection each. Every request is one writev
@@ -7,11 +8,13 @@
  *
  * usage: bare_sender --port P [--connections 4] [--size 172] [--messages N | --seconds S]
  *                    [--warmup 1000] [--spin | --lone | --threads | --times] [--body FILE]
+ *        bare_sender-tls --cert FILE --ca FILE ...: the same, with a key beside the certificate
  *   --spin    a second thread computes all the time, as the main thread of P4's subjects does
  *   --lone    a second thread offers one of N messages every 2 ms by writing to an eventfd on which
  *             the loop sleeps: what waking a thread costs on this machine (reference of P5, P10)
  *   --threads a blocking thread for each connection instead of the epoll loop
  *   --times   how long each exchange took, from the first write to the whole answer: exchange_ns
+ *   --pause   so many microseconds before each exchange; with one connection a lone message
  *   --body    the bytes of FILE instead of --size x: then it is a load for receivers
  *   stdout    one JSON object; CPU is that of the exchanging threads after the warm-up;
  *             with --lone send_ns (time in write) and offers_ns (CLOCK_REALTIME) of each message
@@ -39,6 +42,8 @@
 #include <unistd.h>
 
 #include "peak.h"
+#include "spin.h"
+#include "wire.h"
 
 enum {
     CONNECTIONS_CAP = 1024,
@@ -52,7 +57,7 @@ enum {
 static const double THREADS_WARMUP_S = 0.2;
 
 typedef struct {
-    int fd;
+    wire_t wire;
     size_t written; /* of head and body of the request in hand */
     size_t got;     /* of the answer */
     int64_t begun_ns; /* with --times, when the request in hand was begun */
@@ -71,6 +76,8 @@ static uint64_t lone_messages;
 static int64_t *exchange_ns; /* with --times, one per message after the warm-up */
 static _Atomic uint64_t answered;
 static _Atomic bool stopping;
+
+static long pause_us;
 
 static void die(const char *what)
 {
@@ -112,13 +119,6 @@ static double cpu_s(int who)
            (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6;
 }
 
-static void *spin(void *unused)
-{
-    for (volatile uint64_t i = 0;; i++)
-        ;
-    return unused;
-}
-
 /* Offers a message every LONE_PAUSE_NS, or later if the last one is not answered by then. */
 static void *offer_lone(void *unused)
 {
@@ -147,7 +147,7 @@ static void print_list(const char *name, const int64_t *values, uint64_t n)
 static void watch(conn_t *c, int op, uint32_t events)
 {
     struct epoll_event ev = {.events = events, .data.ptr = c};
-    if (epoll_ctl(epoll, op, c->fd, &ev))
+    if (epoll_ctl(epoll, op, c->wire.fd, &ev))
         die("epoll_ctl");
 }
 
@@ -165,7 +165,7 @@ static void write_step(conn_t *c)
     size_t left = head_len + size - done;
     if (left)
         iov[n_iov++] = (struct iovec){body + (done - head_len), left < room ? left : room};
-    ssize_t n = writev(c->fd, iov, n_iov);
+    ssize_t n = wire_write(&c->wire, iov, n_iov);
     if (n < 0 && errno != EAGAIN)
         die("writev");
     if (n > 0)
@@ -199,12 +199,14 @@ static bool is_204(const char *p, size_t len)
 /* True when the answer is complete. */
 static bool read_answer(conn_t *c)
 {
-    ssize_t n = recv(c->fd, c->answer + c->got, ANSWER_CAP - c->got, 0);
-    if (n < 0 && errno == EAGAIN)
-        return false;
-    if (n <= 0)
-        die("recv");
-    c->got += (size_t)n;
+    do {
+        ssize_t n = wire_read(&c->wire, c->answer + c->got, ANSWER_CAP - c->got);
+        if (n < 0 && errno == EAGAIN)
+            return false;
+        if (n <= 0)
+            die("recv");
+        c->got += (size_t)n;
+    } while (wire_holds_bytes(&c->wire) && c->got < ANSWER_CAP);
     if (c->got < 4 || memcmp(c->answer + c->got - 4, "\r\n\r\n", 4) != 0) {
         if (c->got == ANSWER_CAP)
             die("answer too long");
@@ -221,6 +223,8 @@ static bool read_answer(conn_t *c)
 static void begin(conn_t *c)
 {
     c->written = c->got = 0;
+    if (pause_us)
+        nanosleep(&(struct timespec){0, pause_us * 1000}, NULL);
     if (exchange_ns)
         c->begun_ns = clock_ns(CLOCK_MONOTONIC);
     write_step(c);
@@ -232,12 +236,13 @@ static void connect_to(conn_t *c, int port)
                                .sin_port = htons((uint16_t)port),
                                .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int on = 1, half = 512 * 1024;
-    c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (c->fd < 0 || connect(c->fd, (struct sockaddr *)&addr, sizeof addr))
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&addr, sizeof addr) ||
+        !wire_begin(&c->wire, fd, false))
         die("connect");
-    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     /* 1 MiB: as ours to a near peer (pipeline/send/_worker.pxd). */
-    setsockopt(c->fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof half);
+    setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof half);
 }
 
 /* One of the blocking threads: exchanges until it is told to stop. */
@@ -249,7 +254,8 @@ static void *exchange(void *argument)
         while (c->written < head_len + size) {
             struct iovec iov[2] = {{head, head_len}, {body, size}};
             struct iovec rest = {body + (c->written - head_len), head_len + size - c->written};
-            ssize_t n = c->written < head_len ? writev(c->fd, iov, 2) : writev(c->fd, &rest, 1);
+            bool is_begun = c->written >= head_len;
+            ssize_t n = wire_write(&c->wire, is_begun ? &rest : iov, is_begun ? 1 : 2);
             if (n < 0 || (c->written + (size_t)n < head_len))
                 die("writev");
             c->written += (size_t)n;
@@ -313,7 +319,10 @@ int main(int argc, char **argv)
         {"seconds", required_argument, 0, 's'},  {"warmup", required_argument, 0, 'w'},
         {"spin", no_argument, 0, 'x'},           {"lone", no_argument, 0, 'l'},
         {"body", required_argument, 0, 'b'},     {"threads", no_argument, 0, 't'},
-        {"times", no_argument, 0, 'e'},
+        {"times", no_argument, 0, 'e'},         {"pause", required_argument, 0, 'u'},
+#ifdef TLS
+        {"cert", required_argument, 0, 'C'},     {"ca", required_argument, 0, 'A'},
+#endif
         {0, 0, 0, 0},
     };
     while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -329,6 +338,11 @@ int main(int argc, char **argv)
         case 'b': read_body(optarg); break;
         case 't': threaded = true; break;
         case 'e': times = true; break;
+        case 'u': pause_us = atol(optarg); break;
+#ifdef TLS
+        case 'C': cert_file = optarg; break;
+        case 'A': ca_file = optarg; break;
+#endif
         default: return 2;
         }
     }
@@ -357,6 +371,8 @@ int main(int argc, char **argv)
         memset(body, 'x', size);
     if (!conns || !body)
         die("malloc");
+    if (!wire_setup(false))
+        return 2;
     epoll = epoll_create1(EPOLL_CLOEXEC);
     if (epoll < 0)
         die("epoll_create1");
@@ -367,7 +383,7 @@ int main(int argc, char **argv)
     if (times && !(exchange_ns = calloc(messages, sizeof *exchange_ns)))
         die("calloc");
     for (int i = 0; i < connections; i++) {
-        if (fcntl(conns[i].fd, F_SETFL, O_NONBLOCK)) /* connect may wait, the loop must not */
+        if (fcntl(conns[i].wire.fd, F_SETFL, O_NONBLOCK)) /* connect may wait, the loop must not */
             die("fcntl");
         watch(&conns[i], EPOLL_CTL_ADD, EPOLLIN);
     }
@@ -382,7 +398,7 @@ int main(int argc, char **argv)
         if (!send_ns || !offers_ns || wakefd < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, wakefd, &ev) ||
             pthread_create(&thread, NULL, offer_lone, NULL))
             die("--lone");
-    } else if (spinning && pthread_create(&thread, NULL, spin, NULL)) {
+    } else if (spinning && !start_spinning()) {
         die("pthread_create");
     }
     double start_s = now_s(), start_cpu_s = cpu_s(RUSAGE_THREAD);

@@ -1,20 +1,24 @@
-/* The neutral sink: reads POSTs, throws the bodies away, answers 204.
+/* The neutral sink: reads POSTs, throws the bodies away, answers 204; as sink-tls, over TLS.
  *
  * One epoll thread, HTTP/1.1 keep-alive, level-triggered. It knows just enough HTTP to find the
  * end of a request: a head of at most HEAD_CAP bytes and one Content-Length. A GET is answered 404
  * (a Transport probes its peers, etcd's dials streams). Anything else closes the connection. Both are
  * counted, so that a run that went wrong cannot pass for a good one.
  *
- * usage: sink [--stamp]
+ * usage: sink [--stamp] [--close] [--spin]      sink-tls --cert FILE --ca FILE [--close] [--spin]
  *   stdout  "listening PORT" at the start; one JSON object at the end
  *   stdin   must be a pipe; its end is the order to stop
  *   --stamp records, for each request, when the kernel received the packet with its last byte
  *           (SO_TIMESTAMPNS, CLOCK_REALTIME). How soon this process is scheduled does not matter.
  *           0 stands for a packet that came before the kernel had begun to stamp.
+ *   --close closes each connection with the first answer: every request comes by a new one
+ *   --spin  a second thread computes all the time; its CPU is not in cpu_s
+ *   --cert  the certificate and its key, --ca whoever signed the clients'
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <getopt.h>
 #include <netinet/tcp.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -29,6 +33,8 @@
 #include <unistd.h>
 
 #include "peak.h"
+#include "spin.h"
+#include "wire.h"
 
 enum {
     HEAD_CAP = 16 * 1024,      /* etcd's heads are about 350 bytes */
@@ -38,19 +44,23 @@ enum {
 };
 
 typedef struct {
-    int fd;
+    wire_t wire;
+    bool has_shaken_hands;
     size_t head_len;    /* bytes of an unfinished head in `head` */
     uint64_t body_left; /* bytes of the body still to come; 0 while a head is read */
     char head[HEAD_CAP];
 } conn_t;
 
+/* What becomes of a connection after some of its bytes. */
+typedef enum { GO_ON, DONE, BROKEN } feed_t;
+
 static struct {
-    uint64_t requests, body_bytes, connections, gets, bad;
+    uint64_t requests, body_bytes, connections, handshakes, gets, bad;
 } counters;
 static char scratch[SCRATCH_CAP];
 static char answer[256];
 static size_t answer_len;
-static bool stamping;
+static bool stamping, closing;
 static int64_t *stamps_ns;
 
 static void die(const char *what)
@@ -68,8 +78,8 @@ static void make_answer(void)
     answer_len = (size_t)snprintf(answer, sizeof answer,
                                   "HTTP/1.1 204 No Content\r\n"
                                   "X-Etcd-Cluster-Id: cdf818194e3a8c32\r\n"
-                                  "Date: %s\r\n\r\n",
-                                  date);
+                                  "%sDate: %s\r\n\r\n",
+                                  closing ? "Connection: close\r\n" : "", date);
 }
 
 /* Content-Length of a head of `len` bytes that ends in CRLF CRLF; -1 if it is not a POST with one. */
@@ -100,34 +110,41 @@ static int64_t content_length(const char *head, size_t len)
     return -1;
 }
 
-static int refuse_get(conn_t *c)
+/* An answer to a client that has nothing outstanding: it fits, or the client is broken. */
+static feed_t answer_with(conn_t *c, const char *bytes, size_t len)
+{
+    return wire_send(&c->wire, bytes, len) == (ssize_t)len ? GO_ON : BROKEN;
+}
+
+static feed_t refuse_get(conn_t *c)
 {
     static const char refusal[] = "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n";
     counters.gets++;
-    return send(c->fd, refusal, sizeof refusal - 1, MSG_NOSIGNAL) == sizeof refusal - 1 ? 0 : -1;
+    return answer_with(c, refusal, sizeof refusal - 1);
 }
 
-static int finish_request(conn_t *c, int64_t stamp_ns)
+static feed_t finish_request(conn_t *c, int64_t stamp_ns)
 {
     if (stamping && counters.requests < STAMPS_CAP)
         stamps_ns[counters.requests] = stamp_ns;
     counters.requests++;
-    /* 110 bytes to a client that has nothing outstanding: they fit, or the client is broken. */
-    return send(c->fd, answer, answer_len, MSG_NOSIGNAL) == (ssize_t)answer_len ? 0 : -1;
+    feed_t answered = answer_with(c, answer, answer_len);
+    return answered == GO_ON && closing ? DONE : answered;
 }
 
-/* Takes `len` bytes of the stream, which may end anywhere. 0, or -1 to close the connection. */
-static int feed(conn_t *c, const char *data, size_t len, int64_t stamp_ns)
+/* Takes `len` bytes of the stream, which may end anywhere. */
+static feed_t feed(conn_t *c, const char *data, size_t len, int64_t stamp_ns)
 {
-    while (len) {
+    feed_t outcome = GO_ON;
+    while (len && outcome == GO_ON) {
         if (c->body_left) {
             size_t n = len < c->body_left ? len : (size_t)c->body_left;
             c->body_left -= n;
             counters.body_bytes += n;
             data += n;
             len -= n;
-            if (!c->body_left && finish_request(c, stamp_ns))
-                return -1;
+            if (!c->body_left)
+                outcome = finish_request(c, stamp_ns);
             continue;
         }
         /* The head: copied, so that one that arrives in pieces needs no second way. */
@@ -140,7 +157,7 @@ static int feed(conn_t *c, const char *data, size_t len, int64_t stamp_ns)
             data += n;
             len -= n;
             if (c->head_len == HEAD_CAP)
-                return -1;
+                return BROKEN;
             continue;
         }
         size_t head_len = (size_t)(end + 4 - c->head);
@@ -148,32 +165,31 @@ static int feed(conn_t *c, const char *data, size_t len, int64_t stamp_ns)
         len -= head_len - old;
         c->head_len = 0;
         if (memcmp(c->head, "GET ", 4) == 0) {
-            if (refuse_get(c))
-                return -1;
+            outcome = refuse_get(c);
             continue;
         }
         int64_t body_len = content_length(c->head, head_len);
         if (body_len < 0)
-            return -1;
+            return BROKEN;
         c->body_left = (uint64_t)body_len;
-        if (!body_len && finish_request(c, stamp_ns))
-            return -1;
+        if (!body_len)
+            outcome = finish_request(c, stamp_ns);
     }
-    return 0;
+    return outcome;
 }
 
-/* recv, and with --stamp the kernel's time of arrival of the last packet read. */
-static ssize_t receive(int fd, int64_t *stamp_ns)
+/* A read, and with --stamp the kernel's time of arrival of the last packet read. */
+static ssize_t receive(wire_t *w, int64_t *stamp_ns)
 {
     if (!stamping)
-        return recv(fd, scratch, sizeof scratch, 0);
+        return wire_read(w, scratch, sizeof scratch);
     char control[CMSG_SPACE(sizeof(struct timespec))];
     struct iovec iov = {scratch, sizeof scratch};
     struct msghdr msg = {.msg_iov = &iov,
                          .msg_iovlen = 1,
                          .msg_control = control,
                          .msg_controllen = sizeof control};
-    ssize_t n = recvmsg(fd, &msg, 0);
+    ssize_t n = recvmsg(w->fd, &msg, 0);
     for (struct cmsghdr *m = CMSG_FIRSTHDR(&msg); n > 0 && m; m = CMSG_NXTHDR(&msg, m)) {
         if (m->cmsg_level == SOL_SOCKET && m->cmsg_type == SCM_TIMESTAMPNS) {
             struct timespec ts;
@@ -190,9 +206,8 @@ static void accept_one(int listener, int epoll)
     if (fd < 0)
         return; /* the client has gone already */
     conn_t *c = calloc(1, sizeof *c);
-    if (!c)
-        die("calloc");
-    c->fd = fd;
+    if (!c || !wire_begin(&c->wire, fd, true))
+        die("no connection");
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = c};
     if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &ev))
@@ -202,29 +217,40 @@ static void accept_one(int listener, int epoll)
 
 static void serve(conn_t *c)
 {
-    int64_t stamp_ns = 0;
-    ssize_t n = receive(c->fd, &stamp_ns);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
+    feed_t outcome;
+    do {
+        int64_t stamp_ns = 0;
+        ssize_t n = receive(&c->wire, &stamp_ns);
+        int error = errno;
+        if (!c->has_shaken_hands && wire_has_shaken_hands(&c->wire)) {
+            c->has_shaken_hands = true;
+            counters.handshakes++;
+        }
+        if (n < 0 && (error == EAGAIN || error == EINTR))
+            return;
+        outcome = n > 0 ? feed(c, scratch, (size_t)n, stamp_ns) : DONE;
+    } while (outcome == GO_ON && wire_holds_bytes(&c->wire));
+    if (outcome == GO_ON)
         return;
-    if (n > 0 && feed(c, scratch, (size_t)n, stamp_ns) == 0)
-        return;
-    if (n > 0)
+    if (outcome == BROKEN)
         counters.bad++;
-    close(c->fd);
+    wire_end(&c->wire);
+    close(c->wire.fd);
     free(c);
 }
 
 static void print_counters(void)
 {
     struct rusage ru;
-    getrusage(RUSAGE_SELF, &ru);
+    getrusage(RUSAGE_THREAD, &ru);
     double cpu_s = (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) +
                    (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6;
-    printf("{\"requests\": %llu, \"body_bytes\": %llu, \"connections\": %llu, \"gets\": %llu, "
+    printf("{\"requests\": %llu, \"body_bytes\": %llu, \"connections\": %llu, "
+           "\"handshakes\": %llu, \"gets\": %llu, "
            "\"bad\": %llu, \"cpu_s\": %.6f, \"peak_kib\": %ld, \"stamps_ns\": [",
            (unsigned long long)counters.requests, (unsigned long long)counters.body_bytes,
-           (unsigned long long)counters.connections, (unsigned long long)counters.gets,
-           (unsigned long long)counters.bad, cpu_s, peak_kib());
+           (unsigned long long)counters.connections, (unsigned long long)counters.handshakes,
+           (unsigned long long)counters.gets, (unsigned long long)counters.bad, cpu_s, peak_kib());
     for (uint64_t i = 0; stamping && i < counters.requests && i < STAMPS_CAP; i++)
         printf("%s%lld", i ? ", " : "", (long long)stamps_ns[i]);
     printf("]}\n");
@@ -232,13 +258,36 @@ static void print_counters(void)
 
 int main(int argc, char **argv)
 {
-    stamping = argc == 2 && strcmp(argv[1], "--stamp") == 0;
-    if (argc > 1 && !stamping) {
-        fprintf(stderr, "usage: sink [--stamp]\n");
-        return 2;
+    bool spinning = false;
+    int option;
+    static const struct option options[] = {
+        {"close", no_argument, 0, 'e'},       {"spin", no_argument, 0, 'x'},
+#ifdef TLS
+        {"cert", required_argument, 0, 'C'}, {"ca", required_argument, 0, 'A'},
+#else
+        {"stamp", no_argument, 0, 't'},
+#endif
+        {0, 0, 0, 0},
+    };
+    while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+        switch (option) {
+        case 'e': closing = true; break;
+        case 'x': spinning = true; break;
+#ifdef TLS
+        case 'C': cert_file = optarg; break;
+        case 'A': ca_file = optarg; break;
+#else
+        case 't': stamping = true; break;
+#endif
+        default: return 2;
+        }
     }
+    if (!wire_setup(true))
+        return 2;
     if (stamping && !(stamps_ns = calloc(STAMPS_CAP, sizeof *stamps_ns)))
         die("calloc");
+    if (spinning && !start_spinning())
+        die("pthread_create");
     make_answer();
 
     struct sockaddr_in addr = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};

@@ -1,7 +1,7 @@
 // Command etcd measures etcd's own rafthttp pipeline, through its public API and by itself.
 //
-//	etcd send --url URL --body BYTES [--seconds S] [--warmup S] [--window 64] [--lone N]
-//	etcd receive
+//	etcd send --url URL --body BYTES [--seconds S] [--warmup S] [--window 64] [--lone N] [--cert FILE --ca FILE]
+//	etcd receive [--cert FILE --ca FILE]
 //	etcd version
 //
 // send posts MsgSnap messages, which always take the pipeline (rafthttp/peer.go, pick), and learns from
@@ -10,6 +10,9 @@
 // gives the time from Send to ReportSnapshot.
 //
 // receive serves Transport.Handler() to a Raft that does nothing, until stdin ends.
+//
+// With --cert, a certificate and its key in one file, and --ca, which signed the other side's, both speak mutual TLS
+// as etcd sets it up: rafthttp by its TLSInfo, the listener as embed does.
 //
 // Each prints one JSON object. CPU is user and system time of this process (getrusage); no CPU is spent before the
 // first message that is not taken off. Memory is the peak above what there was before the first message, when the
@@ -36,6 +39,7 @@ import (
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
 	"go.etcd.io/etcd/client/pkg/v3/types"
 	"go.etcd.io/etcd/server/v3/etcdserver/api/rafthttp"
 	stats "go.etcd.io/etcd/server/v3/etcdserver/api/v2stats"
@@ -76,7 +80,19 @@ func check(err error) {
 	}
 }
 
-func newTransport(r rafthttp.Raft) *rafthttp.Transport {
+// tlsFlags adds the two files to a command's flags; what they make is nil without them.
+func tlsFlags(flags *flag.FlagSet) func() *transport.TLSInfo {
+	cert := flags.String("cert", "", "certificate and key")
+	ca := flags.String("ca", "", "authority of the other side")
+	return func() *transport.TLSInfo {
+		if *cert == "" {
+			return nil
+		}
+		return &transport.TLSInfo{CertFile: *cert, KeyFile: *cert, TrustedCAFile: *ca, ClientCertAuth: true}
+	}
+}
+
+func newTransport(r rafthttp.Raft, tls *transport.TLSInfo) *rafthttp.Transport {
 	tr := &rafthttp.Transport{
 		// A logger that writes nothing is the cheapest one there can be.
 		Logger: zap.NewNop(),
@@ -89,6 +105,9 @@ func newTransport(r rafthttp.Raft) *rafthttp.Transport {
 		ServerStats:        stats.NewServerStats("", ""),
 		LeaderStats:        stats.NewLeaderStats(zap.NewNop(), memberID.String()),
 		ErrorC:             make(chan error, 1),
+	}
+	if tls != nil {
+		tr.TLSInfo = *tls
 	}
 	check(tr.Start())
 	return tr
@@ -176,10 +195,11 @@ func send(args []string) any {
 	warmup := flags.Float64("warmup", 0.3, "seconds before it")
 	window := flags.Int("window", 64, "messages outstanding")
 	lone := flags.Int("lone", 1000, "messages sent one at a time afterwards")
+	tls := tlsFlags(flags)
 	check(flags.Parse(args))
 
 	r := &quietRaft{finished: make(chan raft.SnapshotStatus, 128)}
-	s := &sender{tr: newTransport(r), raft: r, batch: []raftpb.Message{snapshotOf(*body)}}
+	s := &sender{tr: newTransport(r, tls()), raft: r, batch: []raftpb.Message{snapshotOf(*body)}}
 	s.tr.AddPeer(peerID, []string{*url})
 	runtime.GC()
 	time.Sleep(50 * time.Millisecond) // the streams' refused dials are over
@@ -219,10 +239,18 @@ func send(args []string) any {
 	}
 }
 
-func receive() any {
+func receive(args []string) any {
+	flags := flag.NewFlagSet("receive", flag.ExitOnError)
+	tls := tlsFlags(flags)
+	check(flags.Parse(args))
+
 	r := &quietRaft{}
-	tr := newTransport(r)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	tr := newTransport(r, tls())
+	scheme := "http"
+	if tls() != nil {
+		scheme = "https"
+	}
+	listener, err := transport.NewListener("127.0.0.1:0", scheme, tls())
 	check(err)
 	server := &http.Server{Handler: tr.Handler()}
 	go func() { _ = server.Serve(listener) }() // ended by the end of the process
@@ -234,9 +262,9 @@ func receive() any {
 	check(err)
 	total := r.processed.Load()
 	return map[string]any{
-		"total":          total,
-		"cpu_us_per_msg": (cpuSeconds() - startCPU) * 1e6 / float64(max(total, 1)),
-		"peak_mb":        (statusKiB("VmHWM") - rss) * 1024 / 1e6,
+		"total":   total,
+		"cpu_s":   cpuSeconds() - startCPU,
+		"peak_mb": (statusKiB("VmHWM") - rss) * 1024 / 1e6,
 	}
 }
 
@@ -245,12 +273,12 @@ func main() {
 	switch {
 	case len(os.Args) > 1 && os.Args[1] == "send":
 		result = send(os.Args[2:])
-	case len(os.Args) == 2 && os.Args[1] == "receive":
-		result = receive()
+	case len(os.Args) > 1 && os.Args[1] == "receive":
+		result = receive(os.Args[2:])
 	case len(os.Args) == 2 && os.Args[1] == "version":
 		result = map[string]any{"go": runtime.Version()}
 	default:
-		fmt.Fprintln(os.Stderr, "usage: etcd send --url URL ... | etcd receive | etcd version")
+		fmt.Fprintln(os.Stderr, "usage: etcd send --url URL ... | etcd receive ... | etcd version")
 		os.Exit(2)
 	}
 	check(json.NewEncoder(os.Stdout).Encode(result))

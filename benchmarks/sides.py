@@ -1,0 +1,109 @@
+"""What ``make bench-peers`` measures: who does what, over what, with how much."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from exchange import (
+    BARE,
+    BARE_THREADS,
+    ETCD,
+    OURS,
+    OURS_ANEW,
+    Row,
+    run_both,
+    run_receive,
+    run_receive_spinning,
+    run_send,
+    run_send_spinning,
+)
+from handshakes import OPENSSL, run_accept, run_dial, run_flood
+from peers.clients import SUBJECTS as CLIENTS
+
+SMALL, LARGE = 128, 64 << 20
+SIZES = (SMALL, 1 << 10, 16 << 10, 1 << 20, LARGE)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One kind of work, and the subjects that do it.
+
+    ``reference`` is the subject in C; ``counted`` is what there are so many of in a second.
+    """
+
+    title: str
+    subjects: tuple[str, ...]
+    run: Callable[[str, int, float], Row]
+    sizes: tuple[int, ...] = SIZES
+    reference: str = BARE
+    counted: str = "messages"
+
+
+#: In the order of the tables: TLS first, which is what people run.
+SIDES = {
+    "tls-send": Side(
+        "Sending over mutual TLS, to one neutral sink",
+        (ETCD, OURS, BARE),
+        partial(run_send, tls=True),
+        (SMALL, LARGE),
+    ),
+    "tls-receive": Side(
+        "Receiving over mutual TLS, under one neutral load",
+        (ETCD, OURS, BARE),
+        partial(run_receive, tls=True),
+        (SMALL, LARGE),
+    ),
+    "tls-send-spinning": Side(
+        "Sending over mutual TLS beside a thread that computes all the time, ours in Python",
+        (OURS, BARE),
+        partial(run_send_spinning, tls=True),
+        (SMALL,),
+    ),
+    "tls-receive-spinning": Side(
+        "Receiving over mutual TLS beside such a thread",
+        (OURS, BARE),
+        partial(run_receive_spinning, tls=True),
+        (SMALL,),
+    ),
+    "tls-dial": Side(
+        "Mutual handshakes, as the client",
+        (ETCD, OURS, OPENSSL),
+        run_dial,
+        (SMALL,),
+        reference=OPENSSL,
+        counted="handshakes",
+    ),
+    "tls-accept": Side(
+        "Mutual handshakes, as the server",
+        (ETCD, OURS, BARE),
+        run_accept,
+        (SMALL,),
+        counted="handshakes",
+    ),
+    "tls-flood": Side(
+        "A lone heartbeat while two clients shake hands as fast as they can",
+        (ETCD, OURS, BARE),
+        run_flood,
+        (SMALL,),
+        counted="handshakes",
+    ),
+    "send": Side(
+        "Sending, to one neutral sink",
+        (ETCD, OURS, OURS_ANEW, BARE, BARE_THREADS, "urllib3", *CLIENTS),
+        run_send,
+    ),
+    "receive": Side(
+        "Receiving, under one neutral load", (ETCD, OURS, "uvicorn", BARE), run_receive
+    ),
+    "both": Side("Into itself, both processes", (ETCD, OURS), run_both),
+}
+TLS_SIDES = tuple(name for name in SIDES if name.startswith("tls-"))
+
+
+def label(size: int) -> str:
+    for factor, unit in ((1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= factor:
+            return f"{size // factor} {unit}"
+    return f"{size} B"
