@@ -51,7 +51,7 @@ cdef enum:
     # What ``ready`` is given, in place of epoll's flags, when it is the turn of what was runnable.
     IO_TURN = 0
 
-# How a connection is watched, and how a listening socket is.
+# How a connection is watched. A listening socket is watched for EPOLLIN alone.
 cdef extern from *:
     """
     #define LOOP_EDGES (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
@@ -59,14 +59,18 @@ cdef extern from *:
     const uint32_t LOOP_EDGES
 
 
-# What a loop watches. The first part of the struct it is in, so that either is a pointer to both.
+# What a loop watches. It is the first part of the struct that has the descriptor, so that a pointer
+# to one is a pointer to the other. The descriptor and is_registered are changed by whoever has that
+# struct at the moment, what concerns the runnable by whoever runs the loop alone: a conn may still
+# be on a list of them when a handler thread has it.
 cdef struct io_t:
     int fd                  # its owner's; -1 when there is none
     bint is_registered      # fd is in the loop's epoll set
     bint is_runnable        # on a list of the runnable
     io_t* next_runnable
     io_t* next_returned
-    # Called by whoever runs the loop, with flags of epoll's or with IO_TURN.
+    # Called by whoever runs the loop, with flags of epoll's or with IO_TURN. It may remove its io,
+    # and any other, but frees none.
     void (*ready)(io_t* io, uint32_t flags) noexcept nogil
 
 # What is to be looked at again in the next turn, or when there is time, in this order.
