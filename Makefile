@@ -126,6 +126,7 @@ bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bi
 
 # Instructions per message against benchmarks/reference.json; the second makes this tree the reference.
 bench-check bench-reference: build benchmarks/bin/sink benchmarks/bin/bare_sender
+	$(MAKE) --no-print-directory $(TLS_PROGRAMS) || echo 'no OpenSSL to check with' >&2
 	$(BIN)/python benchmarks/check.py $(if $(filter bench-reference,$@),--write)
 
 # The protoc of protobuf 6.30, in a place of its own: what it writes runs on every runtime we allow

@@ -3,7 +3,8 @@
 Each workload runs twice under valgrind, with few and with many messages; the difference, divided
 by the messages between, has neither the start of Python nor of the pipeline in it. Instructions
 are counted in user space, by cachegrind (callgrind's count in half the time): neither the speed of
-the machine nor its load matters.
+the machine nor its load matters. Those over TLS are counted by callgrind, which knows the library
+an instruction is in: libssl's and libcrypto's own are OpenSSL's business and left out.
 
 They do depend on the compiler and on Python. ``reference.json`` therefore names its environment;
 in another one the check still runs, but with ``FOREIGN_TOLERANCE``, and says so.
@@ -24,10 +25,27 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-from harness import BIN, HERE, Listening, Sink, builder, run_json, running, snapshots
+from harness import (
+    BIN,
+    HERE,
+    Listening,
+    Sink,
+    add_tls_options,
+    bare_sender,
+    builder,
+    credentials_of,
+    run_json,
+    running,
+    snapshots,
+    tls_flags,
+)
+
+from pipeline.tls import Credentials
 
 REFERENCE = HERE / "reference.json"
 TOLERANCE = 0.05
@@ -36,12 +54,14 @@ FOREIGN_TOLERANCE = 0.25
 #: Offered between two waits; they fit into msgc, so none is refused.
 BURST = 60
 FEW, MANY = 10 * BURST, 200 * BURST
+#: callgrind is slower, and so is a cipher under it.
+FEW_TLS, MANY_TLS = 5 * BURST, 25 * BURST
 
-VALGRIND = (
-    "valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null",
-    # One thread at a time, in the order they asked: the counts repeat.
-    "--fair-sched=yes",
-)  # fmt: skip
+#: One thread at a time, in the order they asked: the counts repeat.
+VALGRIND = ("valgrind", "--fair-sched=yes")
+CACHEGRIND = (*VALGRIND, "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null")
+CALLGRIND = (*VALGRIND, "--tool=callgrind", "--compress-strings=no", "--compress-pos=no")
+OPENSSL = re.compile(r"/lib(ssl|crypto)[.\w-]*\.so")
 
 
 def instructions(valgrind_log: str) -> int:
@@ -50,6 +70,30 @@ def instructions(valgrind_log: str) -> int:
     if not found:
         raise SystemExit(f"cachegrind counted nothing:\n{valgrind_log}")
     return int(found[1].replace(",", ""))
+
+
+def instructions_but_openssl(profile: str) -> int:
+    """What callgrind counted, from its profile, without what OpenSSL's libraries did themselves.
+
+    A line of a profile names the object that the next ones are about (``ob=``), or is a position
+    and a count; the line behind ``calls=`` is what the called ones counted already.
+    """
+    counts: Counter[str] = Counter()
+    where, lines = "", iter(profile.splitlines())
+    for line in lines:
+        if line.startswith("ob="):
+            where = line[3:]
+        elif line.startswith("calls="):
+            next(lines)
+        elif line[:1].isdigit():
+            counts[where] += int(line.split()[1])
+    found = re.search(r"^totals: (\d+)$", profile, re.MULTILINE)
+    if not found or counts.total() != int(found[1]):
+        raise SystemExit(f"callgrind's profile was not understood: {counts}")
+    own = {where: n for where, n in counts.items() if OPENSSL.search(where)}
+    if len(own) < 2:
+        raise SystemExit(f"no libssl and libcrypto among {sorted(counts)}: what did the TLS?")
+    return counts.total() - sum(own.values())
 
 
 class Awaited:
@@ -72,11 +116,11 @@ class Awaited:
         self.finished.release()
 
 
-def work_send(size: int, messages: int, port: int) -> None:
+def work_send(size: int, messages: int, port: int, credentials: Credentials | None) -> None:
     """Bursts of MsgApp; a MsgSnap ends each and is waited for."""
     gc.disable()
     raft = Awaited()
-    with running("core", port, size, raft) as subject:
+    with running("core", port, size, raft, credentials=credentials) as subject:
         send, last = subject.pipe.send, snapshots("core", size)(1)
         for burst in range(messages // BURST):
             for index in range(1, BURST):
@@ -86,7 +130,7 @@ def work_send(size: int, messages: int, port: int) -> None:
         subject.drain(poll_s=0.1)
 
 
-def work_marshal(size: int, messages: int, _port: int) -> None:
+def work_marshal(size: int, messages: int, _port: int, _credentials: object) -> None:
     """Build, encode and decode; no I/O."""
     gc.disable()
     build = builder("core", size)
@@ -95,45 +139,59 @@ def work_marshal(size: int, messages: int, _port: int) -> None:
         type(message).unmarshal(message.marshal())
 
 
-WORK: dict[str, Callable[[int, int, int], None]] = {"send": work_send, "marshal": work_marshal}
+Work = Callable[[int, int, int, Credentials | None], None]
+WORK: dict[str, Work] = {"send": work_send, "marshal": work_marshal}
 
 
-def count(kind: str, size: int, messages: int) -> int:
-    """The instructions of one whole process that carries ``messages``."""
-    with tempfile.NamedTemporaryFile("r") as log:
-        valgrind = [*VALGRIND, f"--log-file={log.name}", sys.executable]
-        if kind == "receive":
-            with (
-                tempfile.NamedTemporaryFile() as body,
-                Listening(*valgrind, HERE / "receive.py", "core") as receiver,
-            ):
-                body.write(builder("core", size)(100_000).marshal())
-                body.flush()
-                run_json(
-                    BIN / "bare_sender", "--port", receiver.port, "--body", body.name,
-                    "--messages", messages, "--warmup", 0,
-                )  # fmt: skip
-        else:
-            with Sink() as sink:
-                work = [kind, size, messages, sink.port]
-                command = [*valgrind, __file__, "--work", *work]
-                subprocess.run([str(word) for word in command], check=True)
-        return instructions(log.read())
+def run(kind: str, size: int, messages: int, valgrind: list[str], *, tls: bool) -> None:
+    """One whole process that carries ``messages``, under valgrind."""
+    flags = tls_flags() if tls else []
+    if kind == "receive":
+        receive = [*valgrind, sys.executable, HERE / "receive.py", "core", *flags]
+        with tempfile.NamedTemporaryFile() as body, Listening(*receive) as receiver:
+            body.write(builder("core", size)(100_000).marshal())
+            body.flush()
+            run_json(
+                *bare_sender(tls=tls), "--port", receiver.port, "--body", body.name,
+                "--messages", messages, "--warmup", 0,
+            )  # fmt: skip
+    else:
+        with Sink(tls=tls) as sink:
+            work = [kind, size, messages, sink.port]
+            command = [*valgrind, sys.executable, __file__, *flags, "--work", *work]
+            subprocess.run([str(word) for word in command], check=True)
 
 
+def count(kind: str, size: int, messages: int, *, tls: bool) -> int:
+    """The instructions of that process; over TLS without OpenSSL's own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        log, profile = Path(scratch) / "log", Path(scratch) / "profile"
+        tool = [*CALLGRIND, f"--callgrind-out-file={profile}"] if tls else [*CACHEGRIND]
+        run(kind, size, messages, [*tool, f"--log-file={log}"], tls=tls)
+        if tls:
+            return instructions_but_openssl(profile.read_text())
+        return instructions(log.read_text())
+
+
+#: What is done, with how much, and whether over TLS.
 CASES = {
-    "send-128B": ("send", 128),
-    "send-64KiB": ("send", 64 << 10),
-    "receive-128B": ("receive", 128),
-    "receive-64KiB": ("receive", 64 << 10),
-    "marshal-128B": ("marshal", 128),
+    "send-128B": ("send", 128, False),
+    "send-64KiB": ("send", 64 << 10, False),
+    "receive-128B": ("receive", 128, False),
+    "receive-64KiB": ("receive", 64 << 10, False),
+    "marshal-128B": ("marshal", 128, False),
+    "tls-send-128B": ("send", 128, True),
+    "tls-send-64KiB": ("send", 64 << 10, True),
+    "tls-receive-128B": ("receive", 128, True),
+    "tls-receive-64KiB": ("receive", 64 << 10, True),
 }
 
 
 def measure(case: str) -> float:
     """Instructions per message of ``case``."""
-    kind, size = CASES[case]
-    return (count(kind, size, MANY) - count(kind, size, FEW)) / (MANY - FEW)
+    kind, size, tls = CASES[case]
+    few, many = (FEW_TLS, MANY_TLS) if tls else (FEW, MANY)
+    return (count(kind, size, many, tls=tls) - count(kind, size, few, tls=tls)) / (many - few)
 
 
 def environment() -> dict[str, str]:
@@ -153,13 +211,21 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="make this run the reference")
     parser.add_argument("--cases", default=",".join(CASES), help="only these, by commas")
     parser.add_argument("--work", nargs=4, metavar=("KIND", "SIZE", "MESSAGES", "PORT"))
+    add_tls_options(parser)
     args = parser.parse_args()
     if args.work:
-        WORK[args.work[0]](*map(int, args.work[1:]))
+        size, messages, port = map(int, args.work[1:])
+        WORK[args.work[0]](size, messages, port, credentials_of(args))
         return
     if not shutil.which("valgrind"):
         raise SystemExit("bench-check needs valgrind")
     cases = args.cases.split(",")
+    if not (BIN / "sink-tls").exists():
+        skipped = [case for case in cases if CASES[case][2]]
+        cases = [case for case in cases if case not in skipped]
+        print(f"Skipped: {', '.join(skipped)}: bin/sink-tls is not built, for OpenSSL's headers.")
+    else:
+        tls_flags()  # one certificate, and not one for each thread
     os.environ["PYTHONHASHSEED"] = "0"
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         counts = dict(zip(cases, pool.map(measure, cases), strict=True))
