@@ -323,7 +323,9 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     if server.bulk.head is NULL and not server.has_queued:
         timeout_ms = loop_timeout_ms(&server.loop, 0)
     if timeout_ms != 0:
-        store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0)
+        # Who is to stop waits for nothing else.
+        store_int(&server.wants_returned, server.has_paused or server.accept_at_ns != 0
+                  or server.has_begun_stop)
         if not loop_may_sleep(&server.loop) \
                 or load_int(&server.spares.state) == SPARE_NEW \
                 or load_int(&server.in_budget.has_news) \

@@ -36,12 +36,14 @@ from tests.support.listening import (
     A_SECOND,
     ANY,
     GOOD,
+    catch_up,
     dial,
     is_closed,
     listen,
     listener_threads,
     read_status,
 )
+from tests.support.processes import TIMEOUT_S
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually
 
@@ -232,18 +234,33 @@ def test_close_twice_and_from_several_threads_is_harmless() -> None:
     assert listener_threads() == []
 
 
-def test_close_lets_a_running_process_finish(gate: threading.Event) -> None:
+def is_refused(url: str) -> bool:
+    """Tell whether nobody listens."""
+    try:
+        dial(url).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_close_waits_for_a_running_process_and_not_for_its_deadline(
+    gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
     raft = FakeRaft(gate=gate)
     listener = listen(raft)
     with dial(listener.url) as sock:
         sock.sendall(GOOD)
         raft.wait_processed(1)
+        catch_up(listener)  # the loop has another leader by now
         closing = threading.Thread(target=listener.close, args=(LONG_TIMEOUT,))
         closing.start()
+        eventually(lambda: is_refused(listener.url))
+        assert closing.is_alive()
         gate.set()
         assert read_status(sock) == 204
-        closing.join(LONG_TIMEOUT)
+        closing.join(LONG_TIMEOUT / 2)
         assert not closing.is_alive()
+    assert "unanswered" not in caplog.text
 
 
 def test_close_gives_up_at_the_deadline_and_says_so_to_the_sender(gate: threading.Event) -> None:
@@ -395,7 +412,7 @@ def test_an_idle_connection_is_closed_in_time() -> None:
 
 def test_a_connection_answered_late_is_idle_from_then_on(gate: threading.Event) -> None:
     """The handler thread answers without waking the loop, which has no deadline left by then."""
-    config = ReceiverConfig(idle_timeout_s=0.1, head_timeout_s=0.1)
+    config = ReceiverConfig(idle_timeout_s=0.1, head_timeout_s=A_SECOND)
     with listen(FakeRaft(gate=gate), config=config) as listener, dial(listener.url) as sock:
         sock.sendall(GOOD)
         with dial(listener.url) as silent:
@@ -452,7 +469,11 @@ BLOCKED_AT_EXIT = """
 import threading
 from tests.support.listening import GOOD, dial, listen
 from tests.support.raft import FakeRaft
-raft = FakeRaft(gate=threading.Event())
+class Raft(FakeRaft):
+    def process(self, message):
+        super().process(message)
+        threading.Event().wait()
+raft = Raft()
 listener = listen(raft)
 sock = dial(listener.url)
 sock.sendall(GOOD)
@@ -464,7 +485,7 @@ print("blocked", flush=True)
 def test_a_blocked_process_does_not_hang_interpreter_exit() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED_AT_EXIT],
-        timeout=LONG_TIMEOUT * 0.8,  # less than FakeRaft waits at the gate
+        timeout=TIMEOUT_S,
         capture_output=True,
         text=True,
         check=False,
