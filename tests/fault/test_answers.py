@@ -35,7 +35,7 @@ from tests.support.server import (
     once_idle,
     then_close,
 )
-from tests.support.waiting import until_read
+from tests.support.waiting import eventually, until_read
 
 CLOSING = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
 PADDED = b"HTTP/1.1 204 No Content\r\nX-Pad: " + b"p" * 4096 + b"\r\n\r\n"
@@ -213,7 +213,7 @@ def test_204_with_chunked_encoding_has_no_body_to_wait_for() -> None:
     strange = b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n"
     with (
         ScriptedServer(always(strange)) as server,
-        pipeline_to(server, connections=1, response_timeout_s=1.0) as pipeline,
+        pipeline_to(server, connections=1) as pipeline,
     ):
         pipeline.send(message())
         assert settle(pipeline).sent == 1
@@ -244,11 +244,17 @@ def test_no_answer_within_the_response_timeout_is_a_failure(type_: MessageType) 
         server.script = in_turn(server.hold, OK)
         pipeline.send(message(type_))
         raft.wait_unreachable(1)
-        pipeline.send(message())
-        books = settle(pipeline)
-        assert (books.sent, books.failed) == (1, 1)
+
+        def is_answered() -> bool:
+            """On a busy machine the timeout may strike the next one as well."""
+            pipeline.send(message())
+            return settle(pipeline).sent == 1
+
+        eventually(is_answered)
+        assert pipeline.stats().failed == len(server.requests) - 1
         # The late answer must not meet the next message.
-        assert [request.connection for request in server.requests] == [0, 1]
+        connections = [request.connection for request in server.requests]
+        assert connections == list(range(len(connections)))
 
 
 def test_a_snapshot_is_waited_for_without_a_timeout() -> None:

@@ -67,7 +67,7 @@ def server(shared: Server) -> Iterator[Server]:
     shared.raft.processed.clear()
     threads, memory = threading.active_count(), rss()
     yield shared
-    assert threading.active_count() == threads
+    eventually(lambda: threading.active_count() == threads)
     assert rss() - memory < 32 * MIB  # what malloc keeps of the largest row
     assert post_heartbeat(shared.listener.url).status == 204
     with dial(shared.listener.url) as sock:

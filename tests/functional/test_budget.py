@@ -64,7 +64,9 @@ class Node:
     def __init__(self, directory: Path) -> None:
         self.raft = Gated()
         self.config = ReceiverConfig(
-            max_buffered_bytes=LIMIT, snapshot_dir=directory / "snapshots", stall_timeout_s=5.0
+            max_buffered_bytes=LIMIT,
+            snapshot_dir=directory / "snapshots",
+            stall_timeout_s=LONG_TIMEOUT,
         )
         self.handlers = handlers_of(self.raft, self.config)
         authority = Authority(directory)

@@ -192,12 +192,12 @@ def test_the_addresses_that_lost_are_let_go_of(names: Names, dialer: Dialer) -> 
 def test_a_dial_that_fails_names_every_address(names: Names, dialer: Dialer) -> None:
     with refused_port() as refused, black_hole() as hole:
         names.of["two.test"] = [(HERE, refused), (HERE, hole)]
-        dial, is_done = dial_of(dialer, "two.test", 1, timeout_s=0.1)
+        dial, is_done = dial_of(dialer, "two.test", 1, timeout_s=1.0)
         assert is_done.wait(LONG_TIMEOUT)
         with pytest.raises(DialError) as caught:
             dial.take()
     assert str(caught.value) == (
-        f"dial timeout: no answer from {HERE}:{hole} in 0.1 s; {HERE}:{refused}: Connection refused"
+        f"dial timeout: no answer from {HERE}:{hole} in 1 s; {HERE}:{refused}: Connection refused"
     )
 
 
@@ -283,18 +283,18 @@ def test_a_name_is_looked_up_once_at_a_time_for_all_who_wait_for_it(
 
 
 def test_what_a_look_up_takes_is_part_of_the_dial_timeout(names: Names, dialer: Dialer) -> None:
-    """Half of it for the name leaves half for the connect, and not all of it or nothing."""
+    """What is left after a quarter of it is the connect's, and not all of it or nothing."""
     with black_hole() as hole:
         names.gates["node.test"] = gate = threading.Event()
         names.of["node.test"] = [(HERE, hole)]
-        dial, is_done = dial_of(dialer, "node.test", hole, timeout_s=0.4)
-        assert not is_done.wait(0.2)
+        dial, is_done = dial_of(dialer, "node.test", hole, timeout_s=2.0)
+        assert not is_done.wait(0.5)
         gate.set()
         assert is_done.wait(LONG_TIMEOUT)
         with pytest.raises(DialError, match="no answer from"):
             dial.take()
-        assert dial.deadline == dial.began_at + 0.4
-        assert dial.took_s >= 0.4
+        assert dial.deadline == dial.began_at + 2.0
+        assert dial.took_s >= 2.0
 
 
 def test_look_ups_are_bounded_and_those_nobody_waits_for_are_left_out(

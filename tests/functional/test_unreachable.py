@@ -69,7 +69,7 @@ def test_an_expired_message_is_told_while_the_peer_can_be_reached() -> None:
     with (
         ScriptedServer() as server,
         pipeline_to(
-            server, raft, connections=1, max_queue_age=0.05, unreachable_reports="change"
+            server, raft, connections=1, max_queue_age=0.5, unreachable_reports="change"
         ) as pipeline,
     ):
         server.script = server.hold

@@ -10,6 +10,8 @@ import sys
 import warnings
 
 from pipeline import Transport, TransportConfig
+from pipeline.send import probing
+from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
 from tests.support.server import ScriptedServer
@@ -18,6 +20,9 @@ from tests.support.waiting import eventually
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
 COUNT = 500
+
+# A busy machine loses no probe.
+probing.STEP_TIMEOUT_S = LONG_TIMEOUT
 
 descriptors = set(os.listdir("/proc/self/fd"))
 transport = Transport(1, 1, FakeRaft(), config=TransportConfig(probe_interval_s=0.001))

@@ -27,6 +27,7 @@ from pipeline import (
     aio,
 )
 from pipeline.wire.answers import Request
+from tests.support import LONG_TIMEOUT
 from tests.support.http import peer_headers
 from tests.support.raft import FakeRaft
 from tests.support.senders import CLUSTER, message
@@ -49,7 +50,7 @@ def uses(thing: object, kind: type, *harmless: str) -> dict[str, Callable[[], ob
 
 def endless() -> Iterator[bytes]:
     yield b"x"
-    over.wait(10)
+    over.wait(LONG_TIMEOUT)
 
 
 async def started() -> aio.Transport:
@@ -75,7 +76,7 @@ pipeline.start()
 loop = asyncio.new_event_loop()
 awaited = loop.run_until_complete(started())
 transfer = transport.send_snapshot(message(MessageType.SNAP), b"x")
-transfer.result(10)
+transfer.result(LONG_TIMEOUT)
 running = transport.send_snapshot(message(MessageType.SNAP), endless(), size=10)
 transport.send([message()])
 eventually(lambda: transport.stats()[2].sent == 1)

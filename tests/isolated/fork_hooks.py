@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import Any
 
-faulthandler.dump_traceback_later(30, exit=True)
+faulthandler.dump_traceback_later(120, exit=True)
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 transports: list[Any] = []
 

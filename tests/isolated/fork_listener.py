@@ -139,7 +139,7 @@ def main(how: str, directory: Path) -> None:
         process.stdin.flush()
         assert process.stdout.readline() == "stopped\n"
     for state, sock in callers.items():
-        sock.settimeout(5.0)
+        sock.settimeout(LONG_TIMEOUT / 2)  # the child lives for LONG_TIMEOUT
         try:
             while sock.recv(65536):
                 pass

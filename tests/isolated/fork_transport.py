@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
 from pipeline import Transport, TransportConfig
+from pipeline.send import probing
+from tests.support import LONG_TIMEOUT
 from tests.support.locks import held_elsewhere
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
@@ -21,6 +22,8 @@ from tests.support.waiting import eventually, exit_status_of
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork in a process with threads
 
+# A busy machine loses no probe.
+probing.STEP_TIMEOUT_S = LONG_TIMEOUT
 authority = Authority(Path(sys.argv[1])) if len(sys.argv) > 1 else None
 server = ScriptedServer(tls=authority and authority.server())
 transport = Transport(
@@ -46,9 +49,7 @@ locks = (
 with held_elsewhere(locks):
     child = os.fork()
 if child == 0:
-    begin = time.monotonic()
-    transport.stop()
-    assert time.monotonic() - begin < 2.0
+    transport.stop()  # or the parent gives up waiting
     sys.exit(0)  # with atexit handlers and all
 
 assert exit_status_of(child) == 0

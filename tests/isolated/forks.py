@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 
 from pipeline import Pipeline, UsageError
@@ -44,7 +43,6 @@ if how == "in flight":
 
 child = os.fork()
 if child == 0:
-    begin = time.monotonic()
     try:
         pipeline.send(message())
     except UsageError:
@@ -52,8 +50,7 @@ if child == 0:
     else:
         sys.exit("the child's send says nothing")
     if how != "exits":
-        assert pipeline.stop() == 0
-        assert time.monotonic() - begin < 2.0
+        assert pipeline.stop() == 0  # or the parent gives up waiting
     sys.exit(0)  # with atexit handlers and all
 
 assert exit_status_of(child) == 0

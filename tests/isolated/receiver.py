@@ -14,7 +14,7 @@ import warnings
 
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
-from tests.support import MIB
+from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import post_heartbeat
 from tests.support.listening import GOOD, dial, is_closed, listen, post, raw_head, read_status
 from tests.support.memory import rss
@@ -41,15 +41,16 @@ def no_descriptors() -> None:
     for client in clients:
         client.connect((host, int(port)))
     eventually(lambda: listener.stats().accept_pauses > 0, "accepting is paused")
-    began = time.process_time()
+    pauses, began, began_cpu = listener.stats().accept_pauses, time.monotonic(), time.process_time()
     time.sleep(0.5)
-    assert time.process_time() - began < 0.1, "it spins"
-    assert listener.stats().accept_pauses < 20
+    assert time.process_time() - began_cpu < 0.1, "it spins"
+    # It tries again every 100 ms, however long a busy machine makes of this half a second.
+    assert listener.stats().accept_pauses - pauses <= 10 * (time.monotonic() - began) + 2
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     raft.gate.set()  # type: ignore[union-attr]
     assert read_status(busy) == 204
     for client in clients:
-        client.settimeout(20)
+        client.settimeout(LONG_TIMEOUT)
         client.sendall(GOOD)
         assert read_status(client) == 204
     listener.close()
@@ -68,7 +69,7 @@ def announced() -> None:
         sock.sendall(raw_head(f"content-length: {512 * MIB}") + bytes(10))
     post_heartbeat(listener.url)
     grown = rss() - before
-    assert grown < 4 * MIB, f"{grown} bytes for {len(socks)} connections"
+    assert grown < 32 * MIB, f"{grown} bytes for {len(socks)} connections"
     listener.close()
 
 
@@ -132,8 +133,8 @@ def forks() -> None:
     child = os.fork()
     if child == 0:
         began = time.monotonic()
-        listener.close(deadline_s=20)
-        assert time.monotonic() - began < 5, "the child waited"
+        listener.close(deadline_s=LONG_TIMEOUT)
+        assert time.monotonic() - began < LONG_TIMEOUT / 2, "the child waited"
         os.close(writer)
         os.read(reader, 1)  # lives on until the parent is done
         sys.exit(0)  # with atexit handlers and all
@@ -218,7 +219,7 @@ def held_gil() -> None:
         sock.sendall(GOOD)
         assert read_status(sock) == 204  # the head is known, and a handler thread leads
     sys.setswitchinterval(1000)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + LONG_TIMEOUT
     port[:] = struct.pack("=I", int(listener.url.rpartition(":")[2]))
     while listener.stats().head_timeouts < 1:  # nothing here gives up the GIL
         if time.monotonic() > deadline:

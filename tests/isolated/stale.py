@@ -47,7 +47,7 @@ with black_hole() as port, server, Transport(1, 1, raft, config=config) as trans
     eventually(lambda: dials_to(port) == 4)
     for connection in server.connections:
         connection.close()
-    raft.wait_unreachable(8, 5.0)
+    raft.wait_unreachable(8)
     os.close(parent_end)
     os.waitpid(child, 0)
 print("ok")
