@@ -122,6 +122,7 @@ bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender bench
 
 # 1 to 128 peers, 1 to 64 workers, 64 B to 64 MiB.
 bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover
+	$(MAKE) --no-print-directory $(TLS_PROGRAMS) || echo 'no TLS to measure with' >&2
 	$(BIN)/python benchmarks/growth.py $(BENCH_ARGS)
 
 # Instructions per message against benchmarks/reference.json; the second makes this tree the reference.

@@ -1,7 +1,8 @@
 """P9: what a message costs with more peers, more workers and other sizes: ``make bench-growth``.
 
 peers    1 to 128 peers of one Transport, at the same total rate: CPU per message
-idle     128 peers that had one message each: CPU and memory of one
+idle     128 peers that had one message each: CPU and memory of one; over mutual TLS as well, and
+         the memory of as many connections of others to a listener of ours
 workers  1 to 64 connections of one pipeline, at full rate: CPU per message
 sizes    messages of 64 B to 64 MiB, at full rate: CPU per message
 
@@ -14,10 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
+import ssl
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -25,6 +30,7 @@ from typing import Any
 
 import svg
 from driver import measure_rate
+from exchange import OURS, expect, receiver
 from harness import (
     BIN,
     CLUSTER_ID,
@@ -36,13 +42,17 @@ from harness import (
     QuietRaft,
     Sink,
     Subject,
+    add_tls_options,
     body_bytes,
     builder,
+    certificate,
     cpu_s,
     machine,
     run_json,
     say,
     status_kib,
+    tls_flags,
+    tls_of,
 )
 from quiet import PATIENCE_HELP, Watch, remark
 
@@ -52,6 +62,7 @@ from pipeline import (
     MessageType,
     Pipeline,
     PipelineConfig,
+    TLSInfo,
     Transport,
     TransportConfig,
 )
@@ -83,14 +94,18 @@ def message_to(peer: int) -> Message:
     )
 
 
-def started(peers: int, port: int) -> Transport:
+def url(port: int, tls: TLSInfo | None) -> str:
+    return f"{'https' if tls else 'http'}://127.0.0.1:{port}"
+
+
+def started(peers: int, port: int, tls: TLSInfo | None = None) -> Transport:
     """A Transport with peers 1 to ``peers``, all of them the sink; without probes."""
     transport = Transport(
-        MEMBER_ID, CLUSTER_ID, QuietRaft(), config=TransportConfig(probe_interval_s=0)
+        MEMBER_ID, CLUSTER_ID, QuietRaft(), config=TransportConfig(probe_interval_s=0), tls=tls
     )
     transport.start()
     for peer in range(1, peers + 1):
-        transport.add_peer(peer, [f"http://127.0.0.1:{port}"])
+        transport.add_peer(peer, [url(port, tls)])
     return transport
 
 
@@ -139,15 +154,22 @@ def run_peers(peers: int, port: int, seconds: float) -> Row:
     }
 
 
-def run_idle(peers: int, port: int, seconds: float) -> Row:
-    transport = started(1, port)
-    transport.send([message_to(1)])
+def settle(transport: Transport) -> None:
+    """Wait until all is sent, and for what is tidied up after that."""
+    while any(each.queued or each.in_flight for each in transport.stats().values()):
+        time.sleep(0.01)
     time.sleep(WARMUP_S)
+
+
+def run_idle(peers: int, port: int, seconds: float, tls: TLSInfo | None) -> Row:
+    transport = started(1, port, tls)
+    transport.send([message_to(1)])
+    settle(transport)
     alone_kib = status_kib("VmRSS")
     for peer in range(2, peers + 1):
-        transport.add_peer(peer, [f"http://127.0.0.1:{port}"])
+        transport.add_peer(peer, [url(port, tls)])
     transport.send([message_to(peer) for peer in range(2, peers + 1)])
-    time.sleep(WARMUP_S)
+    settle(transport)
     seconds = max(seconds, IDLE_S)
     kib, start_cpu_s = status_kib("VmRSS"), cpu_s()
     time.sleep(seconds)
@@ -157,6 +179,34 @@ def run_idle(peers: int, port: int, seconds: float) -> Row:
         "kib_per_peer": (kib - alone_kib) / (peers - 1),
         "total": finish(transport),
     }
+
+
+def received_kib(connections: int, tls: TLSInfo) -> float:
+    """By how much a listener of ours has grown while so many others are connected and silent."""
+    context = ssl.create_default_context(cafile=tls.trusted_ca_file)
+    context.load_cert_chain(os.fsdecode(tls.cert_file))
+    body = message_to(1).marshal()
+    head = (
+        "POST /raft HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/protobuf\r\n"
+        f"X-Etcd-Cluster-Id: {CLUSTER_ID:x}\r\nX-Server-From: {MEMBER_ID:x}\r\n"
+        "X-Server-Version: 3.5.1\r\nX-Min-Cluster-Version: 3.0.0\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    with ExitStack() as stack, receiver(OURS, tls=True) as listening:
+        for _ in range(connections):
+            plain = socket.create_connection(("127.0.0.1", listening.port))
+            sock = stack.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+            sock.sendall(head + body)
+            if not (answer := sock.recv(4096)).startswith(b"HTTP/1.1 204 "):
+                raise SystemExit(f"answered {answer!r}")
+        time.sleep(WARMUP_S)
+    expect("received", connections, listening.counters)
+    return float(listening.counters["grown_kib"])
+
+
+def run_idle_received(connections: int) -> Row:
+    alone_kib, kib = (received_kib(n, certificate()) for n in (1, connections))
+    return {"kib_per_connection": (kib - alone_kib) / (connections - 1)}
 
 
 def run_pipeline(workers: int, size: int, port: int, seconds: float) -> Row:
@@ -181,7 +231,10 @@ def run_pipeline(workers: int, size: int, port: int, seconds: float) -> Row:
 
 def run_one(curve: str, n: int, seconds: float) -> Row:
     """One point of one curve in a process of its own, against a fresh sink."""
-    with Sink() as sink:
+    if curve == "idle TLS received":
+        return run_idle_received(n)
+    tls = curve == "idle TLS"
+    with Sink(tls=tls) as sink:
         if curve.startswith("bare "):
             size = n if curve == "bare sizes" else 128
             connections = {"bare peers": 4 * n, "bare workers": n}.get(curve, 4)
@@ -190,9 +243,9 @@ def run_one(curve: str, n: int, seconds: float) -> Row:
             more = ["--connections", connections, "--seconds", seconds, "--warmup", warmup]
             result = run_json(*load, *more)
         else:
-            result = run_json(
-                sys.executable, __file__, "--one", curve, n, sink.port, "--seconds", seconds
-            )
+            words = ["--one", curve, n, sink.port, "--seconds", seconds]
+            words += tls_flags() if tls else []
+            result = run_json(sys.executable, __file__, *words)
     counters = sink.counters
     if counters["requests"] != result["total"] or counters["bad"]:
         raise SystemExit(f"{curve} {n}: {result['total']} sent, the sink counted {counters}")
@@ -203,6 +256,8 @@ CURVES: dict[str, Sequence[int]] = {
     "peers": PEERS,
     "bare peers": PEERS,
     "idle": (IDLE_PEERS,),
+    "idle TLS": (IDLE_PEERS,),
+    "idle TLS received": (IDLE_PEERS,),
     "workers": WORKERS,
     "bare workers": WORKERS,
     "sizes": SIZES,
@@ -212,14 +267,18 @@ CURVES: dict[str, Sequence[int]] = {
 
 def measure(rounds: int, seconds: float, watch: Watch) -> dict[str, list[Row]]:
     """Curve -> points in order; each has ``n``, its rounds, and their medians."""
-    plan = [(curve, n) for curve, points in CURVES.items() for n in points]
+    curves_here = dict(CURVES)
+    if not (BIN / "sink-tls").exists():
+        del curves_here["idle TLS"], curves_here["idle TLS received"]
+        say("skipped: idle TLS: bin/sink-tls is not built, for OpenSSL's headers\n")
+    plan = [(curve, n) for curve, points in curves_here.items() for n in points]
     results: dict[tuple[str, int], list[Row]] = {point: [] for point in plan}
     for i in range(rounds):
         for curve, n in plan:
             say(f"round {i + 1} of {rounds}: {curve} {n}")
             results[curve, n].append(watch.run(partial(run_one, curve, n, seconds)))
     say("")
-    curves: dict[str, list[Row]] = {curve: [] for curve in CURVES}
+    curves: dict[str, list[Row]] = {curve: [] for curve in curves_here}
     for (curve, n), done in results.items():
         keys = done[0].keys() - {"discarded"}
         medians = {key: statistics.median(each[key] for each in done) for key in sorted(keys)}
@@ -258,11 +317,19 @@ def describe(curves: dict[str, list[Row]]) -> str:
         )
     ]
     idle = curves["idle"][0]
+    over_tls = ""
+    if "idle TLS" in curves:
+        sent, received = curves["idle TLS"][0], curves["idle TLS received"][0]
+        over_tls = (
+            f"; over mutual TLS {sent['cpu_us_per_peer_and_s']:.2f} us and "
+            f"{sent['kib_per_peer']:.0f} KiB, and a connection of another's that is idle "
+            f"{received['kib_per_connection']:.0f} KiB (target 128)"
+        )
     return (
         f"P9: 64 peers cost {statistics.median(ratios):.2f} x what one costs for each message at "
         f"{RATE:,}/s in all ({at[1]:.2f} -> {at[64]:.2f} us; target within 15 %); an idle peer "
         f"costs {idle['cpu_us_per_peer_and_s']:.2f} us of CPU a second and "
-        f"{idle['kib_per_peer']:.0f} KiB (target 0 and 64)"
+        f"{idle['kib_per_peer']:.0f} KiB (target 0 and 64){over_tls}"
     )
 
 
@@ -274,12 +341,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="directory")
     parser.add_argument("--report", action="store_true", help="of the file there is; no run")
     parser.add_argument("--one", nargs=3, metavar=("CURVE", "N", "PORT"))
+    add_tls_options(parser)
     args = parser.parse_args()
     if args.one:
         curve, n, port = args.one[0], int(args.one[1]), int(args.one[2])
         run = {
             "peers": partial(run_peers, n),
-            "idle": partial(run_idle, n),
+            "idle": partial(run_idle, n, tls=None),
+            "idle TLS": partial(run_idle, n, tls=tls_of(args)),
             "workers": partial(run_pipeline, n, 128),
             "sizes": partial(run_pipeline, 4, n),
         }[curve]

@@ -86,11 +86,17 @@ def add_tls_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca", help="who signed the other side's")
 
 
-def credentials_of(args: argparse.Namespace) -> Credentials | None:
+def tls_of(args: argparse.Namespace) -> TLSInfo | None:
     """What ``add_tls_options`` were given; None without them."""
     if args.cert is None:
         return None
-    return Credentials(TLSInfo(cert_file=args.cert, key_file=args.cert, trusted_ca_file=args.ca))
+    return TLSInfo(cert_file=args.cert, key_file=args.cert, trusted_ca_file=args.ca)
+
+
+def credentials_of(args: argparse.Namespace) -> Credentials | None:
+    """The same, loaded."""
+    info = tls_of(args)
+    return info and Credentials(info)
 
 
 def bare_sender(*, tls: bool = False) -> list[object]:

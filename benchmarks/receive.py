@@ -137,6 +137,7 @@ def main() -> None:
         else:
             sys.stdin.read()
         took_s, peak_kib = cpu_s() - before_s, status_kib("VmHWM")
+        grown_kib = status_kib("VmRSS") - rss_kib
         shaken = handshakes()
     print(
         json.dumps(
@@ -146,6 +147,7 @@ def main() -> None:
                 "cpu_s": took_s,
                 "cpu_us_per_message": took_s * 1e6 / max(raft.messages, 1),
                 "peak_mib": (peak_kib - rss_kib) / 1024,
+                "grown_kib": grown_kib,
             }
         )
     )
