@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from exchange import ETCD, Row, driver, go_sender, load, receiver
-from harness import Sink, certificate, quantiles, run_json
+from exchange import ETCD, Row, driver, expect, go_sender, load, receiver
+from harness import HERE, Sink, certificate, quantiles, run_json, tls_flags
 
 OPENSSL = "openssl"
 #: Bytes of the message that goes with each handshake of ours and of etcd's.
@@ -127,3 +128,22 @@ def run_flood(subject: str, size: int, _seconds: float) -> Row:
     if "handshakes" in listening.counters:
         result["msgs_per_s"] = listening.counters["handshakes"] / took
     return {**result, "messages": beats["messages"]}
+
+
+def run_rotation(_subject: str, _size: int, _seconds: float) -> Row:
+    """Lone messages of ours, from offer to report, while the same node dials as fast as it can."""
+    with Sink(tls=True) as sink, Sink("--close", tls=True) as others:
+        start = time.perf_counter()
+        result = run_json(
+            *(sys.executable, HERE / "rotate.py", "--port", sink.port, *tls_flags()),
+            *("--closing-port", others.port, "--messages", HEARTBEATS),
+        )
+        took = time.perf_counter() - start
+    expect("rotation", result["total"], sink.counters)
+    times = quantiles(result["lone_ns"])
+    return {
+        "p50_us": times["p50"] / 1000,
+        "p99_us": times["p99"] / 1000,
+        "msgs_per_s": others.counters["handshakes"] / took,
+        "messages": result["total"],
+    }

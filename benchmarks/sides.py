@@ -19,7 +19,7 @@ from exchange import (
     run_send,
     run_send_spinning,
 )
-from handshakes import OPENSSL, run_accept, run_dial, run_flood
+from handshakes import OPENSSL, run_accept, run_dial, run_flood, run_rotation
 from peers.clients import SUBJECTS as CLIENTS
 
 SMALL, LARGE = 128, 64 << 20
@@ -86,6 +86,13 @@ SIDES = {
         "A lone heartbeat while two clients shake hands as fast as they can",
         (ETCD, OURS, BARE),
         run_flood,
+        (SMALL,),
+        counted="handshakes",
+    ),
+    "tls-rotation": Side(
+        "A lone message while the same node dials 16 other peers as fast as it can",
+        (OURS,),
+        run_rotation,
         (SMALL,),
         counted="handshakes",
     ),

@@ -50,6 +50,7 @@ TARGETS = (
     Target("T5", "tls-dial", SMALL, reference=1.2),
     Target("T5", "tls-accept", SMALL, reference=1.2),
     Target("T5", "tls-flood", SMALL, "p99_us", itself=10_000),
+    Target("T5", "tls-rotation", SMALL, "p99_us", itself=10_000),
     Target("P1", "send", SMALL, reference=1.25, etcd=0.3),
     Target("P2", "send", SMALL, "msgs_per_s", etcd=3.0),
     Target("P2", "both", SMALL, "msgs_per_s", etcd=2.5),
