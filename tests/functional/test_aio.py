@@ -35,6 +35,7 @@ from pipeline.aio.deliveries import Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat
+from tests.support.processes import TIMEOUT_S
 from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer, refused_port
 from tests.support.waiting import eventually, eventually_async
@@ -296,6 +297,7 @@ def test_a_stuck_loop_makes_callers_wait_and_holds_no_more_calls_than_threads(
         node = Node()
         async with transport_of(node, config=config) as transport:
             url = (await transport.listen("http://127.0.0.1:0")).url
+            gc.collect()  # those of another test
             before = calls()
             replies: list[Reply] = []
             threads = [
@@ -608,7 +610,7 @@ asyncio.run(main())
         [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "503\n", "")
@@ -648,6 +650,13 @@ def snapshot_to(peer_id: int) -> Message:
     return Message(type=MessageType.SNAP, to=peer_id, from_=2, term=1)
 
 
+@pytest.fixture
+def phases_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tell of progress when a phase begins, however long a busy machine is at one of them."""
+    monkeypatch.setattr("pipeline.snapshot.sender.PROGRESS_INTERVAL_S", LONG_TIMEOUT)
+
+
+@pytest.mark.usefixtures("phases_only")
 def test_what_a_progress_callback_raises_or_returns_is_counted_and_ends_nothing(
     run: Callable[[Main], None],
 ) -> None:
@@ -776,6 +785,7 @@ def test_calls_may_be_made_in_eager_tasks(run: Callable[[Main], None], *, is_asy
     run(main())
 
 
+@pytest.mark.usefixtures("phases_only")
 def test_a_snapshot_is_awaited_and_told_of_on_the_loop(run: Callable[[Main], None]) -> None:
     async def main() -> None:
         node, seen = Node(), []
