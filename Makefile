@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*/*.pyx pipeline/*/*.pxd)
 ASAN_SITE := build/asan/site
 
+# A network that fails for a moment fails no target. Heard by pip wherever it runs, also in tools/.
+export PIP_RETRIES ?= 10
+export PIP_RESUME_RETRIES ?= 10
+
 .PHONY: build test test-all lint typecheck demo three-nodes bench bench-peers bench-growth bench-snapshot bench-check \
 	bench-reference asan clean raftpb help
 

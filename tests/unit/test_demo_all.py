@@ -123,6 +123,16 @@ def test_what_cannot_be_had_is_named_with_the_reason(
         assert (row.version, row.cells, row.failed) == (source.name, {"from": reason}, ())
 
 
+def test_a_download_that_fails_is_tried_again(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tool, "PAUSE_S", 0.0)
+    once = 'echo >> tried; test "$(wc -l < tried)" -gt 2 || { echo no network >&2; exit 1; }'
+    with pytest.raises(tool.Unavailable, match=r"^sh: no network$"):
+        tool.succeed("sh", "-c", once, cwd=tmp_path, tries=2)
+    tool.succeed("sh", "-c", once, cwd=tmp_path)
+
+
 def test_the_versions_are_those_that_the_modules_pin(tool: ModuleType) -> None:
     names = [source.name for source in tool.sources()]
     assert names[:2] == ["3.4", "3.5.1"]
