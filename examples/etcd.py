@@ -24,10 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import urllib3
 
 from pipeline import Entry, EntryType, TLSInfo, TransportConfig
+
+T = TypeVar("T")
 
 __all__ = [
     "EtcdError",
@@ -328,6 +331,20 @@ class EtcdMember:
         assert isinstance(found, list)
         # An empty value is left out of the JSON.
         return base64.b64decode(found[0].get("value", "")) if found else None
+
+    def insist(self, request: Callable[[], T], timeout_s: float = READY_TIMEOUT_S) -> T:
+        """Make a request, again as long as it fails and the member runs; return its result.
+
+        On a machine too busy for heartbeats the leader steps down, and there is none for a moment.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return request()
+            except EtcdError:
+                if not self.is_running() or time.monotonic() > deadline:
+                    raise
+            self.wait_ready(timeout_s)
 
     def items(self) -> dict[bytes, bytes]:
         """Read every key, linearizably, in the order of the revisions that wrote them."""

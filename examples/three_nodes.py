@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from pipeline import ReceiverConfig, TLSInfo, Transport, TransportConfig
@@ -196,18 +197,10 @@ class Story:
 
     def write(self, count: int = WRITES) -> int:
         """Write new keys through etcd; how many there are then."""
-        deadline = time.monotonic() + TIMEOUT_S
         for n in range(len(self.written), len(self.written) + count):
             put = (b"key %d" % n, b"value of key %d" % n)
-            while put not in self.written:
-                try:
-                    self.etcd.put(*put)
-                    self.written.add(put)
-                except EtcdError:
-                    # On a machine too busy for heartbeats the leader steps down for a moment.
-                    if time.monotonic() > deadline:
-                        raise
-                    self.etcd.wait_ready()
+            self.etcd.insist(partial(self.etcd.put, *put))
+            self.written.add(put)
         return len(self.written)
 
     def let_etcd_lead(self) -> None:

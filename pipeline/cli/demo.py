@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -198,11 +199,11 @@ def _run(
 
         def write(key: bytes) -> None:
             start = time.perf_counter()
-            etcd.put(key, data[key])
+            etcd.insist(partial(etcd.put, key, data[key]))
             latencies.append(time.perf_counter() - start)
 
         def read(key: bytes) -> None:
-            found[key] = etcd.get(key)
+            found[key] = etcd.insist(partial(etcd.get, key))
 
         columns = (
             TextColumn("{task.description:12}"),

@@ -18,11 +18,11 @@ import urllib3
 import pipeline.cli
 from pipeline.cli.demo import demo
 from tests.support.etcd import hide_etcds, make_pretender
-from tests.support.processes import assert_nothing_is_left, commands_with
+from tests.support.processes import TIMEOUT_S, assert_nothing_is_left, commands_with
 from tests.support.waiting import eventually
 
 #: For a run of 100 writes, which takes 3 s on an idle machine.
-RUN_TIMEOUT_S = 90.0
+RUN_TIMEOUT_S = TIMEOUT_S
 
 
 StartDemo = Callable[..., subprocess.Popen[str]]
