@@ -26,6 +26,7 @@ from pipeline import (
 )
 from pipeline.receive._receiver import ReceiverStats
 from tests.support import MIB
+from tests.support.processes import TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -37,9 +38,6 @@ DOCUMENTS = sorted(
     for folder in ("", "docs/", "benchmarks/", "tests/", "tests/fuzz/")
     for path in ROOT.glob(f"{folder}*.md")
 )
-
-# Long enough for a busy machine; reached only when the program hangs.
-RUN_TIMEOUT_S = 60.0
 
 KIB = 1 << 10
 
@@ -67,7 +65,7 @@ def test_a_program_of_the_readme_runs(tmp_path: Path, index: int) -> None:
         [sys.executable, "-W", "error", "-c", readme_programs()[index]],
         capture_output=True,
         text=True,
-        timeout=RUN_TIMEOUT_S,
+        timeout=TIMEOUT_S,
         cwd=tmp_path,
         check=False,
     )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pipeline
+from tests.support.processes import TIMEOUT_S
 
 HELD_AT_A_FORK = """
 import os, threading
@@ -39,7 +40,7 @@ def test_a_lock_that_a_thread_holds_at_a_fork_is_free_in_the_child_alone() -> No
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert result.stdout == "0 False\n", result.stderr
 

@@ -33,6 +33,7 @@ from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, peer_headers, post_heartbeat, reply_of_socket
 from tests.support.listening import ask
 from tests.support.logs import handler_that_raises
+from tests.support.processes import TIMEOUT_S
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
 from tests.support.server import ScriptedServer, always, answer
@@ -390,7 +391,7 @@ except ImportError as error:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert result.stdout == "metrics need prometheus-client: pip install 'raft-pipeline[metrics]'\n"
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import pipeline
+from tests.support.processes import TIMEOUT_S
 
 NAMES = """
     Message Entry Snapshot SnapshotMetadata ConfState MessageType EntryType SnapshotStatus
@@ -94,7 +95,7 @@ NOT_IMPORTED_TO_SEND = """
 def test_what_is_imported_is_what_is_used(statement: str, modules: str) -> None:
     code = f"import sys; {statement}; print(*sorted(sys.modules.keys() & {set(modules.split())}))"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=TIMEOUT_S
     )
     assert result.stdout.split() == []
     for module in modules.split():
@@ -117,6 +118,6 @@ def test_importing_pipeline_starts_no_thread_and_says_nothing() -> None:
         check=True,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert (result.stdout, result.stderr) == ("0\n", "")

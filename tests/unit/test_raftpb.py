@@ -11,6 +11,7 @@ from google.protobuf import descriptor_pb2
 
 from pipeline.raftpb import raft_pb2
 from pipeline.types import EntryType, MessageType
+from tests.support.processes import TIMEOUT_S
 
 PACKAGE = Path(raft_pb2.__file__).parent
 PROTO = "pipeline/raftpb/raft.proto"
@@ -32,7 +33,7 @@ def generate(directory: Path) -> dict[str, str]:
         ],
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     written = directory / "pipeline" / "raftpb"
     return {name: (written / name).read_text() for name in ("raft_pb2.py", "raft_pb2.pyi")}
@@ -137,7 +138,7 @@ def test_etcds_own_classes_can_be_in_the_same_process(order: str) -> None:
         check=False,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -145,6 +146,10 @@ def test_etcds_own_classes_can_be_in_the_same_process(order: str) -> None:
 def test_importing_pipeline_does_not_import_protobuf() -> None:
     script = "import sys, pipeline.wire._messages; print('google.protobuf' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
     )
     assert done.stdout == "False\n"

@@ -18,6 +18,7 @@ from pipeline.receive.handlers import Handlers
 from pipeline.receive.listener import Listener
 from pipeline.threads import _REPLACED, LibraryThread, Once
 from tests.support import LONG_TIMEOUT
+from tests.support.processes import TIMEOUT_S
 from tests.support.raft import FakeRaft
 
 URL = "http://127.0.0.1:1"
@@ -107,7 +108,7 @@ except UsageError as error:
         check=True,
         capture_output=True,
         text=True,
-        timeout=LONG_TIMEOUT,
+        timeout=TIMEOUT_S,
     )
     assert result.stdout == f"{kit}\n"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from tests.support.processes import TIMEOUT_S
 
 PACKAGE = Path(pipeline.__file__).parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -32,7 +33,7 @@ def import_in(folder: Path, *flags: str, path: Path | None = None) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
         check=False,
     )
     assert result.returncode == 1
