@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from pipeline.send import probing
 from tests.support import LONG_TIMEOUT, tls_use
@@ -20,8 +20,15 @@ tls_use.watch()
 probing.STEP_TIMEOUT_S = LONG_TIMEOUT
 
 # The same examples everywhere, every time: what is new comes from `make fuzz`. A busy machine makes
-# a deadline per example meaningless. HYPOTHESIS_PROFILE=ci takes ten times as many.
-settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
+# a deadline per example meaningless, and how long it takes to make one. HYPOTHESIS_PROFILE=ci takes
+# ten times as many.
+settings.register_profile(
+    "default",
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.register_profile("ci", settings.get_profile("default"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
