@@ -28,7 +28,7 @@ from pipeline.net.dialling import Dial, Dialer, DialError
 from pipeline.net.poller import Poller
 from pipeline.snapshot import link as link_module
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
-from tests.support.descriptors import copies_of_sockets, open_descriptors
+from tests.support.descriptors import assert_all_closed, copies_of_sockets, open_descriptors
 from tests.support.names import Names
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
@@ -471,7 +471,7 @@ def test_what_waits_for_a_dial_ends_at_once(names: Names, end: str, *, is_resolv
 
 def test_a_dial_that_is_cancelled_leaves_nothing_open(dialer: Dialer) -> None:
     with black_hole() as hole:
-        before = len(open_descriptors())
+        before = open_descriptors()
         dial, is_done = dial_of(dialer, HERE, hole)
         eventually(lambda: bool(dial.attempts))
         dialer.cancel(dial)
@@ -479,7 +479,7 @@ def test_a_dial_that_is_cancelled_leaves_nothing_open(dialer: Dialer) -> None:
         assert is_done.wait(LONG_TIMEOUT)
         with pytest.raises(DialError, match="stopped"):
             dial.take()
-        assert len(open_descriptors()) == before
+        assert_all_closed(before)
 
 
 def test_a_connection_that_nobody_wants_any_more_is_closed(dialer: Dialer) -> None:

@@ -24,7 +24,7 @@ from pipeline.errors import RequestRejected, UsageError
 from pipeline.receive import listener as listener_module
 from pipeline.receive.listener import Listener
 from tests.support import LONG_TIMEOUT, ipv6
-from tests.support.descriptors import copies_of_sockets, open_descriptors
+from tests.support.descriptors import assert_all_closed, copies_of_sockets, open_descriptors
 from tests.support.http import (
     HEARTBEAT,
     handlers_of,
@@ -138,7 +138,7 @@ def test_a_free_port_is_free_at_all_addresses(monkeypatch: pytest.MonkeyPatch) -
     before = open_descriptors()
     with pytest.raises(OSError, match=r"http://both\.test:0: no port is free at all of its"):
         listen(FakeRaft(), "http://both.test:0")
-    assert open_descriptors() == before
+    assert_all_closed(before)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_an_address_that_cannot_be_listened_at_is_named(
         assert caught.value.errno
     del caught  # it holds what could not be made
     assert listener_threads() == []
-    assert open_descriptors() == before
+    assert_all_closed(before)
     taken.close()
 
 
@@ -218,7 +218,7 @@ def test_close_leaves_no_thread_and_no_descriptor() -> None:
     post_heartbeat(listener.url)
     listener.close()
     assert listener_threads() == []
-    assert open_descriptors() == before
+    assert_all_closed(before)
     with pytest.raises(ConnectionRefusedError):
         dial(listener.url)
 
@@ -297,7 +297,7 @@ def test_close_does_not_wait_for_a_peer_that_does_not_read_its_answer() -> None:
         assert read_status(sock) == 500
         listener.close(deadline_s=0.1)
         assert listener_threads() == []
-    assert open_descriptors() == before
+    assert_all_closed(before)
 
 
 def sockets() -> set[str]:

@@ -23,7 +23,7 @@ from pipeline.receive.listener import Listener
 from pipeline.types import MessageType
 from pipeline.wire._messages import Entry, Message, Snapshot, SnapshotMetadata
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT, ipv6
-from tests.support.descriptors import copies_of_sockets, open_descriptors
+from tests.support.descriptors import assert_all_closed, copies_of_sockets, open_descriptors
 from tests.support.http import (
     HEARTBEAT,
     handlers_of,
@@ -752,7 +752,7 @@ def test_an_address_that_cannot_be_bound_lets_go_of_the_others() -> None:
     before = open_descriptors()
     with listen(FakeRaft()) as listener, pytest.raises(OSError, match="in use"):
         listen(FakeRaft(), [ANY, listener.url])  # type: ignore[arg-type]
-    assert open_descriptors() == before
+    assert_all_closed(before)
 
 
 def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -768,7 +768,7 @@ def test_no_thread_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="can't start"):
         listen(FakeRaft())
     assert listener_threads() == []
-    assert open_descriptors() == before
+    assert_all_closed(before)
 
 
 # Life
@@ -799,7 +799,7 @@ def test_close_in_any_state_is_prompt_and_leaves_nothing(state: str) -> None:
         assert time.monotonic() - began < LONG_TIMEOUT / 2, "waited for the deadline"
         assert is_closed(sock)
     assert listener_threads() == []
-    assert open_descriptors() == before
+    assert_all_closed(before)
 
 
 def test_process_may_close_its_own_listener() -> None:

@@ -36,7 +36,7 @@ from pipeline.snapshot.connections import EVENT_S
 from pipeline.snapshot.receiver import SnapshotCounts
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
-from tests.support.descriptors import open_descriptors
+from tests.support.descriptors import assert_all_closed, open_descriptors
 from tests.support.events import Events
 from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import ask, chunked, dial, raw_head, read_reply, read_status
@@ -722,10 +722,10 @@ def test_a_file_system_that_cannot_sync_is_gone_on_with(
         fsync(fd)
 
     monkeypatch.setattr("pipeline.snapshot.store.os.fsync", fail)
-    before = len(open_descriptors())
+    before = open_descriptors()
     for index in (INDEX, INDEX + 1):
         assert ask(node.url, post_snapshot(framed(snapshot(index), DATABASE))).status == 204
-    eventually(lambda: len(open_descriptors()) <= before, "descriptors are closed")
+    assert_all_closed(before)
     assert set(node.files().values()) == {len(DATABASE)}
     assert len(node.files()) == len(node.raft.processed) == 2
     what = "directory" if is_directory else "file"
@@ -785,13 +785,13 @@ def test_a_temporary_file_that_cannot_be_removed_hides_no_error(
     def fail(*_: object) -> int:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    before = len(open_descriptors())
+    before = open_descriptors()
     monkeypatch.setattr("pipeline.snapshot.store.os.write", fail)
     monkeypatch.setattr("pipeline.snapshot.store.os.unlink", fail)
     reply = ask(node.url, post_snapshot(BODY))
     assert reply.status == 500
     assert os.strerror(errno.EROFS).encode() in reply.body
-    eventually(lambda: len(open_descriptors()) <= before, "descriptors are closed")
+    assert_all_closed(before)
     assert "cannot remove" in caplog.text
 
 
@@ -935,7 +935,7 @@ def test_no_descriptor_and_no_thread_is_left(node: Node) -> None:
 
     ask(node.url, post_snapshot(BODY))
     eventually(lambda: all_ended(0), "its thread has ended")
-    before = len(open_descriptors())
+    before = open_descriptors()
     for n in range(20):
         assert ask(node.url, post_snapshot(BODY)).status == 204
         assert ask(node.url, post_snapshot(framed(HEARTBEAT))).status == 400
@@ -943,7 +943,7 @@ def test_no_descriptor_and_no_thread_is_left(node: Node) -> None:
             sock.sendall(post_snapshot(BODY)[:-1])
         eventually(lambda n=n: all_ended(2 * n + 2), "its threads have ended")  # type: ignore[misc]
     eventually(lambda: node.listener.stats().connections == 0)
-    assert len(open_descriptors()) == before
+    assert_all_closed(before)
 
 
 def names_of_threads() -> str:

@@ -55,7 +55,7 @@ from pipeline.snapshot.sender import RateLimiter
 from pipeline.wire.odd_answer import PeerAnswer
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.callbacks import Unawaited
-from tests.support.descriptors import open_descriptors
+from tests.support.descriptors import assert_all_closed, open_descriptors
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
@@ -1113,6 +1113,7 @@ def test_progress_is_told_while_bytes_move_and_not_too_often(
     seen: list[tuple[float, SnapshotProgress]] = []
     with make(raft, config=config) as transport:
         transport.add_peer(PEER, [server.url])
+        began = time.monotonic()
         transfer = transport.send_snapshot(
             snapshot_message(),
             bytes(200_000),
@@ -1121,7 +1122,8 @@ def test_progress_is_told_while_bytes_move_and_not_too_often(
         transfer.result(LONG_TIMEOUT)
     moving = [(at, p) for at, p in seen if p.phase == "sending"][1:]
     assert len(moving) >= 3
-    assert all(b[0] - a[0] > 0.09 for a, b in itertools.pairwise(moving))
+    # The n-th came n intervals later, or more: on a busy machine some are told late.
+    assert all(at - began > 0.1 * n for n, (at, _) in enumerate(moving, 1))
     sent = [p.sent_bytes for _, p in moving]
     assert sent == sorted(sent)
     assert 0 < moving[-1][1].rate_bytes_per_s < 1_000_000
@@ -1389,12 +1391,11 @@ def test_nothing_is_left_behind(
         server.wait_for(lambda: server.ended == len(server.connections))
 
     go()
-    before = len(open_descriptors())
+    before = open_descriptors()
     threads = threading.active_count()
     for _ in range(10):
         go()
-    # The server may accept the last one only now.
-    eventually(lambda: len(open_descriptors()) <= before)
+    assert_all_closed(before)  # the server may accept the last one only now
     eventually(lambda: threading.active_count() <= threads)
 
 
