@@ -56,21 +56,22 @@ def shake(port: int, seconds: float) -> Row:
     }
 
 
-def run_dial(subject: str, size: int, seconds: float) -> Row:
+def run_dial(subject: str, size: int, seconds: float, *, tls: bool) -> Row:
     """Handshakes as the client. The sink answers one message and closes, so that each of ours and
-    of etcd's needs a new connection: their figure has the message in it, and the dialling.
+    of etcd's needs a new connection: their figure has the message in it, and the dialling. Plain,
+    it is these two alone.
     """
-    with Sink("--close", tls=True) as sink:
+    with Sink("--close", tls=tls) as sink:
         if subject == OPENSSL:
             result = shake(sink.port, seconds)
             total = result["messages"]
         elif subject == ETCD:
-            go = run_json(*go_sender(sink.port, size, tls=True), "--seconds", seconds, "--lone", 0)
+            go = run_json(*go_sender(sink.port, size, tls=tls), "--seconds", seconds, "--lone", 0)
             result = {key: go[key] for key in ("msgs_per_s", "cpu_us_per_msg", "messages")}
             total = go["total"]
         else:
             ours = run_json(
-                *driver("core-prebuilt", "rate", sink.port, size, tls=True), "--seconds", seconds
+                *driver("core-prebuilt", "rate", sink.port, size, tls=tls), "--seconds", seconds
             )
             result = {
                 "msgs_per_s": ours["messages_per_s"],
@@ -79,9 +80,10 @@ def run_dial(subject: str, size: int, seconds: float) -> Row:
             }
             total = ours["total"]
     # etcd's streams are refused over connections of their own.
-    more = sink.counters["handshakes"] - total
+    counted = sink.counters["handshakes" if tls else "connections"]
+    more = counted - total
     if sink.counters["bad"] or not 0 <= more <= sink.counters["gets"] + 1:
-        raise SystemExit(f"{subject}: {total} handshakes, the sink counted {sink.counters}")
+        raise SystemExit(f"{subject}: {total} connections, the sink counted {sink.counters}")
     return result
 
 

@@ -70,7 +70,7 @@ SIDES = {
     "tls-dial": Side(
         "Mutual handshakes, as the client",
         (ETCD, OURS, OPENSSL),
-        run_dial,
+        partial(run_dial, tls=True),
         (SMALL,),
         reference=OPENSSL,
         counted="handshakes",
@@ -105,6 +105,13 @@ SIDES = {
         "Receiving, under one neutral load", (ETCD, OURS, "uvicorn", BARE), run_receive
     ),
     "both": Side("Into itself, both processes", (ETCD, OURS), run_both),
+    "dial": Side(
+        "Dialling without TLS, and one message",
+        (ETCD, OURS),
+        partial(run_dial, tls=False),
+        (SMALL,),
+        counted="connections",
+    ),
 }
 TLS_SIDES = tuple(name for name in SIDES if name.startswith("tls-"))
 
