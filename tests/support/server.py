@@ -372,11 +372,12 @@ class ScriptedServer:
         if len(body) < size:
             return False
         connection.requests += 1
+        script = self.script  # what a test sets once it knows of this request is for the next one
         request = Request(head, body, connection.number)
         with self._changed:
             self.requests.append(request)
             self._changed.notify_all()
-        data = self.script(connection, request)
+        data = script(connection, request)
         if data is not None:
             connection.send(data)
         return True
