@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
-import itertools
 import json
 import os
 import random
@@ -20,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -113,9 +113,34 @@ def cluster_id(member_ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.sha1(ids).digest()[:8], "big")
 
 
-# Shuffled, so that processes side by side seldom meet; handed out in turn, so that a port chosen
-# and not yet listened on is not chosen again by the same process.
-_ports = itertools.cycle(random.sample(range(20000, 32000), 12000))
+#: So many ports a process takes for itself at a time.
+BLOCK = 50
+
+
+def _own_ports() -> Iterator[int]:
+    """Yield ports that no other process which asks here is given; once all are taken, ours again.
+
+    A block belongs to who has bound its name, of the kernel's abstract ones (unix(7)), and until
+    that process ends: there is no file to be left behind.
+    """
+    ours: list[int] = []
+    for start in random.sample(range(20000, 32000, BLOCK), 12000 // BLOCK):
+        name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            name.bind(f"\0raft-pipeline-ports-{start}")
+        except OSError:
+            name.close()
+            continue
+        name.detach()
+        block = range(start, start + BLOCK)
+        ours += block
+        yield from block
+    while ours:
+        yield from ours
+
+
+_ports = _own_ports()
+_choosing = threading.Lock()  # guards it: a generator runs in one thread at a time
 
 
 def free_port() -> int:
@@ -123,16 +148,20 @@ def free_port() -> int:
 
     The ids of a static cluster follow from its ports, so these must be known before anybody
     listens; from this range no connection made in between can take them. No port is returned
-    twice until all of the range have been.
+    twice until all of the range have been, nor one that another process has been given.
     """
-    for port in itertools.islice(_ports, 100):
+    for _ in range(100):
+        with _choosing:
+            port = next(_ports, None)
+        if port is None:
+            break
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
-    raise EtcdError("no free port among 100 of 20000..31999 on 127.0.0.1")
+    raise EtcdError("no free port of 20000..31999 on 127.0.0.1 was found")
 
 
 class EtcdMember:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -152,6 +153,24 @@ def test_a_free_port_is_handed_out_once() -> None:
     """Nobody listens yet on those before, and two members of one cluster need two."""
     ports = [free_port() for _ in range(1000)]
     assert len(set(ports)) == len(ports)
+
+
+def test_a_free_port_is_no_other_process_s() -> None:
+    """Which may not have begun to listen: tests run side by side."""
+    program = (
+        "from pipeline.examples.etcd import free_port; import sys\n"
+        "print([free_port() for _ in range(1000)], flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        theirs = json.loads(process.stdout.readline())
+        ours = [free_port() for _ in range(3000)]
+        process.stdin.close()
+    assert len(theirs) == 1000
+    assert not set(theirs) & set(ours)
 
 
 def test_an_etcd_that_does_not_start_is_told_and_leaves_nothing(
