@@ -33,7 +33,7 @@ settings.register_profile("ci", settings.get_profile("default"), max_examples=20
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # A thread told to end may need a moment to do so; only a leak takes this long.
-GRACE_S = 5.0
+GRACE_S = LONG_TIMEOUT
 
 
 def _leaked(before: set[threading.Thread]) -> list[threading.Thread]:

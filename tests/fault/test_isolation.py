@@ -74,7 +74,7 @@ def test_a_black_hole_holds_up_nobody() -> None:
         assert (books.sent, books.failed, books.refused) == (49, 0, 0)
         assert not any(transport.stats()[peer].sent for peer in holes)
         assert raft.unreachable == []
-    assert set(raft.unreachable) == set(holes)
+    raft.wait_for(lambda: set(raft.unreachable) == set(holes))
 
 
 def test_a_black_hole_is_a_failure_at_the_dial_timeout() -> None:

@@ -428,7 +428,7 @@ def test_a_listener_that_closes_does_not_wait_for_odd_chunks() -> None:
 @pytest.mark.parametrize("rate", [0, 1], ids=["no least rate", "above it"])
 @pytest.mark.parametrize("framing", DRIPS)
 def test_a_body_that_is_slow_arrives(framing: str, rate: int) -> None:
-    config = ReceiverConfig(stall_timeout_s=1.0, min_body_rate=rate)
+    config = ReceiverConfig(stall_timeout_s=2.0, min_body_rate=rate)
     handlers = handlers_of(FakeRaft(), config)
     body = Message(type=MessageType.HEARTBEAT, context=bytes(20)).marshal()
     parts = [b"%c" % byte for byte in body]
@@ -442,7 +442,7 @@ def test_a_body_that_is_slow_arrives(framing: str, rate: int) -> None:
         dial(listener.url) as sock,
     ):
         sock.sendall(head)
-        drip(sock, parts, every_s=1.5 / len(parts))  # longer than a stall may last
+        drip(sock, parts, every_s=3.0 / len(parts))  # longer than a stall may last
         assert read_status(sock) == 204
 
 

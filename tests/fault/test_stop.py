@@ -394,6 +394,7 @@ def test_remove_peer_during_stop(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_waited_for_nobody(took_s[0])
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_context_manager_stops() -> None:
     with ScriptedServer() as server, pipeline_to(server) as pipeline:
         pipeline.send(message())

@@ -267,7 +267,8 @@ def test_what_is_sent_while_a_stop_waits_is_dropped() -> None:
                     raised.append(error)
 
     raft = Sending()
-    with ScriptedServer() as server, Transport(1, 1, raft) as transport:
+    config = TransportConfig(stop_timeout_s=LONG_TIMEOUT)  # for the callback
+    with ScriptedServer() as server, Transport(1, 1, raft, config=config) as transport:
         server.script = server.hold
         transport.add_peer(2, [server.url])
         transport.send([message()])
