@@ -53,6 +53,9 @@ class CountingRaft:
         pass
 
 
+#: Nobody is too late under valgrind, on a machine that does something else besides.
+PATIENT = ReceiverConfig(head_timeout_s=600.0, stall_timeout_s=600.0, handshake_timeout_s=600.0)
+
 #: The port of a server, and how many handshakes it has made so far.
 Serving = tuple[int, Callable[[], int]]
 
@@ -60,7 +63,7 @@ Serving = tuple[int, Callable[[], int]]
 @contextmanager
 def serve_core(handlers: Handlers, credentials: Credentials | None) -> Iterator[Serving]:
     url = f"{'https' if credentials else 'http'}://127.0.0.1:0"
-    with Listener(handlers, url, ReceiverConfig(), credentials) as listener:
+    with Listener(handlers, url, PATIENT, credentials) as listener:
         yield int(listener.url.rpartition(":")[2]), lambda: listener.stats().handshakes
 
 
