@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*/*.pyx pipeline/*/*.pxd)
+SOURCES := setup.py pyproject.toml $(wildcard pipeline/*.pyx pipeline/*.pxd pipeline/*/*.pyx pipeline/*/*.pxd pipeline/*/*.h)
 ASAN_SITE := build/asan/site
 
 # A network that fails for a moment fails no target. Heard by pip wherever it runs, also in tools/.

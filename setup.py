@@ -65,6 +65,7 @@ def extension(name: str) -> Extension:
     return Extension(
         f"pipeline.{name}",
         [f"pipeline/{name.replace('.', '/')}.pyx"],
+        include_dirs=["pipeline/tls"],  # libssl.h
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
@@ -129,6 +130,7 @@ setup(
             extension(name)
             for name in (
                 "wire._messages",
+                "tls._engine",
                 "send._jobs",
                 "net._budget",
                 "wire._chunks",

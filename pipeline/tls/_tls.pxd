@@ -1,0 +1,217 @@
+"""One TLS connection: OpenSSL over a socket that does not block, for whoever has the connection.
+
+Nothing here needs the GIL, waits, or copies but for the cipher's sake: OpenSSL reads the socket and
+writes to it through a BIO of ours (``_engine.pyx``). Reading and writing look like recv(2) and
+send(2), and EPROTO is what TLS itself fails with.
+
+A connection is used by one thread at a time. Those threads are the loops', handler threads and the
+ones that shake hands, and none of them may be inside OpenSSL when the process exits and OpenSSL
+clears itself away. So each is *busy* while it is inside, and whoever ends the process waits for the
+busy ones and lets nobody in any more (``engine_t``).
+"""
+
+from libc.stdint cimport uint8_t
+
+from pipeline.tls._libssl cimport (
+    SSL, SSL_ERROR_SYSCALL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN,
+    libssl_t,
+)
+
+cdef extern from "<errno.h>" nogil:
+    """
+    #define tls_set_errno(value) (errno = (value))
+    #define tls_load(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
+    #define tls_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
+    """
+    int errno
+    enum:
+        EAGAIN
+        EPROTO
+        ESHUTDOWN
+    void set_errno "tls_set_errno"(int)
+    int tls_load(int*)
+    void tls_store(int*, int)
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t*, void*)
+    int pthread_mutex_lock(pthread_mutex_t*)
+    int pthread_mutex_unlock(pthread_mutex_t*)
+
+cdef enum:
+    # One call takes no more than this: the other connections of a loop have their turn.
+    TLS_STEP_BYTES = 1 << 20
+
+# OpenSSL, and all connections there are. One for the process; never freed.
+cdef struct engine_t:
+    libssl_t lib
+    int is_exiting          # atomic: nobody goes in any more
+    pthread_mutex_t lock    # guards the list
+    tls_t* first
+
+cdef struct tls_t:
+    engine_t* engine
+    SSL* ssl                # owned
+    tls_t* previous
+    tls_t* next
+    int is_busy             # atomic: a thread is inside OpenSSL with it
+    int fd                  # borrowed from whoever has the connection
+    int error               # errno of what failed; EPROTO is TLS
+    unsigned long reason    # OpenSSL's, of EPROTO
+    bint is_client
+    bint is_shaken          # the handshake is over
+    bint has_heard          # something has come since, session tickets for one
+    bint has_ended          # the peer has said that nothing follows
+    bint has_failed         # it is of no use any more; the peer has been told why, if TLS failed
+    bint is_cut             # a part of a record is written, and the rest not
+    bint is_drained         # the socket had no more when it was read last
+    bint is_eof             # the socket has ended
+
+
+cdef inline bint tls_enter(tls_t* tls) noexcept nogil:
+    """Go into OpenSSL; False, and ESHUTDOWN, when the process exits."""
+    tls_store(&tls.is_busy, 1)
+    if tls_load(&tls.engine.is_exiting):
+        tls_store(&tls.is_busy, 0)
+        set_errno(ESHUTDOWN)
+        return False
+    tls.engine.lib.ERR_clear_error()    # what others have left would be taken for ours
+    return True
+
+
+cdef inline void tls_leave(tls_t* tls) noexcept nogil:
+    tls_store(&tls.is_busy, 0)
+
+
+cdef inline int tls_failed(tls_t* tls, int result) noexcept nogil:
+    """Make of OpenSSL's failure what recv(2) would return: 0 at the end, or -1 and errno."""
+    cdef int kind = tls.engine.lib.SSL_get_error(tls.ssl, result)
+    if kind == SSL_ERROR_WANT_READ or kind == SSL_ERROR_WANT_WRITE:
+        set_errno(EAGAIN)
+        return -1
+    if kind == SSL_ERROR_ZERO_RETURN:
+        tls.has_ended = True
+        return 0
+    if kind == SSL_ERROR_SYSCALL and tls.is_eof and tls.error == 0:
+        return 0
+    if kind != SSL_ERROR_SYSCALL or tls.error == 0:
+        tls.error = EPROTO
+        tls.reason = tls.engine.lib.ERR_peek_last_error()
+    tls.has_failed = True
+    set_errno(tls.error)
+    return -1
+
+
+cdef inline bint tls_is_usable(const tls_t* tls) noexcept nogil:
+    """Tell whether it has not failed; otherwise errno says again what it failed with."""
+    if tls.has_failed:
+        set_errno(tls.error)
+    return not tls.has_failed
+
+
+cdef inline int tls_shake(tls_t* tls) noexcept nogil:
+    """Go on with the handshake: 1 when it is over, 0 at the end of the stream, or -1 and errno.
+
+    Takes the CPU for about a millisecond at most.
+    """
+    cdef int result
+    if not tls_is_usable(tls) or not tls_enter(tls):
+        return -1
+    result = tls.engine.lib.SSL_do_handshake(tls.ssl)
+    if result == 1:
+        tls.is_shaken = True
+    else:
+        result = tls_failed(tls, result)
+    tls_leave(tls)
+    return result
+
+
+cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil:
+    """Read as recv(2) does. Less than was asked for does not mean that no more is there."""
+    cdef size_t total = 0
+    cdef int result = -1
+    if not tls_is_usable(tls) or not tls_enter(tls):
+        return -1
+    if size > TLS_STEP_BYTES:
+        size = TLS_STEP_BYTES
+    while total < size:
+        result = tls.engine.lib.SSL_read(tls.ssl, <uint8_t*>data + total, <int>(size - total))
+        if result <= 0:
+            result = tls_failed(tls, result)
+            break
+        total += result
+        if tls.is_drained and not tls.engine.lib.SSL_has_pending(tls.ssl):
+            break
+    tls_leave(tls)
+    return <ssize_t>total if total > 0 else result
+
+
+cdef inline bint tls_is_drained(tls_t* tls) noexcept nogil:
+    """Tell whether all that the socket had when it was read last has been read from us."""
+    return tls.is_drained and not tls.engine.lib.SSL_has_pending(tls.ssl)
+
+
+cdef inline ssize_t tls_write(tls_t* tls, const void* data, size_t size) noexcept nogil:
+    """Write as send(2) does. After EAGAIN the same bytes come first the next time, and no fewer."""
+    cdef size_t total = 0
+    cdef int result = -1
+    if not tls_is_usable(tls) or not tls_enter(tls):
+        return -1
+    if size > TLS_STEP_BYTES:
+        size = TLS_STEP_BYTES
+    while total < size:
+        result = tls.engine.lib.SSL_write(
+            tls.ssl, <const uint8_t*>data + total, <int>(size - total))
+        if result <= 0:
+            result = tls_failed(tls, result)
+            tls.is_cut = True
+            break
+        tls.is_cut = False
+        total += result
+    tls_leave(tls)
+    return <ssize_t>total if total > 0 else result
+
+
+cdef inline bint tls_is_silent(tls_t* tls) noexcept nogil:
+    """Tell whether nothing has come that is not read: no byte, no end, no error.
+
+    Session tickets and the like are none: they are read here.
+    """
+    cdef uint8_t byte
+    cdef int result
+    if tls.has_failed or not tls_enter(tls):
+        return False
+    result = tls.engine.lib.SSL_peek(tls.ssl, &byte, 1)
+    if result <= 0:
+        result = tls_failed(tls, result)
+        result = 0 if result < 0 and errno == EAGAIN else 1
+    tls_leave(tls)
+    return result == 0
+
+
+cdef inline bint tls_end(tls_t* tls) noexcept nogil:
+    """Tell the peer that nothing follows, before the socket is closed; False if it cannot be told.
+
+    In the middle of a handshake or of a record the connection is to be reset. Were it merely
+    closed, an OpenSSL at the other end would answer with an alert, and would be sent SIGPIPE for
+    it. Differs from etcd: Go never resets one.
+    """
+    if tls.has_failed:
+        return True
+    if not tls.is_shaken or tls.is_cut:
+        return False
+    if tls_enter(tls):
+        tls.engine.lib.SSL_shutdown(tls.ssl)
+        tls_leave(tls)
+    return True
+
+
+cdef inline void tls_unlink(tls_t* tls) noexcept nogil:
+    """Take it off the list. The caller holds the engine's lock."""
+    if tls.previous is NULL:
+        tls.engine.first = tls.next
+    else:
+        tls.previous.next = tls.next
+    if tls.next is not NULL:
+        tls.next.previous = tls.previous
