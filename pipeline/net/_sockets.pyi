@@ -3,9 +3,12 @@
 import socket
 import weakref
 
+from pipeline.tls._engine import Session
+
 __all__ = ["OwnSocket", "link_is_dead", "open_socket"]
 
 class OwnSocket(socket.socket):
+    tls: Session | None
     def __init__(
         self, family: int = ..., type: int = ..., proto: int = ..., fileno: int | None = ...
     ) -> None: ...

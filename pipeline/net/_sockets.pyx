@@ -17,8 +17,11 @@ from pipeline.net._sync cimport (
 )
 
 import os
+import select
 import socket
+import time
 import weakref
+from select import POLLIN, POLLOUT
 
 __all__ = ["OwnSocket", "link_is_dead", "open_socket"]
 
@@ -79,17 +82,72 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 class OwnSocket(socket.socket):
     """A socket of ours, of either direction, whose descriptor a forked child closes.
 
-    To close it ends the connection, or listening, whoever has a copy of the descriptor.
+    To close it ends the connection, or listening, whoever has a copy of the descriptor. Once it has
+    TLS, what is sent and received is the plain text of it, by the methods that are here.
+
+    Attributes
+    ----------
+    tls : Session or None
     """
 
-    __slots__ = ()
+    __slots__ = ("tls",)
 
     def __init__(self, family=-1, type=-1, proto=-1, fileno=None):
         super().__init__(family, type, proto, fileno)
+        self.tls = None
         own_sockets.add(self)
 
+    def recv(self, size, flags=0):
+        """As ``socket.recv``."""
+        if self.tls is None:
+            return super().recv(size, flags)
+        buffer = bytearray(size)
+        n = self.recv_into(buffer)
+        return bytes(memoryview(buffer)[:n])
+
+    def recv_into(self, buffer, nbytes=0, flags=0):
+        """As ``socket.recv_into``."""
+        if self.tls is None:
+            return super().recv_into(buffer, nbytes, flags)
+        return self._wait_for(POLLIN, self.tls.recv_into, buffer)
+
+    def send(self, data, flags=0):
+        """As ``socket.send``; with TLS what was not taken has to come first the next time."""
+        if self.tls is None:
+            return super().send(data, flags)
+        return self._wait_for(POLLOUT, self.tls.send, data)
+
+    def sendall(self, data, flags=0):
+        """As ``socket.sendall``; with TLS the timeout is for each part."""
+        if self.tls is None:
+            return super().sendall(data, flags)
+        with memoryview(data) as view, view.cast("B") as left:
+            at = 0
+            while at < len(left):
+                at += self.send(left[at:])
+
+    def _wait_for(self, events, attempt, data):
+        """Make an attempt again and again until the socket is ready for it, or too late."""
+        timeout_s = self.gettimeout()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            try:
+                return attempt(data)
+            except BlockingIOError:
+                if timeout_s == 0.0:
+                    raise
+            poll = select.poll()
+            poll.register(self.fileno(), events)
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not poll.poll(None if left_s is None else left_s * 1000) and left_s == 0.0:
+                raise TimeoutError("timed out")
+
     def close(self):
-        """Shut the socket and close its descriptor."""
+        """End the connection in good order, as far as that needs no wait; close the descriptor."""
+        tls, self.tls = self.tls, None
+        if tls is not None and self.fileno() >= 0 and not tls.end():
+            self.reset()
+            return
         cdef int fd = self.detach()
         if fd >= 0:
             with nogil:
@@ -98,6 +156,7 @@ class OwnSocket(socket.socket):
 
     def reset(self):
         """Reset the connection and close its descriptor: the peer hears of an error, of no end."""
+        self.tls = None
         cdef int fd = self.detach()
         if fd >= 0:
             with nogil:

@@ -1,5 +1,8 @@
 """Dialling: from a host and a port to a connected socket, for messages, snapshots and probes.
 
+With TLS the handshake is a part of it, in the same thread, which lets go of the GIL for it: whoever
+is given a socket may send.
+
 The poller waits for all connects, so a host that swallows what is sent to it costs no thread. Names
 are looked up by ``getaddrinfo``, which blocks and cannot be ended, so each look-up has a thread of
 its own for as long as it takes; a name is looked up once at a time, for all who wait for it. The
@@ -26,8 +29,9 @@ from pipeline.errors import STOPPED
 from pipeline.logs import get_logger
 from pipeline.names import literal_address, show_address
 from pipeline.net._sockets import OwnSocket, open_socket
-from pipeline.net.poller import WRITABLE, Poller
+from pipeline.net.poller import READABLE, WRITABLE, Poller
 from pipeline.threads import LibraryThread
+from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials, TLSError
 
 __all__ = ["Dial", "DialError", "Dialer"]
 
@@ -63,6 +67,8 @@ class Dial:
         Arguments of ``setsockopt`` for each socket.
     on_done : callable
         Called with this once it has ended, by the poller: it must neither block nor raise.
+    credentials : Credentials, optional
+        For TLS.
 
     Notes
     -----
@@ -78,6 +84,7 @@ class Dial:
         "addresses",
         "attempts",
         "began_at",
+        "credentials",
         "deadline",
         "failures",
         "host",
@@ -85,7 +92,10 @@ class Dial:
         "is_resolved",
         "next_at",
         "port",
+        "securing",
         "timeout_s",
+        "tls_began_at",
+        "tls_s",
         "took_s",
     )
 
@@ -96,6 +106,7 @@ class Dial:
         timeout_s: float,
         options: Sequence[tuple[int, int, int | bytes]],
         on_done: Callable[[Dial], object],
+        credentials: Credentials | None = None,
     ) -> None:
         self.host = host.strip("[]")
         self.port = port
@@ -104,8 +115,11 @@ class Dial:
         self.deadline = self.began_at + timeout_s
         #: Set last, when it has ended.
         self.is_done = False
-        #: Seconds it took.
+        #: Seconds it took to connect.
         self.took_s = 0.0
+        #: Seconds of the TLS handshake; None without one.
+        self.tls_s: float | None = None
+        self.credentials = credentials
         self._options = options
         self._on_done = [on_done]  # popped, and so called, by the one who ends the dial
         self._sock: OwnSocket | None = None
@@ -117,6 +131,8 @@ class Dial:
         self.attempts: dict[OwnSocket, Found] = {}  # under way
         self.failures: list[str] = []
         self.next_at = math.inf  # when the next address is tried
+        self.securing: OwnSocket | None = None  # connected, and shaking hands
+        self.tls_began_at = 0.0
 
     def take(self) -> OwnSocket:
         """Return the connected socket, which is the caller's now and does not block.
@@ -154,13 +170,23 @@ class Dial:
             raise
         return sock
 
+    def begin_tls(self, sock: OwnSocket, credentials: Credentials) -> None:
+        """Go on to the handshake, on a connected socket. Raises ``TLSError``."""
+        self.tls_began_at = time.monotonic()
+        self.deadline = self.tls_began_at + HANDSHAKE_TIMEOUT_S
+        self.next_at = math.inf
+        self.addresses.clear()
+        self.securing = sock
+        credentials.poll()
+        name = credentials.name_of(self.host)
+        sock.tls = credentials.client_context.session(sock.fileno(), name)
+
     def finish(self, sock: OwnSocket | None, failure: str = "") -> None:
         """End it with a socket or with a failure; only the first end counts."""
         try:
             on_done = self._on_done.pop()
         except IndexError:
             return
-        self.took_s = time.monotonic() - self.began_at
         self._sock, self._failure = sock, failure
         if self._is_unwanted:  # by now
             self.discard()
@@ -327,8 +353,13 @@ class Dialer:
             self._connect_next(dial)
             return
         is_one_of_several = bool(dial.addresses or dial.attempts or dial.failures)
-        self._end(dial)
-        dial.finish(sock)
+        dial.took_s = time.monotonic() - dial.began_at
+        if dial.credentials is not None:
+            self._forget_attempts(dial)
+            self._begin_tls(dial, sock, dial.credentials)
+        else:
+            self._end(dial)
+            dial.finish(sock)
         if is_one_of_several:
             self._answers(dial.host, dial.port, found)
 
@@ -344,7 +375,45 @@ class Dialer:
                 dial.addresses.appendleft(found)
                 self._connect_next(dial)
 
+    # -- TLS
+
+    def _begin_tls(self, dial: Dial, sock: OwnSocket, credentials: Credentials) -> None:
+        shake = partial(self._shake, dial, sock, credentials)
+        try:
+            self._poller.watch(sock, READABLE, shake)
+        except OSError as error:
+            sock.close()
+            self._fail(dial, f"TLS handshake: {error}")
+            return
+        try:
+            dial.begin_tls(sock, credentials)
+        except TLSError as error:
+            self._fail(dial, f"TLS handshake: {error}")
+        else:
+            shake()
+
+    def _shake(self, dial: Dial, sock: OwnSocket, credentials: Credentials) -> None:
+        """Go on with the handshake, as far as it goes without a wait."""
+        assert sock.tls is not None
+        try:
+            if not sock.tls.shake():
+                wanted = WRITABLE if sock.tls.wants_to_write else READABLE
+                self._poller.unwatch(sock)
+                self._poller.watch(sock, wanted, partial(self._shake, dial, sock, credentials))
+                return
+            credentials.check_server(sock.tls)
+        except OSError as error:  # also a TLSError
+            self._fail(dial, f"TLS handshake: {error.strerror or error}")
+            return
+        dial.tls_s = time.monotonic() - dial.tls_began_at
+        self._poller.unwatch(sock)
+        dial.securing = None
+        self._end(dial)
+        dial.finish(sock)
+
     def _lateness(self, dial: Dial) -> str:
+        if dial.securing is not None:
+            return "TLS handshake: not done within its timeout"
         if not dial.is_resolved:
             return f"dial timeout: {dial.host!r} was not resolved in {dial.timeout_s:g} s"
         silent = ", ".join(show_address(*address[:2]) for _, address in dial.attempts.values())
@@ -360,6 +429,13 @@ class Dialer:
         """Forget a dial, and close what it has tried."""
         self._dials.pop(dial, None)
         self._waiting.get(dial.host, {}).pop(dial, None)
+        self._forget_attempts(dial)
+        sock, dial.securing = dial.securing, None
+        if sock is not None:
+            self._poller.unwatch(sock)
+            sock.close()
+
+    def _forget_attempts(self, dial: Dial) -> None:
         for sock in list(dial.attempts):
             self._forget(dial, sock)
             sock.close()

@@ -3,8 +3,8 @@
 ``TLSInfo`` is what an application gives; the rest is the library's.
 """
 
+from pipeline.tls._engine import Context, Session, TLSError
 from pipeline.tls.credentials import HANDSHAKE_TIMEOUT_S, Credentials
 from pipeline.tls.info import TLSInfo
-from pipeline.tls.rules import not_after, read_certificate
 
-__all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials", "TLSInfo", "not_after", "read_certificate"]
+__all__ = ["HANDSHAKE_TIMEOUT_S", "Context", "Credentials", "Session", "TLSError", "TLSInfo"]

@@ -1,5 +1,6 @@
 """The TLS engine for Python: OpenSSL's contexts, and sessions made of them (``_tls.pxd``)."""
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdlib cimport atexit, calloc, free
 
@@ -154,6 +155,7 @@ cdef int bio_write(BIO* bio, const char* data, int size) noexcept nogil:
     cdef ssize_t n = send(tls.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
     engine.lib.BIO_clear_flags(
         bio, BIO_FLAGS_READ | BIO_FLAGS_WRITE | BIO_FLAGS_IO_SPECIAL | BIO_FLAGS_SHOULD_RETRY)
+    tls.wants_to_write = n < 0
     if n < 0:
         if errno == EAGAIN or errno == EINTR:
             engine.lib.BIO_set_flags(bio, BIO_FLAGS_WRITE | BIO_FLAGS_SHOULD_RETRY)
@@ -229,6 +231,7 @@ cdef str reason_of(tls_t* tls):
     return "protocol error" if text is NULL else text.decode()
 
 
+@cython.final
 cdef class Session:
     """The TLS of one connection whose socket does not block.
 
@@ -260,6 +263,11 @@ cdef class Session:
     def has_ended(self):
         """Whether the peer has said that nothing follows."""
         return self.c.has_ended
+
+    @property
+    def wants_to_write(self):
+        """Whether it goes on once the socket takes more; else once something comes."""
+        return self.c.wants_to_write
 
     @property
     def version(self):
@@ -511,6 +519,7 @@ cdef object load_crl(SSL_CTX* context, str file):
         engine.lib.SSL_CTX_get0_param(context), X509_V_FLAG_CRL_CHECK)
 
 
+@cython.final
 cdef class Context:
     """What connections of one direction are made from: our certificate and key, and whom we trust.
 

@@ -65,6 +65,7 @@ cdef struct tls_t:
     bint has_ended          # the peer has said that nothing follows
     bint has_failed         # it is of no use any more; the peer has been told why, if TLS failed
     bint is_cut             # a part of a record is written, and the rest not
+    bint wants_to_write     # the socket did not take what was written last
     bint is_drained         # the socket had no more when it was read last
     bint is_eof             # the socket has ended
 

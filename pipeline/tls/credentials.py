@@ -6,12 +6,10 @@ takes the place of a good one.
 
 from __future__ import annotations
 
-import _ssl
 import contextlib
 import logging
 import os
 import queue
-import ssl
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -23,8 +21,9 @@ from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.names import proven_name
 from pipeline.threads import LibraryThread
-from pipeline.tls.info import VERSIONS, TLSInfo
-from pipeline.tls.rules import can_be_proven, not_after, read_certificate, refusal
+from pipeline.tls._engine import Context, Session, TLSError
+from pipeline.tls.info import TLSInfo
+from pipeline.tls.rules import can_be_proven, refusal
 
 __all__ = ["HANDSHAKE_TIMEOUT_S", "Credentials"]
 
@@ -42,9 +41,8 @@ RETRY_INTERVAL_S = 10.0
 class _Set(NamedTuple):
     """What is made of one state of the files."""
 
-    client_context: ssl.SSLContext
-    server_context: ssl.SSLContext
-    not_after: float
+    client_context: Context
+    server_context: Context
 
 
 class _State(NamedTuple):
@@ -88,19 +86,19 @@ class Credentials:
             raise UsageError(f"tls: {error}") from error
 
     @property
-    def client_context(self) -> ssl.SSLContext:
+    def client_context(self) -> Context:
         """For connections we make."""
         return self._state.loaded.client_context
 
     @property
-    def server_context(self) -> ssl.SSLContext:
+    def server_context(self) -> Context:
         """For connections we accept."""
         return self._state.loaded.server_context
 
     @property
     def not_after(self) -> float:
         """When our certificate expires, seconds since the epoch."""
-        return self._state.loaded.not_after
+        return self._state.loaded.client_context.not_after
 
     def reload(self) -> bool:
         """Load the files again, changed or not. Blocks while they are read.
@@ -146,25 +144,25 @@ class Credentials:
 
         Raises
         ------
-        ssl.SSLError
+        TLSError
             If no certificate can prove it: it is no host's.
         """
         name = proven_name(self.info.server_name or host)
         if not can_be_proven(name):
-            raise ssl.SSLError(f"{name!r} is not a name that a certificate can prove")
+            raise TLSError(f"{name!r} is not a name that a certificate can prove")
         return name
 
-    def check_server(self, tls: ssl.SSLObject | ssl.SSLSocket) -> None:
+    def check_server(self, session: Session) -> None:
         """Apply the rules to the server's certificate, after the handshake that verified it.
 
         Raises
         ------
-        ssl.SSLError
+        TLSError
             If they refuse it, or it cannot be read.
         """
-        refusal = self.refusal(read_certificate(tls) or {})
+        refusal = self.refusal(session.certificate or {})
         if refusal:
-            raise ssl.SSLError(refusal)
+            raise TLSError(refusal)
 
     def refusal(self, certificate: Mapping[str, Any]) -> str:
         """Tell why the rules refuse a verified certificate; empty if they do not.
@@ -218,7 +216,7 @@ class Credentials:
             return False
         self._state = _State(loaded, seen)
         self.generation += 1
-        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(loaded.not_after))
+        until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(loaded.client_context.not_after))
         logger.info("TLS files loaded anew; our certificate is valid until %s", until)
         return True
 
@@ -253,62 +251,16 @@ def _load_unchanged(info: TLSInfo, seen: list[tuple[int, ...]]) -> _Set:
 
 def _load(info: TLSInfo) -> _Set:
     """Make a set of the files as they are; OSError or ValueError if one of them is no good."""
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and name
-    # As in Go, a name is proven by the alternative names alone. OpenSSL would take the common name
-    # of a certificate without any, and that was never signed as a host's.
-    client.hostname_checks_common_name = False
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    if info.client_cert_auth:
-        server.verify_mode = ssl.CERT_REQUIRED
-    # Every handshake is to verify the certificate of this day; no session outlives a rotation.
-    server.num_tickets = 0
-    server.options |= ssl.OP_NO_TICKET
-    for context in (client, server):
-        # No ALPN: etcd 3.4 serves its gRPC by HTTP/2 on the same port, and so is not to be
-        # asked for h2.
-        context.minimum_version = VERSIONS[info.min_version]
-        context.options |= ssl.OP_NO_RENEGOTIATION
-        # As in Go, whatever is in the CA file is an anchor, an intermediate as well. Not
-        # VERIFY_X509_STRICT: Go takes certificates without key identifiers, and clusters have
-        # such.
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        _blame("cert_file, key_file", _load_chain, context, info)
-        if info.trusted_ca_file is not None:
-            _blame("trusted_ca_file", context.load_verify_locations, info.trusted_ca_file)
-        if info.crl_file is not None:
-            _blame("crl_file", _load_crl, context, info.crl_file)
-    if info.trusted_ca_file is None:
-        client.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    # There is no public way to read a certificate without a connection. This one reads the first
-    # of a PEM file, and has been in every CPython since 2.6.
-    decode = _ssl._test_decode_cert  # type: ignore[attr-defined]
-    decoded = _blame("cert_file", decode, os.fspath(info.cert_file))
-    return _Set(client, server, not_after(decoded))
-
-
-def _blame(name: str, load: Callable[..., Any], *args: object) -> Any:
-    """Call ``load``; an error then says which setting it is about."""
-    try:
-        return load(*args)
-    except (OSError, ValueError) as error:
-        raise OSError(f"{name}: {error}") from error
-
-
-def _load_chain(context: ssl.SSLContext, info: TLSInfo) -> None:
-    def refuse() -> str:
-        # Otherwise OpenSSL asks at the terminal, and waits.
-        raise ValueError("the key is encrypted")
-
-    context.load_cert_chain(info.cert_file, info.key_file, refuse)
-
-
-def _load_crl(context: ssl.SSLContext, file: AnyPath) -> None:
-    """Load revocation lists, and nothing else: a certificate among them would be trusted."""
-    before = context.cert_store_stats()
-    context.load_verify_locations(file)
-    after = context.cert_store_stats()
-    if after["x509"] != before["x509"]:
-        raise ValueError("holds certificates")
-    if after["crl"] == before["crl"]:
-        raise ValueError("holds no revocation list")
-    context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    client, server = (
+        Context(
+            is_server=is_server,
+            cert_file=os.fspath(info.cert_file),
+            key_file=os.fspath(info.key_file),
+            trusted_ca_file=None if info.trusted_ca_file is None else os.fspath(info.trusted_ca_file),
+            crl_file=None if info.crl_file is None else os.fspath(info.crl_file),
+            min_version=info.min_version,
+            asks_for_certificate=info.client_cert_auth,
+        )
+        for is_server in (False, True)
+    )
+    return _Set(client, server)

@@ -5,7 +5,6 @@ Source: etcd client/pkg/transport/listener.go ``TLSInfo``.
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.tls.rules import can_be_proven
 __all__ = ["VERSIONS", "TLSInfo"]
 
 #: What ``min_version`` may be.
-VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+VERSIONS = ("1.2", "1.3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +58,8 @@ class TLSInfo:
         "1.2" or "1.3".
     allow_member : callable, optional
         ``(certificate, member ID) -> bool``: whether the holder of a certificate, as
-        ``ssl.SSLSocket.getpeercert`` describes it, may say in X-Server-From that it is this
+        ``ssl.SSLSocket.getpeercert`` describes it (with subject, issuer, version, serialNumber,
+        notBefore, notAfter and subjectAltName), may say in X-Server-From that it is this
         member. Called from receiving threads; it must not block.
 
     Raises
@@ -110,5 +110,5 @@ class TLSInfo:
             raise UsageError(f"server_name: {show(self.server_name)} is not a name")
         if self.server_name is not None and not can_be_proven(proven_name(self.server_name)):
             raise UsageError(f"server_name: {show(self.server_name)} is not a host name")
-        require_one_of("min_version", self.min_version, tuple(VERSIONS))
+        require_one_of("min_version", self.min_version, VERSIONS)
         require_callable("allow_member", self.allow_member)

@@ -6,57 +6,27 @@ Source: etcd client/pkg/transport/listener.go ``TLSInfo.baseConfig``, ``VerifyPe
 
 from __future__ import annotations
 
-import calendar
 import contextlib
 import ipaddress
-import ssl
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.tls.info import TLSInfo
 
-__all__ = ["can_be_proven", "not_after", "read_certificate", "refusal"]
+__all__ = ["can_be_proven", "refusal"]
 
 #: The longest host name (RFC 1035 section 2.3.4). SNI holds no longer one either.
 NAME_MAX = 253
 
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
-
 
 def can_be_proven(name: str) -> bool:
-    """Tell whether ``ssl`` takes the name; of one it does not it raises what is no TLS error."""
+    """Tell whether a name is one that a certificate can have, and SNI can carry."""
     try:
         length = len(name.encode("idna"))
     except UnicodeError:
         return False
     return 0 < length <= NAME_MAX and not name.startswith(".") and "\0" not in name
-
-
-def read_certificate(tls: ssl.SSLObject | ssl.SSLSocket) -> Mapping[str, Any] | None:
-    """Return the certificate that the other side has shown, if it has and it was verified.
-
-    Raises
-    ------
-    ssl.SSLError
-        If it cannot be read: OpenSSL verifies names that are no text.
-    """
-    try:
-        return tls.getpeercert() or None
-    except ValueError as error:  # UnicodeDecodeError
-        raise ssl.SSLError(f"certificate refused: it cannot be read: {error}") from error
-
-
-def not_after(certificate: Mapping[str, Any]) -> float:
-    """Return when a certificate expires, seconds since the epoch.
-
-    Not by ``ssl.cert_time_to_seconds``: ``time.strptime`` has a lock that a signal's handler, come
-    while a certificate is read, would wait for in vain.
-    """
-    month, day, clock, year, _ = str(certificate["notAfter"]).split()  # "Jun  1 12:00:00 2030 GMT"
-    hour, minute, second = map(int, clock.split(":"))
-    fields = (int(year), _MONTHS.index(month) + 1, int(day), hour, minute, second)
-    return float(calendar.timegm(fields))
 
 
 def refusal(info: TLSInfo, certificate: Mapping[str, Any]) -> str:
