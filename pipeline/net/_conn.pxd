@@ -1,0 +1,105 @@
+"""A connection of a loop: a socket, plain or with TLS. Who reads and writes need not know which.
+
+One branch, on ``conn.tls``, in each function here; nobody above asks whether bytes are encrypted.
+Reading and writing are as recv(2) and send(2) of a socket that does not block: EAGAIN when it is
+not ready, and EPROTO is what TLS fails with (``_tls.pxd``).
+"""
+
+from libc.stdint cimport int64_t, uint8_t
+from libc.string cimport memcpy, memset
+from posix.uio cimport iovec
+
+from pipeline.net._cursor cimport cursor_advance, cursor_gather, cursor_t
+from pipeline.net._link cimport link_is_dead, link_is_silent
+from pipeline.net._loop cimport io_t
+from pipeline.net._sync cimport (
+    MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, msghdr, recv, send, sendmsg, shutdown,
+)
+from pipeline.tls._tls cimport (
+    tls_end, tls_is_drained, tls_is_silent, tls_read, tls_t, tls_write,
+)
+
+cdef enum:
+    # Pieces that one call writes at most.
+    CONN_PIECES = 64
+    # The plain text of a record (RFC 8446 section 5.1).
+    RECORD_BYTES = 16 * 1024
+
+
+# The first part of the struct it is in, as its own first part is.
+cdef struct conn_t:
+    io_t io
+    tls_t* tls              # NULL is plain; whose it is, the struct around it says
+
+
+cdef inline ssize_t conn_recv(conn_t* conn, void* data, size_t size) noexcept nogil:
+    """Read some bytes; 0 at the end of the stream, -1 and errno."""
+    if conn.tls is not NULL:
+        return tls_read(conn.tls, data, size)
+    return recv(conn.io.fd, data, size, MSG_DONTWAIT)
+
+
+cdef inline bint conn_has_more(conn_t* conn, size_t size, size_t asked) noexcept nogil:
+    """Tell whether there may be more to read, of which epoll will not speak again.
+
+    ``size`` bytes have just been read of the ``asked``. TLS may have read ahead.
+    """
+    return size == asked or (conn.tls is not NULL and not tls_is_drained(conn.tls))
+
+
+cdef inline ssize_t conn_send(conn_t* conn, const void* data, size_t size) noexcept nogil:
+    """Write some bytes; how many, -1 and errno. What was not taken comes first the next time."""
+    if conn.tls is not NULL:
+        return tls_write(conn.tls, data, size)
+    return send(conn.io.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+
+
+cdef inline ssize_t conn_send_next(conn_t* conn, cursor_t* cursor, size_t size_max) noexcept nogil:
+    """Write some of what a cursor is at, ``size_max`` bytes at most, and go on by as much.
+
+    How many bytes, -1 and errno. With TLS pieces that are smaller than a record are put together
+    first, and it may be up to a record more; larger ones are encrypted from where they lie.
+    """
+    cdef iovec pieces[CONN_PIECES]
+    cdef uint8_t record[RECORD_BYTES]
+    cdef msghdr message
+    cdef size_t size = 0
+    cdef ssize_t n
+    cdef int i, count
+    if conn.tls is NULL:
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = pieces
+        message.msg_iovlen = cursor_gather(cursor, pieces, CONN_PIECES, size_max)
+        n = sendmsg(conn.io.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+    else:
+        count = cursor_gather(cursor, pieces, CONN_PIECES, size_max)
+        if count == 1 or pieces[0].iov_len >= RECORD_BYTES:
+            n = tls_write(conn.tls, pieces[0].iov_base, pieces[0].iov_len)
+        else:
+            # Not size_max of them: after EAGAIN the same bytes have to come, and no fewer.
+            count = cursor_gather(cursor, pieces, CONN_PIECES, RECORD_BYTES)
+            for i in range(count):
+                memcpy(record + size, pieces[i].iov_base, pieces[i].iov_len)
+                size += pieces[i].iov_len
+            n = tls_write(conn.tls, record, size)
+    if n > 0:
+        cursor_advance(cursor, <size_t>n)
+    return n
+
+
+cdef inline bint conn_is_silent(conn_t* conn) noexcept nogil:
+    """Tell whether nothing has come that is not read yet: no byte, no end, no error."""
+    if conn.tls is not NULL:
+        return tls_is_silent(conn.tls)
+    return link_is_silent(conn.io.fd)
+
+
+cdef inline bint conn_is_dead(conn_t* conn, int64_t timeout_ns) noexcept nogil:
+    """Tell whether the peer has not acknowledged anything for too long although it should have."""
+    return link_is_dead(conn.io.fd, timeout_ns)
+
+
+cdef inline bint conn_end(conn_t* conn) noexcept nogil:
+    """Tell the peer that nothing follows; False when it cannot be told."""
+    cdef bint is_told = conn.tls is NULL or tls_end(conn.tls)
+    return shutdown(conn.io.fd, SHUT_WR) == 0 and is_told
