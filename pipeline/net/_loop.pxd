@@ -28,7 +28,7 @@ What we rely on in epoll:
   (``is_ended``, ``has_ended``), or ``recv`` comes upon it.
 - EPOLL_CTL_DEL takes back no event that ``epoll_wait`` has returned already. A turn may close a
   connection that a later event of the same turn points to. So an ``io_t`` outlives the turn in
-  which it was removed: a conn is *buried* and freed after the turn, a worker outlives the loop's
+  which it was removed: a caller is *buried* and freed after the turn, a worker outlives the loop's
   interest, and flags of an earlier socket do it no harm: they only have it call ``recv``, which
   says EAGAIN.
 - Another thread may change the set while the loop waits (``server_detach``).

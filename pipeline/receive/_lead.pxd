@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from pipeline.net._budget cimport budget_join
-from pipeline.receive._conn cimport QUEUE_STRANGERS, conn_t, handler_t, server_t
+from pipeline.receive._caller cimport QUEUE_STRANGERS, caller_t, handler_t, server_t
 from pipeline.receive._queues cimport server_signal_handlers, server_take
 from pipeline.receive._server cimport server_end, server_resume_accept, server_turn
 from pipeline.net._sync cimport (
@@ -48,33 +48,33 @@ cdef inline void server_leave(server_t* server) noexcept nogil:
         server_arm(server, STAND_IN_NS)
 
 
-cdef inline conn_t* server_lead(server_t* server) noexcept nogil:
+cdef inline caller_t* server_lead(server_t* server) noexcept nogil:
     """Lead until there is a request for this handler thread, or the loop is to stop: NULL.
 
     The caller holds the lock, which is let go of meanwhile, and nobody leads.
     """
-    cdef conn_t* conn = NULL
+    cdef caller_t* caller = NULL
     store_int(&server.is_led, True)
     server.queue_check_ns = 0       # we come to what is queued ourselves
-    while conn is NULL and not load_int(&server.is_stopping):
+    while caller is NULL and not load_int(&server.is_stopping):
         pthread_mutex_unlock(&server.lock)
         while not server.has_queued and not load_int(&server.is_stopping):
             server_turn(server)
         pthread_mutex_lock(&server.lock)
         server.has_queued = False
-        conn = server_take(server, False)
+        caller = server_take(server, False)
     server_leave(server)
-    return conn
+    return caller
 
 
-cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
+cdef inline caller_t* server_wait(server_t* server, handler_t* handler) noexcept nogil:
     """Wait for a request; NULL when there will be none any more. No handler: something odd."""
     cdef bint is_odd = handler is NULL
     cdef timespec at
-    cdef conn_t* conn
+    cdef caller_t* caller
     pthread_mutex_lock(&server.lock)
-    conn = server_take(server, is_odd)
-    while conn is NULL and not server.is_closed:
+    caller = server_take(server, is_odd)
+    while caller is NULL and not server.is_closed:
         if is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
             at = deadline_timespec(server.strangers_at_ns)
             pthread_cond_timedwait(&server.odd_queued, &server.lock, &at)
@@ -85,11 +85,11 @@ cdef inline conn_t* server_wait(server_t* server, handler_t* handler) noexcept n
             pthread_cond_wait(&server.handlers_queued, &server.lock)
             handler.is_waiting = False
         else:
-            conn = server_lead(server)
+            caller = server_lead(server)
             continue
-        conn = server_take(server, is_odd)
+        caller = server_take(server, is_odd)
     pthread_mutex_unlock(&server.lock)
-    return conn
+    return caller
 
 
 cdef inline void server_stand_by(server_t* server) noexcept nogil:

@@ -10,11 +10,11 @@ from libc.stdlib cimport free
 from libc.string cimport memcmp, memset
 
 from pipeline.net._budget cimport budget_add
-from pipeline.receive._conn cimport (
-    CONN_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
+from pipeline.receive._caller cimport (
+    CALLER_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
     QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD,
-    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, conn_of_turn,
-    conn_set_state, conn_t, handler_t, queue_t, request_t, server_t,
+    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, caller_of_turn,
+    caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._memory cimport body_free
@@ -29,13 +29,13 @@ from pipeline.receive._turns cimport (
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decode
 
 
-cdef inline bint conn_is_probe(const conn_t* conn) noexcept nogil:
+cdef inline bint caller_is_probe(const caller_t* caller) noexcept nogil:
     """Tell whether what is for Python begins as a probe does: it is answered with next to nothing.
 
     Members probe over connections of their own, on which they say nothing else.
     """
-    return not conn.is_sealed and conn.request.body.len >= 18 \
-        and memcmp(conn.request.body.data, b"GET /raft/probing ", 18) == 0
+    return not caller.is_sealed and caller.request.body.len >= 18 \
+        and memcmp(caller.request.body.data, b"GET /raft/probing ", 18) == 0
 
 
 cdef inline int request_lane(const request_t* request) noexcept nogil:
@@ -47,66 +47,66 @@ cdef inline int request_lane(const request_t* request) noexcept nogil:
     return LANE_MESSAGES
 
 
-cdef inline void conn_to_handler(conn_t* conn, int kind) noexcept nogil:
+cdef inline void caller_to_handler(caller_t* caller, int kind) noexcept nogil:
     """Queue the connection's request; its thread has the connection from here on."""
-    cdef server_t* server = conn.server
+    cdef server_t* server = caller.server
     cdef int which = QUEUE_MEMBERS
     cdef queue_t* queue
-    conn_set_state(conn, CONN_HANDLED)
-    conn.deadline_ns = 0
+    caller_set_state(caller, CALLER_HANDLED)
+    caller.deadline_ns = 0
     server.handled += 1
-    conn.request.kind = kind
+    caller.request.kind = kind
     if kind <= REQUEST_MALFORMED:
         pthread_mutex_lock(&server.lock)
-        conn.request.lane = request_lane(&conn.request)
-        turns_push(&server.turns, conn.request.lane, conn.member, &conn.turn)
+        caller.request.lane = request_lane(&caller.request)
+        turns_push(&server.turns, caller.request.lane, caller.member, &caller.turn)
         server.has_queued = True    # server_signal_handlers, once for all of this turn
         pthread_mutex_unlock(&server.lock)
         return
-    conn.is_shaking = False
-    if conn.is_sealed and conn.then == THEN_HANDSHAKE:
+    caller.is_shaking = False
+    if caller.is_sealed and caller.then == THEN_HANDSHAKE:
         which = QUEUE_HANDSHAKES
-        conn.is_shaking = kind == REQUEST_ODD
-    elif conn.is_odd and conn.then == THEN_TURN:
+        caller.is_shaking = kind == REQUEST_ODD
+    elif caller.is_odd and caller.then == THEN_TURN:
         which = QUEUE_STRANGERS
-    elif not conn.is_member:
-        which = QUEUE_PROBES if conn_is_probe(conn) else QUEUE_STRANGERS
+    elif not caller.is_member:
+        which = QUEUE_PROBES if caller_is_probe(caller) else QUEUE_STRANGERS
     queue = &server.queues[which]
-    conn.request.next = NULL
+    caller.request.next = NULL
     pthread_mutex_lock(&server.lock)
     if queue.tail is NULL:
-        queue.head = conn
+        queue.head = caller
     else:
-        queue.tail.request.next = conn
-    queue.tail = conn
+        queue.tail.request.next = caller
+    queue.tail = caller
     pthread_cond_signal(&server.odd_queued)
     pthread_mutex_unlock(&server.lock)
 
 
-cdef inline conn_t* queue_take(queue_t* queue) noexcept nogil:
+cdef inline caller_t* queue_take(queue_t* queue) noexcept nogil:
     """Take the oldest request, or NULL. The caller holds the lock."""
-    cdef conn_t* conn = queue.head
-    if conn is not NULL:
-        queue.head = conn.request.next
+    cdef caller_t* caller = queue.head
+    if caller is not NULL:
+        queue.head = caller.request.next
         if queue.head is NULL:
             queue.tail = NULL
-    return conn
+    return caller
 
 
-cdef inline conn_t* server_take_odd(server_t* server) noexcept nogil:
+cdef inline caller_t* server_take_odd(server_t* server) noexcept nogil:
     """Take what the odd thread does next, or NULL. The caller holds the lock.
 
     Between two turns of strangers it rests for as long as the first one took, if nobody else is to
     be served: it needs the GIL for each, and messages of members would wait for that.
     """
-    cdef conn_t* conn = NULL
+    cdef caller_t* caller = NULL
     cdef int i, which
     server.is_strangers_turn = False
     server.is_turn_of_members = not server.is_turn_of_members
     if server.is_turn_of_members:
-        conn = queue_take(&server.queues[QUEUE_MEMBERS])
+        caller = queue_take(&server.queues[QUEUE_MEMBERS])
     for i in range(QUEUES - QUEUE_PROBES):
-        if conn is not NULL:
+        if caller is not NULL:
             break
         which = QUEUE_PROBES + (server.next_other + i) % (QUEUES - QUEUE_PROBES)
         if which == QUEUE_STRANGERS and server.queues[which].head is not NULL:
@@ -114,10 +114,10 @@ cdef inline conn_t* server_take_odd(server_t* server) noexcept nogil:
             if server.turn_began_ns < server.strangers_at_ns:
                 continue
             server.is_strangers_turn = True
-        conn = queue_take(&server.queues[which])
-        if conn is not NULL:
+        caller = queue_take(&server.queues[which])
+        if caller is not NULL:
             server.next_other = (which - QUEUE_PROBES + 1) % (QUEUES - QUEUE_PROBES)
-    return conn if conn is not NULL else queue_take(&server.queues[QUEUE_MEMBERS])
+    return caller if caller is not NULL else queue_take(&server.queues[QUEUE_MEMBERS])
 
 
 cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogil:
@@ -132,7 +132,7 @@ cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogi
         or server.at_work[lane] + 1 < server.limits.handlers
 
 
-cdef inline conn_t* server_take(server_t* server, bint is_odd) noexcept nogil:
+cdef inline caller_t* server_take(server_t* server, bint is_odd) noexcept nogil:
     """Take the next request for a thread of this kind, or NULL. The caller holds the lock."""
     cdef int lane, _step
     if is_odd:
@@ -143,7 +143,7 @@ cdef inline conn_t* server_take(server_t* server, bint is_odd) noexcept nogil:
         if turns_wait(&server.turns, lane) and server_may_take(server, lane):
             server.at_work[lane] += 1
             server.next_lane = lane + 1 if lane + 1 < LANES else 0
-            return conn_of_turn(turns_take(&server.turns, lane))
+            return caller_of_turn(turns_take(&server.turns, lane))
         lane = lane + 1 if lane + 1 < LANES else 0
     return NULL
 
@@ -155,9 +155,9 @@ cdef inline void server_leave_lane(server_t* server, int lane) noexcept nogil:
         pthread_cond_signal(&server.handlers_queued)
 
 
-cdef inline void conn_decode(conn_t* conn) noexcept nogil:
+cdef inline void caller_decode(caller_t* caller) noexcept nogil:
     """Decode a whole body, and see what kind of request it is."""
-    cdef request_t* request = &conn.request
+    cdef request_t* request = &caller.request
     if wire_decode(request.body.data, request.body.len, &request.decoded) != WIRE_OK:
         request.kind = REQUEST_MALFORMED
     elif request.decoded.message.type == TYPE_PROP:
@@ -166,24 +166,24 @@ cdef inline void conn_decode(conn_t* conn) noexcept nogil:
         request.kind = REQUEST_MESSAGE
 
 
-cdef inline bint server_decode(server_t* server, conn_t* conn) noexcept nogil:
+cdef inline bint server_decode(server_t* server, caller_t* caller) noexcept nogil:
     """Decode what the calling handler thread has taken undecoded.
 
     False when that is a proposal, and as many threads as may be are at work on proposals: it waits
     in their lane, and the thread has it no more.
     """
     cdef bint is_taken
-    conn_decode(conn)
-    if conn.request.kind != REQUEST_PROPOSAL:
+    caller_decode(caller)
+    if caller.request.kind != REQUEST_PROPOSAL:
         return True
     pthread_mutex_lock(&server.lock)
     server_leave_lane(server, LANE_LARGE)
-    conn.request.lane = LANE_PROPOSALS
+    caller.request.lane = LANE_PROPOSALS
     is_taken = server_may_take(server, LANE_PROPOSALS)
     if is_taken:
         server.at_work[LANE_PROPOSALS] += 1
     else:
-        turns_push(&server.turns, LANE_PROPOSALS, conn.member, &conn.turn)
+        turns_push(&server.turns, LANE_PROPOSALS, caller.member, &caller.turn)
     pthread_mutex_unlock(&server.lock)
     return is_taken
 
@@ -246,29 +246,29 @@ cdef inline void server_signal_handlers(server_t* server, bint is_check) noexcep
 
 # -- back to the loop
 
-cdef inline void conn_free(conn_t* conn) noexcept nogil:
+cdef inline void caller_free(caller_t* caller) noexcept nogil:
     """Free a connection nobody refers to. The caller holds the lock."""
-    cdef server_t* server = conn.server
-    invariant((conn.io.fd < 0 or server.is_ended) and not conn.io.is_runnable)
-    if conn.io.fd >= 0:
-        descriptors_shut(server.descriptors, conn.io.fd)
-    budget_add(server.budget, -conn.counted)
-    body_free(&conn.request.body)
-    free(conn.buffer)
-    free(conn.known)
-    free(conn.answer)
-    turns_leave(&server.turns, conn.member)
-    free(conn)
+    cdef server_t* server = caller.server
+    invariant((caller.conn.io.fd < 0 or server.is_ended) and not caller.conn.io.is_runnable)
+    if caller.conn.io.fd >= 0:
+        descriptors_shut(server.descriptors, caller.conn.io.fd)
+    budget_add(server.budget, -caller.counted)
+    body_free(&caller.request.body)
+    free(caller.buffer)
+    free(caller.known)
+    free(caller.answer)
+    turns_leave(&server.turns, caller.member)
+    free(caller)
     server.live -= 1
 
 
-cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcept nogil:
+cdef inline bint caller_give_back_locked(caller_t* caller, handler_t* handler) noexcept nogil:
     """Return a connection from a handler thread; when the loop has ended, free it here: False.
 
     The caller holds the lock.
     """
-    cdef server_t* server = conn.server
-    cdef bint is_urgent = not conn.is_answered or conn.buffer_len > 0
+    cdef server_t* server = caller.server
+    cdef bint is_urgent = not caller.is_answered or caller.buffer_len > 0
     if handler is not NULL:
         handler.was_seen = False
         handler.is_stuck = False
@@ -277,40 +277,40 @@ cdef inline bint conn_give_back_locked(conn_t* conn, handler_t* handler) noexcep
         server.strangers_at_ns = clock_ns()
         server.strangers_at_ns += min(server.strangers_at_ns - server.turn_began_ns,
                                       <int64_t>STRANGERS_PAUSE_NS)
-    if conn.request.kind <= REQUEST_MALFORMED:
-        server_leave_lane(server, conn.request.lane)
+    if caller.request.kind <= REQUEST_MALFORMED:
+        server_leave_lane(server, caller.request.lane)
     if server.is_ended:
-        conn_free(conn)
+        caller_free(caller)
         return False
-    loop_return(&server.loop, &conn.io)
+    loop_return(&server.loop, &caller.conn.io)
     # An answered connection can wait until the loop wakes by itself, at the latest for its next
     # request. If that came while the connection was ours, the loop has noted so before it slept.
-    if is_urgent or load_int(&server.wants_returned) or load_int(&conn.has_event):
+    if is_urgent or load_int(&server.wants_returned) or load_int(&caller.has_event):
         loop_wake(&server.loop)
     return True
 
 
-cdef inline bint conn_give_back(conn_t* conn, handler_t* handler) noexcept nogil:
-    cdef server_t* server = conn.server
+cdef inline bint caller_give_back(caller_t* caller, handler_t* handler) noexcept nogil:
+    cdef server_t* server = caller.server
     cdef bint is_taken
     pthread_mutex_lock(&server.lock)
-    is_taken = conn_give_back_locked(conn, handler)
+    is_taken = caller_give_back_locked(caller, handler)
     pthread_mutex_unlock(&server.lock)
     return is_taken
 
 
-cdef inline int server_detach(conn_t* conn) noexcept nogil:
+cdef inline int server_detach(caller_t* caller) noexcept nogil:
     """Take the socket of a connection that the calling thread holds; the caller owns it then.
 
     -1 when the loop has ended and shut it. The connection is still to be given back, with
     THEN_DETACH. An event for it may be under way to the loop, which only notes it.
     """
-    cdef server_t* server = conn.server
+    cdef server_t* server = caller.server
     cdef int fd = -1
     pthread_mutex_lock(&server.lock)    # server_end shuts the sockets of handled connections
     if not server.is_ended:
-        fd = conn.io.fd
-        loop_remove(&server.loop, &conn.io)
-        conn.io.fd = -1
+        fd = caller.conn.io.fd
+        loop_remove(&server.loop, &caller.conn.io)
+        caller.conn.io.fd = -1
     pthread_mutex_unlock(&server.lock)
     return fd

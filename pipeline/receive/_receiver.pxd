@@ -3,7 +3,7 @@ targets in tests/fuzz, which run a receiver's loop and its requests in one threa
 """
 
 from pipeline.net._budget cimport BodyBudget, share_t
-from pipeline.receive._conn cimport answer_204_t, conn_t, handler_t, server_t
+from pipeline.receive._caller cimport answer_204_t, caller_t, handler_t, server_t
 from pipeline.net._memory cimport body_t
 from pipeline.wire._http cimport http_post_t
 from pipeline.net._sync cimport sockaddr_storage
@@ -44,11 +44,11 @@ cdef class Receiver:
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1
     cdef int forget(self, uint64_t id) except -1
     # These need the GIL and a connection that the calling thread has taken from the queue.
-    cdef bint serve_request(self, conn_t* conn, handler_t* handler,
+    cdef bint serve_request(self, caller_t* caller, handler_t* handler,
                             answer_204_t* answer) except -1
-    cdef int handle(self, conn_t* conn) except -1
-    cdef int handle_odd(self, conn_t* conn, object odd, CallerAddress remote) except -1
-    cdef int answer(self, conn_t* conn, CallerAddress remote) except -1
-    cdef object message(self, conn_t* conn, CallerAddress remote)
-    cdef int go_on(self, conn_t* conn, object odd, bytes out, int then) except -1
-    cdef int detach(self, conn_t* conn, object odd) except -1
+    cdef int handle(self, caller_t* caller) except -1
+    cdef int handle_odd(self, caller_t* caller, object odd, CallerAddress remote) except -1
+    cdef int answer(self, caller_t* caller, CallerAddress remote) except -1
+    cdef object message(self, caller_t* caller, CallerAddress remote)
+    cdef int go_on(self, caller_t* caller, object odd, bytes out, int then) except -1
+    cdef int detach(self, caller_t* caller, object odd) except -1

@@ -24,10 +24,10 @@ from pipeline.net._gil cimport lock_with_gil
 from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline.wire._messages cimport decode_error, message_from_decoded
-from pipeline.receive._conn cimport (
+from pipeline.receive._caller cimport (
     ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE,
     REQUEST_MALFORMED, REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
-    answer_204_t, conn_save, conn_set_member, conn_t, handler_t, listening_t, request_t,
+    answer_204_t, caller_save, caller_set_member, caller_t, handler_t, listening_t, request_t,
     server_counts_t, server_learn, server_limits_t, server_recycle, server_reuse_body, server_tell,
 )
 from pipeline.receive._lead cimport server_start, server_wait
@@ -35,10 +35,10 @@ from pipeline.net._memory cimport (
     BODY_MAPPED_MIN, body_free, body_grown, body_init, body_resident, body_t,
 )
 from pipeline.receive._queues cimport (
-    conn_give_back, conn_give_back_locked, server_add_handler, server_decode, server_detach,
+    caller_give_back, caller_give_back_locked, server_add_handler, server_decode, server_detach,
     server_remove_handler, server_take,
 )
-from pipeline.receive._requests cimport conn_answer_here
+from pipeline.receive._requests cimport caller_answer_here
 from pipeline.receive._server cimport (
     server_close_descriptors, server_free, server_init, server_listen, server_retire_soon,
     server_stop,
@@ -365,59 +365,59 @@ cdef class Receiver:
                 server_remove_handler(&self.server, &handler)
 
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1:
-        cdef conn_t* conn
+        cdef caller_t* caller
         while True:
             # The GIL is let go of only where there is nothing to do, or where the lock's owner was
             # preempted: each time it goes round costs more than a small message.
-            conn = NULL
+            caller = NULL
             if pthread_mutex_trylock(&self.server.lock) == 0:
-                conn = server_take(&self.server, handler is NULL)
+                caller = server_take(&self.server, handler is NULL)
                 pthread_mutex_unlock(&self.server.lock)
-            if conn is NULL:
+            if caller is NULL:
                 with nogil:
                     # Wait for a request, or run the loop until there is one. Only C state.
-                    conn = server_wait(&self.server, handler)
-                if conn is NULL:
+                    caller = server_wait(&self.server, handler)
+                if caller is NULL:
                     return 0
-            if not self.serve_request(conn, handler, answer):
+            if not self.serve_request(caller, handler, answer):
                 return 0
 
-    cdef bint serve_request(self, conn_t* conn, handler_t* handler,
+    cdef bint serve_request(self, caller_t* caller, handler_t* handler,
                             answer_204_t* answer) except -1:
         """Answer one request, whatever happens, and give its connection back to the loop.
 
         False in a child that was forked meanwhile, in a callback: the connection is the parent's.
         """
         cdef int forks = fork_count()
-        cdef uint64_t id = conn.id
+        cdef uint64_t id = caller.id
         cdef bint is_taken = True
         if handler is not NULL:
             add_int(&self.server.busy, 1)
-        if conn.request.kind == REQUEST_LARGE:
+        if caller.request.kind == REQUEST_LARGE:
             with nogil:
                 # This may take a while, in which others read and process. Only C state is touched.
-                is_taken = server_decode(&self.server, conn)
+                is_taken = server_decode(&self.server, caller)
             if not is_taken:
                 add_int(&self.server.busy, -1)
                 server_tell(&self.server)
                 return True
         try:
-            self.handle(conn)
+            self.handle(caller)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
-            conn.then = THEN_CLOSE
+            caller.then = THEN_CLOSE
         if forks != fork_count():
             return False
         if handler is not NULL:
             add_int(&self.server.busy, -1)
-            conn_answer_here(conn, answer)
+            caller_answer_here(caller, answer)
         if pthread_mutex_trylock(&self.server.lock) == 0:
-            is_taken = conn_give_back_locked(conn, handler)
+            is_taken = caller_give_back_locked(caller, handler)
             pthread_mutex_unlock(&self.server.lock)
         else:
             with nogil:
                 # The lock's owner is at work. Only C state is touched.
-                is_taken = conn_give_back(conn, handler)
+                is_taken = caller_give_back(caller, handler)
         if not is_taken:
             self.forget(id)
         return True
@@ -429,34 +429,34 @@ cdef class Receiver:
             odd.close()
         return 0
 
-    cdef int handle(self, conn_t* conn) except -1:
+    cdef int handle(self, caller_t* caller) except -1:
         """Answer the request of a connection that this thread holds, or go on with it."""
         cdef CallerAddress remote = CallerAddress.__new__(CallerAddress)
-        remote.address = conn.address
-        if not conn.is_odd:
-            return self.answer(conn, remote)
+        remote.address = caller.address
+        if not caller.is_odd:
+            return self.answer(caller, remote)
         # As long as this thread has the connection it has this, too.
-        odd = self.odd_requests.pop(conn.id, None)
-        if odd is None and conn.request.kind == REQUEST_ODD:
-            if conn.is_sealed:
+        odd = self.odd_requests.pop(caller.id, None)
+        if odd is None and caller.request.kind == REQUEST_ODD:
+            if caller.is_sealed:
                 odd = Sealed(self.sealed, remote, self.make_body)
             else:
                 odd = OddRequest(self.handlers, self.config, remote, self.learn)
         if odd is None:         # it has failed before
-            conn.then = THEN_FREE if conn.request.kind == REQUEST_GONE else THEN_CLOSE
+            caller.then = THEN_FREE if caller.request.kind == REQUEST_GONE else THEN_CLOSE
             return 0
         try:
-            self.handle_odd(conn, odd, remote)
+            self.handle_odd(caller, odd, remote)
         except BaseException:
             logger.survive("what a connection held is not counted back", odd.close)
             raise
         return 0
 
-    cdef int handle_odd(self, conn_t* conn, object odd, CallerAddress remote) except -1:
-        cdef request_t* request = &conn.request
+    cdef int handle_odd(self, caller_t* caller, object odd, CallerAddress remote) except -1:
+        cdef request_t* request = &caller.request
         if request.kind == REQUEST_ODD:
             data = b""
-            if not conn.is_sealed:
+            if not caller.is_sealed:
                 data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
             elif request.body.len > 0:      # copied by feed before it returns
                 data = PyMemoryView_FromMemory(<char*>request.body.data, request.body.len,
@@ -467,27 +467,27 @@ cdef class Receiver:
         elif request.kind == REQUEST_GONE:
             odd.broken()
             odd.close()
-            conn.then = THEN_FREE
+            caller.then = THEN_FREE
             return 0
         elif request.kind == REQUEST_BROKEN:
             out, then = odd.broken()
         else:
-            out, then = odd.answer(self.message(conn, remote))
-        return self.go_on(conn, odd, out, then)
+            out, then = odd.answer(self.message(caller, remote))
+        return self.go_on(caller, odd, out, then)
 
-    cdef int answer(self, conn_t* conn, CallerAddress remote) except -1:
+    cdef int answer(self, caller_t* caller, CallerAddress remote) except -1:
         """Answer a request that the core has recognised."""
-        answer = self.message(conn, remote)
-        conn.then = THEN_NEXT
+        answer = self.message(caller, remote)
+        caller.then = THEN_NEXT
         if answer is not None:
-            conn_set_answer(conn, render(answer))
+            caller_set_answer(caller, render(answer))
             if answer.close:
-                conn.then = THEN_CLOSE
+                caller.then = THEN_CLOSE
         return 0
 
-    cdef object message(self, conn_t* conn, CallerAddress remote):
+    cdef object message(self, caller_t* caller, CallerAddress remote):
         """Have a message processed; the Answer, or None for 204."""
-        cdef request_t* request = &conn.request
+        cdef request_t* request = &caller.request
         cdef Body body = None
         cdef size_t size = request.body.len
         if request.kind == REQUEST_BROKEN:
@@ -514,26 +514,26 @@ cdef class Receiver:
         del body
         return self.handlers.process(message, size, remote)
 
-    cdef int go_on(self, conn_t* conn, object odd, bytes out, int then) except -1:
+    cdef int go_on(self, caller_t* caller, object odd, bytes out, int then) except -1:
         """Do with a connection what its OddRequest, or Sealed, has decided."""
-        cdef request_t* request = &conn.request
+        cdef request_t* request = &caller.request
         cdef bytes rest
         cdef Body whole
         cdef BodyShare share
         cdef uint64_t sender = odd.sender
-        conn_set_answer(conn, out)
-        conn.then = then
-        if conn.is_sealed:
-            conn.arrived, conn.news.fast_requests, conn.news.general_requests, \
-                conn.news.handshakes, conn.news.handshake_failures = odd.take_news()
+        caller_set_answer(caller, out)
+        caller.then = then
+        if caller.is_sealed:
+            caller.arrived, caller.news.fast_requests, caller.news.general_requests, \
+                caller.news.handshakes, caller.news.handshake_failures = odd.take_news()
         else:
-            conn.arrived = odd.arrived
+            caller.arrived = odd.arrived
             odd.arrived = 0
         if odd.is_member is not None:
-            conn.is_member = odd.is_member
+            caller.is_member = odd.is_member
         if then == THEN_DELIVER:
             lock_with_gil(&self.server.lock)
-            conn_set_member(conn, sender)
+            caller_set_member(caller, sender)
             pthread_mutex_unlock(&self.server.lock)
             body_free(&request.body)
             body = odd.take_body()
@@ -541,11 +541,11 @@ cdef class Receiver:
                 whole = body
                 request.body = whole.c
                 memset(&whole.c, 0, sizeof(body_t))
-                conn.counted = whole.share.large
+                caller.counted = whole.share.large
                 whole.share.large = 0
             else:
                 share = odd.share
-                conn.counted = share.c.large
+                caller.counted = share.c.large
                 share.c.large = 0
                 if not body_init(&request.body, len(body)):
                     raise MemoryError
@@ -553,27 +553,27 @@ cdef class Receiver:
                 request.body.len = len(body)
         elif then == THEN_NEXT:
             rest = odd.rest
-            if not conn_save(conn, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
+            if not caller_save(caller, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
                 raise MemoryError
-            conn.skip = odd.skip
+            caller.skip = odd.skip
         if then == THEN_DETACH:
-            self.detach(conn, odd)
+            self.detach(caller, odd)
         if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
             odd.close()
         else:
-            self.odd_requests[conn.id] = odd
+            self.odd_requests[caller.id] = odd
         return 0
 
-    cdef int detach(self, conn_t* conn, object odd) except -1:
+    cdef int detach(self, caller_t* caller, object odd) except -1:
         """Move a connection's socket out of the loop. The loop forgets it, whatever happens here.
         """
-        cdef int fd = server_detach(conn)
+        cdef int fd = server_detach(caller)
         connection = None
         try:
             if fd >= 0:
                 connection = OwnSocket(fileno=fd)
                 fd = -1
-                if conn.is_sealed:
+                if caller.is_sealed:
                     connection, odd = odd.detach(connection)
                 self.take(connection, odd)
         except BaseException:
@@ -613,15 +613,15 @@ cdef class Receiver:
         return True
 
 
-cdef int conn_set_answer(conn_t* conn, bytes data) except -1:
+cdef int caller_set_answer(caller_t* caller, bytes data) except -1:
     """Leave bytes for the loop to write."""
     cdef size_t n = PyBytes_GET_SIZE(data)
     if n == 0:
         return 0
-    conn.answer = <uint8_t*>malloc(n)
-    if conn.answer is NULL:
+    caller.answer = <uint8_t*>malloc(n)
+    if caller.answer is NULL:
         raise MemoryError
-    memcpy(conn.answer, PyBytes_AS_STRING(data), n)
-    conn.answer_len = n
-    conn.answer_at = 0
+    memcpy(caller.answer, PyBytes_AS_STRING(data), n)
+    caller.answer_len = n
+    caller.answer_at = 0
     return 0

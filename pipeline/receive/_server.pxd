@@ -9,11 +9,11 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from pipeline.net._budget cimport budget_leave, budget_left, budget_t, budget_wait
-from pipeline.receive._conn cimport (
-    ACCEPT_RETRY_NS, ACCEPT_STEP, CONN_BODY, CONN_HANDLED, CONN_LINGERING, CONN_ODD, CONN_WRITING,
-    QUEUES, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY, conn_add_runnable,
-    conn_append, conn_of_turn, conn_set_deadline, conn_set_state, conn_t, listening_t,
-    server_check_spare, server_limits_t, server_t,
+from pipeline.receive._caller cimport (
+    ACCEPT_RETRY_NS, ACCEPT_STEP, CALLER_BODY, CALLER_HANDLED, CALLER_LINGERING, CALLER_ODD,
+    CALLER_WRITING, QUEUES, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY,
+    caller_add_runnable, caller_append, caller_of_turn, caller_set_deadline, caller_set_state,
+    caller_t, listening_t, server_check_spare, server_limits_t, server_t,
 )
 from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -25,9 +25,9 @@ from pipeline.net._loop cimport (
     loop_may_sleep, loop_open, loop_remove, loop_run_events, loop_run_runnable, loop_take_returned,
     loop_timeout_ms, loop_wait, loop_wake, runnable_pop,
 )
-from pipeline.receive._queues cimport conn_free, queue_take, server_signal_handlers
+from pipeline.receive._queues cimport caller_free, queue_take, server_signal_handlers
 from pipeline.receive._requests cimport (
-    conn_broken, conn_close, conn_end, conn_is_idle, conn_ready, conn_returned,
+    caller_broken, caller_close, caller_end, caller_is_idle, caller_ready, caller_returned,
 )
 from pipeline.net._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLIN, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -47,25 +47,25 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
     must not put those out who are through. While Python is at work on handshakes, one of which will
     be spared next, nobody else is.
     """
-    cdef conn_t* conn = server.oldest
-    cdef conn_t* spared = NULL
+    cdef caller_t* caller = server.oldest
+    cdef caller_t* spared = NULL
     cdef bint is_shaking = False
-    while conn is not NULL:
+    while caller is not NULL:
         # What another thread has is not looked into.
-        if conn.state == CONN_HANDLED:
-            is_shaking = is_shaking or conn.is_shaking
-        elif conn.is_sealed and conn.then == THEN_HANDSHAKE:
-            if conn.state == CONN_ODD:
-                spared = conn
+        if caller.state == CALLER_HANDLED:
+            is_shaking = is_shaking or caller.is_shaking
+        elif caller.is_sealed and caller.then == THEN_HANDSHAKE:
+            if caller.state == CALLER_ODD:
+                spared = caller
                 break
             is_shaking = True
-        elif spared is NULL and conn_is_idle(conn):
-            spared = conn
-        conn = conn.next
-    if spared is NULL or (conn is NULL and is_shaking):
+        elif spared is NULL and caller_is_idle(caller):
+            spared = caller
+        caller = caller.next
+    if spared is NULL or (caller is NULL and is_shaking):
         return False
     count_add(&server.counts.closed_for_room, 1)
-    conn_close(spared)
+    caller_close(spared)
     return True
 
 
@@ -90,7 +90,7 @@ cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
     """Accept who waits, within the limit of connections."""
     cdef listening_t* listening = <listening_t*>io
     cdef server_t* server = listening.server
-    cdef conn_t* conn
+    cdef caller_t* caller
     cdef socklen_t size
     cdef int step, error
     for step in range(ACCEPT_STEP):
@@ -100,18 +100,18 @@ cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
             if not server_make_room(server):
                 server_pause_accept(server, -1)     # until one closes or is idle
                 return
-        conn = <conn_t*>calloc(1, sizeof(conn_t))
-        if conn is NULL:
+        caller = <caller_t*>calloc(1, sizeof(caller_t))
+        if caller is NULL:
             server_pause_accept(server, server.loop.now_ns + ACCEPT_RETRY_NS)
             return
-        size = sizeof(conn.address)
+        size = sizeof(caller.address)
         pthread_mutex_lock(&server.descriptors.lock)
-        conn.io.fd = descriptors_add(server.descriptors, accept4(
-            listening.io.fd, <sockaddr*>&conn.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC))
+        caller.conn.io.fd = descriptors_add(server.descriptors, accept4(
+            listening.io.fd, <sockaddr*>&caller.address, &size, SOCK_NONBLOCK | SOCK_CLOEXEC))
         error = errno
         pthread_mutex_unlock(&server.descriptors.lock)
-        if conn.io.fd < 0:
-            free(conn)
+        if caller.conn.io.fd < 0:
+            free(caller)
             if error == EAGAIN:
                 return
             if error == EMFILE or error == ENFILE or error == ENOBUFS or error == ENOMEM:
@@ -120,32 +120,32 @@ cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
                     server_pause_accept(server, server.loop.now_ns + ACCEPT_RETRY_NS)
                 return
             continue    # anything else was the end of the one connection (accept(2))
-        conn.server = server
+        caller.server = server
         server.next_id += 1
-        conn.id = server.next_id
-        conn.is_new = True
+        caller.id = server.next_id
+        caller.is_new = True
         pthread_mutex_lock(&server.lock)
-        conn.member = turns_join(&server.turns, &conn.address)
-        server.live += conn.member is not NULL
+        caller.member = turns_join(&server.turns, &caller.address)
+        server.live += caller.member is not NULL
         pthread_mutex_unlock(&server.lock)
-        if conn.member is NULL:
-            descriptors_shut(server.descriptors, conn.io.fd)
-            free(conn)
+        if caller.member is NULL:
+            descriptors_shut(server.descriptors, caller.conn.io.fd)
+            free(caller)
             continue
         count_add(&server.counts.accepted, 1)
         count_add(&server.counts.connections, 1)
-        conn_append(conn)
+        caller_append(caller)
         if listening.is_sealed:
-            conn.is_sealed = True
-            conn_set_state(conn, CONN_ODD)
-            conn.then = THEN_HANDSHAKE
-            conn.head_deadline_ns = server.loop.now_ns + server.limits.handshake_timeout_ns
-            conn_set_deadline(conn, conn.head_deadline_ns)
+            caller.is_sealed = True
+            caller_set_state(caller, CALLER_ODD)
+            caller.then = THEN_HANDSHAKE
+            caller.head_deadline_ns = server.loop.now_ns + server.limits.handshake_timeout_ns
+            caller_set_deadline(caller, caller.head_deadline_ns)
         else:
             # A connection that says nothing at all has no more time than a head.
-            conn_set_deadline(conn, server.loop.now_ns + server.limits.head_timeout_ns)
-        if loop_add(&server.loop, &conn.io, LOOP_EDGES, conn_ready) != 0:
-            conn_close(conn)
+            caller_set_deadline(caller, server.loop.now_ns + server.limits.head_timeout_ns)
+        if loop_add(&server.loop, &caller.conn.io, LOOP_EDGES, caller_ready) != 0:
+            caller_close(caller)
 
 
 cdef inline void server_free_buried(server_t* server) noexcept nogil:
@@ -153,20 +153,20 @@ cdef inline void server_free_buried(server_t* server) noexcept nogil:
 
     No event is pending.
     """
-    cdef conn_t* conn = server.buried
-    cdef conn_t* following
+    cdef caller_t* caller = server.buried
+    cdef caller_t* following
     server.buried = NULL
-    if conn is NULL:
+    if caller is NULL:
         return
     pthread_mutex_lock(&server.lock)
-    while conn is not NULL:
-        following = conn.next
-        if conn.io.is_runnable:
-            conn.next = server.buried
-            server.buried = conn
+    while caller is not NULL:
+        following = caller.next
+        if caller.conn.io.is_runnable:
+            caller.next = server.buried
+            server.buried = caller
         else:
-            conn_free(conn)
-        conn = following
+            caller_free(caller)
+        caller = following
     pthread_mutex_unlock(&server.lock)
 
 
@@ -187,15 +187,15 @@ cdef inline void server_run_bulk(server_t* server) noexcept nogil:
 
 cdef inline void server_resume(server_t* server) noexcept nogil:
     """A handler is free, or memory is: let the bodies that wait try again."""
-    cdef conn_t* conn = server.oldest
+    cdef caller_t* caller = server.oldest
     server.has_paused = False
     budget_wait(server.budget, &server.in_budget, False)
-    while conn is not NULL:
-        if conn.is_paused and conn.state == CONN_BODY:
-            conn.is_paused = False
-            conn_set_deadline(conn, server.loop.now_ns + server.limits.stall_timeout_ns)
-            conn_add_runnable(conn)
-        conn = conn.next
+    while caller is not NULL:
+        if caller.is_paused and caller.state == CALLER_BODY:
+            caller.is_paused = False
+            caller_set_deadline(caller, server.loop.now_ns + server.limits.stall_timeout_ns)
+            caller_add_runnable(caller)
+        caller = caller.next
 
 
 cdef inline void server_run_returned(server_t* server) noexcept nogil:
@@ -204,7 +204,7 @@ cdef inline void server_run_returned(server_t* server) noexcept nogil:
     cdef bint is_some = io is not NULL
     while io is not NULL:
         following = io.next_returned
-        conn_returned(<conn_t*>io)
+        caller_returned(<caller_t*>io)
         io = following
     if load_int(&server.is_retiring) and swap_int(&server.is_retiring, 0):
         server_retire(server)
@@ -214,8 +214,8 @@ cdef inline void server_run_returned(server_t* server) noexcept nogil:
 
 cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
     """End what is overdue and find the next deadline. Runs when one may have passed."""
-    cdef conn_t* conn = server.oldest
-    cdef conn_t* following
+    cdef caller_t* caller = server.oldest
+    cdef caller_t* following
     server.loop.next_deadline_ns = 0
     if server.queue_check_ns:
         if server.loop.now_ns >= server.queue_check_ns:
@@ -229,59 +229,59 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             server_resume_accept(server)
         else:
             loop_look_at(&server.loop, server.accept_at_ns)
-    while conn is not NULL:
-        following = conn.next
-        if conn.state == CONN_HANDLED or conn.deadline_ns == 0:
+    while caller is not NULL:
+        following = caller.next
+        if caller.state == CALLER_HANDLED or caller.deadline_ns == 0:
             pass
-        elif server.loop.now_ns < conn.deadline_ns:
-            loop_look_at(&server.loop, conn.deadline_ns)
-        elif conn.state == CONN_LINGERING:
-            conn_close(conn)
-        elif conn.state == CONN_BODY \
-                or (conn.state == CONN_ODD and conn.then == THEN_READ_BODY):
+        elif server.loop.now_ns < caller.deadline_ns:
+            loop_look_at(&server.loop, caller.deadline_ns)
+        elif caller.state == CALLER_LINGERING:
+            caller_close(caller)
+        elif caller.state == CALLER_BODY \
+                or (caller.state == CALLER_ODD and caller.then == THEN_READ_BODY):
             count_add(&server.counts.body_timeouts, 1)
-            conn_broken(conn)
-        elif conn.state == CONN_ODD and conn.then == THEN_HANDSHAKE:
+            caller_broken(caller)
+        elif caller.state == CALLER_ODD and caller.then == THEN_HANDSHAKE:
             count_add(&server.counts.handshake_timeouts, 1)
-            conn_close(conn)
+            caller_close(caller)
         else:
             # Also what does not read its answer counts as idle.
-            if conn.state == CONN_WRITING or conn_is_idle(conn) and not conn.is_new:
+            if caller.state == CALLER_WRITING or caller_is_idle(caller) and not caller.is_new:
                 count_add(&server.counts.idle_timeouts, 1)
             else:
                 count_add(&server.counts.head_timeouts, 1)
-            if conn.state == CONN_WRITING:
-                conn_close(conn)
+            if caller.state == CALLER_WRITING:
+                caller_close(caller)
             else:
-                conn_end(conn)
-        conn = following
+                caller_end(caller)
+        caller = following
 
 
 cdef inline void server_retire(server_t* server) noexcept nogil:
     """End the sealed connections that are idle; the others end with the request they are at."""
-    cdef conn_t* conn = server.oldest
-    cdef conn_t* following
-    while conn is not NULL:
-        following = conn.next
-        if conn.state == CONN_ODD and conn.then == THEN_IDLE:
-            conn_end(conn)
-        conn = following
+    cdef caller_t* caller = server.oldest
+    cdef caller_t* following
+    while caller is not NULL:
+        following = caller.next
+        if caller.state == CALLER_ODD and caller.then == THEN_IDLE:
+            caller_end(caller)
+        caller = following
 
 
 cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     """Free the ports and close every connection that has no request with a handler."""
-    cdef conn_t* conn = server.oldest
-    cdef conn_t* following
+    cdef caller_t* caller = server.oldest
+    cdef caller_t* following
     cdef int i
     for i in range(server.n_listening):
         loop_remove(&server.loop, &server.listening[i].io)
         descriptors_shut(server.descriptors, server.listening[i].io.fd)
     server.n_listening = 0
-    while conn is not NULL:
-        following = conn.next
-        if conn.state != CONN_HANDLED and conn.state != CONN_WRITING:
-            conn_end(conn)
-        conn = following
+    while caller is not NULL:
+        following = caller.next
+        if caller.state != CALLER_HANDLED and caller.state != CALLER_WRITING:
+            caller_end(caller)
+        caller = following
 
 
 cdef inline bint server_turn(server_t* server) noexcept nogil:
@@ -348,46 +348,46 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     Their sockets are closed no sooner: a thread on its way to write an answer would write it to
     whoever has the descriptor by then.
     """
-    cdef conn_t* conn = server.oldest
-    cdef conn_t* following
+    cdef caller_t* caller = server.oldest
+    cdef caller_t* following
     cdef io_t* io
     cdef io_t* next_io
     cdef body_t body
     cdef int i
     pthread_mutex_lock(&server.lock)
     server.is_ended = True
-    while conn is not NULL:
-        following = conn.next
-        if conn.io.fd >= 0 and conn.state == CONN_HANDLED:
-            if not conn.is_sealed:
-                send(conn.io.fd, server.answer_503, server.answer_503_len,
+    while caller is not NULL:
+        following = caller.next
+        if caller.conn.io.fd >= 0 and caller.state == CALLER_HANDLED:
+            if not caller.is_sealed:
+                send(caller.conn.io.fd, server.answer_503, server.answer_503_len,
                      MSG_DONTWAIT | MSG_NOSIGNAL)
-            shutdown(conn.io.fd, SHUT_RDWR)
-        conn.io.is_runnable = False
-        if conn.state != CONN_HANDLED:
-            conn_free(conn)
-        conn = following
-    conn = server.buried
-    while conn is not NULL:
-        following = conn.next
-        conn.io.is_runnable = False
-        conn_free(conn)
-        conn = following
+            shutdown(caller.conn.io.fd, SHUT_RDWR)
+        caller.conn.io.is_runnable = False
+        if caller.state != CALLER_HANDLED:
+            caller_free(caller)
+        caller = following
+    caller = server.buried
+    while caller is not NULL:
+        following = caller.next
+        caller.conn.io.is_runnable = False
+        caller_free(caller)
+        caller = following
     # Queued, and given back, but nobody will look at them any more.
     for i in range(QUEUES):
-        conn = queue_take(&server.queues[i])
-        while conn is not NULL:
-            conn_free(conn)
-            conn = queue_take(&server.queues[i])
+        caller = queue_take(&server.queues[i])
+        while caller is not NULL:
+            caller_free(caller)
+            caller = queue_take(&server.queues[i])
     for i in range(LANES):
-        conn = conn_of_turn(turns_take(&server.turns, i))
-        while conn is not NULL:
-            conn_free(conn)
-            conn = conn_of_turn(turns_take(&server.turns, i))
+        caller = caller_of_turn(turns_take(&server.turns, i))
+        while caller is not NULL:
+            caller_free(caller)
+            caller = caller_of_turn(turns_take(&server.turns, i))
     io = loop_take_returned(&server.loop)
     while io is not NULL:
         next_io = io.next_returned
-        conn_free(<conn_t*>io)
+        caller_free(<caller_t*>io)
         io = next_io
     while server.spares.n > 0:
         body = spares_take(&server.spares, server.budget, 0)

@@ -12,7 +12,7 @@ class BodyTime:
 
     Each byte adds what it may take at the least rate, and each wait takes what it took. So a body
     may stop for a while and may be slow, but one that drips is ended, however quickly it began.
-    ``conn_body_time`` of the loop is the same rule.
+    ``caller_body_time`` of the loop is the same rule.
 
     Parameters
     ----------

@@ -49,7 +49,7 @@ SKIP_MAX = 256 * 1024
 
 
 class Then(enum.IntEnum):
-    """How the loop goes on with a connection (``_conn.pxd``, THEN_*)."""
+    """How the loop goes on with a connection (``_caller.pxd``, THEN_*)."""
 
     NEXT = 0
     CLOSE = 1

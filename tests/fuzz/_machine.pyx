@@ -8,16 +8,14 @@ by ``build.py``, with the headers of the package that is installed: tests only.
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc
 
-from pipeline.receive._conn cimport (
-    CONN_BODY, CONN_CLOSED, CONN_HANDLED, QUEUE_STRANGERS, answer_204_t, conn_t, handler_t,
+from pipeline.receive._caller cimport (
+    CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, QUEUE_STRANGERS, answer_204_t, caller_t, handler_t,
     listening_t, server_t,
 )
 from pipeline.receive._queues cimport (
     server_add_handler, server_remove_handler, server_signal_handlers, server_take,
 )
-from pipeline.receive._server cimport (
-    server_end, server_listen, server_resume_accept, server_turn,
-)
+from pipeline.receive._server cimport server_end, server_listen, server_resume_accept, server_turn
 from pipeline.receive._receiver cimport Receiver
 from pipeline.net._sync cimport clock_ns, store_int
 from pipeline.receive._turns cimport LANES
@@ -134,14 +132,14 @@ cdef class Machine:
         """
         cdef server_t* server = &self.receiver.server
         cdef handler_t* handler = NULL
-        cdef conn_t* conn
+        cdef caller_t* caller
         if self.is_odd_busy if is_odd else self.depth == self.n_handlers:
             return False
-        conn = server_take(server, is_odd)
-        if conn is NULL and is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
+        caller = server_take(server, is_odd)
+        if caller is NULL and is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
             self.advance(max(server.strangers_at_ns - clock_ns(), 0))   # as their thread waits
-            conn = server_take(server, is_odd)
-        if conn is NULL:
+            caller = server_take(server, is_odd)
+        if caller is NULL:
             return False
         if is_odd:
             self.is_odd_busy = True
@@ -150,7 +148,7 @@ cdef class Machine:
             handler.is_waiting = False
             self.depth += 1
         try:
-            self.receiver.serve_request(conn, handler, NULL if is_odd else &self.answer)
+            self.receiver.serve_request(caller, handler, NULL if is_odd else &self.answer)
         finally:
             if is_odd:
                 self.is_odd_busy = False
@@ -182,25 +180,25 @@ cdef class Machine:
     def check(self):
         """See that the loop's books are right, between two steps of it."""
         cdef server_t* server = &self.receiver.server
-        cdef conn_t* conn = server.oldest
-        cdef conn_t* previous = NULL
+        cdef caller_t* caller = server.oldest
+        cdef caller_t* previous = NULL
         cdef int64_t reading = 0, handled = 0
         cdef int listed = 0, connected = 0
         if server.is_ended:
             return
-        while conn is not NULL:
-            assert conn.previous is previous
-            assert conn.server is server
-            assert conn.state != CONN_CLOSED
+        while caller is not NULL:
+            assert caller.previous is previous
+            assert caller.server is server
+            assert caller.state != CALLER_CLOSED
             listed += 1
-            connected += conn.io.fd >= 0
-            assert conn.io.is_registered == (conn.io.fd >= 0)
-            handled += conn.state == CONN_HANDLED
-            if conn.state == CONN_BODY:
-                reading += conn.counted
-                assert conn.request.body.len < conn.request.body.size
-            previous = conn
-            conn = conn.next
+            connected += caller.conn.io.fd >= 0
+            assert caller.conn.io.is_registered == (caller.conn.io.fd >= 0)
+            handled += caller.state == CALLER_HANDLED
+            if caller.state == CALLER_BODY:
+                reading += caller.counted
+                assert caller.request.body.len < caller.request.body.size
+            previous = caller
+            caller = caller.next
         assert server.newest is previous
         assert connected <= <int>server.counts.connections <= listed
         assert listed <= server.live
@@ -217,9 +215,10 @@ cdef class Machine:
 
     def describe(self):
         """Return of each connection its state, then, has_event and bytes to write, for people."""
-        cdef conn_t* conn = self.receiver.server.oldest
+        cdef caller_t* caller = self.receiver.server.oldest
         found = []
-        while conn is not NULL:
-            found.append((conn.state, conn.then, conn.has_event, conn.answer_len - conn.answer_at))
-            conn = conn.next
+        while caller is not NULL:
+            left = caller.answer_len - caller.answer_at
+            found.append((caller.state, caller.then, caller.has_event, left))
+            caller = caller.next
         return found

@@ -17,6 +17,7 @@ from libc.string cimport memcpy
 from pipeline.net._budget cimport BODY_SMALL, budget_loop_t, budget_t
 from pipeline.net._descriptors cimport descriptors_t
 from pipeline.receive._heads cimport head_t, heads_add, heads_find, heads_t
+from pipeline.net._conn cimport conn_t
 from pipeline.wire._http cimport http_post_t
 from pipeline.net._loop cimport io_t, loop_look_at, loop_t, loop_wake, runnable_add, runnable_t
 from pipeline.net._memory cimport (
@@ -52,15 +53,15 @@ cdef enum:
     STRANGERS_PAUSE_NS = 5000000
     ANSWER_204_MAX = 256
 
-# Changed by conn_set_state alone.
+# Changed by caller_set_state alone.
 cdef enum:
-    CONN_HEAD = 0           # reads a head; idle while nothing of one has arrived
-    CONN_BODY               # reads the body of a recognised request
-    CONN_ODD                # reads for Python
-    CONN_HANDLED            # a handler thread has it: hands off
-    CONN_WRITING            # writes an answer
-    CONN_LINGERING          # has answered and ended; reads to throw away
-    CONN_CLOSED             # buried: freed at the end of the turn
+    CALLER_HEAD = 0         # reads a head; idle while nothing of one has arrived
+    CALLER_BODY         # reads the body of a recognised request
+    CALLER_ODD          # reads for Python
+    CALLER_HANDLED      # a handler thread has it: hands off
+    CALLER_WRITING      # writes an answer
+    CALLER_LINGERING    # has answered and ended; reads to throw away
+    CALLER_CLOSED       # buried: freed at the end of the turn
 
 # The first four may block and go to the handler threads; the others to the odd thread.
 cdef enum:
@@ -107,19 +108,19 @@ cdef struct sealed_news_t:
 
 # What a handler thread is given: the one request of its connection.
 cdef struct request_t:
-    conn_t* next
+    caller_t* next
     int kind
     int lane                # for a handler thread: where it waited
     body_t body
     wire_decoded_t decoded  # points into body.data
 
-cdef struct conn_t:
-    io_t io                 # first; its descriptor is owned, -1 when closed
+cdef struct caller_t:
+    conn_t conn             # first; its descriptor is owned, -1 when closed
     turn_t turn             # of its request
     member_t* member        # whose turns it takes; changed under the lock by who has it
     server_t* server
-    conn_t* previous        # of all connections, the one idle longest first
-    conn_t* next
+    caller_t* previous      # of all connections, the one idle longest first
+    caller_t* next
     uint64_t id             # never used twice
     int state
     bint is_odd             # h11 reads it
@@ -198,8 +199,8 @@ cdef struct handler_t:
     bint is_stuck           # so long at work on it that others must not count on this thread
 
 cdef struct queue_t:
-    conn_t* head
-    conn_t* tail
+    caller_t* head
+    caller_t* tail
 
 cdef struct server_t:
     descriptors_t* descriptors  # the process's: what a forked child closes
@@ -240,11 +241,11 @@ cdef struct server_t:
     heads_t heads
 
     int wants_returned      # atomic: the loop is to be woken for every connection given back
-    conn_t* oldest          # the leader's own from here on; the lock hands it over
-    conn_t* newest
+    caller_t* oldest    # the leader's own from here on; the lock hands it over
+    caller_t* newest
     runnable_t bulk         # runnable when there is time: with much to read
     int64_t bulk_bytes      # read of that in this turn
-    conn_t* buried          # closed in this turn, when events may still point to them
+    caller_t* buried    # closed in this turn, when events may still point to them
     int64_t accept_at_ns    # 0: accepting; else when to try again; -1: when one closes or is idle
     int64_t reading         # bytes in the budget, of bodies that are being read
     int64_t queue_check_ns  # when to see whether the queue moves; 0 is never
@@ -260,76 +261,78 @@ cdef struct server_t:
     uint8_t scratch[SERVER_SCRATCH]
 
 
-cdef inline conn_t* conn_of_turn(turn_t* turn) noexcept nogil:
+cdef inline caller_t* caller_of_turn(turn_t* turn) noexcept nogil:
     """Return the connection whose turn it is; NULL for NULL."""
-    cdef conn_t* conn = <conn_t*>turn
-    return NULL if turn is NULL else <conn_t*>(<char*>turn - (<char*>&conn.turn - <char*>conn))
+    cdef caller_t* caller = <caller_t*>turn
+    if turn is NULL:
+        return NULL
+    return <caller_t*>(<char*>turn - (<char*>&caller.turn - <char*>caller))
 
 
 # -- a connection's states
 
-cdef inline int conn_next_states(int state) noexcept nogil:
+cdef inline int caller_next_states(int state) noexcept nogil:
     """Return the states that may follow one, as bits."""
-    if state == CONN_HEAD:          # its head has come; TLS is to begin; something is for a thread
-        return 1 << CONN_BODY | 1 << CONN_ODD | 1 << CONN_HANDLED | 1 << CONN_CLOSED
-    if state == CONN_BODY:          # it is whole, or will not be
-        return 1 << CONN_HANDLED | 1 << CONN_CLOSED
-    if state == CONN_ODD:       # bytes have come, or a deadline
-        return 1 << CONN_HANDLED | 1 << CONN_CLOSED
-    if state == CONN_HANDLED or state == CONN_WRITING:      # given back; the answer is out
-        return 1 << CONN_HEAD | 1 << CONN_ODD | 1 << CONN_HANDLED | 1 << CONN_WRITING \
-            | 1 << CONN_LINGERING | 1 << CONN_CLOSED
-    if state == CONN_LINGERING:
-        return 1 << CONN_CLOSED
+    if state == CALLER_HEAD:        # its head has come; TLS is to begin; something is for a thread
+        return 1 << CALLER_BODY | 1 << CALLER_ODD | 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
+    if state == CALLER_BODY:        # it is whole, or will not be
+        return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
+    if state == CALLER_ODD:         # bytes have come, or a deadline
+        return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
+    if state == CALLER_HANDLED or state == CALLER_WRITING:      # given back; the answer is out
+        return 1 << CALLER_HEAD | 1 << CALLER_ODD | 1 << CALLER_HANDLED | 1 << CALLER_WRITING \
+            | 1 << CALLER_LINGERING | 1 << CALLER_CLOSED
+    if state == CALLER_LINGERING:
+        return 1 << CALLER_CLOSED
     return 0
 
 
-cdef inline void conn_set_state(conn_t* conn, int state) noexcept nogil:
+cdef inline void caller_set_state(caller_t* caller, int state) noexcept nogil:
     """Change the state of a connection that the loop has."""
-    invariant(conn_next_states(conn.state) >> state & 1)
-    conn.state = state
+    invariant(caller_next_states(caller.state) >> state & 1)
+    caller.state = state
 
 
 # -- the connections in the order of their last request, so that the one idle longest is at hand
 
-cdef inline void conn_unlink(conn_t* conn) noexcept nogil:
-    cdef server_t* server = conn.server
-    if conn.previous is NULL:
-        server.oldest = conn.next
+cdef inline void caller_unlink(caller_t* caller) noexcept nogil:
+    cdef server_t* server = caller.server
+    if caller.previous is NULL:
+        server.oldest = caller.next
     else:
-        conn.previous.next = conn.next
-    if conn.next is NULL:
-        server.newest = conn.previous
+        caller.previous.next = caller.next
+    if caller.next is NULL:
+        server.newest = caller.previous
     else:
-        conn.next.previous = conn.previous
+        caller.next.previous = caller.previous
 
 
-cdef inline void conn_append(conn_t* conn) noexcept nogil:
-    cdef server_t* server = conn.server
-    conn.previous = server.newest
-    conn.next = NULL
+cdef inline void caller_append(caller_t* caller) noexcept nogil:
+    cdef server_t* server = caller.server
+    caller.previous = server.newest
+    caller.next = NULL
     if server.newest is NULL:
-        server.oldest = conn
+        server.oldest = caller
     else:
-        server.newest.next = conn
-    server.newest = conn
+        server.newest.next = caller
+    server.newest = caller
 
 
-cdef inline void conn_set_deadline(conn_t* conn, int64_t deadline_ns) noexcept nogil:
-    conn.deadline_ns = deadline_ns
-    loop_look_at(&conn.server.loop, deadline_ns)
+cdef inline void caller_set_deadline(caller_t* caller, int64_t deadline_ns) noexcept nogil:
+    caller.deadline_ns = deadline_ns
+    loop_look_at(&caller.server.loop, deadline_ns)
 
 
-cdef inline bint conn_is_bulk(const conn_t* conn) noexcept nogil:
+cdef inline bint caller_is_bulk(const caller_t* caller) noexcept nogil:
     """Tell whether what comes on a connection is read by and by, for there may be much of it."""
-    return conn.state == CONN_LINGERING \
-        or (conn.state == CONN_BODY and conn.request.body.size > BODY_SMALL)
+    return caller.state == CALLER_LINGERING \
+        or (caller.state == CALLER_BODY and caller.request.body.size > BODY_SMALL)
 
 
-cdef inline void conn_add_runnable(conn_t* conn) noexcept nogil:
+cdef inline void caller_add_runnable(caller_t* caller) noexcept nogil:
     """Let the loop look at the connection again in its next turn, or when there is time."""
-    cdef server_t* server = conn.server
-    runnable_add(&server.bulk if conn_is_bulk(conn) else &server.loop.runnable, &conn.io)
+    cdef server_t* server = caller.server
+    runnable_add(&server.bulk if caller_is_bulk(caller) else &server.loop.runnable, &caller.conn.io)
 
 
 # -- the loop, told from outside
@@ -342,7 +345,7 @@ cdef inline void server_tell(server_t* server) noexcept nogil:
 
 # -- memory
 
-cdef inline bint conn_save(conn_t* conn, const uint8_t* data, size_t n) noexcept nogil:
+cdef inline bint caller_save(caller_t* caller, const uint8_t* data, size_t n) noexcept nogil:
     """Keep bytes for later; ``data`` may lie within the buffer."""
     cdef uint8_t* copy = NULL
     if n > 0:
@@ -350,9 +353,9 @@ cdef inline bint conn_save(conn_t* conn, const uint8_t* data, size_t n) noexcept
         if copy is NULL:
             return False
         memcpy(copy, data, n)
-    free(conn.buffer)
-    conn.buffer = copy
-    conn.buffer_len = n
+    free(caller.buffer)
+    caller.buffer = copy
+    caller.buffer_len = n
     return True
 
 
@@ -401,20 +404,20 @@ cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept n
 
 # -- accepted heads
 
-cdef inline void conn_set_member(conn_t* conn, uint64_t sender) noexcept nogil:
+cdef inline void caller_set_member(caller_t* caller, uint64_t sender) noexcept nogil:
     """Have a connection that the caller has take the turns of a member from now on.
 
     The caller holds the lock.
     """
     cdef member_t* member = NULL
-    if conn.member.id != sender:
-        member = host_join(conn.member.host, sender)
+    if caller.member.id != sender:
+        member = host_join(caller.member.host, sender)
     if member is not NULL:
-        turns_leave(&conn.server.turns, conn.member)
-        conn.member = member
+        turns_leave(&caller.server.turns, caller.member)
+        caller.member = member
 
 
-cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* data, size_t n,
+cdef inline bint server_knows(server_t* server, caller_t* caller, const uint8_t* data, size_t n,
                               http_post_t* post) noexcept nogil:
     """Tell whether Python has accepted such a head before; remember it on the connection."""
     cdef const head_t* head
@@ -422,12 +425,12 @@ cdef inline bint server_knows(server_t* server, conn_t* conn, const uint8_t* dat
     pthread_mutex_lock(&server.lock)
     head = heads_find(&server.heads, data, n, post)
     if head is not NULL:
-        copy = <uint8_t*>realloc(conn.known, head.post.head_len)
+        copy = <uint8_t*>realloc(caller.known, head.post.head_len)
         if copy is not NULL:
             memcpy(copy, head.data, head.post.head_len)
-            conn.known = copy
-            conn.known_post = head.post
-        conn_set_member(conn, head.sender)
+            caller.known = copy
+            caller.known_post = head.post
+        caller_set_member(caller, head.sender)
     pthread_mutex_unlock(&server.lock)
     return head is not NULL
 
