@@ -80,16 +80,25 @@ chaos: build
 soak: build
 	$(BIN)/python -m tests.soak $(SOAK)
 
-lint: build $(VENV)/.linters typecheck
+lint: build $(VENV)/.linters typecheck libssl-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint pipeline tests
+
+# Our prototypes of OpenSSL's functions against OpenSSL's own, where its headers are installed.
+.PHONY: libssl-check
+libssl-check:
+	@if printf '#include <openssl/ssl.h>\n' | $(CC) -E -x c - > /dev/null 2>&1; then \
+		$(CC) -std=gnu11 -Wall -Wextra -Wno-unused-function -Werror -DLIBSSL_CHECK -fsyntax-only -x c pipeline/tls/libssl.h; \
+	else \
+		echo 'libssl-check: SKIPPED: OpenSSL has no headers here. On Debian: apt-get install libssl-dev' >&2; \
+	fi
 
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
-	$(BIN)/python -m mypy.stubtest pipeline.net._budget pipeline.wire._chunks pipeline._core pipeline.send._jobs pipeline.wire._messages pipeline.receive._receiver pipeline.net._sockets
+	$(BIN)/python -m mypy.stubtest pipeline.tls._engine pipeline.net._budget pipeline.wire._chunks pipeline._core pipeline.send._jobs pipeline.wire._messages pipeline.receive._receiver pipeline.net._sockets
 
 benchmarks/bin/%: benchmarks/c/%.c $(wildcard benchmarks/c/*.h)
 	mkdir -p $(@D)

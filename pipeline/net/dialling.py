@@ -106,6 +106,7 @@ class Dial:
         timeout_s: float,
         options: Sequence[tuple[int, int, int | bytes]],
         on_done: Callable[[Dial], object],
+        *,
         credentials: Credentials | None = None,
     ) -> None:
         self.host = host.strip("[]")

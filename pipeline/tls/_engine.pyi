@@ -5,6 +5,8 @@ from typing import Any, Self, final
 
 from typing_extensions import Buffer
 
+from pipeline.config import AnyPath
+
 __all__ = ["Context", "Session", "TLSError"]
 
 class TLSError(OSError): ...
@@ -39,10 +41,10 @@ class Context:
         cls,
         *,
         is_server: bool,
-        cert_file: str,
-        key_file: str,
-        trusted_ca_file: str | None,
-        crl_file: str | None,
+        cert_file: AnyPath,
+        key_file: AnyPath,
+        trusted_ca_file: AnyPath | None,
+        crl_file: AnyPath | None,
         min_version: str,
         asks_for_certificate: bool,
     ) -> Self: ...

@@ -392,7 +392,7 @@ cdef object last_failure():
     return "it cannot be read" if text is NULL else text.decode()
 
 
-cdef object open_file(str name, str path):
+cdef object open_file(str name, path):
     """Raise what keeps a file from being read, which OpenSSL has only numbers for."""
     try:
         with open(path, "rb"):
@@ -452,7 +452,7 @@ cdef object set_up(SSL_CTX* context, bint is_server, str min_version, bint asks_
         engine.lib.SSL_CTX_get0_param(context), X509_V_FLAG_PARTIAL_CHAIN)
 
 
-cdef object load_chain(SSL_CTX* context, str cert_file, str key_file):
+cdef object load_chain(SSL_CTX* context, cert_file, key_file):
     cdef int is_encrypted = 0
     cdef bytes cert = os.fsencode(cert_file)
     cdef bytes key = os.fsencode(key_file)
@@ -463,9 +463,9 @@ cdef object load_chain(SSL_CTX* context, str cert_file, str key_file):
     engine.lib.SSL_CTX_set_default_passwd_cb_userdata(context, &is_encrypted)
     try:
         if not engine.lib.SSL_CTX_use_certificate_chain_file(context, cert):
-            raise OSError(f"cert_file, key_file: {cert_file}: {last_failure()}")
+            raise OSError(f"cert_file, key_file: {os.fspath(cert_file)!r}: {last_failure()}")
         if not engine.lib.SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM):
-            why = "the key is encrypted" if is_encrypted else f"{key_file}: {last_failure()}"
+            why = "the key is encrypted" if is_encrypted else f"{os.fspath(key_file)!r}: {last_failure()}"
             raise OSError(f"cert_file, key_file: {why}")
         if not engine.lib.SSL_CTX_check_private_key(context):
             raise OSError(f"cert_file, key_file: {last_failure()}")
@@ -475,16 +475,16 @@ cdef object load_chain(SSL_CTX* context, str cert_file, str key_file):
         engine.lib.ERR_clear_error()
 
 
-cdef object load_authorities(SSL_CTX* context, str file):
+cdef object load_authorities(SSL_CTX* context, file):
     cdef bytes path = os.fsencode(file)
     open_file("trusted_ca_file", file)
     engine.lib.ERR_clear_error()
     if not engine.lib.SSL_CTX_load_verify_file(context, path):
-        raise OSError(f"trusted_ca_file: {file}: {last_failure()}")
+        raise OSError(f"trusted_ca_file: {os.fspath(file)!r}: {last_failure()}")
     engine.lib.ERR_clear_error()
 
 
-cdef object load_crl(SSL_CTX* context, str file):
+cdef object load_crl(SSL_CTX* context, file):
     """Load revocation lists, and nothing else: a certificate among them would be trusted."""
     cdef X509_STORE* store = engine.lib.SSL_CTX_get_cert_store(context)
     cdef bytes path = os.fsencode(file)
@@ -495,7 +495,7 @@ cdef object load_crl(SSL_CTX* context, str file):
     open_file("crl_file", file)
     bio = engine.lib.BIO_new_file(path, b"r")
     if bio is NULL:
-        raise OSError(f"crl_file: {file}: {last_failure()}")
+        raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
     certificate = engine.lib.PEM_read_bio_X509(bio, NULL, NULL, NULL)
     engine.lib.X509_free(certificate)
     engine.lib.BIO_free(bio)
@@ -503,7 +503,7 @@ cdef object load_crl(SSL_CTX* context, str file):
         raise OSError("crl_file: holds certificates")
     bio = engine.lib.BIO_new_file(path, b"r")
     if bio is NULL:
-        raise OSError(f"crl_file: {file}: {last_failure()}")
+        raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
     while True:
         crl = engine.lib.PEM_read_bio_X509_CRL(bio, NULL, NULL, NULL)
         if crl is NULL:
@@ -527,8 +527,8 @@ cdef class Context:
     ----------
     is_server : bool
         Whether for connections that we accept.
-    cert_file, key_file : str
-    trusted_ca_file, crl_file : str or None
+    cert_file, key_file : path
+    trusted_ca_file, crl_file : path or None
         Without the first servers are checked against the system's authorities.
     min_version : str
         "1.2" or "1.3".
@@ -551,10 +551,10 @@ cdef class Context:
         self,
         *,
         bint is_server,
-        str cert_file not None,
-        str key_file not None,
-        str trusted_ca_file,
-        str crl_file,
+        cert_file not None,
+        key_file not None,
+        trusted_ca_file,
+        crl_file,
         str min_version not None,
         bint asks_for_certificate,
     ):

@@ -254,10 +254,10 @@ def _load(info: TLSInfo) -> _Set:
     client, server = (
         Context(
             is_server=is_server,
-            cert_file=os.fspath(info.cert_file),
-            key_file=os.fspath(info.key_file),
-            trusted_ca_file=None if info.trusted_ca_file is None else os.fspath(info.trusted_ca_file),
-            crl_file=None if info.crl_file is None else os.fspath(info.crl_file),
+            cert_file=info.cert_file,
+            key_file=info.key_file,
+            trusted_ca_file=info.trusted_ca_file,
+            crl_file=info.crl_file,
             min_version=info.min_version,
             asks_for_certificate=info.client_cert_auth,
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import socket
 import ssl
 from pathlib import Path
+from typing import Any, Self
 
 import trustme
 from cryptography import x509
@@ -13,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from pipeline import TLSInfo
+from pipeline.tls import Session
 
 DAY = datetime.timedelta(days=1)
 
@@ -144,3 +148,42 @@ def _der(tag: int, value: bytes) -> bytes:
 def now() -> datetime.datetime:
     """Return the time."""
     return datetime.datetime.now(datetime.UTC)
+
+
+class Pair:
+    """Two connected sockets that do not block, one for a session of ours."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
+        for sock in (self.ours, self.theirs):
+            sock.setblocking(False)
+        self._python: ssl.SSLSocket | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for sock in (self.ours, self.theirs, self._python):
+            if sock is not None:
+                sock.close()
+
+    def python(self, context: ssl.SSLContext, **settings: Any) -> ssl.SSLSocket:
+        """Put Python's TLS on the other end, for a handshake that is still to come."""
+        self._python = context.wrap_socket(
+            self.theirs, do_handshake_on_connect=False, suppress_ragged_eofs=False, **settings
+        )
+        return self._python
+
+
+def shake(*ends: Session | ssl.SSLSocket) -> None:
+    """Have both ends of a connection shake hands; raises what one of them refuses with."""
+    pending = list(ends)
+    while pending:
+        for end in list(pending):
+            if isinstance(end, Session):
+                if end.shake():
+                    pending.remove(end)
+                continue
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+                pending.remove(end)
