@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz import oracles, receiver
+from tests.fuzz import oracles, receiver, tls
 
 HERE = Path(__file__).parent
 
 #: Bytes of an input at most: a longer one finds nothing that these do not, and is slower.
-MAX_LENGTHS = {"message": 1024, "answer": 512, "request": 1024, "receiver": 512}
+MAX_LENGTHS = {"message": 1024, "answer": 512, "request": 1024, "receiver": 512, "tls": 512}
 NAMES = tuple(MAX_LENGTHS)
 
 
@@ -35,6 +35,7 @@ def load(name: str, machine_type: Any = None) -> Callable[[bytes], object]:
         "answer": oracles.check_answer,
         "request": check_request,
         "receiver": lambda data: receiver.run(machine_type, data),
+        "tls": tls.run,
     }[name]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UnmarshalError
-from tests.fuzz import build, oracles, receiver, targets
+from tests.fuzz import build, oracles, receiver, targets, tls
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,10 @@ def test_our_parsers_and_those_of_others_agree_on_every_kept_input(target: str) 
 
 def test_the_receiver_keeps_its_invariants_on_every_kept_script(machine_type: Any) -> None:
     replay(targets.HERE / "corpus" / "receiver", "receiver", machine_type)
+
+
+def test_a_tls_session_keeps_its_word_on_every_kept_script() -> None:
+    replay(targets.HERE / "corpus" / "tls", "tls")
 
 
 REGRESSIONS = sorted((targets.HERE / "regressions").glob("*/*"))
@@ -112,3 +116,12 @@ def test_a_recogniser_of_requests_that_ignores_chunks_is_noticed(
     )
     with pytest.raises(AssertionError):
         oracles.check_request(data)
+
+
+def test_a_session_that_reads_what_was_not_written_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = tls._read_all
+    monkeypatch.setattr(tls, "_read_all", lambda session: read(session)[::-1])
+    with pytest.raises(AssertionError):
+        tls.run(bytes((7, 0, 0, 1, 2)))
