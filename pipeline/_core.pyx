@@ -10,21 +10,18 @@ structs:
     ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
 """
 
-from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
-from posix.uio cimport iovec
 
 from pipeline.send._books cimport (
     OUTCOME_FAILED, OUTCOME_SENT, books_check, books_t, follower_stddev_ms, follower_t,
 )
 from pipeline.send._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_take_expired, job_t
-from pipeline.net._cursor cimport cursor_advance, cursor_gather, cursor_is_at_end, cursor_t
+from pipeline.net._cursor cimport cursor_is_at_end
 from pipeline.net._gil cimport lock_with_gil, try_lock
 from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_LENGTH_MAX, http_recognise_204
@@ -32,19 +29,16 @@ from pipeline.send._jobs cimport (
     EncodedMessage, job_free, job_from_encoded, job_from_message, job_from_protobuf, jobs_free,
 )
 from pipeline.send._pipe cimport (
-    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
-    ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED,
-    EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_TASKS, EVENT_UNSEAL, GIVEN_NOT,
-    GIVEN_RETIRED, GIVEN_TO_LOOP, SEAL_CONNECTED, SEAL_NONE, SEAL_READING, SEAL_WRITING, TYPE_APP,
-    WORKER_IDLE, WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
-    WORKER_STEP_BYTES, WORKER_WRITING, event_t, limits_t, pipe_begin_stop, pipe_count, pipe_free,
-    pipe_init, pipe_offer, pipe_retire_connections, pipe_t, sending_queue_tasks, sending_t,
-    worker_t,
+    ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
+    EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED, EVENT_SUCCEEDED,
+    EVENT_TASKS, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, TYPE_APP, WORKER_IDLE, WORKER_JOINED_MAX,
+    WORKER_PYTHON, WORKER_READING, WORKER_RETIRED, WORKER_WRITING, event_t, limits_t,
+    pipe_begin_stop, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t,
+    sending_queue_tasks, sending_t, worker_t,
 )
 from pipeline.send._sending cimport sending_free, sending_init, sending_start, sending_stop
-from pipeline.send._worker cimport (
-    worker_give_back, worker_may_retry, worker_take_sealed, worker_to_python,
-)
+from pipeline.send._worker cimport worker_give_back, worker_to_python
+from pipeline.tls._engine cimport Session
 from pipeline.wire._messages cimport Message, profile_index
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
@@ -64,13 +58,9 @@ from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
 __all__ = [
-    "CLOSED", "ActiveFlag", "Channel", "Event", "GiveBack", "IOLoop", "Sender",
+    "ActiveFlag", "Channel", "Event", "GiveBack", "IOLoop", "Sender",
     "error_text", "recognise_204",
 ]
-
-cdef enum:
-    # What a TLS record holds.
-    RECORD_MAX = 16 * 1024
 
 # What a worker is at, in the words of ``Sender.states``.
 cdef dict STATES = {
@@ -93,9 +83,6 @@ class Event(enum.IntEnum):
     FAILED = EVENT_FAILED
     SUCCEEDED = EVENT_SUCCEEDED
     CLOSED = EVENT_CLOSED
-    HANDSHAKE = EVENT_HANDSHAKE
-    SEAL = EVENT_SEAL
-    UNSEAL = EVENT_UNSEAL
 
 
 cdef tuple EVENTS = (None, *Event)
@@ -117,11 +104,8 @@ cdef dict REASONS = {
     ERROR_STALLED: "stalled: no byte could be written within the stall timeout",
     ERROR_STOPPED: "stopped",
     ERROR_DEAD_LINK: "dead link: the peer acknowledges nothing",
-    ERROR_HANDSHAKE_TIMEOUT: "not done within its timeout",
 }
 
-#: Why a worker comes with an event: the peer has ended the stream.
-CLOSED = ERROR_CLOSED
 
 
 def error_text(int error):
@@ -679,8 +663,7 @@ cdef class Worker:
         """Return (bytes of the answer read so far, whether the request is written whole)."""
         cdef worker_t* worker = self.c
         return (PyBytes_FromStringAndSize(<char*>worker.answer, worker.answer_len),
-                worker.job is not NULL and cursor_is_at_end(&worker.cursor)
-                and worker.sealed_written == worker.sealed_len)
+                worker.job is not NULL and cursor_is_at_end(&worker.cursor))
 
     def has_job(self):
         """Tell whether the worker has a message; it comes without one from an idle connection."""
@@ -696,18 +679,19 @@ cdef class Worker:
             # The loop may hold the events' lock for a moment. Only C state is touched.
             worker_to_python(worker, EVENT_DIALLED, 0)
 
-    def connect(self, int fd, bytes head, *, bint is_sealed=False):
+    def connect(self, sock not None, bytes head not None):
         """Give the worker a connected socket and the request head for it.
 
         Parameters
         ----------
-        fd : int
-            A non-blocking socket. Borrowed: it stays open until the worker comes back to Python.
+        sock : OwnSocket
+            One that does not block, and has shaken hands if it has TLS. Borrowed: it stays open
+            until the worker comes back to Python.
         head : bytes
             The request head up to and with ``Content-Length: ``.
-        is_sealed : bool
-            Whether the connection is to carry TLS.
         """
+        cdef int fd = sock.fileno()
+        cdef Session tls = sock.tls
         cdef worker_t* worker = self.c
         cdef size_t n = PyBytes_GET_SIZE(head)
         cdef uint8_t* copy = <uint8_t*>malloc(n + HTTP_LENGTH_MAX + WORKER_JOINED_MAX)
@@ -719,10 +703,8 @@ cdef class Worker:
         worker.head_fixed = n
         worker.head_for = <size_t>-1
         worker.known_len = 0
-        worker.io.fd = fd
-        worker.seal = SEAL_CONNECTED if is_sealed else SEAL_NONE
-        worker.sealed = NULL
-        worker.sealed_len = worker.sealed_written = 0
+        worker.conn.io.fd = fd
+        worker.conn.tls = NULL if tls is None else tls.c
         worker.is_odd = False
         worker.text_deadline_ns = 0
         worker.is_reused = False
@@ -732,16 +714,12 @@ cdef class Worker:
     def disconnect(self):
         """Take the worker's socket away; the caller closes it, and may go on to dial another.
 
-        What is dialled now is for the URL that is picked after this call. Returns whether all that
-        was posted of a TLS connection has been written.
+        What is dialled now is for the URL that is picked after this call.
         """
         cdef worker_t* worker = self.c
-        cdef bint is_written = worker.sealed_written == worker.sealed_len
-        worker.io.fd = -1
-        worker.sealed = NULL
-        worker.sealed_len = worker.sealed_written = 0
+        worker.conn.io.fd = -1
+        worker.conn.tls = NULL
         worker.generation = load_int(&self.c.pipe.generation)
-        return is_written
 
     def read_on(self, double text_timeout_s=0.0):
         """Have the loop read more of an answer, for Python, when the worker is given back.
@@ -753,75 +731,6 @@ cdef class Worker:
         worker.is_odd = True
         if text_timeout_s > 0 and worker.text_deadline_ns == 0:
             worker.text_deadline_ns = clock_ns() + <int64_t>(text_timeout_s * 1e9)
-        if worker.seal == SEAL_WRITING:     # answered early: the rest is not worth writing
-            worker.seal = SEAL_READING
-            worker.sealed_deadline_ns = clock_ns() + self.c.pipe.limits.response_timeout_ns
-
-    def may_retry(self, int error):
-        """Tell whether the worker's message goes once more on a fresh connection, after ``error``.
-
-        If so, it is to be dialled: it is for once only.
-        """
-        return worker_may_retry(self.c, error)
-
-    # -- for a connection that carries TLS
-
-    def begin_handshake(self, double timeout_s):
-        """Bound the handshake that begins now."""
-        self.c.sealed_deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
-
-    def end_handshake(self):
-        """Note that the worker's message comes next."""
-        cdef worker_t* worker = self.c
-        worker.seal = SEAL_WRITING
-        worker.sealed_deadline_ns = 0
-
-    def take(self):
-        """Take the next message for the worker, which has none; False if that is for the loop."""
-        cdef worker_t* worker = self.c
-        cdef bint is_taken
-        with nogil:
-            # The loop may hold the pipe's lock for a moment. Only C state is touched.
-            is_taken = worker_take_sealed(worker)
-        return is_taken
-
-    def post(self, bytes sealed):
-        """Give the worker ciphertext to write. Borrowed until the next, or until it fails."""
-        cdef worker_t* worker = self.c
-        worker.sealed = <const uint8_t*>PyBytes_AS_STRING(sealed)
-        worker.sealed_len = PyBytes_GET_SIZE(sealed)
-        worker.sealed_written = 0
-
-    def seal(self, write):
-        """Pass what comes next of the worker's request to ``write``, 1 MiB at most.
-
-        A request that fits into one TLS record is passed at once. Otherwise ``write`` gets views
-        of the message's own memory, which end with the call.
-        """
-        cdef worker_t* worker = self.c
-        cdef cursor_t* cursor = &worker.cursor
-        cdef size_t whole = worker.head_len + worker.job.size_bytes
-        cdef size_t left = WORKER_STEP_BYTES
-        cdef iovec piece
-        cdef uint8_t* at
-        if cursor.at == 0 and whole <= RECORD_MAX:
-            data = PyBytes_FromStringAndSize(NULL, whole)
-            at = <uint8_t*>PyBytes_AS_STRING(data)
-            while cursor_gather(cursor, &piece, 1, whole) > 0:
-                memcpy(at, piece.iov_base, piece.iov_len)
-                at += piece.iov_len
-                cursor_advance(cursor, piece.iov_len)
-            write(data)
-            return
-        while cursor_gather(cursor, &piece, 1, left) > 0:
-            left -= piece.iov_len
-            cursor_advance(cursor, piece.iov_len)
-            if piece.iov_len > 0:
-                view = PyMemoryView_FromMemory(<char*>piece.iov_base, piece.iov_len, PyBUF_READ)
-                try:
-                    write(view)
-                finally:
-                    view.release()
 
     def count_failed_append(self):
         """Count the worker's message as failed for the follower, if it is a MsgApp."""

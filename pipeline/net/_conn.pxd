@@ -87,6 +87,21 @@ cdef inline ssize_t conn_send_next(conn_t* conn, cursor_t* cursor, size_t size_m
     return n
 
 
+cdef inline bint conn_has_moved(const conn_t* conn) noexcept nogil:
+    """Tell whether of what was written last, and not taken, a part has gone all the same."""
+    return conn.tls is not NULL and conn.tls.has_moved
+
+
+cdef inline bint conn_has_ended(const conn_t* conn) noexcept nogil:
+    """Tell whether TLS has read the end, or an error, of which epoll will not speak again."""
+    return conn.tls is not NULL and (conn.tls.has_ended or conn.tls.has_failed)
+
+
+cdef inline bint conn_wants_to_write(const conn_t* conn) noexcept nogil:
+    """Tell whether reading goes on only when the socket takes what TLS itself has to say."""
+    return conn.tls is not NULL and conn.tls.wants_to_write
+
+
 cdef inline bint conn_is_silent(conn_t* conn) noexcept nogil:
     """Tell whether nothing has come that is not read yet: no byte, no end, no error."""
     if conn.tls is not NULL:

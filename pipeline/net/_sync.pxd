@@ -47,6 +47,7 @@ cdef extern from "<errno.h>" nogil:
         EAGAIN      # EWOULDBLOCK is the same on Linux
         EINTR
         EPIPE
+        EPROTO
         ECONNRESET
         ENOTCONN
         EMFILE

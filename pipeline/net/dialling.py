@@ -69,6 +69,8 @@ class Dial:
         Called with this once it has ended, by the poller: it must neither block nor raise.
     credentials : Credentials, optional
         For TLS.
+    handshake_timeout_s : float, optional
+        For the handshake, from the connect on; ``HANDSHAKE_TIMEOUT_S`` without it.
 
     Notes
     -----
@@ -87,6 +89,7 @@ class Dial:
         "credentials",
         "deadline",
         "failures",
+        "handshake_timeout_s",
         "host",
         "is_done",
         "is_resolved",
@@ -108,6 +111,7 @@ class Dial:
         on_done: Callable[[Dial], object],
         *,
         credentials: Credentials | None = None,
+        handshake_timeout_s: float | None = None,
     ) -> None:
         self.host = host.strip("[]")
         self.port = port
@@ -116,11 +120,14 @@ class Dial:
         self.deadline = self.began_at + timeout_s
         #: Set last, when it has ended.
         self.is_done = False
-        #: Seconds it took to connect.
+        #: Seconds it took to connect, or until it was given up.
         self.took_s = 0.0
         #: Seconds of the TLS handshake; None without one.
         self.tls_s: float | None = None
         self.credentials = credentials
+        self.handshake_timeout_s = (
+            HANDSHAKE_TIMEOUT_S if handshake_timeout_s is None else handshake_timeout_s
+        )
         self._options = options
         self._on_done = [on_done]  # popped, and so called, by the one who ends the dial
         self._sock: OwnSocket | None = None
@@ -174,7 +181,7 @@ class Dial:
     def begin_tls(self, sock: OwnSocket, credentials: Credentials) -> None:
         """Go on to the handshake, on a connected socket. Raises ``TLSError``."""
         self.tls_began_at = time.monotonic()
-        self.deadline = self.tls_began_at + HANDSHAKE_TIMEOUT_S
+        self.deadline = self.tls_began_at + self.handshake_timeout_s
         self.next_at = math.inf
         self.addresses.clear()
         self.securing = sock
@@ -189,6 +196,8 @@ class Dial:
         except IndexError:
             return
         self._sock, self._failure = sock, failure
+        if not self.took_s:
+            self.took_s = time.monotonic() - self.began_at
         if self._is_unwanted:  # by now
             self.discard()
         self.is_done = True

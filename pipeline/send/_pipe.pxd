@@ -28,7 +28,8 @@ from pipeline.send._channel cimport (
 )
 from pipeline.net._cursor cimport cursor_t
 from pipeline.wire._http cimport HTTP_ANSWER_MAX
-from pipeline.net._loop cimport io_t, loop_look_at, loop_t, loop_wake
+from pipeline.net._conn cimport conn_t
+from pipeline.net._loop cimport loop_look_at, loop_t, loop_wake
 from pipeline.net._sync cimport (
     add_i64, add_int, cond_init_monotonic, invariant, list_push, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_mutex_destroy,
@@ -40,7 +41,6 @@ cdef enum:
     # Bytes a worker writes per turn. Steps of 256 KiB cost a third more CPU than steps of 1 MiB on
     # loopback; one step of 1 MiB delays the other workers by about 0.2 ms (design section 3).
     WORKER_STEP_BYTES = 1 << 20
-    WORKER_STEP_SEGMENTS = 64
     # The send buffer to a peer whose handshake took no longer: one step of the loop fills it.
     NEAR_RTT_US = 100
     SEND_BUFFER_NEAR = 1 << 20
@@ -76,9 +76,6 @@ cdef enum:
     EVENT_FAILED            # error says why
     EVENT_SUCCEEDED         # 204, and Python has to hear of it
     EVENT_CLOSED            # no job; the idle connection was closed by the peer
-    EVENT_HANDSHAKE         # connected; TLS is to begin
-    EVENT_SEAL              # the job, or more of it, is to be encrypted
-    EVENT_UNSEAL            # ciphertext has been read; without a job from an idle connection
     EVENT_TASKS             # no worker; there are tasks for Python, releasing payloads among them
 
 # Causes of failure that have no errno.
@@ -88,16 +85,6 @@ cdef enum:
     ERROR_STALLED = -3
     ERROR_STOPPED = -4
     ERROR_DEAD_LINK = -5    # what was sent is not acknowledged
-    ERROR_HANDSHAKE_TIMEOUT = -6
-
-# How far a connection that carries TLS has come. The loop does its I/O and keeps its deadlines;
-# Python turns plaintext into ciphertext and back, one visit per piece written or read.
-cdef enum:
-    SEAL_NONE = 0           # it carries plain HTTP
-    SEAL_CONNECTED          # the handshake is to begin
-    SEAL_HANDSHAKE
-    SEAL_WRITING            # a request
-    SEAL_READING            # the answer; also between two requests
 
 cdef enum:
     GIVEN_TO_LOOP = 0
@@ -111,8 +98,9 @@ cdef struct event_t:
     int error
 
 cdef struct worker_t:
-    # First. Its descriptor is borrowed from the Python connection, which outlives its use here.
-    io_t io
+    # First. Descriptor and TLS are borrowed from the Python connection, which outlives their use
+    # here.
+    conn_t conn
     pipe_t* pipe            # borrowed; outlives its workers
     worker_t* next          # on the idle stack
     event_t event           # at most one is under way
@@ -128,19 +116,14 @@ cdef struct worker_t:
     int64_t answer_deadline_ns      # of the whole answer, however often Python looks at it
     int64_t text_deadline_ns        # of the text of an answer whose head has come; 0 is none
     bint is_odd             # http.client reads the answer: whatever comes goes to Python
-    int seal                # SEAL_*
-    const uint8_t* sealed   # ciphertext to write; its connection's, until that gives more
-    size_t sealed_len
-    size_t sealed_written
-    int64_t sealed_deadline_ns      # of handshake, stall or answer, however often Python is asked
     # Owned: the request head up to and with "Content-Length: ", and room for its end and for
     # WORKER_JOINED_MAX bytes of a body.
     uint8_t* head
     size_t head_fixed       # bytes of it that never change
     size_t head_len
     size_t head_for         # the length now written at its end
-    size_t written          # bytes of head and body, or of their ciphertext
-    cursor_t cursor         # in the job's segments: what is next to write, or to encrypt
+    size_t written          # bytes of head and body; with TLS those of whole records
+    cursor_t cursor         # in the job's segments: what is next to write
     int answer_len
     int known_len
     uint8_t answer[HTTP_ANSWER_MAX]
@@ -243,7 +226,7 @@ cdef inline int pipe_init(pipe_t* pipe, sending_t* sending, int n_workers,
     for i in range(n_workers):      # the first worker ends up last on the stack
         pipe.workers[i].pipe = pipe
         pipe.workers[i].index = i
-        pipe.workers[i].io.fd = -1
+        pipe.workers[i].conn.io.fd = -1
         pipe.workers[i].next = pipe.idle
         pipe.idle = &pipe.workers[i]
     return 0

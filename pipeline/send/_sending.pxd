@@ -37,7 +37,7 @@ cdef inline void sending_close_idle(pipe_t* pipe) noexcept nogil:
     cdef worker_t* worker
     while link[0] is not NULL:
         worker = link[0]
-        if worker.io.fd >= 0 and worker.generation != load_int(&pipe.generation):
+        if worker.conn.io.fd >= 0 and worker.generation != load_int(&pipe.generation):
             link[0] = worker.next
             worker_to_python(worker, EVENT_CLOSED, 0)
         else:
@@ -101,12 +101,12 @@ cdef inline void sending_detach(sending_t* sending, pipe_t* pipe) noexcept nogil
     pipe.idle = NULL
     for i in range(pipe.n_workers):
         worker = &pipe.workers[i]
-        runnable_remove(&sending.loop.runnable, &worker.io)     # Python may have it meanwhile
+        runnable_remove(&sending.loop.runnable, &worker.conn.io)     # Python may have it meanwhile
         state = worker_look_at_state(worker)
         if state == WORKER_PYTHON:
             continue        # it comes back to be retired: worker_give_back
         if state == WORKER_IDLE:
-            loop_remove(&sending.loop, &worker.io)
+            loop_remove(&sending.loop, &worker.conn.io)
             worker_retire(worker)
         else:
             worker_to_python(worker, EVENT_FAILED, ERROR_STOPPED)

@@ -1,29 +1,30 @@
 """A worker: one connection at a time, on which it writes a request and reads the answer.
 
-Called by the loop, in its thread; but for ``worker_take_sealed`` and ``worker_give_back``, which
-are for the dispatcher thread that holds the worker. What a worker cannot do without Python (dial,
-TLS, judge an answer that is not a plain 204, tell Raft) it leaves to the dispatcher, with an event.
+Called by the loop, in its thread; but for ``worker_give_back``, which is for the dispatcher thread
+that holds the worker. What a worker cannot do without Python (dial, judge an answer that is not a
+plain 204, tell Raft) it leaves to the dispatcher, with an event. Whether its connection is plain or
+has TLS it need not know (``net/_conn.pxd``).
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint8_t
-from libc.string cimport memcmp, memcpy, memset
-from posix.uio cimport iovec
+from libc.string cimport memcmp, memcpy
 
 from pipeline.send._books cimport OUTCOME_SENT
 from pipeline.send._channel cimport channel_take, job_t
-from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_gather, cursor_is_at_end
+from pipeline.net._conn cimport (
+    conn_has_ended, conn_has_moved, conn_is_dead, conn_is_silent, conn_recv, conn_send,
+    conn_send_next, conn_wants_to_write,
+)
+from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_is_at_end
 from pipeline.wire._http cimport (
     HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
 )
-from pipeline.net._link cimport link_is_dead, link_is_silent
 from pipeline.send._pipe cimport (
-    ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_HANDSHAKE_TIMEOUT,
-    ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT,
-    EVENT_FAILED, EVENT_HANDSHAKE, EVENT_SEAL, EVENT_SUCCEEDED, EVENT_UNSEAL, GIVEN_NOT,
-    GIVEN_RETIRED, GIVEN_TO_LOOP, NEAR_RTT_US, SEAL_CONNECTED, SEAL_HANDSHAKE, SEAL_NONE,
-    SEAL_READING, SEAL_WRITING, SEND_BUFFER_NEAR, TYPE_PROP, TYPE_SNAP, WORKER_IDLE,
-    WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED, WORKER_STEP_BYTES,
-    WORKER_STEP_SEGMENTS, WORKER_WRITING, pipe_count, pipe_expire, pipe_t, sending_job_done,
+    ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
+    ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_FAILED, EVENT_SUCCEEDED,
+    GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, NEAR_RTT_US, SEND_BUFFER_NEAR, TYPE_PROP, TYPE_SNAP,
+    WORKER_IDLE, WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
+    WORKER_STEP_BYTES, WORKER_WRITING, pipe_count, pipe_expire, pipe_t, sending_job_done,
     sending_queue_event, sending_t, worker_t,
 )
 from pipeline.net._loop cimport (
@@ -31,10 +32,10 @@ from pipeline.net._loop cimport (
     runnable_add,
 )
 from pipeline.net._sync cimport (
-    EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP,
-    IPPROTO_TCP, MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK, SOL_SOCKET, SO_SNDBUF, TCP_INFO, clock_ns,
-    errno, getsockopt, invariant, load_int, msghdr, note_int, pthread_cond_broadcast,
-    pthread_mutex_lock, pthread_mutex_unlock, recv, send, sendmsg, setsockopt, socklen_t, tcp_info,
+    EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP, EPROTO,
+    IPPROTO_TCP, SOL_SOCKET, SO_SNDBUF, TCP_INFO, errno, getsockopt, invariant, load_int, note_int,
+    pthread_cond_broadcast, pthread_mutex_lock, pthread_mutex_unlock, setsockopt, socklen_t,
+    tcp_info,
 )
 
 # -- a worker's states
@@ -43,7 +44,7 @@ cdef inline int worker_next_states(int state) noexcept nogil:
     """Return the states that may follow one, as bits."""
     if state == WORKER_IDLE:        # a job; the peer has ended the connection; the pipe stops
         return 1 << WORKER_WRITING | 1 << WORKER_PYTHON | 1 << WORKER_RETIRED
-    if state == WORKER_WRITING:     # the request is written; it failed, or TLS needs Python
+    if state == WORKER_WRITING:     # the request is written; it failed
         return 1 << WORKER_WRITING | 1 << WORKER_READING | 1 << WORKER_PYTHON
     if state == WORKER_READING:     # 204, with nothing or something queued; anything else
         return 1 << WORKER_IDLE | 1 << WORKER_WRITING | 1 << WORKER_PYTHON
@@ -73,7 +74,7 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
     hold the connection open, and events would come for a worker that is gone.
     """
-    loop_remove(&worker.pipe.sending.loop, &worker.io)
+    loop_remove(&worker.pipe.sending.loop, &worker.conn.io)
     worker_set_state(worker, WORKER_PYTHON)
     worker.deadline_ns = 0
     worker.event.kind = kind
@@ -136,37 +137,33 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
     """Write head and body until done, until the socket is full, or for one step."""
     cdef sending_t* sending = worker.pipe.sending
     cdef job_t* job = worker.job
-    cdef iovec iov[WORKER_STEP_SEGMENTS]
-    cdef msghdr message
     cdef ssize_t written
     cdef size_t budget = WORKER_STEP_BYTES
-    memset(&message, 0, sizeof(message))
-    message.msg_iov = iov
     worker_set_state(worker, WORKER_WRITING)
     while not cursor_is_at_end(&worker.cursor):
         if worker.written == 0 and job.n_segments == 2 and job.size_bytes <= WORKER_JOINED_MAX:
             memcpy(worker.head + worker.head_len, job.segments[1].iov_base, job.size_bytes)
-            written = send(worker.io.fd, worker.head, worker.head_len + job.size_bytes,
-                           MSG_NOSIGNAL | MSG_DONTWAIT)
+            written = conn_send(&worker.conn, worker.head, worker.head_len + job.size_bytes)
+            if written > 0:
+                cursor_advance(&worker.cursor, <size_t>written)
         else:
-            message.msg_iovlen = cursor_gather(&worker.cursor, iov, WORKER_STEP_SEGMENTS, budget)
-            written = sendmsg(worker.io.fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT)
+            written = conn_send_next(&worker.conn, &worker.cursor, budget)
         if written < 0:
             if errno == EINTR:
                 continue
             if errno == EAGAIN:
-                if budget != WORKER_STEP_BYTES or worker.deadline_ns == 0:
+                if budget != WORKER_STEP_BYTES or worker.deadline_ns == 0 \
+                        or conn_has_moved(&worker.conn):
                     worker_set_deadline(
                         worker, sending.loop.now_ns + worker.pipe.limits.stall_timeout_ns)
                 return
             worker_write_failed(worker, errno)
             return
         worker.written += written
-        budget -= <size_t>written
-        cursor_advance(&worker.cursor, <size_t>written)
+        budget -= min(budget, <size_t>written)
         if budget == 0 and not cursor_is_at_end(&worker.cursor):
             worker_set_deadline(worker, sending.loop.now_ns + worker.pipe.limits.stall_timeout_ns)
-            runnable_add(&sending.loop.runnable, &worker.io)
+            runnable_add(&sending.loop.runnable, &worker.conn.io)
             return
     worker_set_state(worker, WORKER_READING)
     # Differs from etcd: it waits for ever, and a black hole keeps its worker.
@@ -175,84 +172,19 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
 
 
 cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
-    """A write failed; the peer may have said why (413, 412) before it closed."""
-    cdef ssize_t n = recv(worker.io.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
+    """A write failed; the peer may have said why (413, 412, an alert) before it closed."""
+    cdef ssize_t n = conn_recv(&worker.conn, worker.answer, HTTP_ANSWER_MAX)
     if n > 0:
         worker.answer_len = <int>n
         worker.answer_deadline_ns = \
             worker.pipe.sending.loop.now_ns + worker.pipe.limits.response_timeout_ns
-        if worker.seal == SEAL_NONE:
-            worker_to_python(worker, EVENT_ANSWER, 0)
-            return
-        if worker.seal == SEAL_WRITING:     # it may be session tickets, and the answer behind them
-            worker.seal = SEAL_READING
-            worker.sealed_deadline_ns = worker.answer_deadline_ns
-        worker_to_python(worker, EVENT_UNSEAL, 0)
+        worker_to_python(worker, EVENT_ANSWER, 0)
     else:
-        worker_fail(worker, error)
+        worker_fail(worker, EPROTO if n < 0 and errno == EPROTO else error)
 
 
-cdef inline void worker_flush(worker_t* worker) noexcept nogil:
-    """Write what Python has encrypted; then have it encrypt more, or wait for the peer.
-
-    A deadline outlasts the visits to Python: what the peer sends meanwhile, such as session
-    tickets, does not put it off.
-    """
-    cdef int64_t now_ns = worker.pipe.sending.loop.now_ns
-    cdef ssize_t written
-    cdef bint has_moved = False
-    worker_set_state(worker, WORKER_WRITING)
-    while worker.seal != SEAL_READING and worker.sealed_written < worker.sealed_len:
-        written = send(worker.io.fd, worker.sealed + worker.sealed_written,
-                       worker.sealed_len - worker.sealed_written, MSG_NOSIGNAL | MSG_DONTWAIT)
-        if written < 0:
-            if errno == EINTR:
-                continue
-            if errno == EAGAIN:
-                if worker.seal == SEAL_WRITING and (has_moved or worker.sealed_deadline_ns == 0):
-                    worker.sealed_deadline_ns = now_ns + worker.pipe.limits.stall_timeout_ns
-                worker_set_deadline(worker, worker.sealed_deadline_ns)
-                return
-            worker_write_failed(worker, errno)
-            return
-        has_moved = True
-        worker.sealed_written += written
-        if worker.seal == SEAL_WRITING:
-            worker.written += written
-    if worker.seal == SEAL_WRITING:
-        worker.sealed_deadline_ns = 0
-        if not cursor_is_at_end(&worker.cursor):
-            worker_to_python(worker, EVENT_SEAL, 0)
-            return
-        worker.seal = SEAL_READING
-        worker.sealed_deadline_ns = now_ns + worker.pipe.limits.response_timeout_ns
-    worker_set_state(worker, WORKER_READING)
-    if worker.seal == SEAL_READING:
-        worker_await_answer(worker, worker.sealed_deadline_ns)
-    else:
-        worker_set_deadline(worker, worker.sealed_deadline_ns)
-
-
-cdef inline void worker_begin_sealed(worker_t* worker) noexcept nogil:
-    """Have Python begin with the handshake, or with the job when there has been one."""
-    cdef ssize_t n
-    if worker.seal == SEAL_CONNECTED:
-        worker.seal = SEAL_HANDSHAKE
-        worker_to_python(worker, EVENT_HANDSHAKE, 0)
-        return
-    # Session tickets may have come while it was idle; what else it may be, Python finds out.
-    n = recv(worker.io.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
-    if n == 0 or (n < 0 and errno != EAGAIN):
-        worker_to_python(worker, EVENT_CONNECT, 0)
-        return
-    worker.answer_len = <int>n if n > 0 else 0
-    worker.seal = SEAL_WRITING
-    worker.sealed_deadline_ns = 0
-    worker_to_python(worker, EVENT_SEAL, 0)
-
-
-cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil:
-    """Make head and position those of the worker's job, of which nothing is written."""
+cdef inline void worker_begin(worker_t* worker) noexcept nogil:
+    """Start writing the worker's job on its connection."""
     cdef size_t size = worker.job.size_bytes
     if worker.head_for != size:
         worker.head_len = worker.head_fixed + http_end_head(worker.head + worker.head_fixed, size)
@@ -265,16 +197,9 @@ cdef inline void worker_prepare(worker_t* worker, int64_t now_ns) noexcept nogil
     worker.is_odd = False
     worker.text_deadline_ns = 0
     worker.deadline_ns = 0
-    worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns
-
-
-cdef inline void worker_begin(worker_t* worker) noexcept nogil:
-    """Start writing the worker's job on its connection."""
-    worker_prepare(worker, worker.pipe.sending.loop.now_ns)
-    if worker.seal != SEAL_NONE:
-        worker_begin_sealed(worker)
-    else:
-        worker_write(worker)
+    worker.link_check_ns = \
+        worker.pipe.sending.loop.now_ns + worker.pipe.limits.dead_link_timeout_ns
+    worker_write(worker)
 
 
 cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexcept nogil:
@@ -284,44 +209,16 @@ cdef inline void worker_start(worker_t* worker, job_t* job, bint was_idle) noexc
     worker.job = job
     if worker.pipe.channel.limits.max_age_ns:
         loop_look_at(&sending.loop, sending.loop.now_ns + worker.pipe.channel.limits.max_age_ns)
-    if worker.io.fd < 0 or worker.is_ended \
+    if worker.conn.io.fd < 0 or worker.is_ended \
             or worker.generation != load_int(&worker.pipe.generation) \
             or sending.loop.now_ns - worker.last_used_ns > worker.pipe.limits.idle_timeout_ns:
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     # An idle connection must be silent: an end of stream or stray bytes make it unfit.
-    if was_idle and worker.seal == SEAL_NONE and not link_is_silent(worker.io.fd):
+    if was_idle and not conn_is_silent(&worker.conn):
         worker_to_python(worker, EVENT_CONNECT, 0)
         return
     worker_begin(worker)
-
-
-cdef inline bint worker_take_sealed(worker_t* worker) noexcept nogil:
-    """Take the next job, if the connection is fit for it; for the thread that holds the worker.
-
-    It saves a way through the loop and back: the thread is about to encrypt. What it has called
-    meanwhile may have taken long, so the connection is looked at as if it had been idle.
-    """
-    cdef pipe_t* pipe = worker.pipe
-    cdef int64_t now_ns = clock_ns()
-    if worker.io.fd < 0 or worker.is_ended \
-            or worker.generation != load_int(&pipe.generation) \
-            or now_ns - worker.last_used_ns > pipe.limits.idle_timeout_ns:
-        return False
-    if not link_is_silent(worker.io.fd):
-        return False
-    pthread_mutex_lock(&pipe.lock)
-    pipe_expire(pipe, now_ns)
-    # There is none when the pipe is stopping.
-    worker.job = channel_take(&pipe.channel, worker.index > 0)
-    pthread_mutex_unlock(&pipe.lock)
-    if worker.job is NULL:
-        return False
-    worker.job.taken_ns = now_ns
-    worker_prepare(worker, now_ns)
-    worker.seal = SEAL_WRITING
-    worker.sealed_deadline_ns = 0
-    return True
 
 
 cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcept nogil:
@@ -331,7 +228,7 @@ cdef inline void worker_next(worker_t* worker, job_t* done, int outcome) noexcep
     """
     cdef pipe_t* pipe = worker.pipe
     cdef job_t* job
-    cdef bint is_closed = worker.io.fd >= 0 and (
+    cdef bint is_closed = worker.conn.io.fd >= 0 and (
         worker.is_ended or worker.generation != load_int(&pipe.generation))
     pthread_mutex_lock(&pipe.lock)
     if done is not NULL:
@@ -370,8 +267,8 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
     cdef bint is_first
     cdef ssize_t n
     while True:
-        n = recv(worker.io.fd, worker.answer + worker.answer_len,
-                 HTTP_ANSWER_MAX - worker.answer_len, MSG_DONTWAIT)
+        n = conn_recv(&worker.conn, worker.answer + worker.answer_len,
+                      HTTP_ANSWER_MAX - worker.answer_len)
         if n >= 0 or errno != EINTR:
             break
     if n < 0:
@@ -380,17 +277,13 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         return
     if n == 0:
         if worker.answer_len > 0 or worker.is_odd:
-            worker_to_python(worker, EVENT_ANSWER if worker.seal == SEAL_NONE else EVENT_UNSEAL,
-                             ERROR_CLOSED)
+            worker_to_python(worker, EVENT_ANSWER, ERROR_CLOSED)
         else:
             worker_fail(worker, ERROR_CLOSED)
         return
     worker.answer_len += <int>n
-    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
+    if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) or conn_has_ended(&worker.conn):
         worker.is_ended = True
-    if worker.seal != SEAL_NONE:
-        worker_to_python(worker, EVENT_UNSEAL, 0)
-        return
     if worker.state == WORKER_WRITING:
         worker.answer_deadline_ns = \
             worker.pipe.sending.loop.now_ns + worker.pipe.limits.response_timeout_ns
@@ -428,22 +321,16 @@ cdef inline void worker_bound_send_buffer(worker_t* worker) noexcept nogil:
     cdef socklen_t size = sizeof(info)
     cdef int half = SEND_BUFFER_NEAR // 2       # the kernel doubles it, for its own overhead
     if worker.pipe.sending.has_near_buffer \
-            and getsockopt(worker.io.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
+            and getsockopt(worker.conn.io.fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 \
             and 0 < info.tcpi_rtt <= NEAR_RTT_US:       # 0: not known
-        setsockopt(worker.io.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
+        setsockopt(worker.conn.io.fd, SOL_SOCKET, SO_SNDBUF, &half, sizeof(half))
 
 
 cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
     """Take a worker whose idle connection has ended off the stack, for Python to close it."""
     cdef pipe_t* pipe = worker.pipe
     cdef worker_t** link
-    cdef uint8_t byte
-    cdef ssize_t n
-    if worker.seal == SEAL_NONE:
-        n = recv(worker.io.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
-    else:
-        n = recv(worker.io.fd, worker.answer, HTTP_ANSWER_MAX, MSG_DONTWAIT)
-    if n < 0 and errno == EAGAIN:
+    if conn_is_silent(&worker.conn):
         return
     pthread_mutex_lock(&pipe.lock)
     link = &pipe.idle
@@ -451,11 +338,7 @@ cdef inline void worker_idle_closed(worker_t* worker) noexcept nogil:
         link = &link[0].next
     link[0] = worker.next
     pthread_mutex_unlock(&pipe.lock)
-    if worker.seal != SEAL_NONE and n > 0:      # a session ticket does not end a connection
-        worker.answer_len = <int>n
-        worker_to_python(worker, EVENT_UNSEAL, 0)
-    else:
-        worker_to_python(worker, EVENT_CLOSED, 0)
+    worker_to_python(worker, EVENT_CLOSED, 0)
 
 
 cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
@@ -466,7 +349,7 @@ cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
     cdef worker_t* worker = <worker_t*>io
     cdef int state = worker_look_at_state(worker)
     if state == WORKER_READING:
-        if flags & ~EPOLLOUT:
+        if flags & ~EPOLLOUT or conn_wants_to_write(&worker.conn):
             worker_read(worker, flags)
     elif state == WORKER_WRITING:
         if flags == IO_TURN:
@@ -475,11 +358,8 @@ cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
         if flags & ~EPOLLOUT:
             worker_read(worker, flags)
         if worker.state == WORKER_WRITING and flags & EPOLLOUT:
-            if worker.seal != SEAL_NONE:
-                worker_flush(worker)
-            else:
-                worker_write(worker)
-    elif state == WORKER_IDLE and worker.io.fd >= 0:
+            worker_write(worker)
+    elif state == WORKER_IDLE and worker.conn.io.fd >= 0:
         if flags & ~EPOLLOUT:
             worker_idle_closed(worker)
 
@@ -496,8 +376,8 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         worker_retire(worker)
         pthread_mutex_unlock(&pipe.lock)
         return
-    if worker.io.fd >= 0:
-        error = loop_add(&pipe.sending.loop, &worker.io, LOOP_EDGES, worker_ready)
+    if worker.conn.io.fd >= 0:
+        error = loop_add(&pipe.sending.loop, &worker.conn.io, LOOP_EDGES, worker_ready)
         if error != 0 and worker.job is not NULL:
             worker_fail(worker, error)
             return
@@ -505,13 +385,12 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
             worker.is_ended = True
     if worker.job is NULL:
         worker_next(worker, NULL, OUTCOME_SENT)
-    elif worker.seal > SEAL_CONNECTED:
-        worker.answer_len = 0
-        worker_flush(worker)
     elif worker.is_odd:
         worker_set_state(worker, WORKER_READING)
         worker.answer_len = 0
         worker_await_answer(worker, worker.answer_deadline_ns)
+        if conn_has_ended(&worker.conn):    # which epoll does not say
+            worker_read(worker, 0)
     else:
         worker_bound_send_buffer(worker)
         worker_begin(worker)
@@ -522,14 +401,11 @@ cdef inline void worker_check_deadline(worker_t* worker, int64_t now_ns) noexcep
     cdef int state = worker_look_at_state(worker)
     if state == WORKER_WRITING or state == WORKER_READING:
         if worker.deadline_ns and now_ns >= worker.deadline_ns:
-            if worker.seal == SEAL_HANDSHAKE:
-                worker_fail(worker, ERROR_HANDSHAKE_TIMEOUT)
-            else:
-                worker_fail(worker, ERROR_STALLED if state == WORKER_WRITING
-                            else ERROR_RESPONSE_TIMEOUT)
+            worker_fail(worker, ERROR_STALLED if state == WORKER_WRITING
+                        else ERROR_RESPONSE_TIMEOUT)
             return
         if now_ns >= worker.link_check_ns:
-            if link_is_dead(worker.io.fd, worker.pipe.limits.dead_link_timeout_ns):
+            if conn_is_dead(&worker.conn, worker.pipe.limits.dead_link_timeout_ns):
                 worker_fail(worker, ERROR_DEAD_LINK)
                 return
             worker.link_check_ns = now_ns + worker.pipe.limits.dead_link_timeout_ns // 4
@@ -545,7 +421,7 @@ cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
     cdef int given = GIVEN_TO_LOOP
     pthread_mutex_lock(&pipe.lock)
     if not pipe.is_detached:
-        loop_return(&sending.loop, &worker.io)
+        loop_return(&sending.loop, &worker.conn.io)
     elif worker.job is NULL:
         worker_retire(worker)
         given = GIVEN_RETIRED

@@ -7,8 +7,8 @@ they need Python for, and the side effects of a post in etcd's order (spec secti
 from __future__ import annotations
 
 import atexit
+import errno
 import http.client
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,14 +16,12 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from pipeline._core import (
-    CLOSED,
     ActiveFlag,
     Event,
     GiveBack,
     Sender,
     Worker,
     error_text,
-    recognise_204,
 )
 from pipeline.arguments import require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
@@ -41,8 +39,7 @@ from pipeline.send.picker import URLPicker
 from pipeline.send.reports import Reports
 from pipeline.send.status import PeerStatus
 from pipeline.threads import Once, require_real_threads
-from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials
-from pipeline.tls.tunnel import Tunnel, tls_reason
+from pipeline.tls import Credentials
 from pipeline.types import MessageType
 from pipeline.wire import protocol
 from pipeline.wire.odd_answer import TEXT_TIMEOUT_S
@@ -272,7 +269,7 @@ class PeerPipeline(Sender):
     #   the worker was            | event     | here                        | then
     #   --------------------------+-----------+-----------------------------+-------------------
     #   given a message, without  | CONNECT   | close what is too old, pick | DIALLED
-    #     a connection for it     |           | a URL, dial it              |
+    #     a connection for it     |           | a URL, dial it, TLS as well |
     #   dialling                  | DIALLED   | take the socket             | the loop writes
     #                             |           | there is none               | failed
     #   reading something odd     | ANSWER    | http.client reads it        | sent, failed, or
@@ -283,9 +280,6 @@ class PeerPipeline(Sender):
     #     it broke off            |           | there is none               | failed
     #   idle, when the peer       | CLOSED    | close the connection        | idle
     #     closed the connection   |           |                             |
-    #   on a connection with TLS  | HANDSHAKE | the last part of this class | any of these
-    #                             | SEAL      |                             |
-    #                             | UNSEAL    |                             |
     #
     #   sent    Reports.delivered: status, Raft (a MsgSnap has ended); then the books
     #   failed  Reports.failed: picker, critical error, status, follower, Raft; then the books
@@ -310,12 +304,6 @@ class PeerPipeline(Sender):
             case Event.CLOSED:
                 self._disconnect(worker)
                 self._give_back(worker)
-            case Event.HANDSHAKE:
-                self._begin_tls(worker)
-            case Event.SEAL:
-                self._seal(worker)
-            case Event.UNSEAL:
-                self._unseal(worker, error)
 
     def _dial(self, worker: Worker) -> None:
         self._disconnect(worker)
@@ -333,11 +321,11 @@ class PeerPipeline(Sender):
     def _dialled(self, worker: Worker) -> None:
         connection = worker.connection
         try:
-            fd = connection.open()
+            sock = connection.open()
         except DialError as error:
             self._fail(worker, self._unreachable(worker, str(error), error))
             return
-        worker.connect(fd, connection.head, is_sealed=connection.is_sealed)
+        worker.connect(sock, connection.head)
         self._give_back(worker)
 
     def _judge(self, worker: Worker, data: bytes, is_written: bool, *, is_ended: bool) -> None:
@@ -370,13 +358,8 @@ class PeerPipeline(Sender):
     def _succeed(self, worker: Worker) -> None:
         kind, to, _ = worker.job()
         self.reports.delivered(kind, to)
-        self._finish(worker, True)
-        tunnel = worker.connection.tunnel
-        if tunnel is not None and worker.take():
-            worker.seal(tunnel.seal)
-            self._post(worker)
-        else:
-            self._give_back(worker)
+        worker.finish(True)
+        self._give_back(worker)
 
     def _fail(self, worker: Worker, error: PostError, *, keep: bool = False) -> None:
         """Tell everyone who has to know, and count."""
@@ -384,14 +367,8 @@ class PeerPipeline(Sender):
         if not keep:
             self._disconnect(worker)
         self.reports.failed(kind, to, error, worker.connection.url, worker.count_failed_append)
-        self._finish(worker, False)
+        worker.finish(False)
         self._give_back(worker)
-
-    def _finish(self, worker: Worker, is_sent: bool) -> None:
-        """Write the outcome into the books; an idle worker keeps nothing of what it sent."""
-        worker.post(b"")
-        worker.connection.outgoing = b""
-        worker.finish(is_sent)
 
     def _give_back(self, worker: Worker) -> None:
         given = worker.give_back()
@@ -401,14 +378,14 @@ class PeerPipeline(Sender):
             self._fail(worker, self._unreachable(worker, STOPPED))
 
     def _disconnect(self, worker: Worker) -> None:
-        is_cut = not worker.disconnect()
+        worker.disconnect()
         worker.connection.odd.clear()
-        worker.connection.close(is_cut=is_cut)
+        worker.connection.close()
 
     def _reason(self, worker: Worker, error: int) -> str:
-        tunnel = worker.connection.tunnel
-        is_shaking = tunnel is not None and not tunnel.is_established
-        return f"{'TLS handshake: ' if is_shaking else ''}{error_text(error)}"
+        if error == errno.EPROTO and (tls := worker.connection.sock.tls) is not None:
+            return f"TLS: {tls.reason}"
+        return error_text(error)
 
     def _unreachable(
         self, worker: Worker, reason: str, cause: BaseException | None = None
@@ -451,97 +428,6 @@ class PeerPipeline(Sender):
                     credentials=self._credentials,
                 )
             return pool
-
-    # What a connection with TLS needs besides. The loop still reads and writes and keeps the
-    # deadlines; these methods encrypt and decrypt.
-
-    def _begin_tls(self, worker: Worker) -> None:
-        worker.begin_handshake(HANDSHAKE_TIMEOUT_S)
-        try:
-            tunnel = worker.connection.begin_tls()
-        except ssl.SSLError as error:
-            self._refuse_server(worker, error)
-        else:
-            self._shake(worker, tunnel, b"")
-
-    def _shake(self, worker: Worker, tunnel: Tunnel, data: bytes) -> None:
-        """Go on with the handshake; the message follows without another visit."""
-        try:
-            if tunnel.shake(data):
-                worker.end_handshake()
-                worker.seal(tunnel.seal)
-        except ssl.SSLError as error:
-            self._refuse_server(worker, error)
-        else:
-            self._post(worker)
-
-    def _refuse_server(self, worker: Worker, error: ssl.SSLError) -> None:
-        reason = f"TLS handshake: {tls_reason(error)}"
-        self._fail(worker, self._unreachable(worker, reason, error))
-
-    def _seal(self, worker: Worker) -> None:
-        """Encrypt the message, or more of it; but first what came while the worker was idle."""
-        tunnel = self._tunnel(worker)
-        stray, _ = worker.answer()
-        if stray and not tunnel.is_silent(stray):
-            self._dial(worker)
-            return
-        worker.seal(tunnel.seal)
-        self._post(worker)
-
-    def _unseal(self, worker: Worker, error: int) -> None:
-        """Decrypt what came: of a handshake, of an answer, or nothing that concerns HTTP.
-
-        ``error`` says that the stream has ended.
-        """
-        tunnel = self._tunnel(worker)
-        data, is_written = worker.answer()
-        if not worker.has_job():
-            if not tunnel.is_silent(data):
-                self._disconnect(worker)
-            self._give_back(worker)
-            return
-        if not tunnel.is_established:
-            self._shake(worker, tunnel, data)
-            return
-        try:
-            text = tunnel.open(data)
-        except ssl.SSLError as failure:
-            reason = f"TLS: {tls_reason(failure)}"
-            self._fail(worker, self._unreachable(worker, reason, failure))
-            return
-        if tunnel.is_ended:
-            error = error or CLOSED
-        if text or worker.connection.odd.has_begun:
-            self._judge_opened(worker, text, is_written=is_written, is_ended=error != 0)
-        elif error == 0:
-            self._give_back(worker)
-        elif worker.may_retry(error):
-            self._dial(worker)
-        else:
-            self._fail(worker, self._unreachable(worker, error_text(error)))
-
-    def _judge_opened(
-        self, worker: Worker, text: bytes, *, is_written: bool, is_ended: bool
-    ) -> None:
-        """Do as the loop does with a plain answer: a 204 is recognised, the rest judged."""
-        tunnel = self._tunnel(worker)
-        is_whole = is_written and not is_ended and not worker.connection.odd.has_begun
-        if is_whole and tunnel.has_answered and recognise_204(text) == len(text):
-            worker.keep()
-            self._succeed(worker)
-        else:
-            tunnel.has_answered = True  # and the first answer is looked at: it may say a version
-            self._judge(worker, text, is_written, is_ended=is_ended)
-
-    def _post(self, worker: Worker) -> None:
-        worker.post(worker.connection.take_outgoing())
-        self._give_back(worker)
-
-    def _tunnel(self, worker: Worker) -> Tunnel:
-        tunnel = worker.connection.tunnel
-        assert tunnel is not None
-        return tunnel
 
 
 class Pipeline(PeerPipeline):

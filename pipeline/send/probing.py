@@ -10,10 +10,9 @@ import http.client
 import json
 import logging
 import math
-import socket
-import ssl
 import time
 from functools import partial
+from socket import MSG_NOSIGNAL
 from typing import NamedTuple
 
 from pipeline.locks import lock_of
@@ -24,7 +23,6 @@ from pipeline.net.pool import Pool, PooledConnection
 from pipeline.send.picker import URLPicker
 from pipeline.stats import Histogram
 from pipeline.tls import Credentials
-from pipeline.tls.tunnel import tls_reason
 from pipeline.wire.protocol import format_id, probe_head
 from pipeline.wire.versions import Versions
 
@@ -32,13 +30,13 @@ __all__ = ["ProbeStats", "Prober"]
 
 logger = get_logger(__name__)
 
-#: To connect, and again to be answered. A probe that takes longer is a failure: round trips
-#: beyond this are beyond any election timeout.
+#: To connect, again to shake hands, and again to be answered. A probe that takes longer is a
+#: failure: round trips beyond this are beyond any election timeout.
 STEP_TIMEOUT_S = 1.0
 #: The first probe of a peer comes sooner than the interval asks for, since until then nothing is
 #: known of it: after a fifth, but not within this, in which a cluster that starts comes up.
 FIRST_PROBE_S = 0.2
-#: One read takes no more: an answer has 300 bytes, and a peer that sends more must wait its turn.
+#: One read takes no more: an answer has 300 bytes.
 READ_BYTES = 4096
 #: For servers to write the session tickets with which they end a handshake.
 TICKETS_S = 0.1
@@ -88,7 +86,6 @@ class _Target:
         self.is_retired = False  # the connection is to be closed before the next probe
         self.due = due  # when idle: of the next probe; otherwise: of giving up
         self.next_due = due
-        self.connected_at = 0.0
         self.sent_at = 0.0
         self.round_trips = round_trips
         self.stats = ProbeStats()
@@ -96,8 +93,8 @@ class _Target:
     @property
     def is_shaken_only(self) -> bool:
         """Whether nothing has come since the TLS handshake, which may not be over for the peer."""
-        tunnel = self.connection.tunnel
-        return tunnel is not None and tunnel.is_established and not tunnel.has_heard
+        tls = self.connection.sock.tls if self.is_open else None
+        return tls is not None and not tls.has_heard
 
     @property
     def url(self) -> str:
@@ -268,6 +265,7 @@ class Prober:
                 size=1,
                 dead_link_timeout_s=STEP_TIMEOUT_S,
                 credentials=self._credentials,
+                handshake_timeout_s=STEP_TIMEOUT_S,
             )
         self._dialer.begin(
             target.connection.prepare(pool, STEP_TIMEOUT_S, partial(self._opened, target))
@@ -284,70 +282,44 @@ class Prober:
             self._fail(target, str(error))
             return
         target.is_open = True
-        target.stats = target.stats._replace(last_dial_s=dial.took_s)
-        if target.connection.is_sealed:
-            target.connected_at = time.monotonic()
-            target.due = target.connected_at + STEP_TIMEOUT_S
-            self._begin_tls(target)
-        else:
-            self._send(target)
-
-    def _begin_tls(self, target: _Target) -> None:
-        try:
-            target.connection.begin_tls()
-        except ssl.SSLError as error:
-            self._fail(target, f"TLS handshake: {tls_reason(error)}")
-        else:
-            self._shake(target, b"")
-
-    def _shake(self, target: _Target, data: bytes) -> None:
-        tunnel = target.connection.tunnel
-        assert tunnel is not None
-        try:
-            is_done = tunnel.shake(data)
-        except ssl.SSLError as error:
-            self._fail(target, f"TLS handshake: {tls_reason(error)}")
-            return
-        if is_done:
-            tls_s = time.monotonic() - target.connected_at
-            target.stats = target.stats._replace(last_tls_s=tls_s)
-            self._send(target)
-            return
-        try:
-            # A few KB: they fit.
-            target.connection.sock.send(target.connection.take_outgoing(), socket.MSG_NOSIGNAL)
-        except OSError as error:
-            self._broken(target, str(error))
+        target.stats = target.stats._replace(last_dial_s=dial.took_s, last_tls_s=dial.tls_s)
+        self._send(target)
 
     def _send(self, target: _Target) -> None:
         target.is_sent = True
         target.sent_at = time.monotonic()
         target.due = target.sent_at + STEP_TIMEOUT_S
-        data = target.connection.head
-        if target.connection.tunnel is not None:
-            target.connection.tunnel.seal(data)
-            data = target.connection.take_outgoing()
         try:
-            # Some 100 bytes, or with the end of a handshake a few KB; and nothing else was ever
-            # left unsent: they fit.
-            target.connection.sock.send(data, socket.MSG_NOSIGNAL)
+            # Some 100 bytes, and nothing was left unsent before: they fit.
+            target.connection.sock.send(target.connection.head, MSG_NOSIGNAL)
         except OSError as error:
             self._broken(target, str(error))
 
     def _read(self, target: _Target) -> None:
+        """Read what there is of an answer."""
+        # TLS may have taken more from the socket than one call returns, and the poller does not
+        # see that.
+        while (data := self._receive(target)) is not None and self._take(target, data):
+            pass
+
+    def _receive(self, target: _Target) -> bytes | None:
+        """Return what came, b"" at the end of the stream; None if that was no part of an answer."""
         try:
-            data = self._receive(target)
-        except (OSError, ValueError) as error:  # also what ssl raises
+            return target.connection.sock.recv(READ_BYTES)
+        except BlockingIOError:  # session tickets, or a part of a record
+            return None
+        except OSError as error:
             self._broken(target, str(error))
-            return
-        if data is None:
-            return
+            return None
+
+    def _take(self, target: _Target, data: bytes) -> bool:
+        """Take some of an answer; True when there may be more of it."""
         if not target.is_busy:
             self._close(target)  # between probes there is nothing to be said
-            return
+            return False
         if not data and not target.connection.odd.has_begun:
             self._broken(target, "the connection ended before an answer")
-            return
+            return False
         if not target.connection.odd.has_begun:
             first_byte_s = time.monotonic() - target.sent_at
             target.stats = target.stats._replace(last_first_byte_s=first_byte_s)
@@ -355,9 +327,9 @@ class Prober:
             answer = target.connection.odd.feed(data, is_ended=not data, is_written=True)
         except (http.client.HTTPException, ValueError) as error:
             self._fail(target, f"malformed or incomplete answer: {error!r}")
-            return
+            return False
         if answer is None:
-            return
+            return len(data) == READ_BYTES
         if self._versions is not None:
             self._versions.note(target.peer_id, answer.headers)
         if answer.status != 200:
@@ -368,18 +340,7 @@ class Prober:
             if not answer.keep:
                 self._close(target)
             self._succeed(target, time.monotonic() - target.sent_at)
-
-    def _receive(self, target: _Target) -> bytes | None:
-        """Return what came, b"" at the end of the stream; None if that was no part of an answer."""
-        data = target.connection.sock.recv(READ_BYTES)
-        tunnel = target.connection.tunnel
-        if tunnel is None or not data:
-            return data
-        if not tunnel.is_established:
-            self._shake(target, data)
-            return None
-        data = tunnel.open(data)
-        return data if data or tunnel.is_ended else None  # or it was session tickets
+        return False
 
     def _broken(self, target: _Target, reason: str) -> None:
         """Fail, unless the connection was an old one, which may have ended meanwhile."""

@@ -12,7 +12,6 @@ import http.client
 import os
 import select
 import socket
-import ssl
 import time
 from collections.abc import Callable
 
@@ -20,10 +19,9 @@ from pipeline.errors import PeerUnreachableError, SnapshotCancelledError, Snapsh
 from pipeline.locks import lock_of
 from pipeline.net._sockets import OwnSocket, link_is_dead
 from pipeline.net.dialling import Dial, Dialer, DialError
-from pipeline.net.pool import Pool, end_tls
+from pipeline.net.pool import Pool
 from pipeline.snapshot.source import FileSource
-from pipeline.tls import HANDSHAKE_TIMEOUT_S
-from pipeline.tls.tunnel import Tunnel, tls_reason
+from pipeline.tls import TLSError
 from pipeline.wire.odd_answer import TEXT_TIMEOUT_S, OddAnswer, PeerAnswer
 from pipeline.wire.protocol import TELLING_STATUS
 
@@ -31,10 +29,11 @@ __all__ = ["AnsweredError", "Ending", "SnapshotLink"]
 
 #: How often a wait looks whether the peer still acknowledges.
 LINK_CHECK_S = 1.0
-#: One call enciphers four records.
-TLS_BYTES = 64 * 1024
 #: An answer that has begun must have the rest of its head within this.
 ANSWER_REST_S = 5.0
+
+#: One call reads no more.
+READ_BYTES = 64 * 1024
 
 _READABLE = select.POLLIN | select.POLLHUP | select.POLLERR
 
@@ -135,11 +134,8 @@ class SnapshotLink:
         self._dead_link_timeout_s = dead_link_timeout_s
         self._dial: Dial | None = None
         self._sock: OwnSocket | None = None
-        self._tunnel: Tunnel | None = None
         self._odd = OddAnswer(TELLING_STATUS)
         self._is_written = False
-        #: Of what the tunnel gave something has not been written.
-        self._is_cut = False
         try:
             self._wake = ending.open()
         except OSError as error:
@@ -151,8 +147,6 @@ class SnapshotLink:
             self._dialer.cancel(self._dial)
             self._dial.discard()
         if self._sock is not None:
-            if self._tunnel is not None:
-                end_tls(self._sock, self._tunnel, is_cut=self._is_cut)
             self._sock.close()
         self._ending.close()
 
@@ -176,46 +170,15 @@ class SnapshotLink:
             self._sock = dial.take()
         except DialError as error:
             raise self._unreachable(str(error), error) from error
-        if self._pool.credentials is not None:
-            self._secure()
-
-    def _secure(self) -> None:
-        sock = self._sock
-        assert sock is not None
-        deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
-        data = b""
-        try:
-            tunnel = self._tunnel = self._pool.tunnel()
-            while True:
-                is_done = tunnel.shake(data)
-                # A few KB, and nothing was left unsent before: they fit.
-                sock.send(tunnel.outgoing(), socket.MSG_NOSIGNAL)
-                if is_done:
-                    break
-                if not self._wait(select.POLLIN, deadline):
-                    raise self._unreachable("TLS: handshake timeout")
-                data = sock.recv(65536)
-                if not data:
-                    raise self._unreachable("TLS: the connection ended during the handshake")
-        except OSError as error:
-            raise self._unreachable(_text(error), error) from error
 
     def write(self, data: memoryview) -> int:
         """Write some of ``data``; how many bytes. Waits until there is room.
 
         Raises ``AnsweredError`` when the peer answers instead of reading.
         """
-        if self._tunnel is None:
-            return self._send(data)
-        with data[:TLS_BYTES] as record:
-            self._tunnel.seal(record)
-            count = len(record)
-        sealed = memoryview(self._tunnel.outgoing())
-        self._is_cut = True
-        while sealed:
-            sealed = sealed[self._send(sealed) :]
-        self._is_cut = False
-        return count
+        sock = self._sock
+        assert sock is not None
+        return self._write(lambda: sock.send(data, socket.MSG_NOSIGNAL))
 
     def write_file(self, file: FileSource, done: int, count: int) -> int:
         """As :meth:`write`, ``count`` bytes of a file from byte ``done`` on, by ``sendfile``.
@@ -256,20 +219,16 @@ class SnapshotLink:
                 raise self._unreachable(reason)
         return answer
 
-    def _send(self, data: memoryview) -> int:
-        """Write some bytes as they are; how many."""
-        sock = self._sock
-        assert sock is not None
-        return self._write(lambda: sock.send(data, socket.MSG_NOSIGNAL))
-
     def _write(self, write: Callable[[], int]) -> int:
+        assert self._sock is not None
         self._ending.check()
         deadline = 0.0
         while True:
             try:
                 return write()
             except BlockingIOError:
-                pass
+                if self._sock.tls is not None and self._sock.tls.has_moved:  # a part of a record
+                    deadline = 0.0
             except OSError as error:
                 if error.errno == errno.EFAULT:  # a mapped file is shorter now, or cannot be read
                     raise SnapshotSourceError(
@@ -301,35 +260,36 @@ class SnapshotLink:
                 if self._odd.total == before:
                     break
         except PeerUnreachableError as failure:
-            if isinstance(failure.__cause__, ssl.SSLError):
+            if isinstance(failure.__cause__, TLSError):
                 raise  # an alert: it says more than that the connection is gone
         raise self._unreachable(_text(error), error) from error
 
     def _receive(self) -> PeerAnswer | None:
         """Receive what there is, without waiting; the answer, when it is complete."""
         assert self._sock is not None
-        data: bytes | None = None
-        is_ended = False
-        try:
-            with contextlib.suppress(BlockingIOError):
-                data = self._sock.recv(65536)
-                is_ended = not data
-                if data and self._tunnel is not None:
-                    data = self._tunnel.open(data)
-                    is_ended = self._tunnel.is_ended
-        except OSError as error:
-            raise self._unreachable(_text(error), error) from error
-        # A cancel wins even when the answer has already arrived, as long as we have not read it.
-        self._ending.check()
-        if not data and not is_ended:
-            return None
-        if not data and not self._odd.has_begun:
-            raise self._unreachable("the connection ended before an answer")
-        try:
-            return self._odd.feed(data or b"", is_ended=is_ended, is_written=self._is_written)
-        except (http.client.HTTPException, ValueError) as error:
-            reason = f"malformed or incomplete answer: {error!r}"
-            raise self._unreachable(reason, error) from error
+        while True:
+            data: bytes | None = None
+            try:
+                with contextlib.suppress(BlockingIOError):
+                    data = self._sock.recv(READ_BYTES)
+            except OSError as error:
+                raise self._unreachable(_text(error), error) from error
+            # A cancel wins even when the answer has already arrived, as long as we have not read
+            # it.
+            self._ending.check()
+            if data is None:
+                return None
+            if not data and not self._odd.has_begun:
+                raise self._unreachable("the connection ended before an answer")
+            try:
+                answer = self._odd.feed(data, is_ended=not data, is_written=self._is_written)
+            except (http.client.HTTPException, ValueError) as error:
+                reason = f"malformed or incomplete answer: {error!r}"
+                raise self._unreachable(reason, error) from error
+            # TLS may have taken more from the socket than one call returns, and poll does not see
+            # that.
+            if answer is not None or len(data) < READ_BYTES:
+                return answer
 
     def _wait(self, events: int, deadline: float) -> int:
         """Wait for events of the socket until ``deadline``; those that are there, or 0."""
@@ -358,4 +318,4 @@ class SnapshotLink:
 
 
 def _text(error: OSError) -> str:
-    return tls_reason(error) if isinstance(error, ssl.SSLError) else error.strerror or str(error)
+    return error.strerror or str(error)

@@ -156,7 +156,9 @@ cdef int bio_write(BIO* bio, const char* data, int size) noexcept nogil:
     engine.lib.BIO_clear_flags(
         bio, BIO_FLAGS_READ | BIO_FLAGS_WRITE | BIO_FLAGS_IO_SPECIAL | BIO_FLAGS_SHOULD_RETRY)
     tls.wants_to_write = n < 0
-    if n < 0:
+    if n > 0:
+        tls.has_moved = True
+    else:
         if errno == EAGAIN or errno == EINTR:
             engine.lib.BIO_set_flags(bio, BIO_FLAGS_WRITE | BIO_FLAGS_SHOULD_RETRY)
         else:
@@ -270,6 +272,12 @@ cdef class Session:
         return self.c.wants_to_write
 
     @property
+    def has_moved(self):
+        """Whether the socket took some of what the last ``send`` wrote, be it a part of a record.
+        """
+        return self.c.has_moved
+
+    @property
     def version(self):
         """The version spoken, "TLSv1.3" for one."""
         return engine.lib.SSL_get_version(self.c.ssl).decode()
@@ -320,7 +328,7 @@ cdef class Session:
                 with nogil:
                     # This thread alone has the session, and the view keeps the memory.
                     n = tls_write(self.c, view.buf, view.len)
-                if n <= 0:
+                if n < 0:
                     raise self.failure()
         finally:
             PyBuffer_Release(&view)

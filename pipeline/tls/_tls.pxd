@@ -12,6 +12,7 @@ busy ones and lets nobody in any more (``engine_t``).
 
 from libc.stdint cimport uint8_t
 
+from pipeline.net._sync cimport invariant
 from pipeline.tls._libssl cimport (
     SSL, SSL_ERROR_SYSCALL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN,
     libssl_t,
@@ -26,6 +27,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EAGAIN
+        EPIPE
         EPROTO
         ESHUTDOWN
     void set_errno "tls_set_errno"(int)
@@ -66,12 +68,14 @@ cdef struct tls_t:
     bint has_failed         # it is of no use any more; the peer has been told why, if TLS failed
     bint is_cut             # a part of a record is written, and the rest not
     bint wants_to_write     # the socket did not take what was written last
+    bint has_moved          # the socket took some of what the last call wrote
     bint is_drained         # the socket had no more when it was read last
     bint is_eof             # the socket has ended
 
 
 cdef inline bint tls_enter(tls_t* tls) noexcept nogil:
     """Go into OpenSSL; False, and ESHUTDOWN, when the process exits."""
+    invariant(not tls_load(&tls.is_busy))
     tls_store(&tls.is_busy, 1)
     if tls_load(&tls.engine.is_exiting):
         tls_store(&tls.is_busy, 0)
@@ -129,10 +133,13 @@ cdef inline int tls_shake(tls_t* tls) noexcept nogil:
 
 
 cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil:
-    """Read as recv(2) does. Less than was asked for does not mean that no more is there."""
+    """Read as recv(2) does. Less than was asked for does not mean that no more is there.
+
+    What the peer said before the socket broke can be read after a write has failed.
+    """
     cdef size_t total = 0
     cdef int result = -1
-    if not tls_is_usable(tls) or not tls_enter(tls):
+    if (tls.error == EPROTO and not tls_is_usable(tls)) or not tls_enter(tls):
         return -1
     if size > TLS_STEP_BYTES:
         size = TLS_STEP_BYTES
@@ -161,11 +168,17 @@ cdef inline ssize_t tls_write(tls_t* tls, const void* data, size_t size) noexcep
         return -1
     if size > TLS_STEP_BYTES:
         size = TLS_STEP_BYTES
+    tls.has_moved = False
     while total < size:
         result = tls.engine.lib.SSL_write(
             tls.ssl, <const uint8_t*>data + total, <int>(size - total))
         if result <= 0:
-            result = tls_failed(tls, result)
+            if tls_failed(tls, result) == 0:    # the peer had ended before the socket broke
+                tls.has_failed = True
+                if tls.error == 0:
+                    tls.error = EPIPE
+                set_errno(tls.error)
+            result = -1
             tls.is_cut = True
             break
         tls.is_cut = False

@@ -1514,8 +1514,10 @@ def test_a_handshake_that_is_not_answered_is_ended_by_cancel_and_by_its_time(
         transfer.cancel()
         with pytest.raises(SnapshotCancelledError):
             transfer.result(LONG_TIMEOUT)
-        monkeypatch.setattr("pipeline.snapshot.link.HANDSHAKE_TIMEOUT_S", 0.1)
-        with pytest.raises(PeerUnreachableError, match="handshake timeout"):
+        monkeypatch.setattr("pipeline.net.dialling.HANDSHAKE_TIMEOUT_S", 0.1)
+        with pytest.raises(
+            PeerUnreachableError, match="TLS handshake: not done within its timeout"
+        ):
             transport.send_snapshot(snapshot_message(), b"x").result(LONG_TIMEOUT)
         release.set()
 
@@ -1558,18 +1560,18 @@ def test_over_tls_the_stall_timeout_counts_from_write_to_write(
 ) -> None:
     """What moves is not stalled, however many writes an enciphered piece takes."""
     deadlines: list[float] = []
-    secure, wait = SnapshotLink._secure, SnapshotLink._wait
+    dial, wait = SnapshotLink.dial, SnapshotLink._wait
 
-    def watched_secure(link: SnapshotLink) -> None:
-        secure(link)
+    def watched_dial(link: SnapshotLink, timeout_s: float) -> None:
+        dial(link, timeout_s)
         link._sock = Dribble(link._sock)  # type: ignore[assignment, arg-type]
 
     def watched_wait(link: SnapshotLink, events: int, deadline: float, *args: Any) -> int:
-        if events & select.POLLOUT and link._tunnel is not None:
+        if events & select.POLLOUT:
             deadlines.append(deadline)
         return wait(link, events, deadline, *args)
 
-    monkeypatch.setattr(SnapshotLink, "_secure", watched_secure)
+    monkeypatch.setattr(SnapshotLink, "dial", watched_dial)
     monkeypatch.setattr(SnapshotLink, "_wait", watched_wait)
     with ScriptedServer(tls=authority.server()) as server, make(raft) as transport:
         transport.add_peer(PEER, [server.url])
