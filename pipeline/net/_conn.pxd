@@ -16,7 +16,7 @@ from pipeline.net._sync cimport (
     MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, msghdr, recv, send, sendmsg, shutdown,
 )
 from pipeline.tls._tls cimport (
-    tls_end, tls_is_drained, tls_is_silent, tls_read, tls_t, tls_write,
+    tls_end, tls_has_part, tls_is_drained, tls_is_silent, tls_is_unread, tls_read, tls_t, tls_write,
 )
 
 cdef enum:
@@ -45,6 +45,19 @@ cdef inline bint conn_has_more(conn_t* conn, size_t size, size_t asked) noexcept
     ``size`` bytes have just been read of the ``asked``. TLS may have read ahead.
     """
     return size == asked or (conn.tls is not NULL and not tls_is_drained(conn.tls))
+
+
+cdef inline bint conn_is_unread(const conn_t* conn) noexcept nogil:
+    """Tell, after EAGAIN, whether there may be more to read all the same.
+
+    Of TLS what is no plain text may have taken its turn.
+    """
+    return conn.tls is not NULL and tls_is_unread(conn.tls)
+
+
+cdef inline bint conn_has_part(conn_t* conn) noexcept nogil:
+    """Tell, after EAGAIN, whether a part of something has come that cannot be read yet."""
+    return conn.tls is not NULL and tls_has_part(conn.tls)
 
 
 cdef inline ssize_t conn_send(conn_t* conn, const void* data, size_t size) noexcept nogil:

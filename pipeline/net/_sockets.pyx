@@ -126,6 +126,15 @@ class OwnSocket(socket.socket):
             while at < len(left):
                 at += self.send(left[at:])
 
+    def shutdown(self, how):
+        """As ``socket.shutdown``; ``SHUT_WR`` tells the peer by TLS first.
+
+        So the latter is for whoever has the connection; the others may come from any thread.
+        """
+        if how == socket.SHUT_WR and self.tls is not None:
+            self.tls.end()
+        super().shutdown(how)
+
     def _wait_for(self, events, attempt, data):
         """Make an attempt again and again until the socket is ready for it, or too late."""
         timeout_s = self.gettimeout()

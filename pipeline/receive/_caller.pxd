@@ -5,9 +5,11 @@ A connection belongs to the loop (``_server.pxd``), or, with a request, to a han
 
 What the loop knows is one kind of request (``http_recognise_post``) whose head, but for its length,
 Python has accepted before. Everything else is *odd*: the loop reads bytes and hands them over,
-Python makes sense of them (``odd_request.py``) and says what to write and how to go on. A
-connection of an https listener is *sealed*: odd from its first byte to its last, for the bytes that
-the loop reads and writes mean nothing to it (``sealed.py``).
+Python makes sense of them (``odd_request.py``) and says what to write and how to go on.
+
+A connection of an https listener begins with a handshake, which is the odd thread's: the loop only
+waits until it can go on. From then on it is like any other, but for its heads: what was accepted of
+one caller says nothing of another, who has shown another certificate or none.
 """
 
 from libc.stdint cimport int64_t, uint64_t, uint8_t
@@ -56,6 +58,7 @@ cdef enum:
 # Changed by caller_set_state alone.
 cdef enum:
     CALLER_HEAD = 0         # reads a head; idle while nothing of one has arrived
+    CALLER_SHAKING          # waits for what its TLS handshake goes on with
     CALLER_BODY         # reads the body of a recognised request
     CALLER_ODD          # reads for Python
     CALLER_HANDLED      # a handler thread has it: hands off
@@ -71,8 +74,8 @@ cdef enum:
     REQUEST_MALFORMED       # a whole body that is no message; decoded.error says why
     REQUEST_BROKEN          # the body of a request did not come
     REQUEST_ODD             # bytes for Python
-    REQUEST_GONE            # an odd connection has ended; Python forgets it
-    REQUEST_END             # a sealed connection is to be ended in good order
+    REQUEST_GONE            # a connection of which Python keeps something has ended
+    REQUEST_HANDSHAKE       # a TLS handshake can go on
 
 # Of the odd thread. What handler threads do waits in the lanes of ``_turns.pxd``.
 cdef enum:
@@ -94,17 +97,9 @@ cdef enum:
     THEN_DELIVER            # odd: a whole body to be decoded and processed
     THEN_DETACH             # odd: Python has the socket now (server_detach)
     THEN_FREE               # forgotten
-    THEN_HANDSHAKE          # sealed: read on, within the time of a handshake
-    THEN_IDLE               # sealed: answered, nothing is left; read the next request
-    THEN_AGAIN              # sealed: write this, then call again for what is left
-    THEN_TURN               # odd: as AGAIN, of the same request; strangers have a turn before
-
-# What Python has done on a sealed connection since the loop had it last.
-cdef struct sealed_news_t:
-    int fast_requests
-    int general_requests
-    int handshakes
-    int handshake_failures
+    THEN_TURN               # odd: call again for what is left; strangers have a turn before
+    THEN_SHAKE              # the handshake is not over
+    THEN_SHAKEN             # it is: read the first request
 
 # What a handler thread is given: the one request of its connection.
 cdef struct request_t:
@@ -124,10 +119,12 @@ cdef struct caller_t:
     uint64_t id             # never used twice
     int state
     bint is_odd             # h11 reads it
-    bint is_sealed          # bytes are for Python only, of one request after the other
+    bint has_tls            # of an https listener; conn.tls is made when its handshake begins
     bint is_new             # has not been answered yet
     bint is_member          # Python let its last request past, or it has shown a certificate
-    bint is_shaking         # while Python has it: with bytes of a TLS handshake
+    bint is_bound           # Python looks whether it is still let past, at each recognised request
+    bint is_shaking         # while Python has it: for its handshake
+    int generation          # of the credentials that its handshake began with
     int has_event           # there may be something to read that epoll will not speak of again
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
@@ -136,7 +133,6 @@ cdef struct caller_t:
     int64_t head_deadline_ns
     int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
     int64_t arrived         # bytes of that body, since the deadline was put off for the last ones
-    sealed_news_t news
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
     uint64_t skip           # bytes of a refused request to throw away before the next head
@@ -155,7 +151,7 @@ cdef struct caller_t:
 cdef struct listening_t:
     io_t io                 # first; its descriptor is owned
     server_t* server
-    bint is_sealed          # https: so are the connections it accepts
+    bint has_tls            # https: so have the connections it accepts
 
 cdef struct server_limits_t:
     size_t max_head_bytes
@@ -212,7 +208,8 @@ cdef struct server_t:
     int n_listening
     pthread_t thread
     int is_stopping         # atomic: stop accepting, close what has no handler
-    int is_retiring         # atomic: idle sealed connections are to end
+    int generation          # atomic: of the credentials; connections of earlier ones are to end
+    int is_retiring         # atomic: it has changed
     int busy                # atomic: handler threads at work
     server_limits_t limits
     server_counts_t counts
@@ -274,16 +271,18 @@ cdef inline caller_t* caller_of_turn(turn_t* turn) noexcept nogil:
 cdef inline int caller_next_states(int state) noexcept nogil:
     """Return the states that may follow one, as bits."""
     if state == CALLER_HEAD:        # its head has come; TLS is to begin; something is for a thread
-        return 1 << CALLER_BODY | 1 << CALLER_ODD | 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
+        return 1 << CALLER_BODY | 1 << CALLER_SHAKING | 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
+    if state == CALLER_SHAKING:     # something has come, or its deadline
+        return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
     if state == CALLER_BODY:        # it is whole, or will not be
         return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
     if state == CALLER_ODD:         # bytes have come, or a deadline
         return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
     if state == CALLER_HANDLED or state == CALLER_WRITING:      # given back; the answer is out
-        return 1 << CALLER_HEAD | 1 << CALLER_ODD | 1 << CALLER_HANDLED | 1 << CALLER_WRITING \
-            | 1 << CALLER_LINGERING | 1 << CALLER_CLOSED
+        return 1 << CALLER_HEAD | 1 << CALLER_SHAKING | 1 << CALLER_ODD | 1 << CALLER_HANDLED \
+            | 1 << CALLER_WRITING | 1 << CALLER_LINGERING | 1 << CALLER_CLOSED
     if state == CALLER_LINGERING:
-        return 1 << CALLER_CLOSED
+        return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
     return 0
 
 
@@ -402,7 +401,24 @@ cdef inline void server_check_spare(server_t* server, bint is_scarce) noexcept n
         body_free(&older[i])
 
 
+# -- TLS
+
+cdef inline bint caller_is_old(caller_t* caller) noexcept nogil:
+    """Tell whether others have taken the place of the credentials that a connection is of."""
+    return caller.has_tls and caller.generation != load_int(&caller.server.generation)
+
+
 # -- accepted heads
+
+cdef inline void caller_learn(caller_t* caller, const uint8_t* data,
+                              const http_post_t* post) noexcept nogil:
+    """Accept heads of this connection that are like this one but for their length."""
+    cdef uint8_t* copy = <uint8_t*>realloc(caller.known, post.head_len)
+    if copy is not NULL:
+        memcpy(copy, data, post.head_len)
+        caller.known = copy
+        caller.known_post = post[0]
+
 
 cdef inline void caller_set_member(caller_t* caller, uint64_t sender) noexcept nogil:
     """Have a connection that the caller has take the turns of a member from now on.
@@ -421,15 +437,12 @@ cdef inline bint server_knows(server_t* server, caller_t* caller, const uint8_t*
                               http_post_t* post) noexcept nogil:
     """Tell whether Python has accepted such a head before; remember it on the connection."""
     cdef const head_t* head
-    cdef uint8_t* copy
+    if caller.has_tls:
+        return False
     pthread_mutex_lock(&server.lock)
     head = heads_find(&server.heads, data, n, post)
     if head is not NULL:
-        copy = <uint8_t*>realloc(caller.known, head.post.head_len)
-        if copy is not NULL:
-            memcpy(copy, head.data, head.post.head_len)
-            caller.known = copy
-            caller.known_post = head.post
+        caller_learn(caller, head.data, &head.post)
         caller_set_member(caller, head.sender)
     pthread_mutex_unlock(&server.lock)
     return head is not NULL
@@ -437,7 +450,10 @@ cdef inline bint server_knows(server_t* server, caller_t* caller, const uint8_t*
 
 cdef inline void server_learn(server_t* server, const uint8_t* data, const http_post_t* post,
                               uint64_t sender) noexcept nogil:
-    """Accept heads that are like this one but for their length; the oldest makes room."""
+    """Accept heads that are like this one but for their length; the oldest makes room.
+
+    Of callers without TLS.
+    """
     cdef uint8_t* copy = <uint8_t*>malloc(post.head_len)
     if copy is NULL:
         return

@@ -12,9 +12,9 @@ from libc.string cimport memcmp, memset
 from pipeline.net._budget cimport budget_add
 from pipeline.receive._caller cimport (
     CALLER_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
-    QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD,
-    REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_HANDSHAKE, THEN_TURN, TYPE_PROP, caller_of_turn,
-    caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
+    QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED,
+    REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_TURN, TYPE_PROP,
+    caller_of_turn, caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._memory cimport body_free
@@ -26,6 +26,8 @@ from pipeline.receive._turns cimport (
     LANES, LANE_LARGE, LANE_MESSAGES, LANE_PROPOSALS, turns_leave, turns_push, turns_take,
     turns_wait,
 )
+from pipeline.tls._engine cimport tls_free
+from pipeline.tls._tls cimport tls_t
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decode
 
 
@@ -34,7 +36,7 @@ cdef inline bint caller_is_probe(const caller_t* caller) noexcept nogil:
 
     Members probe over connections of their own, on which they say nothing else.
     """
-    return not caller.is_sealed and caller.request.body.len >= 18 \
+    return caller.request.body.len >= 18 \
         and memcmp(caller.request.body.data, b"GET /raft/probing ", 18) == 0
 
 
@@ -56,6 +58,7 @@ cdef inline void caller_to_handler(caller_t* caller, int kind) noexcept nogil:
     caller.deadline_ns = 0
     server.handled += 1
     caller.request.kind = kind
+    caller.is_shaking = kind == REQUEST_HANDSHAKE
     if kind <= REQUEST_MALFORMED:
         pthread_mutex_lock(&server.lock)
         caller.request.lane = request_lane(&caller.request)
@@ -63,10 +66,8 @@ cdef inline void caller_to_handler(caller_t* caller, int kind) noexcept nogil:
         server.has_queued = True    # server_signal_handlers, once for all of this turn
         pthread_mutex_unlock(&server.lock)
         return
-    caller.is_shaking = False
-    if caller.is_sealed and caller.then == THEN_HANDSHAKE:
+    if kind == REQUEST_HANDSHAKE:
         which = QUEUE_HANDSHAKES
-        caller.is_shaking = kind == REQUEST_ODD
     elif caller.is_odd and caller.then == THEN_TURN:
         which = QUEUE_STRANGERS
     elif not caller.is_member:
@@ -257,6 +258,7 @@ cdef inline void caller_free(caller_t* caller) noexcept nogil:
     free(caller.buffer)
     free(caller.known)
     free(caller.answer)
+    tls_free(caller.conn.tls)
     turns_leave(&server.turns, caller.member)
     free(caller)
     server.live -= 1
@@ -299,18 +301,21 @@ cdef inline bint caller_give_back(caller_t* caller, handler_t* handler) noexcept
     return is_taken
 
 
-cdef inline int server_detach(caller_t* caller) noexcept nogil:
-    """Take the socket of a connection that the calling thread holds; the caller owns it then.
+cdef inline int server_detach(caller_t* caller, tls_t** tls) noexcept nogil:
+    """Take socket and TLS of a connection that the calling thread holds; they are its own then.
 
-    -1 when the loop has ended and shut it. The connection is still to be given back, with
+    -1 and NULL when the loop has ended and shut it. The connection is still to be given back, with
     THEN_DETACH. An event for it may be under way to the loop, which only notes it.
     """
     cdef server_t* server = caller.server
     cdef int fd = -1
+    tls[0] = NULL
     pthread_mutex_lock(&server.lock)    # server_end shuts the sockets of handled connections
     if not server.is_ended:
         fd = caller.conn.io.fd
         loop_remove(&server.loop, &caller.conn.io)
         caller.conn.io.fd = -1
+        tls[0] = caller.conn.tls
+        caller.conn.tls = NULL
     pthread_mutex_unlock(&server.lock)
     return fd

@@ -2,26 +2,18 @@
 targets in tests/fuzz, which run a receiver's loop and its requests in one thread.
 """
 
-from pipeline.net._budget cimport BodyBudget, share_t
+from pipeline.net._budget cimport BodyBudget
 from pipeline.receive._caller cimport answer_204_t, caller_t, handler_t, server_t
 from pipeline.net._memory cimport body_t
-from pipeline.wire._http cimport http_post_t
 from pipeline.net._sync cimport sockaddr_storage
 
 from libc.stdint cimport uint64_t
 
 
-cdef class KnownHead:
-    cdef bytes head
-    cdef http_post_t post       # of the head
-
-
 cdef class Body:
     cdef body_t c               # owned
-    cdef share_t share          # what it counts with, until it is its connection's
     cdef Receiver receiver
     cdef server_t* server       # the receiver's
-    cdef bint is_message        # large payloads of one are views of it; then its memory is kept
 
 
 cdef class CallerAddress:
@@ -34,11 +26,13 @@ cdef class Receiver:
     cdef bint is_running
     cdef object handlers
     cdef object config
-    # Id of a connection that no thread has at the moment -> OddRequest or Sealed.
+    # Id of a connection that no thread has at the moment -> OddRequest.
     cdef dict odd_requests
     cdef BodyBudget budget
     cdef object take
-    cdef object sealed          # SealedServer; None without TLS
+    cdef object credentials     # Credentials; None without TLS
+    # Id of a connection -> the Request whose head it has accepted, to be checked each time.
+    cdef dict bound
 
     # Needs the GIL. ``handler`` and ``answer`` are NULL for the thread of odd requests.
     cdef int run(self, handler_t* handler, answer_204_t* answer) except -1
@@ -49,6 +43,9 @@ cdef class Receiver:
     cdef int handle(self, caller_t* caller) except -1
     cdef int handle_odd(self, caller_t* caller, object odd, CallerAddress remote) except -1
     cdef int answer(self, caller_t* caller, CallerAddress remote) except -1
+    cdef object last_answer(self, caller_t* caller, object answer)
+    cdef int shake(self, caller_t* caller, CallerAddress remote) except -1
     cdef object message(self, caller_t* caller, CallerAddress remote)
     cdef int go_on(self, caller_t* caller, object odd, bytes out, int then) except -1
+    cdef int learn(self, caller_t* caller, bytes head, object odd) except -1
     cdef int detach(self, caller_t* caller, object odd) except -1

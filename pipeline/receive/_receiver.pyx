@@ -10,30 +10,27 @@ connection. When there are none, one of them runs the loop.
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.buffer cimport PyBUF_READ, PyBUF_WRITE
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, malloc
 from libc.string cimport memcpy, memset
 
-from pipeline.net._budget cimport BODY_SMALL, BodyShare, share_end, share_set
+from pipeline.net._budget cimport BodyShare
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._gil cimport lock_with_gil
 from pipeline.net._loop cimport loop_init
-from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
+from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post
 from pipeline.wire._messages cimport decode_error, message_from_decoded
 from pipeline.receive._caller cimport (
-    ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE,
+    ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE, REQUEST_HANDSHAKE, REQUEST_LARGE,
     REQUEST_MALFORMED, REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
-    answer_204_t, caller_save, caller_set_member, caller_t, handler_t, listening_t, request_t,
-    server_counts_t, server_learn, server_limits_t, server_recycle, server_reuse_body, server_tell,
+    THEN_SHAKE, THEN_SHAKEN, answer_204_t, caller_is_old, caller_learn, caller_save,
+    caller_set_member, caller_t, handler_t, listening_t, request_t, server_counts_t, server_learn,
+    server_limits_t, server_recycle, server_tell,
 )
 from pipeline.receive._lead cimport server_start, server_wait
-from pipeline.net._memory cimport (
-    BODY_MAPPED_MIN, body_free, body_grown, body_init, body_resident, body_t,
-)
+from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.receive._queues cimport (
     caller_give_back, caller_give_back_locked, server_add_handler, server_decode, server_detach,
     server_remove_handler, server_take,
@@ -43,15 +40,19 @@ from pipeline.receive._server cimport (
     server_close_descriptors, server_free, server_init, server_listen, server_retire_soon,
     server_stop,
 )
+from pipeline.tls._engine cimport Context, Session, certificate_of, reason_of, tls_free
+from pipeline.tls._tls cimport tls_shake, tls_t
 from pipeline.net._sockets cimport fork_count, own_descriptors
 from pipeline.net._sync cimport (
-    add_int, clock_ns, count_get, deadline_timespec, pthread_cond_timedwait, pthread_join,
-    pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, store_int, timespec,
+    EAGAIN, MSG_DONTWAIT, MSG_NOSIGNAL, add_int, clock_ns, count_get, deadline_timespec, errno,
+    load_int, pthread_cond_timedwait, pthread_join, pthread_mutex_lock, pthread_mutex_trylock,
+    pthread_mutex_unlock, send, store_int, timespec,
 )
 
 import _socket
 import os
 import socket
+from dataclasses import replace
 from typing import NamedTuple
 
 from pipeline.net._sockets import OwnSocket
@@ -59,7 +60,7 @@ from pipeline.wire.answers import render
 from pipeline.receive.odd_request import OddRequest
 from pipeline.logs import get_logger
 from pipeline.names import show_address
-from pipeline.receive.sealed import Sealed, SealedServer
+from pipeline.tls._engine import TLSError
 
 __all__ = ["LINGER_S", "Receiver", "ReceiverStats", "recognise_post"]
 
@@ -68,9 +69,9 @@ logger = get_logger("pipeline.receive.listener")
 #: The loop's ``LINGER_NS``, for a connection that has left it.
 LINGER_S = LINGER_NS / 1e9
 
-cdef enum:
-    # One read asks for no more. ssl takes an int, and gives one record of at most 16 KiB.
-    BODY_STEP_BYTES = 1 << 20
+# What Go's server says to a caller that speaks plain HTTP.
+cdef bytes NOT_TLS = (
+    b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n")
 
 
 class ReceiverStats(NamedTuple):
@@ -115,74 +116,13 @@ def recognise_post(const uint8_t[::1] data not None):
     return post.head_len, post.content_length
 
 
-cdef class KnownHead:
-    """A head that Python has accepted; recognises those that differ from it in the length only."""
-
-    def __init__(self, bytes head not None):
-        if http_recognise_post(<const uint8_t*>PyBytes_AS_STRING(head), len(head),
-                               &self.post) != HTTP_POST:
-            raise ValueError("head: not one the core recognises")
-        self.head = head
-
-    def match(self, bytes data not None):
-        """Return (head length, content length) if ``data`` starts with such a head, else None."""
-        cdef http_post_t post
-        if not http_same_post(<const uint8_t*>PyBytes_AS_STRING(data), len(data),
-                              <const uint8_t*>PyBytes_AS_STRING(self.head), &self.post, &post):
-            return None
-        return post.head_len, post.content_length
-
-
 @cython.no_gc_clear             # __dealloc__ needs the receiver
 cdef class Body:
     """The memory of a received body, which the large payloads of its message are views of."""
 
     def __dealloc__(self):
-        if self.is_message:
-            server_recycle(self.server, &self.c)
-        else:
-            body_free(&self.c)
         if self.server is not NULL:
-            with nogil:
-                # A loop may be told that there is room. Only C state is touched.
-                share_end(&self.share, self.server.budget)
-
-    def __len__(self):
-        return self.c.len
-
-    @property
-    def missing(self):
-        """How many bytes have not arrived."""
-        return self.c.size - self.c.len
-
-    def append(self, bytes data not None):
-        """Add what has arrived; no more than is missing."""
-        cdef size_t n = len(data)
-        if n > self.c.size - self.c.len:
-            raise ValueError("data: more than is missing")
-        memcpy(self.c.data + self.c.len, PyBytes_AS_STRING(data), n)
-        self.c.len += n
-
-    def read_from(self, read):
-        """Call ``read(n, buffer)``, as of an ``SSLObject``, for what is missing; how much it was.
-        """
-        cdef size_t room = self.c.size - self.c.len, n
-        if room > BODY_STEP_BYTES:
-            room = BODY_STEP_BYTES
-        # The view lives for this call, in which nobody else has the body.
-        n = read(room, PyMemoryView_FromMemory(<char*>self.c.data + self.c.len, room, PyBUF_WRITE))
-        self.c.len += n
-        body_grown(&self.c)
-        return n
-
-    def count(self):
-        """Count what has arrived in the budget; False when there is no room for it."""
-        cdef bint is_counted = True
-        if self.c.size > BODY_SMALL:
-            with nogil:
-                # A loop may be told that there is none. Only C state is touched.
-                is_counted = share_set(&self.share, self.server.budget, body_resident(&self.c))
-        return is_counted
+            server_recycle(self.server, &self.c)
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
@@ -216,7 +156,7 @@ cdef class Receiver:
         has read the head, when a connection leaves the loop. It must not block. None where nobody
         receives snapshots: then no connection leaves.
     credentials : Credentials or None
-        What https listening sockets are served with.
+        What https listening sockets are served with. Each connection takes those in force.
 
     Notes
     -----
@@ -257,22 +197,21 @@ cdef class Receiver:
         self.config = config
         self.odd_requests = {}
         self.take = take
-        if credentials is not None:
-            self.sealed = SealedServer(
-                handlers, config, credentials, make_head=KnownHead)
+        self.credentials = credentials
+        self.bound = {}
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
         if self.is_made and not self.is_running and self.server.live == 0:
             server_free(&self.server)
 
-    def start(self, list plain not None, list sealed not None):
+    def start(self, list plain not None, list encrypted not None):
         """Serve on listening sockets, http and https, of ``open_socket``; it takes them over.
 
         None of them was taken if it raises ``MemoryError``; with ``OSError`` all were.
         """
         cdef int i, error
-        cdef list sockets = [*plain, *sealed]
+        cdef list sockets = [*plain, *encrypted]
         self.server.listening = <listening_t*>calloc(len(sockets), sizeof(listening_t))
         if self.server.listening is NULL:
             raise MemoryError
@@ -285,7 +224,10 @@ cdef class Receiver:
         self.is_running = True
 
     def retire(self):
-        """End the idle https connections. Those at a request see to it themselves."""
+        """End the https connections of credentials that others have taken the place of.
+
+        Those that are idle; the others end with their request.
+        """
         server_retire_soon(&self.server)
 
     def begin_close(self):
@@ -356,6 +298,7 @@ cdef class Receiver:
             if forks == fork_count():
                 for connection in list(self.odd_requests):
                     self.forget(connection)
+                self.bound.clear()
             return
         server_add_handler(&self.server, &handler)
         try:
@@ -424,6 +367,7 @@ cdef class Receiver:
 
     cdef int forget(self, uint64_t id) except -1:
         """Let go of what is left of a connection when the loop has ended."""
+        self.bound.pop(id, None)
         odd = self.odd_requests.pop(id, None)
         if odd is not None:
             odd.close()
@@ -433,17 +377,24 @@ cdef class Receiver:
         """Answer the request of a connection that this thread holds, or go on with it."""
         cdef CallerAddress remote = CallerAddress.__new__(CallerAddress)
         remote.address = caller.address
-        if not caller.is_odd:
+        if caller.request.kind == REQUEST_HANDSHAKE:
+            return self.shake(caller, remote)
+        if caller.request.kind == REQUEST_GONE:
+            self.bound.pop(caller.id, None)
+            caller.then = THEN_FREE
+        elif not caller.is_odd:
             return self.answer(caller, remote)
         # As long as this thread has the connection it has this, too.
         odd = self.odd_requests.pop(caller.id, None)
         if odd is None and caller.request.kind == REQUEST_ODD:
-            if caller.is_sealed:
-                odd = Sealed(self.sealed, remote, self.make_body)
-            else:
-                odd = OddRequest(self.handlers, self.config, remote, self.learn)
-        if odd is None:         # it has failed before
-            caller.then = THEN_FREE if caller.request.kind == REQUEST_GONE else THEN_CLOSE
+            certificate = None
+            if caller.conn.tls is not NULL:
+                certificate = certificate_of(caller.conn.tls)
+            odd = OddRequest(
+                self.handlers, self.config, remote, recognises, certificate=certificate)
+        if odd is None:         # it has failed before, or there was none
+            if caller.request.kind != REQUEST_GONE:
+                caller.then = THEN_CLOSE
             return 0
         try:
             self.handle_odd(caller, odd, remote)
@@ -455,34 +406,83 @@ cdef class Receiver:
     cdef int handle_odd(self, caller_t* caller, object odd, CallerAddress remote) except -1:
         cdef request_t* request = &caller.request
         if request.kind == REQUEST_ODD:
-            data = b""
-            if not caller.is_sealed:
-                data = PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len)
-            elif request.body.len > 0:      # copied by feed before it returns
-                data = PyMemoryView_FromMemory(<char*>request.body.data, request.body.len,
-                                               PyBUF_READ)
-            out, then = odd.feed(data)
-        elif request.kind == REQUEST_END:
-            out, then = odd.end()
+            out, then = odd.feed(
+                PyBytes_FromStringAndSize(<char*>request.body.data, request.body.len))
         elif request.kind == REQUEST_GONE:
             odd.broken()
             odd.close()
-            caller.then = THEN_FREE
             return 0
         elif request.kind == REQUEST_BROKEN:
             out, then = odd.broken()
         else:
-            out, then = odd.answer(self.message(caller, remote))
+            out, then = odd.answer(self.last_answer(caller, self.message(caller, remote)))
         return self.go_on(caller, odd, out, then)
 
     cdef int answer(self, caller_t* caller, CallerAddress remote) except -1:
         """Answer a request that the core has recognised."""
-        answer = self.message(caller, remote)
+        answer = None
+        if caller.is_bound and caller.request.kind != REQUEST_BROKEN:
+            answer = self.handlers.check_member(self.bound[caller.id])
+            caller.is_member = answer is None
+        if answer is None:
+            answer = self.message(caller, remote)
+        answer = self.last_answer(caller, answer)
         caller.then = THEN_NEXT
         if answer is not None:
             caller_set_answer(caller, render(answer))
             if answer.close:
                 caller.then = THEN_CLOSE
+        return 0
+
+    cdef object last_answer(self, caller_t* caller, object answer):
+        """Have the connection end with this answer if its credentials are not in force any more."""
+        if caller_is_old(caller):
+            return replace(answer or self.handlers.no_content(), close=True)
+        return answer
+
+    cdef int shake(self, caller_t* caller, CallerAddress remote) except -1:
+        """Go on with a handshake. When it is over, see whether the caller may stay.
+
+        The rules are applied after the handshake, for TLS refuses no certificate that is valid:
+        the caller sees the end of the connection where etcd's sees an alert.
+        """
+        cdef Context context
+        cdef tls_t* tls = caller.conn.tls
+        cdef int result, error
+        cdef str reason = ""
+        caller.then = THEN_CLOSE
+        if tls is NULL:
+            # Before the context: if that is replaced in between, the connection is an old one.
+            caller.generation = load_int(&self.server.generation)
+            context = self.credentials.server_context
+            tls = caller.conn.tls = context.open(caller.conn.io.fd, None)
+        with nogil:
+            # Takes about a millisecond. This thread alone has the connection.
+            result = tls_shake(tls)
+            error = errno
+        if result == 0:         # the caller has gone
+            return 0
+        if result < 0 and error == EAGAIN:
+            caller.then = THEN_SHAKE
+            return 0
+        if result < 0:
+            reason = reason_of(tls)
+        else:
+            try:
+                certificate = certificate_of(tls)
+                if certificate is not None:
+                    reason = self.credentials.refusal(certificate)
+            except TLSError as failure:
+                reason = str(failure)
+            if not reason:
+                caller.is_member = certificate is not None
+                caller.then = THEN_SHAKEN
+                return 0
+        if reason == "http request":
+            # Not by TLS, of which the caller knows nothing.
+            send(caller.conn.io.fd, PyBytes_AS_STRING(NOT_TLS), len(NOT_TLS),
+                 MSG_DONTWAIT | MSG_NOSIGNAL)
+        self.handlers.handshake_failed(remote, reason)
         return 0
 
     cdef object message(self, caller_t* caller, CallerAddress remote):
@@ -505,7 +505,6 @@ cdef class Receiver:
             body = Body.__new__(Body)
             body.receiver = self
             body.server = &self.server
-            body.is_message = True
             body.c = request.body
             memset(&request.body, 0, sizeof(body_t))
         message = message_from_decoded(&request.decoded, body)
@@ -515,20 +514,15 @@ cdef class Receiver:
         return self.handlers.process(message, size, remote)
 
     cdef int go_on(self, caller_t* caller, object odd, bytes out, int then) except -1:
-        """Do with a connection what its OddRequest, or Sealed, has decided."""
+        """Do with a connection what its OddRequest has decided."""
         cdef request_t* request = &caller.request
         cdef bytes rest
-        cdef Body whole
         cdef BodyShare share
         cdef uint64_t sender = odd.sender
         caller_set_answer(caller, out)
         caller.then = then
-        if caller.is_sealed:
-            caller.arrived, caller.news.fast_requests, caller.news.general_requests, \
-                caller.news.handshakes, caller.news.handshake_failures = odd.take_news()
-        else:
-            caller.arrived = odd.arrived
-            odd.arrived = 0
+        caller.arrived = odd.arrived
+        odd.arrived = 0
         if odd.is_member is not None:
             caller.is_member = odd.is_member
         if then == THEN_DELIVER:
@@ -537,25 +531,20 @@ cdef class Receiver:
             pthread_mutex_unlock(&self.server.lock)
             body_free(&request.body)
             body = odd.take_body()
-            if isinstance(body, Body):
-                whole = body
-                request.body = whole.c
-                memset(&whole.c, 0, sizeof(body_t))
-                caller.counted = whole.share.large
-                whole.share.large = 0
-            else:
-                share = odd.share
-                caller.counted = share.c.large
-                share.c.large = 0
-                if not body_init(&request.body, len(body)):
-                    raise MemoryError
-                memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
-                request.body.len = len(body)
+            share = odd.share
+            caller.counted = share.c.large
+            share.c.large = 0
+            if not body_init(&request.body, len(body)):
+                raise MemoryError
+            memcpy(request.body.data, PyByteArray_AS_STRING(body), len(body))
+            request.body.len = len(body)
         elif then == THEN_NEXT:
             rest = odd.rest
             if not caller_save(caller, <const uint8_t*>PyBytes_AS_STRING(rest), len(rest)):
                 raise MemoryError
             caller.skip = odd.skip
+            if odd.is_learnt:
+                self.learn(caller, rest, odd)
         if then == THEN_DETACH:
             self.detach(caller, odd)
         if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
@@ -564,53 +553,60 @@ cdef class Receiver:
             self.odd_requests[caller.id] = odd
         return 0
 
+    cdef int learn(self, caller_t* caller, bytes head, object odd) except -1:
+        """Let the core recognise heads like the one that ``head`` begins with; all are of the same
+        sender.
+        """
+        cdef http_post_t post
+        cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(head)
+        cdef uint64_t sender = odd.sender
+        if http_recognise_post(data, len(head), &post) != HTTP_POST:
+            raise ValueError("head: not one that the core recognises")
+        if not caller.has_tls:
+            server_learn(&self.server, data, &post, sender)
+            return 0
+        caller_learn(caller, data, &post)
+        lock_with_gil(&self.server.lock)
+        caller_set_member(caller, sender)
+        pthread_mutex_unlock(&self.server.lock)
+        if self.handlers.binds_members and odd.request.certificate is not None:
+            self.bound[caller.id] = odd.request
+            caller.is_bound = True
+        return 0
+
     cdef int detach(self, caller_t* caller, object odd) except -1:
         """Move a connection's socket out of the loop. The loop forgets it, whatever happens here.
         """
-        cdef int fd = server_detach(caller)
-        connection = None
+        cdef tls_t* tls
+        cdef int fd = server_detach(caller, &tls)
+        connection = session = None
         try:
+            if tls is not NULL:
+                session = Session.adopt(tls)
+                tls = NULL
             if fd >= 0:
                 connection = OwnSocket(fileno=fd)
                 fd = -1
-                if caller.is_sealed:
-                    connection, odd = odd.detach(connection)
+                connection.tls = session
                 self.take(connection, odd)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
+            tls_free(tls)
             if fd >= 0:
                 descriptors_shut(own_descriptors(), fd)
             if connection is not None:
                 connection.close()
         return 0
 
-    def make_body(self, size_t size):
-        """Make room for a body that is deciphered: in memory that was a body's before, or in
-        address space that is no memory yet. ``MemoryError`` without any.
-        """
-        cdef Body body = Body.__new__(Body)
-        cdef bint is_made
-        body.receiver = self
-        body.server = &self.server
-        with nogil:
-            # The lock's owner may be at work. Only C state is touched.
-            is_made = server_reuse_body(&self.server, &body.c, size) or body_init(&body.c, size)
-        if not is_made:
-            raise MemoryError
-        return body
 
-    def learn(self, bytes head not None, uint64_t sender):
-        """Let the core recognise heads that are like this one but for their length; all are of
-        the same sender.
+def recognises(bytes head not None, uint64_t sender):
+    """Tell whether the core recognises heads that are like this one but for their length.
 
-        Returns whether it can; it leaves chunked bodies and the like to h11.
-        """
-        cdef http_post_t post
-        cdef const uint8_t* data = <const uint8_t*>PyBytes_AS_STRING(head)
-        if http_recognise_post(data, len(head), &post) != HTTP_POST:
-            return False
-        server_learn(&self.server, data, &post, sender)
-        return True
+    It leaves chunked bodies and the like to h11.
+    """
+    cdef http_post_t post
+    return http_recognise_post(
+        <const uint8_t*>PyBytes_AS_STRING(head), len(head), &post) == HTTP_POST
 
 
 cdef int caller_set_answer(caller_t* caller, bytes data) except -1:

@@ -6,19 +6,23 @@ thread calls for the connection it has.
 
 from libc.stdint cimport int64_t, uint32_t, uint8_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcpy, memmove
 
 from pipeline.net._budget cimport BODY_SMALL, budget_add, budget_left, budget_wait
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, CALLER_HEAD, CALLER_LINGERING,
-    CALLER_ODD, CALLER_WRITING, LINGER_NS, REQUEST_BROKEN, REQUEST_END, REQUEST_GONE, REQUEST_LARGE,
-    REQUEST_ODD, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_AGAIN, THEN_CLOSE, THEN_DELIVER,
-    THEN_DETACH, THEN_FREE, THEN_HANDSHAKE, THEN_IDLE, THEN_NEXT, THEN_READ_BODY, THEN_TURN,
-    answer_204_t, caller_add_runnable, caller_append, caller_is_bulk, caller_save,
-    caller_set_deadline, caller_set_state, caller_t, caller_unlink, request_t, sealed_news_t,
-    server_counts_t, server_knows, server_limits_t, server_reuse_body, server_t,
+    CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE,
+    REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_ODD, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE,
+    THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_READ_BODY, THEN_SHAKE, THEN_SHAKEN,
+    THEN_TURN, answer_204_t, caller_add_runnable, caller_append, caller_is_bulk, caller_is_old,
+    caller_save, caller_set_deadline, caller_set_state, caller_t, caller_unlink, request_t,
+    server_knows, server_limits_t, server_reuse_body, server_t,
 )
-from pipeline.net._conn cimport conn_end, conn_recv, conn_send
+from pipeline.net._conn cimport (
+    conn_end, conn_has_more, conn_has_part, conn_is_unread, conn_recv, conn_send,
+)
+from pipeline.tls._engine cimport tls_free
+from pipeline.tls._tls cimport tls_end
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.wire._http cimport (
     HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post,
@@ -27,8 +31,9 @@ from pipeline.net._memory cimport body_free, body_grown, body_init, body_residen
 from pipeline.net._loop cimport IO_TURN, io_t, loop_remove
 from pipeline.receive._queues cimport caller_decode, caller_to_handler
 from pipeline.net._sync cimport (
-    EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_TRUNC,
-    count_add, errno, format_http_date, invariant, load_int, recv, store_int, time, time_t,
+    EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_PEEK,
+    MSG_TRUNC, count_add, errno, format_http_date, invariant, load_int, recv, store_int, time,
+    time_t,
 )
 
 
@@ -58,29 +63,28 @@ cdef inline void caller_count_closed(caller_t* caller) noexcept nogil:
 
 
 cdef inline void caller_close(caller_t* caller) noexcept nogil:
-    """End a connection that the loop has. An odd one goes to Python once more."""
+    """End a connection that the loop has. If Python keeps something of it, it goes there once more.
+
+    TLS says goodbye, unless it is in the middle of an answer.
+    """
     cdef server_t* server = caller.server
     if caller.conn.io.fd >= 0:
         loop_remove(&server.loop, &caller.conn.io)
+        if caller.conn.tls is not NULL and caller.answer is NULL:
+            tls_end(caller.conn.tls)
         descriptors_shut(server.descriptors, caller.conn.io.fd)
         caller.conn.io.fd = -1
+        tls_free(caller.conn.tls)       # which knows the descriptor
+        caller.conn.tls = NULL
         caller_leave_body(caller)
         caller_count_closed(caller)
-    if caller.is_odd:
+    if caller.is_odd or caller.is_bound:
         caller_to_handler(caller, REQUEST_GONE)
         return
     caller_unlink(caller)
     caller_set_state(caller, CALLER_CLOSED)
     caller.next = server.buried
     server.buried = caller
-
-
-cdef inline void caller_end(caller_t* caller) noexcept nogil:
-    """End a connection that the loop has; one that Python has deciphered says so to its peer."""
-    if caller.is_sealed and caller.is_odd and caller.then != THEN_HANDSHAKE:
-        caller_to_handler(caller, REQUEST_END)
-    else:
-        caller_close(caller)
 
 
 cdef inline void caller_broken(caller_t* caller) noexcept nogil:
@@ -99,8 +103,7 @@ cdef inline void caller_hand_over(caller_t* caller, const uint8_t* data, size_t 
     request.body.len = n
     if not caller.is_odd:
         caller.is_odd = True
-        if not caller.is_sealed:
-            count_add(&caller.server.counts.general_requests, 1)
+        count_add(&caller.server.counts.general_requests, 1)
     caller_save(caller, NULL, 0)
     caller_to_handler(caller, REQUEST_ODD)
 
@@ -198,7 +201,7 @@ cdef inline bint caller_must_wait(caller_t* caller) noexcept nogil:
 
 
 cdef inline int64_t caller_body_time(const caller_t* caller, int64_t left_ns,
-                                   int64_t n) noexcept nogil:
+                                     int64_t n) noexcept nogil:
     """Return for how long more of a body is waited for, ``n`` bytes having come in time.
 
     That is what was left and what ``n`` bytes may take at the least rate, at most a stall; without
@@ -236,6 +239,7 @@ cdef inline void caller_read_body(caller_t* caller) noexcept nogil:
     cdef body_t* body = &caller.request.body
     cdef size_t budget = SERVER_STEP_BYTES, room
     cdef ssize_t n
+    cdef bint is_turn_over
     while body.len < body.size:
         if caller_must_wait(caller):
             caller.is_paused = True
@@ -251,6 +255,8 @@ cdef inline void caller_read_body(caller_t* caller) noexcept nogil:
             if errno == EINTR:
                 continue
             if errno == EAGAIN:
+                if conn_is_unread(&caller.conn):
+                    caller_add_runnable(caller)
                 return
             n = 0
         if n == 0:
@@ -262,7 +268,9 @@ cdef inline void caller_read_body(caller_t* caller) noexcept nogil:
         caller_body_arrived(caller, n)
         body_grown(body)
         caller_count(caller)
-        if budget == 0 and body.len < body.size:
+        # TLS gives less than was asked for when it comes in small pieces, each of which takes time.
+        is_turn_over = <size_t>n < room and conn_has_more(&caller.conn, <size_t>n, room)
+        if (budget == 0 or is_turn_over) and body.len < body.size:
             caller_add_runnable(caller)
             return
     # What comes behind the body may have arrived with it, and epoll will not say so again.
@@ -287,6 +295,20 @@ cdef inline void caller_skip(caller_t* caller, size_t n) noexcept nogil:
         caller_parse(caller, server.scratch, n)
 
 
+cdef inline void caller_read_nothing(caller_t* caller) noexcept nogil:
+    """Nothing has come that can be read: what TLS has to say of that."""
+    cdef server_t* server = caller.server
+    if conn_is_unread(&caller.conn):
+        caller_add_runnable(caller)
+    if caller.state != CALLER_HEAD or caller.head_deadline_ns != 0:
+        return
+    if conn_has_part(&caller.conn):         # of a record, and so of a head
+        caller.head_deadline_ns = server.loop.now_ns + server.limits.head_timeout_ns
+        caller_set_deadline(caller, caller.head_deadline_ns)
+    elif caller_is_old(caller) and caller.skip == 0:
+        caller_close(caller)
+
+
 cdef inline void caller_read(caller_t* caller) noexcept nogil:
     """Read a head, or bytes for Python."""
     cdef server_t* server = caller.server
@@ -299,18 +321,15 @@ cdef inline void caller_read(caller_t* caller) noexcept nogil:
         if n >= 0 or errno != EINTR:
             break
     if n < 0 and errno == EAGAIN:
+        caller_read_nothing(caller)
         return
     if n <= 0:
         if caller.state == CALLER_ODD and caller.then == THEN_READ_BODY:
             caller_broken(caller)
         else:
-            if caller.is_sealed and caller.is_odd and caller.then == THEN_HANDSHAKE:
-                count_add(&server.counts.handshake_failures, 1)
             caller_close(caller)
         return
-    if caller.is_sealed and caller.head_deadline_ns == 0:
-        caller.head_deadline_ns = server.loop.now_ns + server.limits.head_timeout_ns
-    if kept + <size_t>n == SERVER_SCRATCH:
+    if conn_has_more(&caller.conn, <size_t>n, SERVER_SCRATCH - kept):
         caller_add_runnable(caller)         # there may be more, and epoll will not say so again
     if caller.state == CALLER_ODD:
         if caller.then == THEN_READ_BODY:
@@ -342,6 +361,8 @@ cdef inline void caller_next(caller_t* caller) noexcept nogil:
         caller_set_deadline(caller, server.loop.now_ns + server.limits.head_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:
         server.accept_at_ns = server.loop.now_ns     # an idle connection can make room
+    if caller_is_old(caller):
+        store_int(&caller.has_event, True)   # to be read until there is nothing
     if kept > 0:
         memcpy(server.scratch, caller.buffer, kept)
         caller.buffer_len = 0
@@ -350,21 +371,45 @@ cdef inline void caller_next(caller_t* caller) noexcept nogil:
         caller_add_runnable(caller)
 
 
-cdef inline void caller_idle(caller_t* caller) noexcept nogil:
-    """A sealed connection has answered and waits for the next request."""
+# -- handshakes
+
+cdef inline void caller_shake(caller_t* caller) noexcept nogil:
+    """Have a handshake begun, or gone on with, if something has come for it or there is room."""
+    cdef uint8_t byte
+    # TLS reads the socket itself.
+    cdef ssize_t n = recv(caller.conn.io.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+    if n < 0 and (errno == EAGAIN or errno == EINTR):
+        if caller.conn.tls is not NULL and caller.conn.tls.wants_to_write:
+            caller_to_handler(caller, REQUEST_HANDSHAKE)
+        return
+    if n > 0:
+        caller_to_handler(caller, REQUEST_HANDSHAKE)
+        return
+    # As a load balancer does to see whether we are there, if nothing has come at all.
+    if caller.conn.tls is not NULL:
+        count_add(&caller.server.counts.handshake_failures, 1)
+    caller_close(caller)
+
+
+cdef inline void caller_shake_on(caller_t* caller) noexcept nogil:
+    """Wait for what the handshake goes on with."""
     cdef server_t* server = caller.server
-    caller_unlink(caller)
-    caller_append(caller)
-    caller_set_state(caller, CALLER_ODD)
-    caller.is_new = False
-    caller.head_deadline_ns = 0
-    caller.body_left_ns = 0
-    caller_set_deadline(caller, server.loop.now_ns + server.limits.idle_timeout_ns)
+    caller_set_state(caller, CALLER_SHAKING)
+    caller_set_deadline(caller, caller.head_deadline_ns)
     if server.accept_at_ns < 0:
-        server.accept_at_ns = server.loop.now_ns     # an idle connection can make room
+        server.accept_at_ns = server.loop.now_ns     # it can be spared
     if caller.has_event:
         caller_add_runnable(caller)
 
+
+cdef inline void caller_shaken(caller_t* caller) noexcept nogil:
+    """The handshake is over: what has come behind it may have been read with it."""
+    count_add(&caller.server.counts.handshakes, 1)
+    store_int(&caller.has_event, True)
+    caller_next(caller)
+
+
+# -- answers
 
 cdef inline void caller_linger(caller_t* caller) noexcept nogil:
     """End our side, and wait a moment for the other to do so."""
@@ -377,7 +422,9 @@ cdef inline void caller_linger(caller_t* caller) noexcept nogil:
 
 
 cdef inline void caller_discard(caller_t* caller) noexcept nogil:
-    """Throw away one step of what a refused peer still sends; of TCP it is not even copied."""
+    """Throw away one step of what a refused peer still sends, which is neither copied nor
+    deciphered.
+    """
     cdef server_t* server = caller.server
     cdef ssize_t n
     cdef int _step
@@ -403,16 +450,14 @@ cdef inline void caller_written(caller_t* caller) noexcept nogil:
         caller.is_odd = False
         caller_next(caller)
     elif load_int(&caller.server.is_stopping):
-        caller_end(caller)
+        caller_close(caller)
     elif caller.then == THEN_TURN:
         caller_credit_body(caller)
         caller_to_handler(caller, REQUEST_ODD)
-    elif caller.then == THEN_AGAIN:
-        caller.head_deadline_ns = 0
-        caller.body_left_ns = 0
-        caller_to_handler(caller, REQUEST_ODD)
-    elif caller.then == THEN_IDLE:
-        caller_idle(caller)
+    elif caller.then == THEN_SHAKE:
+        caller_shake_on(caller)
+    elif caller.then == THEN_SHAKEN:
+        caller_shaken(caller)
     else:
         caller_set_state(caller, CALLER_ODD)
         if caller.then == THEN_READ_BODY:
@@ -423,8 +468,6 @@ cdef inline void caller_written(caller_t* caller) noexcept nogil:
                 caller.head_deadline_ns = \
                     caller.server.loop.now_ns + caller.server.limits.head_timeout_ns
             caller_set_deadline(caller, caller.head_deadline_ns)
-            if caller.then == THEN_HANDSHAKE and caller.server.accept_at_ns < 0:
-                caller.server.accept_at_ns = caller.server.loop.now_ns   # it can be spared
         if caller.has_event:
             caller_add_runnable(caller)
 
@@ -489,21 +532,11 @@ cdef inline void caller_answer_here(caller_t* caller, answer_204_t* answer) noex
         caller.then = THEN_CLOSE
 
 
-cdef inline void caller_hear_news(caller_t* caller) noexcept nogil:
-    """Count what Python has done on a sealed connection."""
-    cdef server_counts_t* counts = &caller.server.counts
-    count_add(&counts.fast_requests, caller.news.fast_requests)
-    count_add(&counts.general_requests, caller.news.general_requests)
-    count_add(&counts.handshakes, caller.news.handshakes)
-    count_add(&counts.handshake_failures, caller.news.handshake_failures)
-    memset(&caller.news, 0, sizeof(sealed_news_t))
-
-
 cdef inline void caller_returned(caller_t* caller) noexcept nogil:
     """Go on with a connection a handler thread gives back."""
     caller.server.handled -= 1
-    if caller.is_sealed:
-        caller_hear_news(caller)
+    if caller.request.kind == REQUEST_HANDSHAKE and caller.then == THEN_CLOSE:
+        count_add(&caller.server.counts.handshake_failures, 1)
     if caller.then == THEN_DELIVER:
         caller.head_deadline_ns = 0
         caller_count(caller)
@@ -516,7 +549,7 @@ cdef inline void caller_returned(caller_t* caller) noexcept nogil:
     if caller.is_answered:
         caller.is_answered = False
     elif caller.then == THEN_FREE:
-        caller.is_odd = False
+        caller.is_odd = caller.is_bound = False
         caller_close(caller)
         return
     elif caller.then == THEN_DETACH:
@@ -547,10 +580,14 @@ cdef inline void caller_ready(io_t* io, uint32_t flags) noexcept nogil:
     if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         caller.has_ended = True
     if caller.state == CALLER_HANDLED or caller.state == CALLER_WRITING:
-        if flags & ~EPOLLOUT:
+        if flags & ~EPOLLOUT or caller.is_shaking:
             store_int(&caller.has_event, True)    # a handler thread may be reading it
         if caller.state == CALLER_WRITING and flags & EPOLLOUT:
             caller_write(caller)
+        return
+    if caller.state == CALLER_SHAKING:      # also when there is room: it may have much to write
+        store_int(&caller.has_event, False)
+        caller_shake(caller)
         return
     if not flags & ~EPOLLOUT:
         return
@@ -569,7 +606,5 @@ cdef inline void caller_ready(io_t* io, uint32_t flags) noexcept nogil:
 
 
 cdef inline bint caller_is_idle(const caller_t* caller) noexcept nogil:
-    """Tell whether nothing of a request has come. A TLS handshake that has begun is one."""
-    if caller.state == CALLER_ODD:
-        return caller.is_sealed and (caller.then == THEN_IDLE or not caller.is_odd)
-    return caller.state == CALLER_HEAD and caller.buffer_len == 0 and caller.conn.io.fd >= 0
+    """Tell whether nothing of a request has come."""
+    return caller.state == CALLER_HEAD and caller.head_deadline_ns == 0 and caller.conn.io.fd >= 0

@@ -10,10 +10,10 @@ from libc.string cimport memset
 
 from pipeline.net._budget cimport budget_leave, budget_left, budget_t, budget_wait
 from pipeline.receive._caller cimport (
-    ACCEPT_RETRY_NS, ACCEPT_STEP, CALLER_BODY, CALLER_HANDLED, CALLER_LINGERING, CALLER_ODD,
-    CALLER_WRITING, QUEUES, SERVER_TURN_BYTES, THEN_HANDSHAKE, THEN_IDLE, THEN_READ_BODY,
-    caller_add_runnable, caller_append, caller_of_turn, caller_set_deadline, caller_set_state,
-    caller_t, listening_t, server_check_spare, server_limits_t, server_t,
+    ACCEPT_RETRY_NS, ACCEPT_STEP, CALLER_BODY, CALLER_HANDLED, CALLER_HEAD, CALLER_LINGERING,
+    CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, QUEUES, SERVER_TURN_BYTES, THEN_READ_BODY,
+    caller_add_runnable, caller_append, caller_is_old, caller_of_turn, caller_set_deadline,
+    caller_set_state, caller_t, listening_t, server_check_spare, server_limits_t, server_t,
 )
 from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -27,12 +27,12 @@ from pipeline.net._loop cimport (
 )
 from pipeline.receive._queues cimport caller_free, queue_take, server_signal_handlers
 from pipeline.receive._requests cimport (
-    caller_broken, caller_close, caller_end, caller_is_idle, caller_ready, caller_returned,
+    caller_broken, caller_close, caller_is_idle, caller_ready, caller_returned,
 )
 from pipeline.net._sync cimport (
     CLOCK_MONOTONIC, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLIN, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, clock_ns, cond_init_monotonic,
-    count_add, count_set, errno, invariant, list_is_empty, load_i64, load_int,
+    SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, add_int, clock_ns,
+    cond_init_monotonic, count_add, count_set, errno, invariant, list_is_empty, load_i64, load_int,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock, send, shutdown, sockaddr, socklen_t, store_int,
     swap_int, timerfd_create,
@@ -54,11 +54,9 @@ cdef inline bint server_make_room(server_t* server) noexcept nogil:
         # What another thread has is not looked into.
         if caller.state == CALLER_HANDLED:
             is_shaking = is_shaking or caller.is_shaking
-        elif caller.is_sealed and caller.then == THEN_HANDSHAKE:
-            if caller.state == CALLER_ODD:
-                spared = caller
-                break
-            is_shaking = True
+        elif caller.state == CALLER_SHAKING:
+            spared = caller
+            break
         elif spared is NULL and caller_is_idle(caller):
             spared = caller
         caller = caller.next
@@ -135,10 +133,9 @@ cdef inline void listening_ready(io_t* io, uint32_t flags) noexcept nogil:
         count_add(&server.counts.accepted, 1)
         count_add(&server.counts.connections, 1)
         caller_append(caller)
-        if listening.is_sealed:
-            caller.is_sealed = True
-            caller_set_state(caller, CALLER_ODD)
-            caller.then = THEN_HANDSHAKE
+        if listening.has_tls:
+            caller.has_tls = True
+            caller_set_state(caller, CALLER_SHAKING)
             caller.head_deadline_ns = server.loop.now_ns + server.limits.handshake_timeout_ns
             caller_set_deadline(caller, caller.head_deadline_ns)
         else:
@@ -241,7 +238,7 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
                 or (caller.state == CALLER_ODD and caller.then == THEN_READ_BODY):
             count_add(&server.counts.body_timeouts, 1)
             caller_broken(caller)
-        elif caller.state == CALLER_ODD and caller.then == THEN_HANDSHAKE:
+        elif caller.state == CALLER_SHAKING:
             count_add(&server.counts.handshake_timeouts, 1)
             caller_close(caller)
         else:
@@ -250,22 +247,20 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
                 count_add(&server.counts.idle_timeouts, 1)
             else:
                 count_add(&server.counts.head_timeouts, 1)
-            if caller.state == CALLER_WRITING:
-                caller_close(caller)
-            else:
-                caller_end(caller)
+            caller_close(caller)
         caller = following
 
 
 cdef inline void server_retire(server_t* server) noexcept nogil:
-    """End the sealed connections that are idle; the others end with the request they are at."""
+    """Have connections of earlier credentials end that are idle, once they are read to the end.
+
+    The others end with the request they are at.
+    """
     cdef caller_t* caller = server.oldest
-    cdef caller_t* following
     while caller is not NULL:
-        following = caller.next
-        if caller.state == CALLER_ODD and caller.then == THEN_IDLE:
-            caller_end(caller)
-        caller = following
+        if caller.state == CALLER_HEAD and caller_is_old(caller):
+            caller_add_runnable(caller)
+        caller = caller.next
 
 
 cdef inline void server_begin_stop(server_t* server) noexcept nogil:
@@ -280,7 +275,7 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     while caller is not NULL:
         following = caller.next
         if caller.state != CALLER_HANDLED and caller.state != CALLER_WRITING:
-            caller_end(caller)
+            caller_close(caller)
         caller = following
 
 
@@ -359,7 +354,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     while caller is not NULL:
         following = caller.next
         if caller.conn.io.fd >= 0 and caller.state == CALLER_HANDLED:
-            if not caller.is_sealed:
+            if not caller.has_tls:
                 send(caller.conn.io.fd, server.answer_503, server.answer_503_len,
                      MSG_DONTWAIT | MSG_NOSIGNAL)
             shutdown(caller.conn.io.fd, SHUT_RDWR)
@@ -446,12 +441,12 @@ cdef inline void server_free(server_t* server) noexcept nogil:
     pthread_mutex_destroy(&server.lock)
 
 
-cdef inline void server_listen(server_t* server, int fd, bint is_sealed) noexcept nogil:
+cdef inline void server_listen(server_t* server, int fd, bint has_tls) noexcept nogil:
     """Take over a listening socket, before the start. There is room for it in ``listening``."""
     cdef listening_t* listening = &server.listening[server.n_listening]
     listening.io.fd = fd
     listening.server = server
-    listening.is_sealed = is_sealed
+    listening.has_tls = has_tls
     server.n_listening += 1
 
 
@@ -470,6 +465,7 @@ cdef inline void server_stop(server_t* server, int how) noexcept nogil:
 
 
 cdef inline void server_retire_soon(server_t* server) noexcept nogil:
-    """Have the loop, if it runs, end the sealed connections that are idle."""
+    """Have the loop, if it runs, end what was begun with the credentials there were."""
+    add_int(&server.generation, 1)
     store_int(&server.is_retiring, 1)
     loop_wake(&server.loop)

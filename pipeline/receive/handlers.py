@@ -403,6 +403,11 @@ class Handlers:
             self._note_version(request)
         return refusal
 
+    @property
+    def binds_members(self) -> bool:
+        """Whether ``check_member`` refuses any that has shown a certificate."""
+        return self._allow_member is not None
+
     def check_member(self, request: Request) -> Answer | None:
         """Refuse a sender whose certificate is not that of the member it says it is.
 

@@ -59,15 +59,9 @@ class Then(enum.IntEnum):
     DELIVER = 4
     #: The connection leaves the loop, with ``OddRequest.request`` and ``OddRequest.framing``.
     DETACH = 5
-    # Up to TURN for sealed connections only.
-    HANDSHAKE = 7
-    #: Answered, and the next request has not begun.
-    IDLE = 8
-    #: Write what there is and call ``Sealed.feed`` once more.
-    AGAIN = 9
     #: There is more to do of what has come. Others have their turn, strangers among them; then
     #: call ``feed`` with nothing.
-    TURN = 10
+    TURN = 7
 
 
 class OddRequest:
@@ -81,7 +75,7 @@ class OddRequest:
         Shows ``ip:port`` in logs.
     learn : callable
         Called with the bytes of a head that may be followed by a message for Raft, and its sender;
-        tells whether the core will recognise it from now on. Then the core takes the request over.
+        tells whether the core can recognise it from now on. Then the core takes the request over.
     certificate : mapping, optional
         The caller's, of a connection with TLS.
 
@@ -93,6 +87,8 @@ class OddRequest:
         What is to be processed when ``feed`` returns ``Then.DELIVER``.
     rest : bytes
         What has been read and not used when the connection goes on with ``Then.NEXT``.
+    is_learnt : bool
+        Then: nothing is answered, and ``rest`` begins with a head for the core to learn.
     skip : int
         Then bytes to be thrown away before the next request.
     framing : RequestBody
@@ -128,6 +124,7 @@ class OddRequest:
     ) -> None:
         self.body = bytearray()
         self.rest = b""
+        self.is_learnt = False
         self.skip = 0
         self.early = b""
         self.arrived = 0
@@ -263,6 +260,7 @@ class OddRequest:
             return Then.DETACH
         if self._handlers.is_learnable(self.request) and self._learn(head, self.sender):
             self.rest = head + data
+            self.is_learnt = True
             return Then.NEXT
         self._is_message = True
         return self._read_body(self.framing, data)

@@ -11,6 +11,8 @@ __all__ = ["Context", "Session", "TLSError"]
 
 class TLSError(OSError): ...
 
+def session_count() -> int: ...
+
 @final
 class Session:
     @property

@@ -19,7 +19,7 @@ from pipeline.tls._libssl cimport (
     X509_V_FLAG_PARTIAL_CHAIN, X509_V_OK, X509_VERIFY_PARAM, libssl_load, tm,
 )
 from pipeline.tls._tls cimport (
-    EAGAIN, EPROTO, engine_t, errno, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    EAGAIN, EPROTO, TLS_FUTILE_BYTES, engine_t, errno, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
     tls_end, tls_is_silent, tls_load, tls_read, tls_shake, tls_store, tls_t, tls_unlink, tls_write,
 )
 
@@ -135,11 +135,17 @@ cdef void forked() noexcept nogil:
 
 cdef int bio_read(BIO* bio, char* data, int size) noexcept nogil:
     cdef tls_t* tls = <tls_t*>engine.lib.BIO_get_data(bio)
-    cdef ssize_t n = recv(tls.fd, data, size, MSG_DONTWAIT)
+    cdef ssize_t n = -1
     engine.lib.BIO_clear_flags(
         bio, BIO_FLAGS_READ | BIO_FLAGS_WRITE | BIO_FLAGS_IO_SPECIAL | BIO_FLAGS_SHOULD_RETRY)
+    if tls.is_shaken and tls.futile > TLS_FUTILE_BYTES:
+        tls.is_drained = False
+        engine.lib.BIO_set_flags(bio, BIO_FLAGS_READ | BIO_FLAGS_SHOULD_RETRY)
+        return -1
+    n = recv(tls.fd, data, size, MSG_DONTWAIT)
     tls.is_drained = n < size
     if n > 0:
+        tls.futile += n
         tls.has_heard = tls.is_shaken
     elif n == 0:
         tls.is_eof = True
@@ -231,6 +237,21 @@ cdef str reason_of(tls_t* tls):
         return f"certificate verify failed: {text.decode()}"
     text = engine.lib.ERR_reason_error_string(tls.reason)
     return "protocol error" if text is NULL else text.decode()
+
+
+def session_count():
+    """Return how many connections with TLS this process has, for tests."""
+    cdef int count = 0
+    cdef tls_t* tls
+    with nogil:
+        # Whoever has the lock may be at work. Only C state is touched.
+        pthread_mutex_lock(&engine.lock)
+        tls = engine.first
+        while tls is not NULL:
+            count += 1
+            tls = tls.next
+        pthread_mutex_unlock(&engine.lock)
+    return count
 
 
 @cython.final

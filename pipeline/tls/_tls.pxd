@@ -44,6 +44,11 @@ cdef extern from "<pthread.h>" nogil:
 cdef enum:
     # One call takes no more than this: the other connections of a loop have their turn.
     TLS_STEP_BYTES = 1 << 20
+    # Of what is read of the socket in one call so much may be no plain text: some thousand updates
+    # of the keys, which take ten milliseconds.
+    TLS_FUTILE_BYTES = 64 * 1024
+    # And of so many records, however small, the plain text is read.
+    TLS_RECORDS = 128
 
 # OpenSSL, and all connections there are. One for the process; never freed.
 cdef struct engine_t:
@@ -65,11 +70,13 @@ cdef struct tls_t:
     bint is_shaken          # the handshake is over
     bint has_heard          # something has come since, session tickets for one
     bint has_ended          # the peer has said that nothing follows
+    bint is_ended           # we have said so
     bint has_failed         # it is of no use any more; the peer has been told why, if TLS failed
     bint is_cut             # a part of a record is written, and the rest not
     bint wants_to_write     # the socket did not take what was written last
     bint has_moved          # the socket took some of what the last call wrote
     bint is_drained         # the socket had no more when it was read last
+    size_t futile           # bytes that this call has read of the socket, beyond its plain text
     bint is_eof             # the socket has ended
 
 
@@ -82,6 +89,7 @@ cdef inline bint tls_enter(tls_t* tls) noexcept nogil:
         set_errno(ESHUTDOWN)
         return False
     tls.engine.lib.ERR_clear_error()    # what others have left would be taken for ours
+    tls.futile = 0
     return True
 
 
@@ -135,20 +143,25 @@ cdef inline int tls_shake(tls_t* tls) noexcept nogil:
 cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil:
     """Read as recv(2) does. Less than was asked for does not mean that no more is there.
 
-    What the peer said before the socket broke can be read after a write has failed.
+    Nor does EAGAIN: a peer that sends much that is no plain text has had its turn
+    (``tls_is_unread``). What the peer said before the socket broke can be read after a write has
+    failed.
     """
     cdef size_t total = 0
     cdef int result = -1
+    cdef int records = 0
     if (tls.error == EPROTO and not tls_is_usable(tls)) or not tls_enter(tls):
         return -1
     if size > TLS_STEP_BYTES:
         size = TLS_STEP_BYTES
-    while total < size:
+    while total < size and records < TLS_RECORDS:
         result = tls.engine.lib.SSL_read(tls.ssl, <uint8_t*>data + total, <int>(size - total))
         if result <= 0:
             result = tls_failed(tls, result)
             break
         total += result
+        records += 1
+        tls.futile -= min(tls.futile, <size_t>result)
         if tls.is_drained and not tls.engine.lib.SSL_has_pending(tls.ssl):
             break
     tls_leave(tls)
@@ -158,6 +171,16 @@ cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil
 cdef inline bint tls_is_drained(tls_t* tls) noexcept nogil:
     """Tell whether all that the socket had when it was read last has been read from us."""
     return tls.is_drained and not tls.engine.lib.SSL_has_pending(tls.ssl)
+
+
+cdef inline bint tls_is_unread(const tls_t* tls) noexcept nogil:
+    """Tell, after EAGAIN, whether the socket may have more all the same."""
+    return not tls.is_drained
+
+
+cdef inline bint tls_has_part(tls_t* tls) noexcept nogil:
+    """Tell, after EAGAIN, whether a part of a record has come."""
+    return tls.engine.lib.SSL_has_pending(tls.ssl)
 
 
 cdef inline ssize_t tls_write(tls_t* tls, const void* data, size_t size) noexcept nogil:
@@ -211,11 +234,12 @@ cdef inline bint tls_end(tls_t* tls) noexcept nogil:
     closed, an OpenSSL at the other end would answer with an alert, and would be sent SIGPIPE for
     it. Differs from etcd: Go never resets one.
     """
-    if tls.has_failed:
+    if tls.has_failed or tls.is_ended:
         return True
     if not tls.is_shaken or tls.is_cut:
         return False
     if tls_enter(tls):
+        tls.is_ended = True
         tls.engine.lib.SSL_shutdown(tls.ssl)
         tls_leave(tls)
     return True

@@ -73,16 +73,16 @@ class Node:
         self.credentials = Credentials(authority.info())
         self.context = authority.client(*authority.issue("caller"))
         self.plain = Listener(self.handlers, "http://127.0.0.1:0", self.config)
-        self.sealed = Listener(
+        self.encrypted = Listener(
             self.handlers, "https://127.0.0.1:0", self.config, credentials=self.credentials
         )
         self._stack = contextlib.ExitStack()
-        self._stack.callback(self.sealed.close)
+        self._stack.callback(self.encrypted.close)
         self._stack.callback(self.plain.close)
 
-    def call(self, *, is_sealed: bool = False) -> socket.socket:
-        sock = self._stack.enter_context(dial((self.sealed if is_sealed else self.plain).url))
-        if is_sealed:
+    def call(self, *, has_tls: bool = False) -> socket.socket:
+        sock = self._stack.enter_context(dial((self.encrypted if has_tls else self.plain).url))
+        if has_tls:
             sock = self.context.wrap_socket(sock, server_hostname="127.0.0.1")
             self._stack.enter_context(sock)
         return sock
@@ -94,13 +94,13 @@ class Node:
     def used(self) -> int:
         return self.handlers.budget.used
 
-    def post(self, body: bytes, *, is_sealed: bool = False, is_chunked: bool = False) -> int | None:
-        sock = self.call(is_sealed=is_sealed)
+    def post(self, body: bytes, *, has_tls: bool = False, is_chunked: bool = False) -> int | None:
+        sock = self.call(has_tls=has_tls)
         head = raw_head(
             "transfer-encoding: chunked" if is_chunked else f"content-length: {len(body)}"
         )
         if not is_chunked:
-            # The second request of a connection: over TLS the core reads it.
+            # Over TLS the core reads the second request of a connection.
             sock.sendall(GOOD)
             assert read_status(sock) == 204
         with contextlib.suppress(ConnectionError, ssl.SSLError):  # refused before it was sent
@@ -168,8 +168,8 @@ Post = Callable[[Node, bytes], int | None]
 WAYS: dict[str, Post] = {
     "plain": lambda node, body: node.post(body),
     "chunked": lambda node, body: node.post(body, is_chunked=True),
-    "TLS": lambda node, body: node.post(body, is_sealed=True),
-    "TLS, chunked": lambda node, body: node.post(body, is_sealed=True, is_chunked=True),
+    "TLS": lambda node, body: node.post(body, has_tls=True),
+    "TLS, chunked": lambda node, body: node.post(body, has_tls=True, is_chunked=True),
     "a snapshot's message": lambda node, body: node.post_snapshot(body),
     "ASGI": lambda node, body: node.post_asgi(body),
     "WSGI": lambda node, body: node.post_wsgi(body),
@@ -191,7 +191,7 @@ def test_a_body_counts_until_its_message_is_answered(node: Node, way: str) -> No
     eventually(lambda: node.used == 0)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "plain"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("plain", "TLS")])
 def test_a_body_without_room_is_refused_and_a_small_one_is_not(node: Node, way: str) -> None:
     rest = node.handlers.budget.share()
     assert rest.set(LIMIT - MIB)
@@ -202,24 +202,28 @@ def test_a_body_without_room_is_refused_and_a_small_one_is_not(node: Node, way: 
     assert WAYS[way](node, LARGE) == 204
 
 
-def test_a_plain_body_without_room_waits_for_whoever_gives_it_back(node: Node) -> None:
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_a_body_of_the_core_without_room_waits_for_whoever_gives_it_back(
+    node: Node, has_tls: bool
+) -> None:
+    listener = node.encrypted if has_tls else node.plain
     rest = node.handlers.budget.share()
     assert rest.set(LIMIT)
     answers: list[int | None] = []
-    caller = threading.Thread(target=lambda: answers.append(node.post(LARGE)))
+    caller = threading.Thread(target=lambda: answers.append(node.post(LARGE, has_tls=has_tls)))
     caller.start()
-    eventually(lambda: node.plain.stats().body_pauses > 0)
-    assert node.post(SMALL) == 204
+    eventually(lambda: listener.stats().body_pauses > 0)
+    assert node.post(SMALL, has_tls=has_tls) == 204
     assert answers == []
     rest.close()
     caller.join(LONG_TIMEOUT)
     assert answers == [204]
 
 
-@pytest.mark.parametrize("is_sealed", [False, True], ids=["plain", "TLS"])
-def test_memory_that_is_used_again_counts_from_its_first_byte(node: Node, is_sealed: bool) -> None:
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_memory_that_is_used_again_counts_from_its_first_byte(node: Node, has_tls: bool) -> None:
     size = 8 * MIB
-    sock = node.call(is_sealed=is_sealed)
+    sock = node.call(has_tls=has_tls)
     sock.sendall(GOOD)
     assert read_status(sock) == 204
     body = append_of(size)
@@ -240,9 +244,9 @@ def test_memory_that_is_used_again_counts_from_its_first_byte(node: Node, is_sea
     assert used >= size
 
 
-@pytest.mark.parametrize("is_sealed", [False, True], ids=["plain", "TLS"])
-def test_a_large_page_counts_as_a_whole(node: Node, is_sealed: bool) -> None:
-    sock = node.call(is_sealed=is_sealed)
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_a_large_page_counts_as_a_whole(node: Node, has_tls: bool) -> None:
+    sock = node.call(has_tls=has_tls)
     sock.sendall(GOOD)
     assert read_status(sock) == 204
     sock.sendall(raw_head(f"content-length: {8 * MIB}") + bytes(2 * MIB + 1))
@@ -268,9 +272,9 @@ def test_memory_that_is_kept_is_freed_when_others_need_it(node: Node) -> None:
 
 
 def test_a_listener_that_closes_gives_back_what_it_has_begun(node: Node) -> None:
-    for is_sealed in (False, True):
+    for has_tls in (False, True):
         for framing in ("transfer-encoding: chunked", f"content-length: {8 * MIB}"):
-            sock = node.call(is_sealed=is_sealed)
+            sock = node.call(has_tls=has_tls)
             sock.sendall(GOOD)
             assert read_status(sock) == 204
             part = bytes(MIB)
@@ -279,7 +283,7 @@ def test_a_listener_that_closes_gives_back_what_it_has_begun(node: Node) -> None
     eventually(lambda: node.used == 4 * MIB)
     node.plain.close()
     eventually(lambda: node.used == 2 * MIB)
-    node.sealed.close()
+    node.encrypted.close()
     eventually(lambda: node.used == 0)
 
 

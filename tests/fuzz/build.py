@@ -50,6 +50,7 @@ def build_machine(into: Path, sanitize: str = "") -> Path:
     machine = Extension(
         "_machine",
         [str(source)],
+        include_dirs=[str(Path(pipeline.__file__).parent / "tls")],  # libssl.h
         extra_compile_args=["-std=gnu11", "-O1", "-g", "-UNDEBUG", "-w", *SANITIZERS[sanitize]],
         extra_link_args=[
             *SANITIZERS[sanitize],
