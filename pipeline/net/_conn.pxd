@@ -105,6 +105,11 @@ cdef inline bint conn_has_moved(const conn_t* conn) noexcept nogil:
     return conn.tls is not NULL and conn.tls.has_moved
 
 
+cdef inline bint conn_reads_ahead(const conn_t* conn) noexcept nogil:
+    """Tell whether there may be more to read although epoll is silent: TLS has a buffer."""
+    return conn.tls is not NULL
+
+
 cdef inline bint conn_has_ended(const conn_t* conn) noexcept nogil:
     """Tell whether TLS has read the end, or an error, of which epoll will not speak again."""
     return conn.tls is not NULL and (conn.tls.has_ended or conn.tls.has_failed)

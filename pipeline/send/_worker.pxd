@@ -12,8 +12,8 @@ from libc.string cimport memcmp, memcpy
 from pipeline.send._books cimport OUTCOME_SENT
 from pipeline.send._channel cimport channel_take, job_t
 from pipeline.net._conn cimport (
-    conn_has_ended, conn_has_moved, conn_is_dead, conn_is_silent, conn_recv, conn_send,
-    conn_send_next, conn_wants_to_write,
+    conn_has_ended, conn_has_moved, conn_is_dead, conn_is_silent, conn_reads_ahead, conn_recv,
+    conn_send, conn_send_next, conn_wants_to_write,
 )
 from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_is_at_end
 from pipeline.wire._http cimport (
@@ -389,7 +389,7 @@ cdef inline void worker_returned(worker_t* worker) noexcept nogil:
         worker_set_state(worker, WORKER_READING)
         worker.answer_len = 0
         worker_await_answer(worker, worker.answer_deadline_ns)
-        if conn_has_ended(&worker.conn):    # which epoll does not say
+        if conn_reads_ahead(&worker.conn):
             worker_read(worker, 0)
     else:
         worker_bound_send_buffer(worker)

@@ -115,9 +115,9 @@ def test_a_forked_child_closes_its_copies_of_the_connections() -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "a worker's alert",
+        "a dial's alert",
         "a probe",
-        "a probe's handshake",
+        "a probe over TLS",
         "a snapshot's bytes",
         "a snapshot's file",
         "a snapshot's ciphertext",

@@ -7,6 +7,7 @@ writes to a closed connection is sent SIGPIPE.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -18,10 +19,8 @@ import pytest
 
 from pipeline import MessageType, Transport, TransportConfig
 from pipeline.net._sockets import OwnSocket, open_socket
-from pipeline.net.pool import end_tls
 from pipeline.send.probing import TICKETS_S
-from pipeline.tls import Credentials
-from pipeline.tls.tunnel import Tunnel
+from pipeline.tls import Credentials, TLSError
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import CLUSTER, MEMBER, PEER, message
@@ -77,41 +76,52 @@ def read_on(sock: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def tunnel_to(server: Server, credentials: Credentials) -> Iterator[tuple[OwnSocket, Tunnel]]:
+def connection_to(server: Server, credentials: Credentials) -> Iterator[OwnSocket]:
+    """A connection that has TLS and has not shaken hands."""
     sock = open_socket(socket.AF_INET, socket.SOCK_STREAM, 0)
-    sock.setblocking(True)
-    sock.connect(("127.0.0.1", server.port))
     with sock:
-        yield sock, Tunnel(credentials, "127.0.0.1")
+        sock.setblocking(True)
+        sock.connect(("127.0.0.1", server.port))
+        sock.setblocking(False)
+        name = credentials.name_of("127.0.0.1")
+        sock.tls = credentials.client_context.session(sock.fileno(), name)
+        yield sock
 
 
-def shake(sock: OwnSocket, tunnel: Tunnel) -> None:
-    data = b""
-    while not tunnel.shake(data):
-        sock.sendall(tunnel.outgoing())
-        data = sock.recv(65536)
-    sock.sendall(tunnel.outgoing())
+def shake(sock: OwnSocket, credentials: Credentials) -> None:
+    assert sock.tls is not None
+    while not sock.tls.shake():
+        wait_readable(sock)
+    credentials.check_server(sock.tls)
 
 
-def hear_tickets(sock: OwnSocket, tunnel: Tunnel) -> None:
-    """Read the two session tickets with which OpenSSL ends a handshake."""
-    for _ in range(2):
-        assert tunnel.open(read_record(sock)) == b""
+def hear_ticket(sock: OwnSocket) -> None:
+    """Read the session ticket with which the server ends the handshake."""
+    assert sock.tls is not None
+    while not sock.tls.has_heard:
+        wait_readable(sock)
+        assert sock.tls.is_silent()
 
 
-def read_record(sock: OwnSocket) -> bytes:
-    head = sock.recv(5, socket.MSG_WAITALL)
-    return head + sock.recv(int.from_bytes(head[3:]), socket.MSG_WAITALL)
+def wait_readable(sock: OwnSocket) -> None:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    assert poll.poll(LONG_TIMEOUT * 1000)
 
 
 def reader(
-    authority: Authority, before: Callable[[], object] | None = None, *, below_tls: bool = False
+    authority: Authority,
+    before: Callable[[], object] | None = None,
+    after: Callable[[], object] | None = None,
+    *,
+    below_tls: bool = False,
 ) -> Callable[[socket.socket], object]:
-    """Do what is to be done ``before``, shake hands and read to the end.
+    """Do what is to be done ``before``, shake hands, do what is to be done ``after``, and read on.
 
     Below TLS what is read are not records but what they are made of.
     """
     context = authority.server()
+    context.num_tickets = 1
 
     def serve(sock: socket.socket) -> object:
         with context.wrap_socket(
@@ -120,6 +130,8 @@ def reader(
             if before is not None:
                 before()
             tls.do_handshake()
+            if after is not None:
+                after()
             if not below_tls:
                 return read_on(tls)
             with socket.socket(fileno=tls.detach()) as raw:
@@ -136,13 +148,14 @@ def test_between_records_the_server_is_told_that_nothing_follows(
         info = authority.info()
         if is_refused:  # by our rules, of what TLS itself agrees to
             info = authority.info(allowed_cn=("somebody else",))
-        with tunnel_to(server, Credentials(info)) as (sock, tunnel):
+        credentials = Credentials(info)
+        with connection_to(server, credentials) as sock:
             if is_refused:
-                with pytest.raises(ssl.SSLError):
-                    shake(sock, tunnel)
+                with pytest.raises(TLSError, match="certificate refused"):
+                    shake(sock, credentials)
             else:
-                shake(sock, tunnel)
-            end_tls(sock, tunnel, is_cut=False)
+                shake(sock, credentials)
+            sock.close()
             assert sock.fileno() == -1
     assert server.outcome == b""
 
@@ -151,13 +164,11 @@ def test_a_server_that_cannot_prove_itself_is_told_why(
     authority: Authority, tmp_path: Path
 ) -> None:
     stranger = Authority(tmp_path / "stranger")
-    with (
-        Server(reader(stranger)) as server,
-        tunnel_to(server, Credentials(authority.info())) as (sock, tunnel),
-    ):
-        with pytest.raises(ssl.SSLError):
-            shake(sock, tunnel)
-        end_tls(sock, tunnel, is_cut=False)
+    credentials = Credentials(authority.info())
+    with Server(reader(stranger)) as server, connection_to(server, credentials) as sock:
+        with pytest.raises(TLSError, match="certificate verify failed"):
+            shake(sock, credentials)
+        sock.close()
     assert isinstance(server.outcome, ssl.SSLError)
     assert server.outcome.reason == "TLSV1_ALERT_UNKNOWN_CA"
 
@@ -166,27 +177,31 @@ def test_a_server_that_cannot_prove_itself_is_told_why(
 def test_in_the_middle_of_something_the_connection_is_reset(
     authority: Authority, place: str
 ) -> None:
-    is_accepted, is_ended = threading.Event(), threading.Event()
+    is_there, is_ended = threading.Event(), threading.Event()
 
     def wait_for_the_end() -> None:
-        is_accepted.set()
+        is_there.set()
         is_ended.wait(LONG_TIMEOUT)
 
-    before = wait_for_the_end if place == "in the handshake" else None
+    before, after = wait_for_the_end, None
+    if place == "in a record":
+        before, after = after, before  # type: ignore[assignment]
+    credentials = Credentials(authority.info())
     with (
-        Server(reader(authority, before, below_tls=True)) as server,
-        tunnel_to(server, Credentials(authority.info())) as (sock, tunnel),
+        Server(reader(authority, before, after, below_tls=True)) as server,
+        connection_to(server, credentials) as sock,
     ):
+        assert sock.tls is not None
         if place == "in the handshake":
-            assert not tunnel.shake(b"")
-            sock.sendall(tunnel.outgoing())
-            assert is_accepted.wait(LONG_TIMEOUT)
+            assert not sock.tls.shake()
+            assert is_there.wait(LONG_TIMEOUT)
         else:
-            shake(sock, tunnel)
-            hear_tickets(sock, tunnel)
-            tunnel.seal(b"x" * 1000)
-            sock.sendall(tunnel.outgoing()[:500])
-        end_tls(sock, tunnel, is_cut=place == "in a record")
+            shake(sock, credentials)
+            hear_ticket(sock)
+            with contextlib.suppress(BlockingIOError):
+                while sock.send(bytes(1 << 20)):
+                    pass
+        sock.close()
         assert sock.fileno() == -1
         is_ended.set()
     assert isinstance(server.outcome, ConnectionResetError)
@@ -231,20 +246,6 @@ def test_whatever_we_send_ends_as_tls_asks(authority: Authority, kind: str) -> N
             node.send_snapshot(snapshot, source, size=8).result(LONG_TIMEOUT)
         assert has_answered.wait(LONG_TIMEOUT)
     assert server.outcome == b""
-
-
-def test_a_message_that_was_not_given_to_be_written_does_not_go_with_the_last_words(
-    authority: Authority,
-) -> None:
-    with (
-        Server(reader(authority, below_tls=True)) as server,
-        tunnel_to(server, Credentials(authority.info())) as (sock, tunnel),
-    ):
-        shake(sock, tunnel)
-        hear_tickets(sock, tunnel)
-        tunnel.seal(b"a message")
-        end_tls(sock, tunnel, is_cut=False)
-    assert isinstance(server.outcome, ConnectionResetError)
 
 
 @pytest.mark.parametrize("end", ["stop", "remove_peer"])

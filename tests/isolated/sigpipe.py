@@ -23,6 +23,7 @@ import pytest
 
 from pipeline.config import ReceiverConfig
 from pipeline.errors import PeerUnreachableError
+from pipeline.net._sockets import open_socket
 from pipeline.net.dialling import Dialer
 from pipeline.net.poller import Poller
 from pipeline.net.pool import Pool, PooledConnection
@@ -34,7 +35,7 @@ from pipeline.snapshot.connections import _Receiving
 from pipeline.snapshot.link import Ending, SnapshotLink
 from pipeline.snapshot.source import FileSource
 from pipeline.stats import Histogram
-from pipeline.tls import Credentials
+from pipeline.tls import Credentials, TLSError
 from pipeline.wire.answers import Answer
 from tests.support.http import handlers_of
 from tests.support.listening import raw_head
@@ -54,7 +55,7 @@ poller.start()
 def kill(mine: socket.socket, peer: socket.socket) -> None:
     """End ``peer`` in order, then with RST, and wait until our side has heard of both."""
     with contextlib.suppress(OSError):
-        mine.send(b"unread", socket.MSG_NOSIGNAL)
+        socket.socket.send(mine, b"unread", socket.MSG_NOSIGNAL)  # below TLS
     peer.shutdown(socket.SHUT_WR)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     peer.close()
@@ -62,6 +63,16 @@ def kill(mine: socket.socket, peer: socket.socket) -> None:
     poll.register(mine, 0)  # POLLERR and POLLHUP come all the same
     found = dict(poll.poll(10_000))[mine.fileno()]
     assert found & select.POLLERR, found
+
+
+def accept(scheme: str) -> socket.socket:
+    """Accept a connection, and shake hands if it is to have TLS."""
+    sock, _ = listener.accept()
+    if scheme == "https":
+        context = authority.server()
+        context.num_tickets = 0
+        sock = context.wrap_socket(sock, server_side=True)
+    return sock
 
 
 @contextlib.contextmanager
@@ -74,7 +85,7 @@ def connection(scheme: str) -> Iterator[tuple[PooledConnection, socket.socket]]:
     found = PooledConnection(200)
     is_done = threading.Event()
     dialer.begin(found.prepare(pool, 10, lambda _: is_done.set()))
-    peer, _ = listener.accept()
+    peer = accept(scheme)
     is_done.wait(10)
     found.open()
     yield found, peer
@@ -82,28 +93,28 @@ def connection(scheme: str) -> Iterator[tuple[PooledConnection, socket.socket]]:
 
 
 def alert() -> None:
-    """A worker tells a server why its certificate is refused."""
-    with connection("https") as (found, peer):
-        tunnel = found.begin_tls()
-        tunnel.shake(b"")
-        with pytest.raises(ssl.SSLError):
-            tunnel.shake(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-        kill(found.sock, peer)
-        found.close()
+    """A dial tells a server that its hello is none."""
+    sock = open_socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+    sock.setblocking(True)
+    sock.connect(("127.0.0.1", port))
+    peer, _ = listener.accept()
+    sock.tls = credentials.client_context.session(sock.fileno(), "127.0.0.1")
+    assert not sock.tls.shake()
+    peer.sendall(b"\x16\x03\x03\x00\x04\x02\x00\x00\x00")
+    kill(sock, peer)
+    with pytest.raises(TLSError):
+        sock.tls.shake()
+    sock.close()
 
 
 def probe(scheme: str) -> None:
-    """The prober asks; over TLS it shakes hands first."""
+    """The prober asks."""
     prober = Prober(Poller("no thread"), dialer, interval_s=1, credentials=credentials)
     target = _Target(2, URLPicker([f"{scheme}://127.0.0.1:{port}"]), 0.0, Histogram((1.0,)))
     target.is_busy = True
     with connection(scheme) as (target.connection, peer):
         kill(target.connection.sock, peer)
-        if scheme == "https":
-            target.connection.begin_tls()
-            prober._shake(target, b"")
-        else:
-            prober._send(target)
+        prober._send(target)
         assert "Broken pipe" in target.stats.last_error, target.stats
 
 
@@ -121,12 +132,7 @@ def snapshot(scheme: str, write: Callable[[SnapshotLink], int]) -> None:
     accepted: list[socket.socket] = []
 
     def serve() -> None:
-        sock, _ = listener.accept()
-        if scheme == "https":
-            context = authority.server()
-            context.num_tickets = 0
-            sock = context.wrap_socket(sock, server_side=True)
-        accepted.append(sock)
+        accepted.append(accept(scheme))
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -192,9 +198,9 @@ def go_on(receiver: _Receiving) -> object:
 
 
 PLACES: dict[str, Callable[[], None]] = {
-    "a worker's alert": alert,
+    "a dial's alert": alert,
     "a probe": lambda: probe("http"),
-    "a probe's handshake": lambda: probe("https"),
+    "a probe over TLS": lambda: probe("https"),
     "a snapshot's bytes": lambda: snapshot(
         "http", lambda link: link.write(memoryview(b"x" * 1024))
     ),
