@@ -16,8 +16,8 @@ __all__ = ["BegunRequest", "Connection"]
 class Connection(Protocol):
     """What is asked of a connection that left the loop: an ``OwnSocket``, plain or with TLS.
 
-    ``recv_into`` returns 0 at the end. ``shutdown`` of reading, or of both directions, may be called
-    while another thread is in ``recv_into``, which it ends.
+    ``recv_into`` returns 0 at the end. ``shutdown`` of reading, or of both directions, may be
+    called while another thread is in ``recv_into``, which it ends.
     """
 
     def recv_into(self, buffer: memoryview, /) -> int: ...

@@ -455,9 +455,27 @@ def test_in_a_process_of_its_own(case: str) -> None:
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
-@pytest.mark.parametrize("state", ["idle", "head", "body", "processing", "writing"])
-def test_the_interpreter_exits_with_a_listener_open(state: str) -> None:
-    result = run("receiver.py", "exits", state)
+def test_in_a_process_of_its_own_that_forks_with_tls(tmp_path: Path) -> None:
+    result = run("receiver.py", "forks", str(tmp_path))
+    assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
+
+
+STATES = ["idle", "head", "body", "processing", "writing", "busy"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "state"),
+    [
+        *(("http", state) for state in STATES),
+        *(("https", state) for state in ["handshake", *STATES]),
+    ],
+)
+def test_the_interpreter_exits_with_a_listener_open(
+    scheme: str, state: str, tmp_path: Path
+) -> None:
+    """OpenSSL clears itself away then, and no thread of ours may be inside it."""
+    arguments = [str(tmp_path)] if scheme == "https" else []
+    result = run("receiver.py", "exits", state, *arguments)
     errors = re.sub(r"(?m)^listener at .* closed with requests unanswered\n", "", result.stderr)
     assert (result.stdout, errors, result.returncode) == ("ok\n", "", 0)
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import resource
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
+from pipeline import Entry, Message, MessageType
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
+from pipeline.tls import Credentials
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import post_heartbeat
 from tests.support.listening import GOOD, dial, is_closed, listen, post, raw_head, read_status
 from tests.support.memory import rss
 from tests.support.raft import FakeRaft
+from tests.support.tls import Authority
 from tests.support.waiting import eventually, exit_status_of
 from tests.support.wire import span
 
@@ -108,25 +115,83 @@ def entries() -> None:
     listener.close()
 
 
-def exits(state: str) -> None:
-    """The interpreter ends although a listener is open."""
+def exits(state: str, directory: str = "") -> None:
+    """The interpreter ends although a listener is open; with a directory for files, an https one."""
     error = RequestRejected(500, bytes(32 * MIB)) if state == "writing" else None
     gate = threading.Event() if state == "processing" else None
     raft = FakeRaft(process_error=error, gate=gate)
-    listener = listen(raft)
-    sock = dial(listener.url)
-    sock.sendall({"idle": b"", "head": GOOD[:9], "body": GOOD[:-1]}.get(state, GOOD))
+    credentials, context = files_of(directory)
+    reader, writer = os.pipe()
+    if state == "busy":
+        keep_sending(reader, context)
+    scheme = "https" if directory else "http"
+    listener = listen(raft, f"{scheme}://127.0.0.1:0", credentials=credentials)
+    os.write(writer, listener.url.encode())
+    if state == "busy":
+        raft.wait_processed(200)
+        return
+    sock = dial(listener.url) if state == "handshake" else call(listener.url, context)
+    sent = {"idle": b"", "handshake": b"\x16\x03\x01", "head": GOOD[:9], "body": GOOD[:-1]}
+    sock.sendall(sent.get(state, GOOD))
     if state in ("processing", "writing"):
         raft.wait_processed(1)
     else:
-        post_heartbeat(listener.url)
+        assert post_to(listener.url, context) == 204
     sock.detach()  # open until the end
 
 
-def forks() -> None:
+def files_of(directory: str) -> tuple[Credentials | None, ssl.SSLContext | None]:
+    """Return what a listener with TLS has and what a caller of it has; nothing without TLS."""
+    if not directory:
+        return None, None
+    authority = Authority(Path(directory))
+    return Credentials(authority.info()), authority.client(*authority.issue("caller"))
+
+
+def post_to(url: str, context: ssl.SSLContext | None) -> int | None:
+    """Send a heartbeat over a connection of its own; what is answered."""
+    with call(url, context) as sock:
+        sock.sendall(GOOD)
+        return read_status(sock)
+
+
+def call(url: str, context: ssl.SSLContext | None) -> socket.socket:
+    """Connect, by TLS if there is a context."""
+    sock = dial(url)
+    return sock if context is None else context.wrap_socket(sock, server_hostname="127.0.0.1")
+
+
+def keep_sending(reader: int, context: ssl.SSLContext | None) -> None:
+    """Have another process send messages, small and large, as long as we take them.
+
+    It reads from a pipe where. To be called before there are threads.
+    """
+    if os.fork() > 0:
+        return
+    url = os.read(reader, 100).decode()
+    large = post(Message(type=MessageType.APP, entries=[Entry(data=bytes(3 * MIB))]).marshal())
+
+    def send(request: bytes) -> None:
+        with contextlib.suppress(OSError):
+            sock = call(url, context)
+            while True:
+                sock.sendall(request)
+                read_status(sock)
+
+    threads = [threading.Thread(target=send, args=(data,)) for data in (GOOD, GOOD, large, large)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os._exit(0)
+
+
+def forks(directory: str = "") -> None:
     """A forked child neither waits for our threads nor keeps the port; the parent goes on."""
-    listener = listen(FakeRaft())
-    sock = dial(listener.url)
+    credentials, context = files_of(directory)
+    url = "https://127.0.0.1:0" if directory else "http://127.0.0.1:0"
+    listener = listen(FakeRaft(), url, credentials=credentials)
+    sock = call(listener.url, context)
     sock.sendall(GOOD)
     assert read_status(sock) == 204  # and that handler thread runs the loop from here on
     reader, writer = os.pipe()
@@ -142,11 +207,11 @@ def forks() -> None:
     for _ in range(20):
         sock.sendall(GOOD)
         assert read_status(sock) == 204
-        assert post_heartbeat(listener.url).status == 204
+        assert post_to(listener.url, context) == 204
     url = listener.url
     listener.close()
-    again = listen(FakeRaft(), url)
-    assert post_heartbeat(again.url).status == 204
+    again = listen(FakeRaft(), url, credentials=credentials)
+    assert post_to(again.url, context) == 204
     again.close()
     os.close(writer)
     assert exit_status_of(child) == 0
@@ -231,7 +296,7 @@ def held_gil() -> None:
     listener.close()
 
 
-CASES = {
+CASES: dict[str, Callable[..., None]] = {
     "no descriptors": no_descriptors,
     "announced": announced,
     "entries": entries,
@@ -244,5 +309,5 @@ case, *arguments = sys.argv[1:]
 if case == "exits":
     exits(*arguments)
 else:
-    CASES[case]()
+    CASES[case](*arguments)
 print("ok", flush=True)

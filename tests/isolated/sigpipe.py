@@ -28,7 +28,6 @@ from pipeline.net.dialling import Dialer
 from pipeline.net.poller import Poller
 from pipeline.net.pool import Pool, PooledConnection
 from pipeline.receive.odd_request import OddRequest, Then
-from pipeline.receive.sealed import SealedSocket
 from pipeline.send.picker import URLPicker
 from pipeline.send.probing import Prober, _Target
 from pipeline.snapshot.connections import _Receiving
@@ -154,30 +153,22 @@ def file(link: SnapshotLink) -> int:
 
 def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
     """A snapshot is received, or refused."""
-    peer = socket.create_connection(("127.0.0.1", port))
-    mine: socket.socket | SealedSocket
-    mine, _ = listener.accept()
-    sock = mine
+    mine = open_socket(socket.AF_INET, socket.SOCK_STREAM, 0)  # who has dialled does not matter
+    mine.setblocking(True)
+    mine.connect(("127.0.0.1", port))
+    peer, _ = listener.accept()
     if scheme == "https":
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = credentials.server_context.wrap_bio(incoming, outgoing, server_side=True)
         theirs = authority.client(*authority.issue("client"))
         wrapped = theirs.wrap_socket(
             peer, server_hostname="127.0.0.1", do_handshake_on_connect=False
         )
         thread = threading.Thread(target=wrapped.do_handshake)
         thread.start()
-        while True:
-            try:
-                tls.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                mine.sendall(outgoing.read())
-                incoming.write(mine.recv(65536))
-        mine.sendall(outgoing.read())
+        mine.tls = credentials.server_context.session(mine.fileno())
+        while not mine.tls.shake():
+            select.select([mine], [], [])
         thread.join()
         peer = wrapped
-        mine = SealedSocket(sock, tls, incoming, outgoing)
     config = ReceiverConfig(snapshot_dir=directory)
     handlers = handlers_of(FakeRaft(), config)
     odd = OddRequest(handlers, config, "here", lambda *_: False)
@@ -185,7 +176,7 @@ def receiving(scheme: str, write: Callable[[_Receiving], object]) -> None:
     head = raw_head("Expect: 100-continue", "Content-Length: 9", line=line)
     assert odd.feed(head) == (b"", Then.DETACH)
     receiver = _Receiving(mine, odd, odd.move_place(), config)
-    kill(sock, peer)
+    kill(mine, peer)
     write(receiver)
     receiver.close()
 
