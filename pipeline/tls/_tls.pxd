@@ -75,7 +75,7 @@ cdef struct tls_t:
     bint is_cut             # a part of a record is written, and the rest not
     bint wants_to_write     # the socket did not take what was written last
     bint has_moved          # the socket took some of what the last call wrote
-    bint is_drained         # the socket had no more when it was read last
+    bint is_drained         # this call has read the socket until it had no more
     size_t futile           # bytes that this call has read of the socket, beyond its plain text
     bint is_eof             # the socket has ended
 
@@ -154,6 +154,8 @@ cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil
         return -1
     if size > TLS_STEP_BYTES:
         size = TLS_STEP_BYTES
+    # What it was before says nothing: more may have come since, and epoll has spoken of it.
+    tls.is_drained = False
     while total < size and records < TLS_RECORDS:
         result = tls.engine.lib.SSL_read(tls.ssl, <uint8_t*>data + total, <int>(size - total))
         if result <= 0:

@@ -116,7 +116,7 @@ def entries() -> None:
 
 
 def exits(state: str, directory: str = "") -> None:
-    """The interpreter ends although a listener is open; with a directory for files, an https one."""
+    """The interpreter ends although a listener is open, by https if there is a directory."""
     error = RequestRejected(500, bytes(32 * MIB)) if state == "writing" else None
     gate = threading.Event() if state == "processing" else None
     raft = FakeRaft(process_error=error, gate=gate)

@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import socket
-import ssl
 import struct
 import sys
 import threading

@@ -117,6 +117,23 @@ def test_a_name_goes_out_as_sni_and_an_address_does_not(
     assert asked == ["node.test", None]
 
 
+def test_what_came_with_the_handshake_does_not_hide_what_came_later(
+    authority: Authority, credentials: Credentials, pair: Pair
+) -> None:
+    """Of that the kernel may have told already, and it tells once."""
+    client = pair.python(authority.client(*authority.issue("c")), server_hostname=HOST)
+    server = credentials.server_context.session(pair.ours.fileno())
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    assert not server.shake()
+    client.do_handshake()
+    client.send(b"one, ")
+    assert server.shake()
+    client.send(b"two")
+    buffer = bytearray(100)
+    assert buffer[: server.recv_into(buffer)] == b"one, two"
+
+
 # Certificates
 
 
