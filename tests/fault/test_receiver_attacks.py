@@ -455,8 +455,9 @@ def test_in_a_process_of_its_own(case: str) -> None:
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 
-def test_in_a_process_of_its_own_that_forks_with_tls(tmp_path: Path) -> None:
-    result = run("receiver.py", "forks", str(tmp_path))
+@pytest.mark.parametrize("case", ["forks", "idle, TLS"])
+def test_in_a_process_of_its_own_with_tls(case: str, tmp_path: Path) -> None:
+    result = run("receiver.py", case, str(tmp_path))
     assert (result.stdout, result.returncode) == ("ok\n", 0), result.stderr
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -44,6 +45,7 @@ from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import GOOD, dial, listener_threads, post, raw_head, read_status
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
+from tests.support.openssl import RawClient
 from tests.support.raft import FakeRaft
 from tests.support.tls import Authority
 from tests.support.waiting import eventually, until_read
@@ -776,6 +778,65 @@ def test_thousands_of_tiny_records_are_a_message_all_the_same(node: Node) -> Non
         assert tls.read(12) == b"HTTP/1.1 204"
         tls.read(65536)
     assert node.raft.processed == [message] * 3
+
+
+def test_updates_of_the_keys_by_the_thousand_disturb_nobody(node: Node) -> None:
+    listener = node.listen()
+    other = node.call()
+    with RawClient(node.dial(), *node.files) as client:
+        for asks in (False, True):
+            for _ in range(5000):
+                client.update_key(asks=asks)
+            other.sendall(GOOD)
+            assert read_status(other) == 204
+            client.send(GOOD[:50])
+            for _ in range(5000):
+                client.update_key(asks=asks)
+            client.send(GOOD[50:])
+            assert client.recv().startswith(b"HTTP/1.1 204 ")
+    assert len(node.raft.processed) == 4
+    assert listener.stats().handshakes == 2
+
+
+def test_a_connection_that_only_updates_its_keys_is_idle(node: Node) -> None:
+    listener = node.listen(ReceiverConfig(idle_timeout_s=0.3))
+    with RawClient(node.dial(), *node.files) as client:
+        client.send(GOOD)
+        assert client.recv().startswith(b"HTTP/1.1 204 ")
+        eventually(lambda: client.update_key() or listener.stats().idle_timeouts == 1)
+        assert client.recv() == b""
+
+
+def test_after_its_close_notify_a_caller_is_heard_no_more(node: Node) -> None:
+    """Whatever TCP still brings."""
+    node.listen()
+    sock = node.dial()
+    with RawClient(sock, *node.files) as client:
+        client.send(GOOD)
+        assert client.recv().startswith(b"HTTP/1.1 204 ")
+        client.say_goodbye()
+        sock.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+        assert client.recv() == b""
+    eventually(lambda: node.listener.stats().connections == 0)
+    assert len(node.raft.processed) == 1
+    assert node.handlers.received.failures == 0
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_chains_of_a_hundred_certificates_are_written_and_read(node: Node, version: str) -> None:
+    """The handshake waits until there is room for ours, and until all of the caller's have come."""
+    cert, key = node.authority.issue("long")
+    cert.write_bytes(cert.read_bytes() + node.authority.ca.cert_pem.bytes() * 99)
+    node.listen(cert_file=cert, key_file=key)
+    context = node.authority.client(cert, key, version=version)
+    parts = urlsplit(node.listener.url)
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        plain.settimeout(LONG_TIMEOUT)
+        plain.connect((parts.hostname, parts.port))
+        with context.wrap_socket(plain, server_hostname="127.0.0.1") as sock:
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
 
 
 @pytest.mark.parametrize(

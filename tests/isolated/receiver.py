@@ -217,6 +217,38 @@ def forks(directory: str = "") -> None:
     assert exit_status_of(child) == 0
 
 
+def idle_tls(directory: str) -> None:
+    """A peer with TLS that is ready and idle costs at most 128 KiB."""
+    credentials, context = files_of(directory)
+    callers = 100
+    urls, answers = os.pipe(), os.pipe()
+    child = os.fork()  # while there are no threads
+    if child == 0:
+        url = os.read(urls[0], 100).decode()
+        socks = []
+        for number in range(1 + callers):
+            socks.append(call(url, context))
+            socks[-1].sendall(GOOD)
+            assert read_status(socks[-1]) == 204
+            if number in (0, callers):
+                os.write(answers[1], b".")
+                os.read(urls[0], 1)
+        os._exit(0)
+    raft = FakeRaft()
+    listener = listen(raft, "https://127.0.0.1:0", credentials=credentials)
+    os.write(urls[1], listener.url.encode())
+    os.read(answers[0], 1)
+    before = rss()
+    os.write(urls[1], b".")
+    os.read(answers[0], 1)
+    raft.processed.clear()
+    grown = (rss() - before) // callers
+    assert grown <= 128 * 1024, f"{grown} bytes each"
+    os.write(urls[1], b".")
+    assert exit_status_of(child) == 0
+    listener.close()
+
+
 def blocked_memory() -> None:
     """While the handlers are blocked, what is sent stays with the senders."""
     gate = threading.Event()
@@ -303,6 +335,7 @@ CASES: dict[str, Callable[..., None]] = {
     "forks": forks,
     "blocked memory": blocked_memory,
     "idle": idle,
+    "idle, TLS": idle_tls,
     "held GIL": held_gil,
 }
 case, *arguments = sys.argv[1:]

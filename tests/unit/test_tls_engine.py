@@ -8,6 +8,7 @@ import gc
 import ipaddress
 import os
 import random
+import select
 import socket
 import ssl
 import struct
@@ -25,6 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from pipeline.tls import Context, Credentials, Session, TLSError
 from tests.support import MIB
+from tests.support.openssl import RawClient
 from tests.support.tls import DAY, Authority, Pair, shake
 
 HOST = "127.0.0.1"
@@ -115,23 +117,6 @@ def test_a_name_goes_out_as_sni_and_an_address_does_not(
             session = credentials.client_context.session(pair.ours.fileno(), host)
             shake(session, pair.python(context, server_side=True))
     assert asked == ["node.test", None]
-
-
-def test_what_came_with_the_handshake_does_not_hide_what_came_later(
-    authority: Authority, credentials: Credentials, pair: Pair
-) -> None:
-    """Of that the kernel may have told already, and it tells once."""
-    client = pair.python(authority.client(*authority.issue("c")), server_hostname=HOST)
-    server = credentials.server_context.session(pair.ours.fileno())
-    with pytest.raises(ssl.SSLWantReadError):
-        client.do_handshake()
-    assert not server.shake()
-    client.do_handshake()
-    client.send(b"one, ")
-    assert server.shake()
-    client.send(b"two")
-    buffer = bytearray(100)
-    assert buffer[: server.recv_into(buffer)] == b"one, two"
 
 
 # Certificates
@@ -236,6 +221,59 @@ def test_a_read_that_is_small_leaves_the_rest_of_the_record(
     assert server.is_silent()
     with pytest.raises(BlockingIOError):
         server.recv_into(buffer)
+
+
+def test_what_came_with_the_handshake_does_not_hide_what_came_later(
+    authority: Authority, credentials: Credentials, pair: Pair
+) -> None:
+    """Of that the kernel may have told already, and it tells once."""
+    client = pair.python(authority.client(*authority.issue("c")), server_hostname=HOST)
+    server = credentials.server_context.session(pair.ours.fileno())
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    assert not server.shake()
+    client.do_handshake()
+    client.send(b"one, ")
+    assert server.shake()
+    client.send(b"two")
+    buffer = bytearray(100)
+    assert buffer[: server.recv_into(buffer)] == b"one, two"
+
+
+def test_what_is_no_plain_text_has_its_turn_and_no_more(
+    authority: Authority, credentials: Credentials
+) -> None:
+    """Updates of the keys by the thousand would keep a loop from all others."""
+    files = authority.issue("raw")
+    with socket.create_server((HOST, 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * MIB)
+        caller = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    ours.setblocking(False)
+    session = credentials.server_context.session(ours.fileno())
+
+    def send() -> None:
+        with RawClient(caller, *files) as client:
+            for _ in range(6000):  # 27 bytes each
+                client.update_key()
+            client.send(b"text")
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    while not session.shake():
+        select.select([ours], [], [])
+    sender.join()
+    buffer, turns = bytearray(100), 0
+    while True:
+        assert select.select([ours], [], [], 0)[0]
+        try:
+            assert buffer[: session.recv_into(buffer)] == b"text"
+            break
+        except BlockingIOError:
+            turns += 1
+    assert turns == 2
+    caller.close()
+    ours.close()
 
 
 def test_session_tickets_are_no_word_of_the_peers(
