@@ -172,8 +172,7 @@ def keep_sending(reader: int, context: ssl.SSLContext | None) -> None:
     large = post(Message(type=MessageType.APP, entries=[Entry(data=bytes(3 * MIB))]).marshal())
 
     def send(request: bytes) -> None:
-        with contextlib.suppress(OSError):
-            sock = call(url, context)
+        with contextlib.suppress(OSError), call(url, context) as sock:
             while True:
                 sock.sendall(request)
                 read_status(sock)

@@ -370,6 +370,7 @@ def test_a_chain_that_fills_the_socket_is_written_when_there_is_room(
 
 def test_sessions_leave_nothing_behind(authority: Authority, credentials: Credentials) -> None:
     """Of each kind: never shaken, shaken, failed, with bytes that nobody has read."""
+    gc.collect()
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(50):
         with Pair() as pair:
