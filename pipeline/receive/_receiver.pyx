@@ -422,7 +422,11 @@ cdef class Receiver:
         """Answer a request that the core has recognised."""
         answer = None
         if caller.is_bound and caller.request.kind != REQUEST_BROKEN:
-            answer = self.handlers.check_member(self.bound[caller.id])
+            request = self.bound.get(caller.id)
+            if request is None:     # the loop has ended, and all of this was let go of
+                answer = self.handlers.shutting_down()
+            else:
+                answer = self.handlers.check_member(request)
             caller.is_member = answer is None
         if answer is None:
             answer = self.message(caller, remote)

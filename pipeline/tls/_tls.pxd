@@ -171,8 +171,13 @@ cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil
 
 
 cdef inline bint tls_is_drained(tls_t* tls) noexcept nogil:
-    """Tell whether all that the socket had when it was read last has been read from us."""
-    return tls.is_drained and not tls.engine.lib.SSL_has_pending(tls.ssl)
+    """Tell whether all that the socket had when it was read last has been read from us.
+
+    So has not an end, or a failure, that was come upon behind what was read: the next read tells
+    of it.
+    """
+    return tls.is_drained and not (tls.has_ended or tls.is_eof or tls.has_failed) \
+        and not tls.engine.lib.SSL_has_pending(tls.ssl)
 
 
 cdef inline bint tls_is_unread(const tls_t* tls) noexcept nogil:

@@ -497,6 +497,32 @@ def test_a_member_is_bound_to_its_certificate_by_a_callback(
     assert "not the certificate of '2'" in caplog.text
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_head_accepted_of_one_caller_lets_no_other_past(node: Node, scheme: str) -> None:
+    """The same bytes, from whoever has not shown that member's certificate."""
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        name = dict(part[0] for part in certificate["subject"])["commonName"]
+        return bool(name == f"member-{member_id}")
+
+    node.listen(allow_member=allow)
+    urls = [ANY, "http://127.0.0.1:0"]
+    with Listener(node.handlers, urls, node.config, node.credentials) as listener:
+        node.listener = listener
+        with contextlib.ExitStack() as stack:
+            if scheme == "http":
+                first = stack.enter_context(dial(listener.urls[1]))
+            else:
+                first = node.call(*node.authority.issue("one", common_name="member-1"))
+            other = node.call(*node.authority.issue("two", common_name="member-2"))
+            for _ in range(3):
+                first.sendall(GOOD)
+                assert read_status(first) == 204
+                other.sendall(GOOD)
+                assert read_status(other) == 412
+    assert len(node.raft.processed) == 3
+
+
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, RecursionError])
 def test_a_callback_for_certificates_that_raises_lets_nobody_in_and_ends_no_thread(
     node: Node, error: type[BaseException]
@@ -819,6 +845,24 @@ def test_after_its_close_notify_a_caller_is_heard_no_more(node: Node) -> None:
         assert client.recv() == b""
     eventually(lambda: node.listener.stats().connections == 0)
     assert len(node.raft.processed) == 1
+    assert node.handlers.received.failures == 0
+
+
+@pytest.mark.parametrize("request_", [GOOD, ODD, PROBE], ids=["to the core", "to h11", "a probe"])
+@pytest.mark.parametrize("how", ["with a close_notify", "of TCP"])
+def test_a_caller_that_ends_its_side_is_answered(node: Node, how: str, request_: bytes) -> None:
+    node.listen()
+    sock = node.dial()
+    with RawClient(sock, *node.files) as client:
+        client.send(GOOD)
+        assert client.recv().startswith(b"HTTP/1.1 204 ")
+        client.send(request_)
+        if how == "with a close_notify":
+            client.say_goodbye()
+        else:
+            sock.shutdown(socket.SHUT_WR)
+        assert client.recv().startswith(b"HTTP/1.1 20")
+    eventually(lambda: node.listener.stats().connections == 0)
     assert node.handlers.received.failures == 0
 
 
