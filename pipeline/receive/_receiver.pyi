@@ -12,7 +12,7 @@ from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.handlers import Handlers
 from pipeline.tls import Credentials
 
-__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "recognise_post"]
+__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "match_post", "recognise_post"]
 
 LINGER_S: float
 
@@ -31,6 +31,7 @@ class ReceiverStats(NamedTuple):
     handshake_failures: int
     handshake_timeouts: int
 
+def match_post(data: bytes, known: bytes) -> tuple[int, int] | None: ...
 def recognise_post(data: ReadableBuffer) -> tuple[int, int] | None: ...
 
 @disjoint_base

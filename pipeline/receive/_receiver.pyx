@@ -20,7 +20,7 @@ from pipeline.net._budget cimport BodyShare
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._gil cimport lock_with_gil
 from pipeline.net._loop cimport loop_init
-from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post
+from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline.wire._messages cimport decode_error, message_from_decoded
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE, REQUEST_HANDSHAKE, REQUEST_LARGE,
@@ -62,7 +62,7 @@ from pipeline.logs import get_logger
 from pipeline.names import show_address
 from pipeline.tls._engine import TLSError
 
-__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "recognise_post"]
+__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "match_post", "recognise_post"]
 
 logger = get_logger("pipeline.receive.listener")
 
@@ -112,6 +112,21 @@ def recognise_post(const uint8_t[::1] data not None):
     """
     cdef http_post_t post
     if data.shape[0] == 0 or http_recognise_post(&data[0], data.shape[0], &post) != HTTP_POST:
+        return None
+    return post.head_len, post.content_length
+
+
+def match_post(bytes data not None, bytes known not None):
+    """Read a head that is like ``known`` but for its length, as the core does: see above.
+
+    None when it is not. ``known`` is a head that the core recognises. For tests.
+    """
+    cdef http_post_t known_post, post
+    cdef const uint8_t* head = <const uint8_t*>PyBytes_AS_STRING(known)
+    if http_recognise_post(head, len(known), &known_post) != HTTP_POST:
+        raise ValueError("known: not a head that the core recognises")
+    if not http_same_post(
+            <const uint8_t*>PyBytes_AS_STRING(data), len(data), head, &known_post, &post):
         return None
     return post.head_len, post.content_length
 
