@@ -97,11 +97,11 @@ class OwnSocket(socket.socket):
         self.tls = None
         own_sockets.add(self)
 
-    def recv(self, size, flags=0):
+    def recv(self, bufsize, flags=0, /):
         """As ``socket.recv``."""
         if self.tls is None:
-            return super().recv(size, flags)
-        buffer = bytearray(size)
+            return super().recv(bufsize, flags)
+        buffer = bytearray(bufsize)
         n = self.recv_into(buffer)
         return bytes(memoryview(buffer)[:n])
 
@@ -111,13 +111,13 @@ class OwnSocket(socket.socket):
             return super().recv_into(buffer, nbytes, flags)
         return self._wait_for(POLLIN, self.tls.recv_into, buffer)
 
-    def send(self, data, flags=0):
+    def send(self, data, flags=0, /):
         """As ``socket.send``; with TLS what was not taken has to come first the next time."""
         if self.tls is None:
             return super().send(data, flags)
         return self._wait_for(POLLOUT, self.tls.send, data)
 
-    def sendall(self, data, flags=0):
+    def sendall(self, data, flags=0, /):
         """As ``socket.sendall``; with TLS the timeout is for each part."""
         if self.tls is None:
             return super().sendall(data, flags)
@@ -126,7 +126,7 @@ class OwnSocket(socket.socket):
             while at < len(left):
                 at += self.send(left[at:])
 
-    def shutdown(self, how):
+    def shutdown(self, how, /):
         """As ``socket.shutdown``; ``SHUT_WR`` tells the peer by TLS first.
 
         So the latter is for whoever has the connection; the others may come from any thread.

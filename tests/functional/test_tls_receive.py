@@ -1231,6 +1231,17 @@ def test_a_snapshot_is_received_on_a_connection_that_has_left_the_loop(
     assert [m.type for m in node.raft.processed] == [MessageType.SNAP]
 
 
+def test_a_refused_snapshot_is_answered_and_ended_in_good_order(node: Node, tmp_path: Path) -> None:
+    """Before all of it has come, and whatever else comes."""
+    node.listen(ReceiverConfig(snapshot_dir=tmp_path / "snapshots"))
+    sock = node.call()
+    size = 64 * MIB
+    sock.sendall(raw_head(f"content-length: {size}", line="POST /raft/snapshot HTTP/1.1"))
+    sock.sendall(b"\xff" * MIB)  # a message longer than any
+    assert read_status(sock) == 400
+    assert end_of(sock) == "close_notify"
+
+
 def test_a_snapshot_whose_record_drips_is_given_up(node: Node, tmp_path: Path) -> None:
     """However slowly a record may come, its place is for others in the end."""
     node.listen(ReceiverConfig(snapshot_dir=tmp_path / "snapshots", stall_timeout_s=SHORT_TIMEOUT))
