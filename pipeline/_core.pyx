@@ -107,7 +107,6 @@ cdef dict REASONS = {
 }
 
 
-
 def error_text(int error):
     """Tell a cause of failure in words: one of the loop's own, or an errno."""
     if error in REASONS:

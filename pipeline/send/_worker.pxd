@@ -12,8 +12,8 @@ from libc.string cimport memcmp, memcpy
 from pipeline.send._books cimport OUTCOME_SENT
 from pipeline.send._channel cimport channel_take, job_t
 from pipeline.net._conn cimport (
-    conn_has_ended, conn_has_moved, conn_is_dead, conn_is_silent, conn_reads_ahead, conn_recv,
-    conn_send, conn_send_next, conn_wants_to_write,
+    conn_has_ended, conn_has_more, conn_has_moved, conn_is_dead, conn_is_silent, conn_is_unread,
+    conn_reads_ahead, conn_recv, conn_send, conn_send_next, conn_wants_to_write,
 )
 from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_is_at_end
 from pipeline.wire._http cimport (
@@ -169,6 +169,8 @@ cdef inline void worker_write(worker_t* worker) noexcept nogil:
     # Differs from etcd: it waits for ever, and a black hole keeps its worker.
     worker.answer_deadline_ns = sending.loop.now_ns + worker.pipe.limits.response_timeout_ns
     worker_await_answer(worker, worker.answer_deadline_ns)
+    if conn_is_unread(&worker.conn):
+        runnable_add(&sending.loop.runnable, &worker.conn.io)
 
 
 cdef inline void worker_write_failed(worker_t* worker, int error) noexcept nogil:
@@ -264,16 +266,18 @@ cdef inline void worker_succeeded(worker_t* worker) noexcept nogil:
 cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
     """Read what there is of an answer; the connection is written, or being written."""
     cdef int verdict
-    cdef bint is_first
+    cdef bint is_first, has_more
+    cdef size_t asked = HTTP_ANSWER_MAX - worker.answer_len
     cdef ssize_t n
     while True:
-        n = conn_recv(&worker.conn, worker.answer + worker.answer_len,
-                      HTTP_ANSWER_MAX - worker.answer_len)
+        n = conn_recv(&worker.conn, worker.answer + worker.answer_len, asked)
         if n >= 0 or errno != EINTR:
             break
     if n < 0:
         if errno != EAGAIN:
             worker_fail(worker, errno)
+        elif conn_is_unread(&worker.conn):
+            runnable_add(&worker.pipe.sending.loop.runnable, &worker.conn.io)
         return
     if n == 0:
         if worker.answer_len > 0 or worker.is_odd:
@@ -282,6 +286,7 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
             worker_fail(worker, ERROR_CLOSED)
         return
     worker.answer_len += <int>n
+    has_more = conn_has_more(&worker.conn, <size_t>n, asked)
     if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR) or conn_has_ended(&worker.conn):
         worker.is_ended = True
     if worker.state == WORKER_WRITING:
@@ -291,6 +296,9 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
         # An answer to a request that is not complete is rare, and never a plain success.
         worker_to_python(worker, EVENT_ANSWER, 0)
         return
+    if has_more and http_recognise_204(worker.answer, worker.answer_len) == worker.answer_len \
+            and not conn_is_silent(&worker.conn):
+        worker.is_ended = True      # what follows an answer is none: the connection is not used
     if worker.answer_len == worker.known_len \
             and memcmp(worker.answer, worker.known, worker.known_len) == 0:
         worker_succeeded(worker)
@@ -308,6 +316,8 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
             worker_succeeded(worker)
     elif verdict != HTTP_MORE or worker.answer_len == HTTP_ANSWER_MAX or worker.is_ended:
         worker_to_python(worker, EVENT_ANSWER, 0)
+    elif has_more:
+        runnable_add(&worker.pipe.sending.loop.runnable, &worker.conn.io)
 
 
 cdef inline void worker_bound_send_buffer(worker_t* worker) noexcept nogil:
@@ -349,15 +359,12 @@ cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
     cdef worker_t* worker = <worker_t*>io
     cdef int state = worker_look_at_state(worker)
     if state == WORKER_READING:
-        if flags & ~EPOLLOUT or conn_wants_to_write(&worker.conn):
+        if flags != EPOLLOUT or conn_wants_to_write(&worker.conn):
             worker_read(worker, flags)
     elif state == WORKER_WRITING:
-        if flags == IO_TURN:
-            worker_write(worker)
-            return
-        if flags & ~EPOLLOUT:
+        if flags & ~EPOLLOUT or conn_is_unread(&worker.conn):
             worker_read(worker, flags)
-        if worker.state == WORKER_WRITING and flags & EPOLLOUT:
+        if worker.state == WORKER_WRITING and (flags & EPOLLOUT or flags == IO_TURN):
             worker_write(worker)
     elif state == WORKER_IDLE and worker.conn.io.fd >= 0:
         if flags & ~EPOLLOUT:

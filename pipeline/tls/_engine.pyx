@@ -19,8 +19,9 @@ from pipeline.tls._libssl cimport (
     X509_V_FLAG_PARTIAL_CHAIN, X509_V_OK, X509_VERIFY_PARAM, libssl_load, tm,
 )
 from pipeline.tls._tls cimport (
-    EAGAIN, EPROTO, TLS_FUTILE_BYTES, engine_t, errno, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-    tls_end, tls_is_silent, tls_load, tls_read, tls_shake, tls_store, tls_t, tls_unlink, tls_write,
+    EAGAIN, EPROTO, TLS_FUTILE_BYTES, engine_t, errno, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, tls_end, tls_is_silent, tls_keep, tls_load, tls_read, tls_shake,
+    tls_store, tls_t, tls_unlink, tls_write,
 )
 
 import calendar
@@ -157,19 +158,30 @@ cdef int bio_read(BIO* bio, char* data, int size) noexcept nogil:
 
 
 cdef int bio_write(BIO* bio, const char* data, int size) noexcept nogil:
+    """Take all that OpenSSL writes, as far as the socket does not; but for handshakes."""
     cdef tls_t* tls = <tls_t*>engine.lib.BIO_get_data(bio)
-    cdef ssize_t n = send(tls.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    cdef ssize_t n = -1
     engine.lib.BIO_clear_flags(
         bio, BIO_FLAGS_READ | BIO_FLAGS_WRITE | BIO_FLAGS_IO_SPECIAL | BIO_FLAGS_SHOULD_RETRY)
-    tls.wants_to_write = n < 0
+    if tls.left is NULL:
+        n = send(tls.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0 and errno != EAGAIN and errno != EINTR:
+            tls.error = errno
+            return -1
     if n > 0:
         tls.has_moved = True
-    else:
-        if errno == EAGAIN or errno == EINTR:
+    if not tls.is_shaken:
+        tls.wants_to_write = n < 0
+        if n < 0:
             engine.lib.BIO_set_flags(bio, BIO_FLAGS_WRITE | BIO_FLAGS_SHOULD_RETRY)
-        else:
-            tls.error = errno
-    return <int>n
+        return <int>n
+    if n < 0:
+        n = 0
+    if n < size:
+        tls.error = tls_keep(tls, data + n, size - n)
+        if tls.error != 0:
+            return -1
+    return size
 
 
 cdef long bio_ctrl(BIO* bio, int command, long number, void* pointer) noexcept nogil:
@@ -220,6 +232,7 @@ cdef void tls_free(tls_t* tls) noexcept nogil:
     if not tls_load(&engine.is_exiting):
         engine.lib.SSL_free(tls.ssl)
     pthread_mutex_unlock(&engine.lock)
+    free(tls.left)
     free(tls)
 
 

@@ -11,8 +11,10 @@ busy ones and lets nobody in any more (``engine_t``).
 """
 
 from libc.stdint cimport uint8_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
 
-from pipeline.net._sync cimport invariant
+from pipeline.net._sync cimport MSG_DONTWAIT, MSG_NOSIGNAL, invariant, send
 from pipeline.tls._libssl cimport (
     SSL, SSL_ERROR_SYSCALL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN,
     libssl_t,
@@ -27,6 +29,9 @@ cdef extern from "<errno.h>" nogil:
     int errno
     enum:
         EAGAIN
+        EINTR
+        ENOBUFS
+        ENOMEM
         EPIPE
         EPROTO
         ESHUTDOWN
@@ -49,6 +54,9 @@ cdef enum:
     TLS_FUTILE_BYTES = 64 * 1024
     # And of so many records, however small, the plain text is read.
     TLS_RECORDS = 128
+    # So much the socket may have yet to take: a record, and what TLS itself has to say. A peer that
+    # asks for more of that and reads nothing has no connection.
+    TLS_LEFT_BYTES = 64 * 1024
 
 # OpenSSL, and all connections there are. One for the process; never freed.
 cdef struct engine_t:
@@ -72,8 +80,13 @@ cdef struct tls_t:
     bint has_ended          # the peer has said that nothing follows
     bint is_ended           # we have said so
     bint has_failed         # it is of no use any more; the peer has been told why, if TLS failed
-    bint is_cut             # a part of a record is written, and the rest not
     bint wants_to_write     # the socket did not take what was written last
+    # Owned: what the socket has yet to take of what OpenSSL wrote; NULL is nothing. OpenSSL itself
+    # must have no write under way when it reads: it fails when it has to answer meanwhile.
+    uint8_t* left
+    size_t left_at          # of it has been taken
+    size_t left_size
+    size_t owed             # bytes of plain text in it, the writing of which is not told yet
     bint has_moved          # the socket took some of what the last call wrote
     bint is_drained         # this call has read the socket until it had no more
     size_t futile           # bytes that this call has read of the socket, beyond its plain text
@@ -95,6 +108,44 @@ cdef inline bint tls_enter(tls_t* tls) noexcept nogil:
 
 cdef inline void tls_leave(tls_t* tls) noexcept nogil:
     tls_store(&tls.is_busy, 0)
+
+
+cdef inline int tls_keep(tls_t* tls, const char* data, size_t size) noexcept nogil:
+    """Keep what the socket does not take now, behind what it did not take before; 0 or an errno."""
+    cdef uint8_t* left
+    if tls.left_size + size > TLS_LEFT_BYTES:
+        return ENOBUFS
+    left = <uint8_t*>realloc(tls.left, tls.left_size + size)
+    if left is NULL:
+        return ENOMEM
+    memcpy(left + tls.left_size, data, size)
+    tls.left = left
+    tls.left_size += size
+    tls.wants_to_write = True
+    return 0
+
+
+cdef inline bint tls_flush(tls_t* tls) noexcept nogil:
+    """Write what the socket did not take before; False, and errno, when it does not take all."""
+    cdef ssize_t n
+    while tls.left is not NULL:
+        n = send(tls.fd, tls.left + tls.left_at, tls.left_size - tls.left_at,
+                 MSG_DONTWAIT | MSG_NOSIGNAL)
+        if n < 0 and errno == EINTR:
+            continue
+        if n < 0:
+            if errno != EAGAIN:
+                tls.has_failed = True
+                tls.error = errno
+            return False
+        tls.has_moved = True
+        tls.left_at += <size_t>n
+        if tls.left_at == tls.left_size:
+            free(tls.left)
+            tls.left = NULL
+            tls.left_at = tls.left_size = 0
+            tls.wants_to_write = False
+    return True
 
 
 cdef inline int tls_failed(tls_t* tls, int result) noexcept nogil:
@@ -154,6 +205,7 @@ cdef inline ssize_t tls_read(tls_t* tls, void* data, size_t size) noexcept nogil
         return -1
     if size > TLS_STEP_BYTES:
         size = TLS_STEP_BYTES
+    tls_flush(tls)
     # What it was before says nothing: more may have come since, and epoll has spoken of it.
     tls.is_drained = False
     while total < size and records < TLS_RECORDS:
@@ -199,20 +251,27 @@ cdef inline ssize_t tls_write(tls_t* tls, const void* data, size_t size) noexcep
     if size > TLS_STEP_BYTES:
         size = TLS_STEP_BYTES
     tls.has_moved = False
-    while total < size:
-        result = tls.engine.lib.SSL_write(
-            tls.ssl, <const uint8_t*>data + total, <int>(size - total))
-        if result <= 0:
-            if tls_failed(tls, result) == 0:    # the peer had ended before the socket broke
-                tls.has_failed = True
-                if tls.error == 0:
-                    tls.error = EPIPE
-                set_errno(tls.error)
-            result = -1
-            tls.is_cut = True
-            break
-        tls.is_cut = False
-        total += result
+    if tls_flush(tls):
+        invariant(tls.owed <= size)
+        total = tls.owed
+        tls.owed = 0
+        while total < size:
+            result = tls.engine.lib.SSL_write(
+                tls.ssl, <const uint8_t*>data + total, <int>(size - total))
+            if result <= 0:
+                if tls_failed(tls, result) == 0:    # the peer had ended before the socket broke
+                    tls.has_failed = True
+                    if tls.error == 0:
+                        tls.error = EPIPE
+                    set_errno(tls.error)
+                result = -1
+                break
+            if tls.left is not NULL:
+                tls.owed = result
+                set_errno(EAGAIN)
+                result = -1
+                break
+            total += result
     tls_leave(tls)
     return <ssize_t>total if total > 0 else result
 
@@ -243,7 +302,7 @@ cdef inline bint tls_end(tls_t* tls) noexcept nogil:
     """
     if tls.has_failed or tls.is_ended:
         return True
-    if not tls.is_shaken or tls.is_cut:
+    if not tls.is_shaken or tls.left is not NULL:
         return False
     if tls_enter(tls):
         tls.is_ended = True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _ssl
 import contextlib
+import ctypes
 import datetime
 import socket
 import ssl
@@ -187,3 +189,31 @@ def shake(*ends: Session | ssl.SSLSocket) -> None:
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
                 pending.remove(end)
+
+
+class PostHandshake:
+    """What OpenSSL says after a handshake, and ``ssl`` has no words for, by a server of the tests.
+
+    Parameters
+    ----------
+    sock : ssl.SSLSocket
+        Of the server; TLS 1.3.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self._sock = sock
+        # What the module was linked with, found from the module itself.
+        self._library = ctypes.CDLL(_ssl.__file__)
+        # PyObject_HEAD, a weak reference to the socket, then the SSL*.
+        held = id(sock._sslobj) + object.__basicsize__ + ctypes.sizeof(ctypes.c_void_p)  # type: ignore[attr-defined]
+        self._ssl = ctypes.c_void_p.from_address(held)
+
+    def update_keys(self, *, asks_for_update: bool) -> None:
+        """Take new keys for what follows, and maybe have the other side do so as well."""
+        assert self._library.SSL_key_update(self._ssl, int(asks_for_update)) == 1
+        self._sock.do_handshake()  # sends it
+
+    def send_ticket(self) -> None:
+        """Send a session ticket."""
+        assert self._library.SSL_new_session_ticket(self._ssl) == 1
+        self._sock.do_handshake()  # sends it
