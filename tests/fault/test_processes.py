@@ -12,14 +12,15 @@ import pytest
 
 from tests.support import MIB
 from tests.support.processes import ISOLATED, TIMEOUT_S, run
+from tests.support.tls import Authority
 
 
 @contextlib.contextmanager
-def sink(counter: Path) -> Iterator[str]:
-    """Run tests/isolated/sink.py; its port."""
+def sink(counter: Path, *files: str) -> Iterator[str]:
+    """Run tests/isolated/sink.py, with TLS if ``files`` are given; its port."""
     counter.write_bytes(bytes(8))
     process = subprocess.Popen(
-        [sys.executable, str(ISOLATED / "sink.py"), str(counter)],
+        [sys.executable, str(ISOLATED / "sink.py"), str(counter), *files],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -32,10 +33,17 @@ def sink(counter: Path) -> Iterator[str]:
             process.wait(TIMEOUT_S)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("mode", ["queued", "contended"])
-def test_messages_leave_while_the_main_thread_holds_the_gil(mode: str, tmp_path: Path) -> None:
-    with sink(tmp_path / "counter") as port:
-        result = run("spin.py", mode, port, str(tmp_path / "counter"))
+def test_messages_leave_while_the_main_thread_holds_the_gil(
+    mode: str, scheme: str, tmp_path: Path
+) -> None:
+    files: list[str] = []
+    if scheme == "https":
+        authority = Authority(tmp_path)
+        files = [*map(str, authority.issue("node")), str(authority.ca_file)]
+    with sink(tmp_path / "counter", *files) as port:
+        result = run("spin.py", mode, port, str(tmp_path / "counter"), *files)
     assert (result.stdout, result.stderr, result.returncode) == ("ok\n", "", 0)
 
 

@@ -1,7 +1,7 @@
 """A peer in a process of its own: answers 204 and counts what it got in a file both sides map.
 
-Run as ``sink.py COUNTER_FILE``; prints its port. The file's first 8 bytes are the number of whole
-requests. Ends with its standard input.
+Run as ``sink.py COUNTER_FILE [CERT KEY CA]``; prints its port. The file's first 8 bytes are the
+number of whole requests. With certificates it speaks TLS. Ends with its standard input.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import selectors
 import socket
+import ssl
 import struct
 import sys
 
@@ -49,6 +50,11 @@ class Stream:
 def main() -> None:
     with open(sys.argv[1], "r+b") as file:
         counter = mmap.mmap(file.fileno(), 8)
+    context = None
+    if len(sys.argv) > 2:
+        cert, key, ca = sys.argv[2:]
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
+        context.load_cert_chain(cert, key)
     listener = socket.create_server(("127.0.0.1", 0), backlog=128)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
@@ -62,16 +68,22 @@ def main() -> None:
                 return
             if key.fileobj is listener:
                 sock, _ = listener.accept()
+                if context is not None:
+                    sock = context.wrap_socket(sock, server_side=True)
                 selector.register(sock, selectors.EVENT_READ, Stream(sock))
                 continue
             stream = key.data
             try:
-                n = stream.sock.recv_into(buffer)
-                whole = stream.read(memoryview(buffer)[:n])
-                if whole:
-                    count += whole
-                    struct.pack_into("=Q", counter, 0, count)
-                    stream.sock.sendall(OK * whole)
+                while True:
+                    n = stream.sock.recv_into(buffer)
+                    whole = stream.read(memoryview(buffer)[:n])
+                    if whole:
+                        count += whole
+                        struct.pack_into("=Q", counter, 0, count)
+                        stream.sock.sendall(OK * whole)
+                    # Of what TLS has read ahead the selector says nothing.
+                    if context is None or stream.sock.pending() == 0:
+                        break
             except OSError:
                 n = 0
             if n == 0:

@@ -1,6 +1,7 @@
 """Messages leave while the main thread never lets go of the GIL (design R2).
 
-``spin.py MODE PORT COUNTER_FILE``; prints "ok" or why not. Modes:
+``spin.py MODE PORT COUNTER_FILE [CERT KEY CA]``; prints "ok" or why not. With certificates over
+TLS. Modes:
 
 queued      everything that was queued arrives while the main thread spins
 contended   the same while another thread was cut off in the middle of a send
@@ -14,11 +15,16 @@ import sys
 import threading
 import time
 
-from pipeline import Entry, Message, Pipeline, PipelineConfig
+from pipeline import Entry, Message, Pipeline, PipelineConfig, TLSInfo
+from pipeline.tls import Credentials
 from pipeline.types import MessageType
 from tests.support import LONG_TIMEOUT
 
-mode, port, path = sys.argv[1:]
+mode, port, path, *files = sys.argv[1:]
+credentials = None
+if files:
+    cert, key, ca = files
+    credentials = Credentials(TLSInfo(cert_file=cert, key_file=key, trusted_ca_file=ca))
 with open(path, "r+b") as file:
     counter = mmap.mmap(file.fileno(), 8)
 
@@ -46,10 +52,11 @@ def spin(seconds: float, until: int) -> bool:
 message = Message(type=MessageType.APP, to=2, term=1, entries=(Entry(data=b"x" * 100),))
 pipeline = Pipeline(
     2,
-    [f"http://127.0.0.1:{port}"],
+    [f"{'https' if files else 'http'}://127.0.0.1:{port}"],
     Raft(),
     member_id=1,
     cluster_id=1,
+    credentials=credentials,
     # One worker, so that all of them have their connection: to dial takes the GIL.
     config=PipelineConfig(connections=1, queue_length=4096),
 )
