@@ -14,7 +14,6 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
-from pipeline.net._sync cimport MSG_DONTWAIT, MSG_NOSIGNAL, invariant, send
 from pipeline.tls._libssl cimport (
     SSL, SSL_ERROR_SYSCALL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN,
     libssl_t,
@@ -38,6 +37,15 @@ cdef extern from "<errno.h>" nogil:
     void set_errno "tls_set_errno"(int)
     int tls_load(int*)
     void tls_store(int*, int)
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t send(int, const void*, size_t, int)
+    enum:
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+
+cdef extern from "<assert.h>" nogil:
+    void invariant "assert"(bint)   # in builds that undefine NDEBUG (setup.py)
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
