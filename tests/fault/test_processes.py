@@ -78,6 +78,28 @@ def test_the_interpreter_exits_without_stop(state: str) -> None:
     assert (result.stdout, result.stderr, result.returncode) == ("exits\n", "", 0)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        "started",
+        "shaking hands",
+        "idle",
+        "reading",
+        "writing",
+        "reading an odd answer",
+        "in a blocked callback",
+        "in a callback that spins",
+        "thrown away",
+        "sending a snapshot",
+        "in a snapshot's source",
+    ],
+)
+def test_the_interpreter_exits_without_stop_over_tls(state: str, tmp_path: Path) -> None:
+    """OpenSSL has itself cleared away at exit, and nobody may be inside."""
+    result = run("exits.py", state, str(tmp_path))
+    assert (result.stdout, result.stderr, result.returncode) == ("exits\n", "", 0)
+
+
 def test_an_exit_code_is_kept() -> None:
     assert run("exits.py", "failing").returncode == 3
 

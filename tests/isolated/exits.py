@@ -1,6 +1,7 @@
 """The interpreter exits without stop().
 
-``exits.py STATE`` brings a transport into a state, and ends.
+``exits.py STATE [DIRECTORY]`` brings a transport into a state, and ends. With a directory, for
+certificates, its connections have TLS.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipeline import EncodedMessage, MessageType, Transport
 from tests.support.senders import message
 from tests.support.server import ERROR, ScriptedServer, always, black_hole
+from tests.support.tls import Authority
 from tests.support.waiting import dials_to, eventually
 
 state = sys.argv[1]
+authority = Authority(Path(sys.argv[2])) if len(sys.argv) > 2 else None
 gate = threading.Event()
 called = threading.Event()
 
@@ -38,9 +42,9 @@ class Raft:
     process = is_id_removed = report_unreachable
 
 
-transport = Transport(1, 1, Raft())
+transport = Transport(1, 1, Raft(), tls=authority and authority.info())
 hole = black_hole()
-server = ScriptedServer()
+server = ScriptedServer(tls=authority and authority.server())
 
 if state != "made":
     transport.start()
@@ -49,6 +53,15 @@ if state == "dialling":
     transport.add_peer(2, [f"http://127.0.0.1:{port}"])
     transport.send([message()] * 10)
     eventually(lambda: dials_to(port) == 4)
+elif state == "shaking hands":
+    listener = socket.create_server(("127.0.0.1", 0))
+    transport.add_peer(2, [f"https://127.0.0.1:{listener.getsockname()[1]}"])
+    transport.send([message()] * 10)
+    for _ in range(4):
+        sock, _ = listener.accept()
+        assert sock.recv(1, socket.MSG_PEEK)  # a hello
+        sock.detach()
+    listener.detach()
 elif state not in ("made", "started"):
     transport.add_peer(2, [server.url])
 if state == "idle":
