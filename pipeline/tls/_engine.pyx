@@ -507,7 +507,9 @@ cdef object load_chain(SSL_CTX* context, cert_file, key_file):
         if not engine.lib.SSL_CTX_use_certificate_chain_file(context, cert):
             raise OSError(f"cert_file, key_file: {os.fspath(cert_file)!r}: {last_failure()}")
         if not engine.lib.SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM):
-            why = "the key is encrypted" if is_encrypted else f"{os.fspath(key_file)!r}: {last_failure()}"
+            why = f"{os.fspath(key_file)!r}: {last_failure()}"
+            if is_encrypted:
+                why = "the key is encrypted"
             raise OSError(f"cert_file, key_file: {why}")
         if not engine.lib.SSL_CTX_check_private_key(context):
             raise OSError(f"cert_file, key_file: {last_failure()}")
@@ -735,7 +737,8 @@ cdef object alternative_names(X509* certificate):
                 names.append(
                     ("Registered ID" if kind == GEN_RID else "othername", "<unsupported>"))
     finally:
-        engine.lib.OPENSSL_sk_pop_free(stack, <void (*)(void*) noexcept nogil>engine.lib.GENERAL_NAME_free)
+        engine.lib.OPENSSL_sk_pop_free(
+            stack, <void (*)(void*) noexcept nogil>engine.lib.GENERAL_NAME_free)
     return tuple(names)
 
 

@@ -73,9 +73,12 @@ cdef extern from "libssl.h" nogil:
         const char* (*ERR_reason_error_string)(unsigned long) noexcept nogil
         const char* (*X509_verify_cert_error_string)(long) noexcept nogil
         BIO_METHOD* (*BIO_meth_new)(int, const char*) noexcept nogil
-        int (*BIO_meth_set_read)(BIO_METHOD*, int (*)(BIO*, char*, int) noexcept nogil) noexcept nogil
-        int (*BIO_meth_set_write)(BIO_METHOD*, int (*)(BIO*, const char*, int) noexcept nogil) noexcept nogil
-        int (*BIO_meth_set_ctrl)(BIO_METHOD*, long (*)(BIO*, int, long, void*) noexcept nogil) noexcept nogil
+        int (*BIO_meth_set_read)(
+            BIO_METHOD*, int (*)(BIO*, char*, int) noexcept nogil) noexcept nogil
+        int (*BIO_meth_set_write)(
+            BIO_METHOD*, int (*)(BIO*, const char*, int) noexcept nogil) noexcept nogil
+        int (*BIO_meth_set_ctrl)(
+            BIO_METHOD*, long (*)(BIO*, int, long, void*) noexcept nogil) noexcept nogil
         BIO* (*BIO_new)(const BIO_METHOD*) noexcept nogil
         BIO* (*BIO_new_file)(const char*, const char*) noexcept nogil
         int (*BIO_free)(BIO*) noexcept nogil
