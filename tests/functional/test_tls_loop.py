@@ -152,6 +152,53 @@ def test_what_tls_itself_says_costs_no_message_and_no_connection(
         assert {request.connection for request in server.requests} == {0}
 
 
+def padded(size: int) -> bytes:
+    """An answer of so many bytes."""
+    return OK.replace(b"\r\n\r\n", b"\r\nx: %b\r\n\r\n" % (b"y" * (size - len(OK) - 5)))
+
+
+def in_tiny_records(connection: Connection, data: bytes) -> None:
+    """Write a record for each byte, and let all of them go at once."""
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    for byte in data:
+        connection.send(bytes([byte]))
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+
+def test_an_answer_of_many_tiny_records_is_read_to_its_end(authority: Authority) -> None:
+    """More of them than are read in one turn, and the socket has told of them once."""
+    with (
+        ScriptedServer(
+            lambda connection, _: in_tiny_records(connection, padded(1000)), tls=authority.server()
+        ) as server,
+        pipeline_to(server, connections=1, credentials=Credentials(authority.info())) as pipeline,
+    ):
+        for _ in range(3):
+            pipeline.send(message())
+            settle(pipeline)
+        assert pipeline.stats().sent == 3
+        assert {request.connection for request in server.requests} == {0}
+
+
+@pytest.mark.parametrize("size", range(126, 131))
+def test_what_follows_an_answer_is_no_answer_to_the_next_request(
+    authority: Authority, size: int
+) -> None:
+    """Around the number of records that are read in one turn."""
+    with (
+        ScriptedServer(
+            lambda connection, _: in_tiny_records(connection, padded(size) + OK),
+            tls=authority.server(),
+        ) as server,
+        pipeline_to(server, connections=1, credentials=Credentials(authority.info())) as pipeline,
+    ):
+        for _ in range(3):
+            pipeline.send(message())
+            settle(pipeline)
+        assert pipeline.stats().sent == 3
+        assert [request.connection for request in server.requests] == [0, 1, 2]
+
+
 # A peer that ends in the middle
 
 
