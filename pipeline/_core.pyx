@@ -44,7 +44,7 @@ from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )
 from pipeline.net._sockets cimport own_descriptors
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
     load_i64, load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int, timespec,

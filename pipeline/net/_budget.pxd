@@ -13,7 +13,7 @@ again, is told so and woken.
 from libc.stdint cimport int64_t
 
 from pipeline.net._loop cimport loop_t, loop_wake
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     add_i64, add_int, load_i64, load_int, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
     store_int,
 )

@@ -3,7 +3,7 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     load_i64, pthread_mutex_destroy, pthread_mutex_init, store_int,
 )
 

@@ -12,7 +12,7 @@ from posix.uio cimport iovec
 from pipeline.net._cursor cimport cursor_advance, cursor_gather, cursor_t
 from pipeline.net._link cimport link_is_dead, link_is_silent
 from pipeline.net._loop cimport io_t
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_WR, msghdr, recv, send, sendmsg, shutdown,
 )
 from pipeline.tls._tls cimport (

@@ -11,7 +11,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     SHUT_RDWR, close, connect, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock, shutdown, sockaddr, sockaddr_storage,
 )

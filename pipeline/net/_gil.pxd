@@ -5,7 +5,7 @@ threads take the same locks, and would wait with whoever holds one for the GIL. 
 GIL tries, and lets go of the GIL before it waits.
 """
 
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock,
 )
 

@@ -6,7 +6,7 @@ For the sending loop, and through ``_sockets.pyx`` for the threads that send sna
 from libc.stdint cimport int64_t, uint8_t
 from libc.string cimport memset
 
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     EAGAIN, IPPROTO_TCP, MSG_DONTWAIT, MSG_PEEK, TCP_INFO, errno, getsockopt, recv, socklen_t,
     tcp_info,
 )

@@ -39,7 +39,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from pipeline.net._descriptors cimport descriptors_add, descriptors_close, descriptors_t
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLLOUT, EPOLLRDHUP, EPOLL_CLOEXEC, EPOLL_CTL_ADD,
     EPOLL_CTL_DEL, add_int, clock_ns, epoll_create1, epoll_ctl, epoll_event, epoll_wait, errno,
     eventfd, list_is_empty, list_push, list_take, load_int, pthread_mutex_lock,

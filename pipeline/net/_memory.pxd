@@ -10,7 +10,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memmove, memset
 
 from pipeline.net._budget cimport budget_left, budget_t
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     MADV_HUGEPAGE, MADV_NOHUGEPAGE, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
     PROT_READ, PROT_WRITE, add_i64, clock_ns, load_i64, madvise, mmap, munmap, store_int,
 )

@@ -11,7 +11,7 @@ from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_forked, descriptors_reset, descriptors_shut, descriptors_t,
 )
 from pipeline.net._link cimport link_is_dead as c_link_is_dead
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     SOCK_CLOEXEC, SOCK_NONBLOCK, errno, pthread_atfork, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, socket as c_socket,
 )

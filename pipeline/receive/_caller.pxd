@@ -26,7 +26,7 @@ from pipeline.net._memory cimport (
     BODY_MAPPED_MIN, SPARES, SPARE_NEW, SPARE_NONE, body_free, body_t, spares_expire, spares_find,
     spares_keep, spares_t, spares_want,
 )
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     invariant, load_int, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock,
     pthread_mutex_unlock, pthread_t, sockaddr_storage, store_int, time_t,
 )

@@ -16,7 +16,7 @@ from pipeline.net._budget cimport budget_join
 from pipeline.receive._caller cimport QUEUE_STRANGERS, caller_t, handler_t, server_t
 from pipeline.receive._queues cimport server_signal_handlers, server_take
 from pipeline.receive._server cimport server_end, server_resume_accept, server_turn
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     clock_ns, deadline_timespec, itimerspec, load_int, pthread_cond_timedwait, pthread_cond_wait,
     pthread_mutex_lock, pthread_mutex_unlock, read, store_int, thread_start, timerfd_settime,
     timespec,

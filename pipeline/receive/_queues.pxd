@@ -19,7 +19,7 @@ from pipeline.receive._caller cimport (
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._memory cimport body_free
 from pipeline.net._loop cimport loop_look_at, loop_remove, loop_return, loop_wake
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     clock_ns, invariant, load_int, pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from pipeline.receive._turns cimport (

@@ -5,7 +5,7 @@ targets in tests/fuzz, which run a receiver's loop and its requests in one threa
 from pipeline.net._budget cimport BodyBudget
 from pipeline.receive._caller cimport answer_204_t, caller_t, handler_t, server_t
 from pipeline.net._memory cimport body_t
-from pipeline.net._sync cimport sockaddr_storage
+from pipeline._system cimport sockaddr_storage
 
 from libc.stdint cimport uint64_t
 

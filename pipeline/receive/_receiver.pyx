@@ -43,7 +43,7 @@ from pipeline.receive._server cimport (
 from pipeline.tls._engine cimport Context, Session, certificate_of, reason_of, tls_free
 from pipeline.tls._tls cimport tls_shake, tls_t
 from pipeline.net._sockets cimport fork_count, own_descriptors
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     EAGAIN, MSG_DONTWAIT, MSG_NOSIGNAL, add_int, clock_ns, count_get, deadline_timespec, errno,
     load_int, pthread_cond_timedwait, pthread_join, pthread_mutex_lock, pthread_mutex_trylock,
     pthread_mutex_unlock, send, store_int, timespec,

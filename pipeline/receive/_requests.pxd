@@ -30,7 +30,7 @@ from pipeline.wire._http cimport (
 from pipeline.net._memory cimport body_free, body_grown, body_init, body_resident, body_t
 from pipeline.net._loop cimport IO_TURN, io_t, loop_remove
 from pipeline.receive._queues cimport caller_decode, caller_to_handler
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_PEEK,
     MSG_TRUNC, count_add, errno, format_http_date, invariant, load_int, recv, store_int, time,
     time_t,

@@ -29,7 +29,7 @@ from pipeline.receive._queues cimport caller_free, queue_take, server_signal_han
 from pipeline.receive._requests cimport (
     caller_broken, caller_close, caller_is_idle, caller_ready, caller_returned,
 )
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     CLOCK_MONOTONIC, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLIN, MSG_DONTWAIT, MSG_NOSIGNAL,
     SHUT_RDWR, SOCK_CLOEXEC, SOCK_NONBLOCK, TFD_CLOEXEC, accept4, add_int, clock_ns,
     cond_init_monotonic, count_add, count_set, errno, invariant, list_is_empty, load_i64, load_int,

@@ -13,7 +13,7 @@ from libc.stdint cimport uint16_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
-from pipeline.net._sync cimport AF_INET, sockaddr_storage
+from pipeline._system cimport AF_INET, sockaddr_storage
 
 cdef enum:
     LANE_MESSAGES = 0

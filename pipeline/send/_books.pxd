@@ -9,7 +9,7 @@ the lock is free (design R4; checked in debug builds):
 from libc.math cimport sqrt
 from libc.stdint cimport int64_t, uint64_t
 
-from pipeline.net._sync cimport invariant
+from pipeline._system cimport invariant
 
 
 cdef enum:

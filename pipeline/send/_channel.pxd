@@ -16,7 +16,7 @@ from pipeline.send._books cimport (
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push,
 )
-from pipeline.net._sync cimport add_i64, clock_ns, load_i64
+from pipeline._system cimport add_i64, clock_ns, load_i64
 
 cdef enum:
     OFFER_ACCEPTED = 0

@@ -30,7 +30,7 @@ from pipeline.net._cursor cimport cursor_t
 from pipeline.wire._http cimport HTTP_ANSWER_MAX
 from pipeline.net._conn cimport conn_t
 from pipeline.net._loop cimport loop_look_at, loop_t, loop_wake
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     add_i64, add_int, cond_init_monotonic, invariant, list_push, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t,

@@ -19,7 +19,7 @@ from pipeline.send._pipe cimport (
     ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, SEND_BUFFER_NEAR, WORKER_IDLE, WORKER_PYTHON,
     pipe_check_age, pipe_expire, pipe_t, sending_queue_tasks, sending_t, worker_t,
 )
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     AF_INET, EAGAIN, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, close, cond_init_monotonic,
     getsockopt, list_is_empty, list_take, load_i64, load_int, pthread_cond_destroy, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, setsockopt,

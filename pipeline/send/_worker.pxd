@@ -31,7 +31,7 @@ from pipeline.net._loop cimport (
     IO_TURN, LOOP_EDGES, io_t, loop_add, loop_look_at, loop_remove, loop_return, loop_wake,
     runnable_add,
 )
-from pipeline.net._sync cimport (
+from pipeline._system cimport (
     EAGAIN, ECONNRESET, EINTR, ENOTCONN, EPIPE, EPOLLERR, EPOLLHUP, EPOLLOUT, EPOLLRDHUP, EPROTO,
     IPPROTO_TCP, SOL_SOCKET, SO_SNDBUF, TCP_INFO, errno, getsockopt, invariant, load_int, note_int,
     pthread_cond_broadcast, pthread_mutex_lock, pthread_mutex_unlock, setsockopt, socklen_t,

@@ -19,10 +19,14 @@ from pipeline.tls._libssl cimport (
     X509_V_ERR_IP_ADDRESS_MISMATCH, X509_V_FLAG_CRL_CHECK, X509_V_FLAG_PARTIAL_CHAIN, X509_V_OK,
     libssl_load, tm,
 )
+from pipeline._system cimport (
+    CLOCK_MONOTONIC, EAGAIN, EINTR, EPROTO, MSG_DONTWAIT, MSG_NOSIGNAL, clock_gettime, errno,
+    load_int, pthread_atfork, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, recv,
+    sched_yield, send, store_int, timespec,
+)
 from pipeline.tls._tls cimport (
-    EAGAIN, EPROTO, TLS_FUTILE_BYTES, engine_t, errno, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, tls_end, tls_is_silent, tls_keep, tls_load, tls_read, tls_shake,
-    tls_store, tls_t, tls_unlink, tls_write,
+    TLS_FUTILE_BYTES, engine_t, tls_end, tls_is_silent, tls_keep, tls_read, tls_shake, tls_t,
+    tls_unlink, tls_write,
 )
 
 import calendar
@@ -32,29 +36,6 @@ import os
 from pipeline.errors import UsageError
 
 __all__ = ["Context", "Session", "TLSError"]
-
-cdef extern from "<sys/socket.h>" nogil:
-    ssize_t recv(int, void*, size_t, int)
-    ssize_t send(int, const void*, size_t, int)
-    enum:
-        MSG_DONTWAIT
-        MSG_NOSIGNAL
-
-cdef extern from "<errno.h>" nogil:
-    enum: EINTR
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_atfork(void () noexcept nogil, void () noexcept nogil, void () noexcept nogil)
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
-cdef extern from "<time.h>" nogil:
-    struct timespec:
-        long tv_sec
-        long tv_nsec
-    int clock_gettime(int, timespec*)
-    enum: CLOCK_MONOTONIC
 
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
@@ -98,12 +79,12 @@ cdef void wait_for_the_busy() noexcept nogil:
     """At exit: let nobody into OpenSSL any more; wait for those inside, for a second at most."""
     cdef timespec begin, now
     cdef tls_t* tls
-    tls_store(&engine.is_exiting, 1)
+    store_int(&engine.is_exiting, 1)
     clock_gettime(CLOCK_MONOTONIC, &begin)
     pthread_mutex_lock(&engine.lock)
     tls = engine.first
     while tls is not NULL:
-        while tls_load(&tls.is_busy):
+        while load_int(&tls.is_busy):
             sched_yield()
             clock_gettime(CLOCK_MONOTONIC, &now)
             if now.tv_sec - begin.tv_sec > 1:
@@ -124,8 +105,8 @@ cdef void forked() noexcept nogil:
     """In a forked child: whoever was inside OpenSSL has stayed behind, in the middle of it."""
     cdef tls_t* tls = engine.first
     while tls is not NULL:
-        if tls_load(&tls.is_busy):
-            tls_store(&tls.is_busy, 0)
+        if load_int(&tls.is_busy):
+            store_int(&tls.is_busy, 0)
             tls.ssl = NULL          # it cannot be freed
             tls.has_failed = True
             tls.error = EPROTO
@@ -230,7 +211,7 @@ cdef void tls_free(tls_t* tls) noexcept nogil:
     pthread_mutex_lock(&engine.lock)
     tls_unlink(tls)
     # Under the lock: at exit it is let go of before OpenSSL is cleared away.
-    if not tls_load(&engine.is_exiting):
+    if not load_int(&engine.is_exiting):
         engine.lib.SSL_free(tls.ssl)
     pthread_mutex_unlock(&engine.lock)
     free(tls.left)
@@ -508,10 +489,9 @@ cdef object load_chain(SSL_CTX* context, cert_file, key_file):
         if not engine.lib.SSL_CTX_use_certificate_chain_file(context, cert):
             raise OSError(f"cert_file, key_file: {os.fspath(cert_file)!r}: {last_failure()}")
         if not engine.lib.SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM):
-            why = f"{os.fspath(key_file)!r}: {last_failure()}"
             if is_encrypted:
-                why = "the key is encrypted"
-            raise OSError(f"cert_file, key_file: {why}")
+                raise OSError("cert_file, key_file: the key is encrypted")
+            raise OSError(f"cert_file, key_file: {os.fspath(key_file)!r}: {last_failure()}")
         if not engine.lib.SSL_CTX_check_private_key(context):
             raise OSError(f"cert_file, key_file: {last_failure()}")
     finally:
@@ -620,7 +600,7 @@ cdef class Context:
             load_crl(self.c, crl_file)
 
     def __dealloc__(self):
-        if self.c is not NULL and not tls_load(&engine.is_exiting):
+        if self.c is not NULL and not load_int(&engine.is_exiting):
             engine.lib.SSL_CTX_free(self.c)
 
     def session(self, int fd, str name=None):

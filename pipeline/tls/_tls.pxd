@@ -14,45 +14,14 @@ from libc.stdint cimport uint8_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy
 
+from pipeline._system cimport (
+    EAGAIN, EINTR, ENOBUFS, ENOMEM, EPIPE, EPROTO, ESHUTDOWN, MSG_DONTWAIT, MSG_NOSIGNAL, errno,
+    invariant, load_int, pthread_mutex_t, send, set_errno, store_int,
+)
 from pipeline.tls._libssl cimport (
     SSL, SSL_ERROR_SYSCALL, SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE, SSL_ERROR_ZERO_RETURN,
     libssl_t,
 )
-
-cdef extern from "<errno.h>" nogil:
-    """
-    #define tls_set_errno(value) (errno = (value))
-    #define tls_load(p) __atomic_load_n((p), __ATOMIC_SEQ_CST)
-    #define tls_store(p, v) __atomic_store_n((p), (v), __ATOMIC_SEQ_CST)
-    """
-    int errno
-    enum:
-        EAGAIN
-        EINTR
-        ENOBUFS
-        ENOMEM
-        EPIPE
-        EPROTO
-        ESHUTDOWN
-    void set_errno "tls_set_errno"(int)
-    int tls_load(int*)
-    void tls_store(int*, int)
-
-cdef extern from "<sys/socket.h>" nogil:
-    ssize_t send(int, const void*, size_t, int)
-    enum:
-        MSG_DONTWAIT
-        MSG_NOSIGNAL
-
-cdef extern from "<assert.h>" nogil:
-    void invariant "assert"(bint)   # in builds that undefine NDEBUG (setup.py)
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t*, void*)
-    int pthread_mutex_lock(pthread_mutex_t*)
-    int pthread_mutex_unlock(pthread_mutex_t*)
 
 cdef enum:
     # One call takes no more than this: the other connections of a loop have their turn.
@@ -103,10 +72,10 @@ cdef struct tls_t:
 
 cdef inline bint tls_enter(tls_t* tls) noexcept nogil:
     """Go into OpenSSL; False, and ESHUTDOWN, when the process exits."""
-    invariant(not tls_load(&tls.is_busy))
-    tls_store(&tls.is_busy, 1)
-    if tls_load(&tls.engine.is_exiting):
-        tls_store(&tls.is_busy, 0)
+    invariant(not load_int(&tls.is_busy))
+    store_int(&tls.is_busy, 1)
+    if load_int(&tls.engine.is_exiting):
+        store_int(&tls.is_busy, 0)
         set_errno(ESHUTDOWN)
         return False
     tls.engine.lib.ERR_clear_error()    # what others have left would be taken for ours
@@ -115,7 +84,7 @@ cdef inline bint tls_enter(tls_t* tls) noexcept nogil:
 
 
 cdef inline void tls_leave(tls_t* tls) noexcept nogil:
-    tls_store(&tls.is_busy, 0)
+    store_int(&tls.is_busy, 0)
 
 
 cdef inline int tls_keep(tls_t* tls, const char* data, size_t size) noexcept nogil:

@@ -17,7 +17,7 @@ from pipeline.receive._queues cimport (
 )
 from pipeline.receive._server cimport server_end, server_listen, server_resume_accept, server_turn
 from pipeline.receive._receiver cimport Receiver
-from pipeline.net._sync cimport clock_ns, store_int
+from pipeline._system cimport clock_ns, store_int
 from pipeline.receive._turns cimport LANES
 
 cdef extern from * nogil:

@@ -42,18 +42,23 @@ cdef extern from "<time.h>" nogil:
     enum: CLOCK_MONOTONIC
 
 cdef extern from "<errno.h>" nogil:
+    """
+    #define system_set_errno(value) (errno = (value))
+    """
     int errno
+    void set_errno "system_set_errno"(int)
     enum:
         EAGAIN      # EWOULDBLOCK is the same on Linux
-        EINTR
-        EPIPE
-        EPROTO
         ECONNRESET
-        ENOTCONN
+        EINTR
         EMFILE
         ENFILE
         ENOBUFS
         ENOMEM
+        ENOTCONN
+        EPIPE
+        EPROTO
+        ESHUTDOWN
 
 cdef extern from "<signal.h>" nogil:
     ctypedef struct sigset_t:
