@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ from tests.support.etcd import (
     puts_in_our_log,
 )
 from tests.support.tls import Authority
-from tests.support.waiting import eventually
+from tests.support.waiting import connections_to, eventually, is_listening
 
 pytestmark = pytest.mark.etcd
 
@@ -320,19 +319,6 @@ def send_a_snapshot(cluster: Cluster, database: Path) -> None:
     assert list(snap.glob("tmp*")) == []
     etcd.put(b"after", b"1")
     assert etcd.get(b"after") == b"1"
-
-
-def is_listening(url: str) -> bool:
-    """Tell whether somebody accepts connections at a loopback URL."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
-
-
-def connections_to(url: str) -> int:
-    """Count the established TCP connections of this machine to a loopback URL."""
-    port = int(url.rpartition(":")[2])
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[2] == f"0100007F:{port:04X}" and row[3] == "01" for row in rows)
 
 
 @pytest.mark.slow  # the five seconds are etcd's own

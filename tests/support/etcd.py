@@ -99,6 +99,10 @@ class Cluster:
         """Start both members and wait until etcd leads."""
         self.start_ours()
         self.etcd.start()
+        self.wait_until_etcd_leads()
+
+    def wait_until_etcd_leads(self) -> None:
+        """Wait until both members work together, and the leader is etcd."""
         self.etcd.wait_ready()
 
         def etcd_leads() -> bool:

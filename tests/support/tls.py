@@ -30,11 +30,14 @@ class Authority:
     ----------
     directory : Path
         Where they go; made if need be.
+    identities : tuple of str
+        The names and addresses a certificate is for by default.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, identities: tuple[str, ...] = ("127.0.0.1",)) -> None:
         directory.mkdir(exist_ok=True)
         self.directory = directory
+        self.identities = identities
         self.ca = trustme.CA()
         self.ca_file = directory / "ca.pem"
         self.ca.cert_pem.write_to_path(self.ca_file)
@@ -47,9 +50,9 @@ class Authority:
         not_after: datetime.datetime | None = None,
         uri: str | None = None,
     ) -> tuple[Path, Path]:
-        """Write a certificate, for 127.0.0.1 by default, and its key; return both files."""
+        """Write a certificate and its key; return both files."""
         issued = self.ca.issue_cert(
-            *(identities or ("127.0.0.1",)), common_name=common_name, not_after=not_after
+            *(identities or self.identities), common_name=common_name, not_after=not_after
         )
         cert, key = self.directory / f"{name}.pem", self.directory / f"{name}.key"
         cert.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))

@@ -120,3 +120,16 @@ def exit_status_of(child: int) -> int:
         os.kill(child, signal.SIGKILL)
         raise
     return ended[-1]
+
+
+def is_listening(url: str) -> bool:
+    """Tell whether somebody accepts connections at a loopback URL."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0
+
+
+def connections_to(url: str) -> int:
+    """Count the established TCP connections of this machine to a loopback URL."""
+    port = int(url.rpartition(":")[2])
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2] == f"0100007F:{port:04X}" and row[3] == "01" for row in rows)
