@@ -46,7 +46,7 @@ GROUPS = {
     "snapshot to etcd": ("test_etcd_stores_a_snapshot",),
     "cluster version": ("test_the_leader_learns_our_version",),
 }
-COLUMNS = ("from", "server_version", "demo", "three nodes", "interop tests", *GROUPS)
+COLUMNS = ("from", "server_version", "demo", "demo --tls", "three nodes", "interop tests", *GROUPS)
 
 #: How often a download is tried, and how long it is before the second time; then twice that.
 DOWNLOADS, PAUSE_S = 3, 5.0
@@ -176,17 +176,23 @@ def run(command: Sequence[str | Path], binary: Path, log: Path) -> str:
         return output.read()
 
 
-def try_demo(row: Row, binary: Path, logs: Path) -> Row:
+def try_demo(row: Row, binary: Path, logs: Path, *, has_tls: bool = False) -> Row:
     """Commit writes with the demo."""
-    command = (BIN / "raft-pipeline", "demo", "--writes", str(WRITES), "--json")
+    column = "demo --tls" if has_tls else "demo"
+    command = [BIN / "raft-pipeline", "demo", "--writes", str(WRITES), "--json"]
+    if has_tls:
+        command.append("--tls")
+    log = logs / f"{column.replace(' --', '_')}.log"
     try:
-        report = json.loads(run(command, binary, logs / "demo.log"))
+        report = json.loads(run(command, binary, log))
     except ValueError:
-        return add(row, {"demo": "no report"}, ["demo"])
+        return add(row, {column: "no report"}, [column])
     committed = report["committed"]
     is_good = committed == WRITES and report["books_balance"]
-    cells = {"server_version": report["server_version"], "demo": f"{committed}/{WRITES}"}
-    return add(row, cells, [] if is_good else ["demo"])
+    if has_tls:
+        is_good = is_good and report["tls_handshakes"] > 0
+    cells = {"server_version": report["server_version"], column: f"{committed}/{WRITES}"}
+    return add(row, cells, [] if is_good else [column])
 
 
 def try_three_nodes(row: Row, binary: Path, logs: Path) -> Row:
@@ -264,6 +270,7 @@ def try_one(source: Source, *, is_fetch_only: bool, is_quick: bool) -> Row:
     logs.mkdir(parents=True, exist_ok=True)
     if not is_fetch_only:
         row = try_demo(row, binary, logs)
+        row = try_demo(row, binary, logs, has_tls=True)
         row = try_three_nodes(row, binary, logs)
         row = try_interop(row, binary, logs, is_quick=is_quick)
     say(f"{version}: done after {time.monotonic() - begin:.0f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,24 +73,29 @@ def tried(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, **outputs: str) -> 
     """Let both programs print this; the row, with its version and failures."""
     monkeypatch.setattr(tool, "run", lambda command, binary, log: outputs[log.stem])
     row = tool.Row("3.9.1", {})
-    for step in (tool.try_demo, tool.try_three_nodes):
+    for step in (tool.try_demo, partial(tool.try_demo, has_tls=True), tool.try_three_nodes):
         row = step(row, Path("etcd"), Path("logs"))
     return row
 
 
-DEMO = '{"committed": %d, "books_balance": true, "server_version": "3.9.0"}'
+DEMO = '{"committed": %d, "books_balance": true, "server_version": "3.9.0", "tls_handshakes": null}'
+DEMO_TLS = DEMO.replace("null", "7")
 
 
 def test_a_run_that_commits_everything_is_good(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = "etcd leads\n240/240 writes are in all three\n"
-    row = tried(tool, monkeypatch, demo=DEMO % 500, three_nodes=told)
+    row = tried(tool, monkeypatch, demo=DEMO % 500, demo_tls=DEMO_TLS % 500, three_nodes=told)
     assert row.failed == []
-    assert row.cells == {"server_version": "3.9.0", "demo": "500/500", "three nodes": "240/240"}
-    assert (
-        tool.table([row]).splitlines()[-1].startswith("| 3.9.1 | - | 3.9.0 | 500/500 | 240/240 |")
-    )
+    assert row.cells == {
+        "server_version": "3.9.0",
+        "demo": "500/500",
+        "demo --tls": "500/500",
+        "three nodes": "240/240",
+    }
+    line = tool.table([row]).splitlines()[-1]
+    assert line.startswith("| 3.9.1 | - | 3.9.0 | 500/500 | 500/500 | 240/240 |")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +104,9 @@ def test_a_run_that_commits_everything_is_good(
         ({"demo": DEMO % 499}, "demo"),
         ({"demo": (DEMO % 500).replace("true", "false")}, "demo"),
         ({"demo": "Error: etcd ended instead of starting"}, "demo"),
+        ({"demo_tls": DEMO_TLS % 499}, "demo --tls"),
+        ({"demo_tls": DEMO_TLS.replace("7", "0") % 500}, "demo --tls"),
+        ({"demo_tls": ""}, "demo --tls"),
         ({"three_nodes": "239/240 writes are in all three"}, "three nodes"),
         ({"three_nodes": "not within 60 s: etcd leads"}, "three nodes"),
         ({"three_nodes": ""}, "three nodes"),
@@ -106,7 +115,11 @@ def test_a_run_that_commits_everything_is_good(
 def test_a_run_that_does_not_stands_out_in_the_table(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, outputs: dict[str, str], failed: str
 ) -> None:
-    good = {"demo": DEMO % 500, "three_nodes": "240/240 writes are in all three"}
+    good = {
+        "demo": DEMO % 500,
+        "demo_tls": DEMO_TLS % 500,
+        "three_nodes": "240/240 writes are in all three",
+    }
     row = tried(tool, monkeypatch, **{**good, **outputs})
     assert row.failed == [failed]
     assert tool.table([row]).count("FAILED**") == 1
