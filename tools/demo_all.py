@@ -179,7 +179,7 @@ def run(command: Sequence[str | Path], binary: Path, log: Path) -> str:
 def try_demo(row: Row, binary: Path, logs: Path, *, has_tls: bool = False) -> Row:
     """Commit writes with the demo."""
     column = "demo --tls" if has_tls else "demo"
-    command = [BIN / "raft-pipeline", "demo", "--writes", str(WRITES), "--json"]
+    command: list[str | Path] = [BIN / "raft-pipeline", "demo", "--writes", str(WRITES), "--json"]
     if has_tls:
         command.append("--tls")
     log = logs / f"{column.replace(' --', '_')}.log"
