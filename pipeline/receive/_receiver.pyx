@@ -156,6 +156,7 @@ cdef class CallerAddress:
         return show_address(socket.inet_ntop(family, raw[8:24]), port)
 
 
+@cython.no_gc_clear             # bodies that are collected with it need the budget
 cdef class Receiver:
     """Serves a node's peer ports.
 

@@ -7,12 +7,14 @@ Not here: what every front does (test_http.py), one limit of time after the othe
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import select
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -226,6 +228,18 @@ def test_what_is_begun_in_any_order_stays_within_the_budget() -> None:
         assert listener.stats().body_pauses >= 3
         for sock in socks:
             sock.close()
+
+
+def test_a_node_that_keeps_a_large_message_is_collected_with_its_receiver() -> None:
+    """They hold one another: the message its body, the body the receiver, that the node."""
+    raft = FakeRaft()
+    with listen(raft) as listener, dial(listener.url) as sock:
+        sock.sendall(post(message_of(MessageType.APP, 2 * MIB)))
+        assert read_status(sock) == 204
+    node = weakref.ref(raft)
+    del raft, listener, sock
+    gc.collect()
+    assert node() is None
 
 
 def test_a_heartbeat_in_two_parts_does_not_wait_for_the_memory_of_others() -> None:
