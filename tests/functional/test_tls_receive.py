@@ -1298,3 +1298,24 @@ def test_a_snapshot_that_cannot_leave_the_loop_gives_its_place_back(
     sock = node.call()
     sock.sendall(head + bytes(9))
     assert read_status(sock) == 400
+
+
+def test_a_part_of_a_head_that_comes_with_the_end_of_a_handshake_has_the_time_of_a_head(
+    node: Node,
+) -> None:
+    listener = node.listen(ReceiverConfig(head_timeout_s=0.1, handshake_timeout_s=86400.0))
+    sock = node.dial()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = node.authority.client(*node.files).wrap_bio(
+        incoming, outgoing, server_hostname="127.0.0.1"
+    )
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            sock.sendall(outgoing.read())
+            incoming.write(sock.recv(65536))
+    tls.write(GOOD[:20])
+    sock.sendall(outgoing.read())
+    eventually(lambda: listener.stats().head_timeouts == 1)
