@@ -19,8 +19,8 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,16 +115,21 @@ def cluster_id(member_ids: Sequence[int]) -> int:
 
 #: So many ports a process takes for itself at a time.
 BLOCK = 50
+# Blocks nobody here has asked for, ports of ours to be handed out, and those that have been. What
+# is done with them is one operation each, so that threads need no lock.
+_blocks = deque(random.sample(range(20000, 32000, BLOCK), 12000 // BLOCK))
+_own: deque[int] = deque()
+_given: deque[int] = deque()
 
 
-def _own_ports() -> Iterator[int]:
-    """Yield ports that no other process which asks here is given; once all are taken, ours again.
+def _take_block() -> Sequence[int]:
+    """Take ports that no other process which asks here is given; none if all are taken.
 
     A block belongs to who has bound its name, of the kernel's abstract ones (unix(7)), and until
     that process ends: there is no file to be left behind.
     """
-    ours: list[int] = []
-    for start in random.sample(range(20000, 32000, BLOCK), 12000 // BLOCK):
+    while _blocks:
+        start = _blocks.popleft()
         name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             name.bind(f"\0raft-pipeline-ports-{start}")
@@ -132,15 +137,8 @@ def _own_ports() -> Iterator[int]:
             name.close()
             continue
         name.detach()
-        block = range(start, start + BLOCK)
-        ours += block
-        yield from block
-    while ours:
-        yield from ours
-
-
-_ports = _own_ports()
-_choosing = threading.Lock()  # guards it: a generator runs in one thread at a time
+        return range(start, start + BLOCK)
+    return ()
 
 
 def free_port() -> int:
@@ -151,10 +149,12 @@ def free_port() -> int:
     twice until all of the range have been, nor one that another process has been given.
     """
     for _ in range(100):
-        with _choosing:
-            port = next(_ports, None)
-        if port is None:
+        if not _own:
+            _own.extend(_take_block() or [_given.popleft() for _ in range(len(_given))])
+        if not _own:
             break
+        port = _own.popleft()
+        _given.append(port)
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
