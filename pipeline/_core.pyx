@@ -46,7 +46,7 @@ from pipeline.send._ring cimport (
 from pipeline.net._sockets cimport own_descriptors
 from pipeline._system cimport (
     add_i64, add_int, clock_ns, cond_init_monotonic, deadline_timespec, list_is_empty, list_take,
-    load_i64, load_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait,
+    load_i64, load_int, note_int, pthread_cond_broadcast, pthread_cond_timedwait, pthread_cond_wait,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int, swap_int, timespec,
 )
 
@@ -504,8 +504,7 @@ cdef class Sender:
         A worker may have gone on by the time its word is looked at.
         """
         cdef worker_t* worker
-        cdef int i, state
-        cdef bint is_odd
+        cdef int i, state, is_odd
         states = []
         if not self.is_open:
             return states
@@ -515,7 +514,7 @@ cdef class Sender:
                 # The lock counts workers out; the loop changes what else they are at without it.
                 pthread_mutex_lock(&self.pipe.lock)
                 state = load_int(&worker.state)
-                is_odd = worker.is_odd
+                is_odd = load_int(&worker.is_odd)
                 pthread_mutex_unlock(&self.pipe.lock)
             states.append("reading odd" if state == WORKER_READING and is_odd else STATES[state])
         return states
@@ -704,7 +703,7 @@ cdef class Worker:
         worker.known_len = 0
         worker.conn.io.fd = fd
         worker.conn.tls = NULL if tls is None else tls.c
-        worker.is_odd = False
+        note_int(&worker.is_odd, False)
         worker.text_deadline_ns = 0
         worker.is_reused = False
         worker.is_ended = False
@@ -727,7 +726,7 @@ cdef class Worker:
         comes of it meanwhile does not put that off.
         """
         cdef worker_t* worker = self.c
-        worker.is_odd = True
+        note_int(&worker.is_odd, True)
         if text_timeout_s > 0 and worker.text_deadline_ns == 0:
             worker.text_deadline_ns = clock_ns() + <int64_t>(text_timeout_s * 1e9)
 

@@ -115,7 +115,7 @@ cdef struct worker_t:
     int generation          # of the pipe when the connection was dialled
     int64_t answer_deadline_ns      # of the whole answer, however often Python looks at it
     int64_t text_deadline_ns        # of the text of an answer whose head has come; 0 is none
-    bint is_odd             # http.client reads the answer: whatever comes goes to Python
+    int is_odd              # http.client reads the answer: whatever comes goes to Python
     # Owned: the request head up to and with "Content-Length: ", and room for its end and for
     # WORKER_JOINED_MAX bytes of a body.
     uint8_t* head

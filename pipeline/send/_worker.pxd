@@ -196,7 +196,7 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     cursor_begin(&worker.cursor, worker.job.segments, worker.job.n_segments)
     worker.written = 0
     worker.answer_len = 0
-    worker.is_odd = False
+    note_int(&worker.is_odd, False)
     worker.text_deadline_ns = 0
     worker.deadline_ns = 0
     worker.link_check_ns = \
@@ -364,7 +364,8 @@ cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
     elif state == WORKER_WRITING:
         if flags & ~EPOLLOUT or conn_is_unread(&worker.conn):
             worker_read(worker, flags)
-        if worker.state == WORKER_WRITING and (flags & EPOLLOUT or flags == IO_TURN):
+        if worker_look_at_state(worker) == WORKER_WRITING \
+                and (flags & EPOLLOUT or flags == IO_TURN):
             worker_write(worker)
     elif state == WORKER_IDLE and worker.conn.io.fd >= 0:
         if flags & ~EPOLLOUT:
