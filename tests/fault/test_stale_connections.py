@@ -28,7 +28,7 @@ HEARTBEAT, PROP, SNAP = MessageType.HEARTBEAT, MessageType.PROP, MessageType.SNA
 
 
 @pytest.mark.parametrize("type_", [HEARTBEAT, PROP, SNAP])
-@pytest.mark.parametrize("end", [Connection.close, Connection.reset])
+@pytest.mark.parametrize("end", [Connection.end, Connection.reset])
 def test_an_idle_connection_the_peer_closed_costs_no_message(
     type_: MessageType, end: object
 ) -> None:
@@ -189,7 +189,7 @@ def test_a_connection_that_ended_during_a_snapshot_report_is_not_written_to() ->
     with ScriptedServer() as server, pipeline_to(server, raft, connections=1) as pipeline:
         pipeline.send(message(SNAP))
         raft.wait_snapshots(1)
-        server.connections[0].close()
+        server.connections[0].end()
         server.wait_for(lambda: server.ended == 1)
         pipeline.send(message(PROP))
         gate.set()

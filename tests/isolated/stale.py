@@ -46,7 +46,7 @@ with black_hole() as port, server, Transport(1, 1, raft, config=config) as trans
     transport.send([message(to=3)] * 4)
     eventually(lambda: dials_to(port) == 4)
     for connection in server.connections:
-        connection.close()
+        connection.end()
     raft.wait_unreachable(8)
     os.close(parent_end)
     os.waitpid(child, 0)

@@ -52,6 +52,7 @@ class WsgiFront:
         self._server = create_server(
             self._serve, sockets=[sock], threads=4, clear_untrusted_proxy_headers=True, map={}
         )
+        self._is_pulled = threading.Event()
         self._thread = threading.Thread(target=self._server.run, name="waitress", daemon=True)
         self._thread.start()
 
@@ -59,12 +60,16 @@ class WsgiFront:
         return self.app(environ, start_response)
 
     def close(self) -> None:
+        # Those that answer write to the trigger as well, which is closed with the rest.
+        self._server.task_dispatcher.shutdown()
         # Its loop ends when nothing is left to select.
         self._server.trigger.pull_trigger(self._close_all)
+        self._is_pulled.set()
         self._thread.join(LONG_TIMEOUT)
-        self._server.task_dispatcher.shutdown()
 
     def _close_all(self) -> None:
+        # Something else may have woken the loop before the trigger was written to.
+        self._is_pulled.wait(LONG_TIMEOUT)
         for channel in list(self._server._map.values()):
             with contextlib.suppress(OSError):
                 channel.close()

@@ -55,25 +55,34 @@ class Connection:
         self.sock = sock
         self.number = number
         self.requests = 0  # read whole
-        self._is_reset = False
+        self._lock = threading.Lock()  # nobody ends what has another connection's descriptor by now
+        self.is_reset = False
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)
 
-    def close(self) -> None:
-        """End the connection in order: everything sent arrives, then the end of the stream."""
-        if not self._is_reset:
-            with contextlib.suppress(OSError):
+    def end(self) -> None:
+        """End the connection in order: everything sent arrives, then the end of the stream.
+
+        In any thread. What the connection's own one waits for ends, and it closes the socket.
+        """
+        with self._lock, contextlib.suppress(OSError):
+            if not self.is_reset:
                 self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
+
+    def close(self) -> None:
+        """End the connection in order, and close the socket. In the connection's own thread."""
+        self.end()
+        with self._lock:
+            self.sock.close()
 
     def reset(self) -> None:
-        """End the connection with RST."""
-        self._is_reset = True
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        # Ends a recv in the connection's own thread, which would put off the close. Sends nothing.
-        self.sock.shutdown(socket.SHUT_RD)
-        self.sock.close()
+        """End the connection with RST, which is sent when its own thread closes it. Any thread."""
+        with self._lock:
+            self.is_reset = True
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # Ends a recv in the connection's own thread. Sends nothing.
+            self.sock.shutdown(socket.SHUT_RD)
 
     def read_head(self) -> bytes:
         """Read up to and with the blank line; b"" when the peer ends the stream before."""
@@ -288,7 +297,7 @@ class ScriptedServer:
         self._threads[0].join(LONG_TIMEOUT)
         self._listener.close()
         for connection in connections:
-            connection.close()
+            connection.end()
         for thread in self._threads:
             thread.join(LONG_TIMEOUT)
             assert not thread.is_alive(), f"{thread.name} does not end"
@@ -341,7 +350,7 @@ class ScriptedServer:
                 connection.shake()
             if self.on_connect is not None:
                 self.on_connect(connection)
-            while self._serve_one(connection):
+            while not connection.is_reset and self._serve_one(connection):
                 pass
         connection.close()
         with self._changed:
