@@ -173,17 +173,20 @@ asan-others:
 
 # The thread sanitizer, preloaded in the same way, on what the loops share with other threads. It
 # needs the address space laid out as it expects (setarch). Its reports are in build/tsan/report.*.
+# The programs that tests start use the same build: the tree comes after it, and nowhere else.
+# make tsan TSAN_TESTS='tests/functional/test_tls_sending.py -k reset'
 TSAN_SITE := build/tsan/site
+TSAN_TESTS ?= tests/stress tests/functional tests/unit/test_tls_engine.py tests/fault/test_again_over_tls.py
 
 .PHONY: tsan
 tsan: build $(VENV)/.builders
 	rm -rf build/tsan
 	PIPELINE_SANITIZE=thread $(BIN)/python setup.py -q build --build-base build/tsan --build-lib $(TSAN_SITE)
 	setarch -R env LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
-		TSAN_OPTIONS=exitcode=66:report_thread_leaks=0:log_path=$(CURDIR)/build/tsan/report \
-		PYTHONPATH=$(CURDIR)/$(TSAN_SITE) PIPELINE_SANITIZE=thread \
-		$(BIN)/python -P -m pytest -q -p no:cacheprovider --import-mode=append -m 'not slow' \
-		tests/stress tests/functional/test_pipeline.py tests/functional/test_receiver.py
+		TSAN_OPTIONS=exitcode=66:report_thread_leaks=0:suppressions=$(CURDIR)/tests/tsan.supp:log_path=$(CURDIR)/build/tsan/report \
+		PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(TSAN_SITE):$(CURDIR) PIPELINE_SANITIZE=thread \
+		$(BIN)/python -m pytest -q -p no:cacheprovider --import-mode=append -m 'not slow' $(TSAN_TESTS)
+	@! ls build/tsan/report.* 2> /dev/null
 
 # libFuzzer under the same sanitizers, FUZZ_SECONDS on each target (tests/fuzz/README.md). Needs
 # clang, and says so where there is none. make -j2 fuzz runs two at a time. A seed of 0 is another
