@@ -149,11 +149,11 @@ def free_port() -> int:
     twice until all of the range have been, nor one that another process has been given.
     """
     for _ in range(100):
-        if not _own:
+        try:
+            port = _own.popleft()
+        except IndexError:
             _own.extend(_take_block() or [_given.popleft() for _ in range(len(_given))])
-        if not _own:
-            break
-        port = _own.popleft()
+            continue
         _given.append(port)
         with socket.socket() as probe:
             try:
