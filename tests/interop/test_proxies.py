@@ -36,8 +36,8 @@ OURS, THEIRS, CLUSTER = 1, 2, 77
 #: Beyond how long the proxies keep an idle connection: it is they who end it.
 PIPELINE = PipelineConfig(idle_timeout_s=60.0)
 #: Servers that haproxy is to take our listener for; it checks each once in two seconds, and gives
-#: up a check that takes longer.
-SERVERS = 200
+#: up a check that takes longer. No more of them than a busy machine shakes hands with in that time.
+SERVERS = 50
 
 Proxy = Callable[..., AbstractContextManager[None]]
 
