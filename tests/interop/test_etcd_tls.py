@@ -301,7 +301,7 @@ def test_certificates_of_both_are_replaced_and_revoked_while_messages_go(
         callers.append(certificate["serialNumber"])
         return True
 
-    # etcd takes DER (from 3.6 on nothing else), and reads the file at each connection.
+    # A list of its own for etcd, which reads it at each connection.
     lists = authority.directory / "crl.der"
     lists.write_bytes(to_der(authority.revoke()))
     flags = ("--peer-crl-file", str(lists))

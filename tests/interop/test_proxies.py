@@ -170,7 +170,7 @@ def test_connections_that_the_proxy_ends_as_we_send_cost_no_heartbeat(
     """The pauses are about as long as it waits: some of its ends and our posts cross."""
     peers = Peers(tmp_path, authority, probe_interval_s=0)
     with peers.running(proxy, tmp_path, authority, terminates=True):
-        for turn in range(1, 31):
+        for turn in range(1, 21):
             peers.sender.send([heartbeat()])
             peers.wait_sent(turn)
             time.sleep((KEEP_ALIVE_MS - 5 + turn % 10) / 1000)
