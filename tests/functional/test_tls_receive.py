@@ -42,7 +42,15 @@ from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.descriptors import open_descriptors
 from tests.support.http import CLUSTER_ID, HEARTBEAT, handlers_of, peer_headers
-from tests.support.listening import GOOD, dial, listener_threads, post, raw_head, read_status
+from tests.support.listening import (
+    A_SECOND,
+    GOOD,
+    dial,
+    listener_threads,
+    post,
+    raw_head,
+    read_status,
+)
 from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.openssl import RawClient
@@ -629,7 +637,7 @@ def test_a_policy_is_asked_about_those_who_have_shown_a_certificate_as_well(node
 
 
 def test_handshakes_that_do_not_end_are_ended_and_disturb_nobody(node: Node) -> None:
-    listener = node.listen(ReceiverConfig(handshake_timeout_s=0.5))
+    listener = node.listen(ReceiverConfig(handshake_timeout_s=2 * A_SECOND))
     good = node.call()
     silent = [node.dial() for _ in range(20)]
     begun = [node.dial() for _ in range(20)]
@@ -938,7 +946,7 @@ def test_a_hello_to_an_http_port_ends_the_connection(node: Node) -> None:
 
 
 def test_an_idle_connection_ends_with_a_close_notify(node: Node) -> None:
-    listener = node.listen(ReceiverConfig(idle_timeout_s=0.1))
+    listener = node.listen(ReceiverConfig(idle_timeout_s=A_SECOND))
     assert end_of(node.call()) == "close_notify"
     sock = node.call()
     sock.sendall(GOOD)
@@ -948,12 +956,17 @@ def test_an_idle_connection_ends_with_a_close_notify(node: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "counter"),
-    [(GOOD[:20], "head_timeouts"), (GOOD[:-1], "body_timeouts")],
+    ("sent", "counter", "config"),
+    [
+        (GOOD[:20], "head_timeouts", ReceiverConfig(head_timeout_s=A_SECOND)),
+        (GOOD[:-1], "body_timeouts", ReceiverConfig(stall_timeout_s=0.1)),
+    ],
     ids=["a head", "a body"],
 )
-def test_a_part_of_a_request_is_waited_for_so_long(node: Node, sent: bytes, counter: str) -> None:
-    listener = node.listen(ReceiverConfig(head_timeout_s=0.1, stall_timeout_s=0.1))
+def test_a_part_of_a_request_is_waited_for_so_long(
+    node: Node, sent: bytes, counter: str, config: ReceiverConfig
+) -> None:
+    listener = node.listen(config)
     for count in (1, 2):
         sock = node.call()
         if count == 2:  # behind a head that is known
@@ -966,7 +979,7 @@ def test_a_part_of_a_request_is_waited_for_so_long(node: Node, sent: bytes, coun
 
 
 def test_a_part_of_a_record_is_not_idle(node: Node) -> None:
-    listener = node.listen(ReceiverConfig(head_timeout_s=0.1))
+    listener = node.listen(ReceiverConfig(head_timeout_s=A_SECOND))
     sock = node.call()
     sock.sendall(GOOD)
     assert read_status(sock) == 204
@@ -1156,7 +1169,7 @@ def test_a_body_over_the_budget_waits_and_a_small_one_does_not(node: Node) -> No
 
 def test_nothing_is_kept_of_a_connection_that_has_ended(node: Node) -> None:
     listener = node.listen(
-        ReceiverConfig(handshake_timeout_s=1.0, idle_timeout_s=0.1, stall_timeout_s=0.1)
+        ReceiverConfig(handshake_timeout_s=2.0, idle_timeout_s=A_SECOND, stall_timeout_s=0.1)
     )
     sessions = session_count()
     for _ in range(3):
