@@ -1,4 +1,4 @@
-"""Encoding and decoding one message: ours beside protobuf's, in one run (design section 6, P8).
+"""Encoding and decoding one message: ours beside protobuf's, in one run (P8).
 
     python -m pytest benchmarks/bench_marshal.py
 

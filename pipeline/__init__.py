@@ -106,8 +106,9 @@ __all__ = [
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-# What a node is made of imports urllib3, ssl and h11, which takes longer than all of Python's own
-# start. A program that has only messages to encode, or is asked for its version, does without.
+# What a node is made of imports urllib3, which imports ssl, and h11, and that takes longer than all
+# of Python's own start. A program that has only messages to encode, or is asked for its version,
+# does without.
 _MODULES = {
     "LastError": "send.status",
     "Listener": "receive.listener",

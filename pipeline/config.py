@@ -107,8 +107,9 @@ class ReceiverConfig:
     max_connections: int = 1024
     #: Bytes that bodies above 64 KiB hold in memory while they are read and wait for Raft: of all
     #: listeners of a node, its ASGI and WSGI applications, and the messages of snapshots together.
-    #: Above it a listener reads only the body begun first on, over plain HTTP; all others are
-    #: refused with 503. Up to 64 KiB, as many as connections have a room of their own.
+    #: Above it a listener reads on only the body begun first; chunked bodies, those of ASGI and
+    #: WSGI applications and the messages of snapshots are refused with 503. Up to 64 KiB, as many
+    #: as connections have a room of their own.
     max_buffered_bytes: int = 1024 * MIB
     #: Without a request, a connection is closed after this long.
     idle_timeout_s: float = 60.0
@@ -165,7 +166,7 @@ class TransportConfig:
     server_version: str = "3.5.0"
     #: X-Min-Cluster-Version; etcd's own value in every 3.x.
     min_cluster_version: str = "3.0.0"
-    #: Python threads for TLS, odd answers and callbacks, started as they are needed.
+    #: Python threads for new connections, odd answers and callbacks, started as they are needed.
     dispatchers: int = 8
     #: Between two probes of a peer; 0 for none. etcd's is its read timeout of 5 s less 1 s.
     probe_interval_s: float = 4.0

@@ -1,6 +1,8 @@
 """A connection of a loop: a socket, plain or with TLS. Who reads and writes need not know which.
 
-One branch, on ``conn.tls``, in each function here; nobody above asks whether bytes are encrypted.
+One branch, on ``conn.tls``, in each function here. Who reads and writes requests does not ask
+whether bytes are encrypted; only handshakes and the ends of a caller's connection are TLS's own
+(``_requests.pxd``).
 Reading and writing are as recv(2) and send(2) of a socket that does not block: EAGAIN when it is
 not ready, and EPROTO is what TLS fails with (``_tls.pxd``).
 """
@@ -26,10 +28,10 @@ cdef enum:
     RECORD_BYTES = 16 * 1024
 
 
-# The first part of the struct it is in, as its own first part is.
+# It comes first in its struct, and io comes first in it: a pointer to one is a pointer to all.
 cdef struct conn_t:
     io_t io
-    tls_t* tls              # NULL is plain; whose it is, the struct around it says
+    tls_t* tls              # NULL is plain; a caller owns it, a worker borrows it
 
 
 cdef inline ssize_t conn_recv(conn_t* conn, void* data, size_t size) noexcept nogil:

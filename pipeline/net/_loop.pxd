@@ -61,8 +61,8 @@ cdef extern from *:
 
 # What a loop watches. It is the first part of the struct that has the descriptor, so that a pointer
 # to one is a pointer to the other. The descriptor and is_registered are changed by whoever has that
-# struct at the moment, what concerns the runnable by whoever runs the loop alone: a conn may still
-# be on a list of them when a handler thread has it.
+# struct at the moment, what concerns the runnable by whoever runs the loop alone: a caller may
+# still be on a list of them when a handler thread has it.
 cdef struct io_t:
     int fd                  # its owner's; -1 when there is none
     bint is_registered      # fd is in the loop's epoll set

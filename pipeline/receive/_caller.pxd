@@ -1,7 +1,7 @@
 """A connection that was accepted, and the server it belongs to: what they are made of.
 
-A connection belongs to the loop (``_server.pxd``), or, with a request, to a handler thread
-(``_queues.pxd``). What the loop does with one is in ``_requests.pxd``.
+A connection belongs to the loop (``_server.pxd``), or, with a request, to a handler thread or the
+odd thread (``_queues.pxd``). What the loop does with one is in ``_requests.pxd``.
 
 What the loop knows is one kind of request (``http_recognise_post``) whose head, but for its length,
 Python has accepted before. Everything else is *odd*: the loop reads bytes and hands them over,
@@ -59,12 +59,12 @@ cdef enum:
 cdef enum:
     CALLER_HEAD = 0         # reads a head; idle while nothing of one has arrived
     CALLER_SHAKING          # waits for what its TLS handshake goes on with
-    CALLER_BODY         # reads the body of a recognised request
-    CALLER_ODD          # reads for Python
-    CALLER_HANDLED      # a handler thread has it: hands off
-    CALLER_WRITING      # writes an answer
-    CALLER_LINGERING    # has answered and ended; reads to throw away
-    CALLER_CLOSED       # buried: freed at the end of the turn
+    CALLER_BODY             # reads the body of a recognised request
+    CALLER_ODD              # reads for Python
+    CALLER_HANDLED          # a handler thread has it, or the odd thread: hands off
+    CALLER_WRITING          # writes an answer
+    CALLER_LINGERING        # has answered and ended; reads to throw away
+    CALLER_CLOSED           # buried: freed at the end of the turn
 
 # The first four may block and go to the handler threads; the others to the odd thread.
 cdef enum:
@@ -131,7 +131,8 @@ cdef struct caller_t:
     int64_t deadline_ns     # 0 is none
     # Of the head being read, whoever reads it, or of the handshake; 0 is none.
     int64_t head_deadline_ns
-    int64_t body_left_ns    # of a body that Python reads: to its deadline, when it was handed over
+    # Nanoseconds left until the body's deadline at the moment it was handed to Python.
+    int64_t body_left_ns
     int64_t arrived         # bytes of that body, since the deadline was put off for the last ones
     uint8_t* buffer         # owned: bytes read and not used yet; NULL when there are none
     size_t buffer_len
@@ -217,7 +218,7 @@ cdef struct server_t:
     pthread_mutex_t lock    # guards what follows
     spares_t spares         # but for their state, which is atomic
     int is_led              # somebody leads; written under the lock, and atomic
-    bint is_armed           # the stand-in will look whether somebody leads; always when nobody does
+    bint is_armed           # the stand-in's timer runs; it does whenever nobody leads
     int64_t left_ns         # when the lead was last given up
     pthread_cond_t ended    # the loop has ended
     turns_t turns           # requests for handler threads

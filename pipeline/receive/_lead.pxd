@@ -112,7 +112,8 @@ cdef inline void server_stand_by(server_t* server) noexcept nogil:
         server_arm(server, left_ns)
     store_int(&server.is_led, True)
     pthread_mutex_unlock(&server.lock)
-    server.has_queued = True        # perhaps, and whoever was to come to it may be stuck
+    # Assume that requests are queued: the thread that was to take them may be blocked.
+    server.has_queued = True
 
 
 cdef inline void* server_main(void* argument) noexcept nogil:

@@ -76,8 +76,8 @@ class Listener:
     When the constructor returns, connections are accepted. ``config.handlers`` Python threads
     (``pipeline-handler-<port>-<n>``, daemons) call Raft. One that has nothing to do reads, decodes
     and writes for all connections, without the GIL; when none is free, a native thread does. One
-    more (``pipeline-odd-<port>``) sees to everything that is not a message, and to TLS. Of
-    several handler threads one is never given a MsgProp: proposals may wait for a leader, and a
+    more (``pipeline-odd-<port>``) sees to everything that is not a message, and to TLS handshakes.
+    Of several handler threads one is never given a MsgProp: proposals may wait for a leader, and a
     leader is elected by messages. Thread-safe.
     """
 

@@ -39,9 +39,9 @@ from pipeline._system cimport (
 
 cdef enum:
     # Bytes a worker writes per turn. Steps of 256 KiB cost a third more CPU than steps of 1 MiB on
-    # loopback; one step of 1 MiB delays the other workers by about 0.2 ms (design section 3).
+    # loopback; one step of 1 MiB delays the other workers by about 0.2 ms.
     WORKER_STEP_BYTES = 1 << 20
-    # The send buffer to a peer whose handshake took no longer: one step of the loop fills it.
+    # A peer whose TCP handshake took at most so long gets a send buffer of one step's size.
     NEAR_RTT_US = 100
     SEND_BUFFER_NEAR = 1 << 20
     # Up to this a body is copied behind the head and both are sent as one piece, which costs the
@@ -53,7 +53,7 @@ cdef enum:
     RELEASE_DELAY_NS = 100000000
     ANSWER_KNOWN_MAX = 512
     # Larger messages never take a pipe's first worker: a snapshot, or a run of large appends,
-    # must not delay heartbeats and votes (design section 5).
+    # must not delay heartbeats and votes.
     LARGE_MIN = 64 * 1024
     # raftpb MessageType, the three that this file treats specially (spec section 1.1).
     TYPE_PROP = 2

@@ -161,7 +161,7 @@ def _is_mismatch(reason: str) -> bool:
 
     Such are another cluster, a version that is not compatible, a certificate that one of the two
     refuses (412, or an alert of TLS), and that we were removed. Told by the text, which the
-    status is given: etcd's, or ours of what ``ssl`` says.
+    status is given: etcd's, or ours of what OpenSSL says.
     """
     if reason in (MEMBER_REMOVED, CLUSTER_ID_MISMATCH, INCOMPATIBLE_VERSION):
         return True

@@ -76,7 +76,7 @@ cdef object load_library():
 
 
 cdef void wait_for_the_busy() noexcept nogil:
-    """At exit: let nobody into OpenSSL any more; wait for those inside, for a second at most."""
+    """At exit: let nobody into OpenSSL any more; wait for those inside, two seconds at most."""
     cdef timespec begin, now
     cdef tls_t* tls
     store_int(&engine.is_exiting, 1)
@@ -140,7 +140,10 @@ cdef int bio_read(BIO* bio, char* data, int size) noexcept nogil:
 
 
 cdef int bio_write(BIO* bio, const char* data, int size) noexcept nogil:
-    """Take all that OpenSSL writes, as far as the socket does not; but for handshakes."""
+    """Write to the socket and keep what it does not take, so that OpenSSL's write is done.
+
+    In a handshake OpenSSL keeps it.
+    """
     cdef tls_t* tls = <tls_t*>engine.lib.BIO_get_data(bio)
     cdef ssize_t n = -1
     engine.lib.BIO_clear_flags(
@@ -253,9 +256,9 @@ def session_count():
 cdef class Session:
     """The TLS of one connection whose socket does not block.
 
-    Made by ``Context.session``. Used by one thread at a time. Nothing here waits. Reading, writing
-    and shaking hands let go of the GIL. Raises ``BlockingIOError`` when the socket is not ready,
-    ``TLSError`` when TLS fails, else ``OSError``.
+    Made by ``Context.session``. Used by one thread at a time. Nothing here waits, and whatever
+    calls OpenSSL for long lets go of the GIL. Raises ``BlockingIOError`` when the socket is not
+    ready, ``TLSError`` when TLS fails, else ``OSError``.
     """
 
     def __dealloc__(self):
@@ -296,6 +299,8 @@ cdef class Session:
     @property
     def version(self):
         """The version spoken, "TLSv1.3" for one."""
+        if self.c.ssl is NULL:      # in a forked child
+            return ""
         return engine.lib.SSL_get_version(self.c.ssl).decode()
 
     def shake(self):
@@ -458,9 +463,9 @@ cdef object set_up(SSL_CTX* context, bint is_server, str min_version, bint asks_
         context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION)
     engine.lib.SSL_CTX_set_num_tickets(context, 0)
     engine.lib.SSL_CTX_ctrl(context, SSL_CTRL_SET_SESS_CACHE_MODE, SSL_SESS_CACHE_OFF, NULL)
-    # One write tries as long as the socket takes something; a record that it did not take whole
-    # is tried again from wherever its bytes are then; an idle connection has no buffers; one
-    # read of the socket takes the head of a record and the rest of it.
+    # SSL_write writes one record, which tls_write counts on; what the socket does not take is
+    # kept below OpenSSL. An idle connection has no buffers. One read of the socket takes the head
+    # of a record and the rest of it.
     engine.lib.SSL_CTX_ctrl(
         context, SSL_CTRL_MODE,
         SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER

@@ -31,7 +31,6 @@ cdef extern from "libssl.h" nogil:
     ctypedef struct OPENSSL_STACK
 
     ctypedef struct libssl_t:
-        unsigned long (*OpenSSL_version_num)() noexcept nogil
         int (*OPENSSL_init_ssl)(uint64_t, const void*) noexcept nogil
         const SSL_METHOD* (*TLS_method)() noexcept nogil
         SSL_CTX* (*SSL_CTX_new)(const SSL_METHOD*) noexcept nogil
@@ -143,7 +142,6 @@ cdef extern from "libssl.h" nogil:
         SSL_OP_NO_COMPRESSION
         SSL_OP_NO_RENEGOTIATION
         SSL_FILETYPE_PEM
-        SSL_ERROR_SSL
         SSL_ERROR_WANT_READ
         SSL_ERROR_WANT_WRITE
         SSL_ERROR_SYSCALL

@@ -29,10 +29,10 @@ cdef enum:
     # Of what is read of the socket in one call so much may be no plain text: some thousand updates
     # of the keys, which take ten milliseconds.
     TLS_FUTILE_BYTES = 64 * 1024
-    # And of so many records, however small, the plain text is read.
+    # One call reads the plain text of at most this many records.
     TLS_RECORDS = 128
     # So much the socket may have yet to take: a record, and what TLS itself has to say. A peer that
-    # asks for more of that and reads nothing has no connection.
+    # asks for more of that and reads nothing loses its connection.
     TLS_LEFT_BYTES = 64 * 1024
 
 # OpenSSL, and all connections there are. One for the process; never freed.

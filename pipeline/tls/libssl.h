@@ -44,7 +44,6 @@ typedef int pem_password_cb(char *, int, int, void *);
 
 /* F(what it returns, its name, its parameters) */
 #define LIBSSL_FUNCTIONS(F) \
-    F(unsigned long, OpenSSL_version_num, (void)) \
     F(int, OPENSSL_init_ssl, (uint64_t, const OPENSSL_INIT_SETTINGS *)) \
     F(const SSL_METHOD *, TLS_method, (void)) \
     F(SSL_CTX *, SSL_CTX_new, (const SSL_METHOD *)) \
@@ -147,12 +146,10 @@ typedef int pem_password_cb(char *, int, int, void *);
     C(SSL_VERIFY_NONE, 0) \
     C(SSL_VERIFY_PEER, 1) \
     C(SSL_VERIFY_FAIL_IF_NO_PEER_CERT, 2) \
-    C(SSL_OP_IGNORE_UNEXPECTED_EOF, 1 << 7) \
     C(SSL_OP_NO_TICKET, 1 << 14) \
     C(SSL_OP_NO_COMPRESSION, 1 << 17) \
     C(SSL_OP_NO_RENEGOTIATION, 1 << 30) \
     C(SSL_FILETYPE_PEM, 1) \
-    C(SSL_ERROR_SSL, 1) \
     C(SSL_ERROR_WANT_READ, 2) \
     C(SSL_ERROR_WANT_WRITE, 3) \
     C(SSL_ERROR_SYSCALL, 5) \
@@ -167,7 +164,6 @@ typedef int pem_password_cb(char *, int, int, void *);
     C(X509_V_ERR_HOSTNAME_MISMATCH, 62) \
     C(X509_V_ERR_IP_ADDRESS_MISMATCH, 64) \
     C(X509_V_FLAG_CRL_CHECK, 0x4) \
-    C(X509_V_FLAG_TRUSTED_FIRST, 0x8000) \
     C(X509_V_FLAG_PARTIAL_CHAIN, 0x80000) \
     C(X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS, 0x4) \
     C(X509_CHECK_FLAG_NEVER_CHECK_SUBJECT, 0x20) \

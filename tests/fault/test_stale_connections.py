@@ -1,4 +1,4 @@
-"""Connections that end between, or under, requests (spec 2.7, design section 3)."""
+"""Connections that end between, or under, requests (spec 2.7)."""
 
 from __future__ import annotations
 

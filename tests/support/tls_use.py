@@ -1,8 +1,8 @@
-"""A watch over who uses TLS: one thread at a time may be in a connection's TLS object.
+"""A watch over the tests' own peers: one thread at a time may be in a connection's TLS object.
 
 OpenSSL asks for that and CPython (3.11) does not see to it: two threads in one object corrupt the
 heap, and the process aborts some time later, somewhere else. So the second one is kept out, and
-noted here.
+noted here. Of our own connections debug and sanitizer builds assert the same (``tls_enter``).
 """
 
 from __future__ import annotations

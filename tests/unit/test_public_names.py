@@ -1,4 +1,4 @@
-"""The names of design section 4 are there, and importing them costs no more than it must."""
+"""The public names are there, and importing them costs no more than it must."""
 
 from __future__ import annotations
 

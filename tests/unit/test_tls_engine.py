@@ -12,6 +12,8 @@ import select
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +62,34 @@ def for_ever(call: Callable[[], object]) -> NoReturn:
     """Call until it raises."""
     while True:
         call()
+
+
+# The library
+
+
+def test_without_openssl_tls_is_an_error_that_says_what_to_install(
+    authority: Authority, tmp_path: Path
+) -> None:
+    """And the rest of the package works: here a library is found that is none."""
+    (tmp_path / "libssl.so.3").touch()
+    info = authority.info()
+    program = (
+        "import sys; from pipeline import TLSInfo, Message, UsageError\n"
+        "from pipeline.tls import Credentials\n"
+        "Message(type=0).marshal()\n"
+        "try: Credentials(TLSInfo(cert_file=sys.argv[1], key_file=sys.argv[2],"
+        " trusted_ca_file=sys.argv[3]))\n"
+        "except UsageError as error: print(error)\n"
+    )
+    files = (info.cert_file, info.key_file, info.trusted_ca_file)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, files)],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "OpenSSL 3 is needed, and libssl.so.3 is not there: install" in done.stdout, done.stderr
 
 
 # Names
