@@ -102,6 +102,12 @@ cdef inline ssize_t conn_send_next(conn_t* conn, cursor_t* cursor, size_t size_m
     return n
 
 
+cdef inline void conn_begin_message(conn_t* conn) noexcept nogil:
+    """Of what is written from now on nothing has gone yet."""
+    if conn.tls is not NULL:
+        conn.tls.has_moved = False
+
+
 cdef inline bint conn_has_moved(const conn_t* conn) noexcept nogil:
     """Tell whether of what was written last, and not taken, a part has gone all the same."""
     return conn.tls is not NULL and conn.tls.has_moved

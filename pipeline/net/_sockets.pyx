@@ -136,7 +136,10 @@ class OwnSocket(socket.socket):
         super().shutdown(how)
 
     def _wait_for(self, events, attempt, data):
-        """Make an attempt again and again until the socket is ready for it, or too late."""
+        """Make an attempt again and again until the socket is ready for it, or too late.
+
+        TLS may have to write before it reads, and to read before it writes.
+        """
         timeout_s = self.gettimeout()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -145,11 +148,13 @@ class OwnSocket(socket.socket):
             except BlockingIOError:
                 if timeout_s == 0.0:
                     raise
-            poll = select.poll()
-            poll.register(self.fileno(), events)
-            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not poll.poll(None if left_s is None else left_s * 1000) and left_s == 0.0:
+            left_s = None if deadline is None else deadline - time.monotonic()
+            if left_s is not None and left_s <= 0.0:
                 raise TimeoutError("timed out")
+            poll = select.poll()
+            poll.register(
+                self.fileno(), events | POLLOUT if self.tls.wants_to_write else POLLIN)
+            poll.poll(None if left_s is None else left_s * 1000)
 
     def close(self):
         """End the connection in good order, as far as that needs no wait; close the descriptor."""

@@ -93,6 +93,7 @@ class Dial:
         "host",
         "is_done",
         "is_resolved",
+        "is_room_wanted",
         "next_at",
         "port",
         "securing",
@@ -140,6 +141,7 @@ class Dial:
         self.failures: list[str] = []
         self.next_at = math.inf  # when the next address is tried
         self.securing: OwnSocket | None = None  # connected, and shaking hands
+        self.is_room_wanted = False  # the handshake goes on when there is room to write
         self.tls_began_at = 0.0
 
     def take(self) -> OwnSocket:
@@ -407,9 +409,9 @@ class Dialer:
         assert sock.tls is not None
         try:
             if not sock.tls.shake():
-                wanted = WRITABLE if sock.tls.wants_to_write else READABLE
-                self._poller.unwatch(sock)
-                self._poller.watch(sock, wanted, partial(self._shake, dial, sock, credentials))
+                if sock.tls.wants_to_write != dial.is_room_wanted:
+                    dial.is_room_wanted = sock.tls.wants_to_write
+                    self._poller.rewatch(sock, WRITABLE if dial.is_room_wanted else READABLE)
                 return
             credentials.check_server(sock.tls)
         except OSError as error:  # also a TLSError

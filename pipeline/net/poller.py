@@ -122,8 +122,17 @@ class Poller:
     def unwatch(self, sock: OwnSocket) -> None:
         """Undo :meth:`watch`, before the socket is closed."""
         assert self._selector is not None
-        self._selector.unregister(sock)
-        del self._watched[sock]
+        if self._watched.pop(sock, None) is not None:
+            self._selector.unregister(sock)
+
+    def rewatch(self, sock: OwnSocket, events: int) -> None:
+        """Wait for other events of a socket that is watched. Raises ``OSError``: it is no more."""
+        assert self._selector is not None
+        try:
+            self._selector.modify(sock, events, sock)
+        except OSError:
+            del self._watched[sock]
+            raise
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: close its copies of the descriptors."""

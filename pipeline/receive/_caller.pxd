@@ -131,6 +131,7 @@ cdef struct caller_t:
     int64_t deadline_ns     # 0 is none
     # Of the head being read, whoever reads it, or of the handshake; 0 is none.
     int64_t head_deadline_ns
+    int64_t idle_deadline_ns        # since the last request
     # Nanoseconds left until the body's deadline at the moment it was handed to Python.
     int64_t body_left_ns
     int64_t arrived         # bytes of that body, since the deadline was put off for the last ones

@@ -300,13 +300,17 @@ cdef inline void caller_read_nothing(caller_t* caller) noexcept nogil:
     cdef server_t* server = caller.server
     if conn_is_unread(&caller.conn):
         caller_add_runnable(caller)
-    if caller.state != CALLER_HEAD or caller.head_deadline_ns != 0:
+    if caller.state != CALLER_HEAD or caller.buffer_len > 0 or caller.skip > 0:
         return
     if conn_has_part(&caller.conn):         # of a record, and so of a head
-        caller.head_deadline_ns = server.loop.now_ns + server.limits.head_timeout_ns
-        caller_set_deadline(caller, caller.head_deadline_ns)
-    elif caller_is_old(caller) and caller.skip == 0:
+        if caller.head_deadline_ns == 0:
+            caller.head_deadline_ns = server.loop.now_ns + server.limits.head_timeout_ns
+            caller_set_deadline(caller, caller.head_deadline_ns)
+    elif caller_is_old(caller):
         caller_close(caller)
+    elif caller.head_deadline_ns != 0:      # the record was TLS's own: it is idle as before
+        caller.head_deadline_ns = 0
+        caller_set_deadline(caller, caller.idle_deadline_ns)
 
 
 cdef inline void caller_read(caller_t* caller) noexcept nogil:
@@ -356,7 +360,8 @@ cdef inline void caller_next(caller_t* caller) noexcept nogil:
     caller.is_new = False
     caller.head_deadline_ns = 0
     caller.body_left_ns = 0
-    caller_set_deadline(caller, server.loop.now_ns + server.limits.idle_timeout_ns)
+    caller.idle_deadline_ns = server.loop.now_ns + server.limits.idle_timeout_ns
+    caller_set_deadline(caller, caller.idle_deadline_ns)
     if caller.skip > 0:           # as long as a head may take
         caller_set_deadline(caller, server.loop.now_ns + server.limits.head_timeout_ns)
     if kept == 0 and server.accept_at_ns < 0:

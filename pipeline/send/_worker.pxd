@@ -12,8 +12,8 @@ from libc.string cimport memcmp, memcpy
 from pipeline.send._books cimport OUTCOME_SENT
 from pipeline.send._channel cimport channel_take, job_t
 from pipeline.net._conn cimport (
-    conn_has_ended, conn_has_more, conn_has_moved, conn_is_dead, conn_is_silent, conn_is_unread,
-    conn_reads_ahead, conn_recv, conn_send, conn_send_next, conn_wants_to_write,
+    conn_begin_message, conn_has_ended, conn_has_more, conn_has_moved, conn_is_dead, conn_is_silent,
+    conn_is_unread, conn_reads_ahead, conn_recv, conn_send, conn_send_next, conn_wants_to_write,
 )
 from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_is_at_end
 from pipeline.wire._http cimport (
@@ -119,7 +119,8 @@ cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
     if error != ERROR_CLOSED and error != EPIPE and error != ECONNRESET and error != ENOTCONN:
         return False
     if not worker.is_reused or worker.is_odd or job.retried \
-            or (job.type == TYPE_PROP and worker.written > 0):
+            or (job.type == TYPE_PROP
+                and (worker.written > 0 or conn_has_moved(&worker.conn))):
         return False
     job.retried = True
     return True
@@ -195,6 +196,7 @@ cdef inline void worker_begin(worker_t* worker) noexcept nogil:
     worker.job.segments[0].iov_len = worker.head_len
     cursor_begin(&worker.cursor, worker.job.segments, worker.job.n_segments)
     worker.written = 0
+    conn_begin_message(&worker.conn)
     worker.answer_len = 0
     note_int(&worker.is_odd, False)
     worker.text_deadline_ns = 0

@@ -329,7 +329,7 @@ class Prober:
             self._fail(target, f"malformed or incomplete answer: {error!r}")
             return False
         if answer is None:
-            return len(data) == READ_BYTES
+            return bool(data)
         if self._versions is not None:
             self._versions.note(target.peer_id, answer.headers)
         if answer.status != 200:

@@ -222,12 +222,13 @@ class SnapshotLink:
     def _write(self, write: Callable[[], int]) -> int:
         assert self._sock is not None
         self._ending.check()
+        tls = self._sock.tls
         deadline = 0.0
         while True:
             try:
                 return write()
             except BlockingIOError:
-                if self._sock.tls is not None and self._sock.tls.has_moved:  # a part of a record
+                if tls is not None and tls.has_moved:  # a part of a record
                     deadline = 0.0
             except OSError as error:
                 if error.errno == errno.EFAULT:  # a mapped file is shorter now, or cannot be read
@@ -237,8 +238,10 @@ class SnapshotLink:
                 self._last_words(error)
             if not deadline:
                 deadline = time.monotonic() + self._stall_timeout_s
-            found = self._wait(select.POLLOUT | select.POLLIN, deadline)
-            if not found:
+            # TLS may have to read before it writes, and then it does not help that there is room.
+            is_room_wanted = tls is None or tls.wants_to_write
+            found = self._wait(select.POLLIN | (select.POLLOUT if is_room_wanted else 0), deadline)
+            if not found or time.monotonic() >= deadline:
                 raise self._unreachable("stalled")
             if found & _READABLE:
                 self._read_early()
@@ -287,8 +290,8 @@ class SnapshotLink:
                 reason = f"malformed or incomplete answer: {error!r}"
                 raise self._unreachable(reason, error) from error
             # TLS may have taken more from the socket than one call returns, and poll does not see
-            # that.
-            if answer is not None or len(data) < READ_BYTES:
+            # that: there is no more when it says so.
+            if answer is not None or not data:
                 return answer
 
     def _wait(self, events: int, deadline: float) -> int:

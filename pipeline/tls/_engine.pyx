@@ -6,18 +6,18 @@ from libc.stdlib cimport atexit, calloc, free
 
 from pipeline.tls._libssl cimport (
     ASN1_STRING, ASN1_TIME, BIO, BIO_CTRL_FLUSH, BIO_FLAGS_IO_SPECIAL, BIO_FLAGS_READ,
-    BIO_FLAGS_SHOULD_RETRY, BIO_FLAGS_WRITE, BIO_METHOD, BIO_TYPE_SOURCE_SINK, GENERAL_NAME,
-    GEN_DIRNAME, GEN_DNS, GEN_EMAIL, GEN_IPADD, GEN_RID, GEN_URI, NID_subject_alt_name,
-    OPENSSL_STACK, SSL_CTRL_MODE, SSL_CTRL_SET_MIN_PROTO_VERSION, SSL_CTRL_SET_READ_AHEAD,
-    SSL_CTRL_SET_SESS_CACHE_MODE, SSL_CTRL_SET_TLSEXT_HOSTNAME, SSL_CTX, SSL_FILETYPE_PEM,
-    SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER, SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_RELEASE_BUFFERS,
-    SSL_OP_NO_COMPRESSION, SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_TICKET, SSL_SESS_CACHE_OFF,
-    SSL_VERIFY_FAIL_IF_NO_PEER_CERT, SSL_VERIFY_NONE, SSL_VERIFY_PEER, TLS1_2_VERSION,
-    TLS1_3_VERSION, TLSEXT_NAMETYPE_host_name, V_ASN1_NEG, X509,
-    X509_CHECK_FLAG_NEVER_CHECK_SUBJECT, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS, X509_CRL, X509_NAME,
-    X509_NAME_ENTRY, X509_STORE, X509_VERIFY_PARAM, X509_V_ERR_HOSTNAME_MISMATCH,
-    X509_V_ERR_IP_ADDRESS_MISMATCH, X509_V_FLAG_CRL_CHECK, X509_V_FLAG_PARTIAL_CHAIN, X509_V_OK,
-    libssl_load, tm,
+    BIO_FLAGS_SHOULD_RETRY, BIO_FLAGS_WRITE, BIO_METHOD, BIO_TYPE_SOURCE_SINK, ERR_LIB_PEM,
+    GENERAL_NAME, GEN_DIRNAME, GEN_DNS, GEN_EMAIL, GEN_IPADD, GEN_RID, GEN_URI,
+    NID_subject_alt_name, OPENSSL_STACK, PEM_R_NO_START_LINE, SSL_CTRL_MODE,
+    SSL_CTRL_SET_MIN_PROTO_VERSION, SSL_CTRL_SET_READ_AHEAD, SSL_CTRL_SET_SESS_CACHE_MODE,
+    SSL_CTRL_SET_TLSEXT_HOSTNAME, SSL_CTX, SSL_FILETYPE_PEM, SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER,
+    SSL_MODE_ENABLE_PARTIAL_WRITE, SSL_MODE_RELEASE_BUFFERS, SSL_OP_NO_COMPRESSION,
+    SSL_OP_NO_RENEGOTIATION, SSL_OP_NO_TICKET, SSL_SESS_CACHE_OFF, SSL_VERIFY_FAIL_IF_NO_PEER_CERT,
+    SSL_VERIFY_NONE, SSL_VERIFY_PEER, TLS1_2_VERSION, TLS1_3_VERSION, TLSEXT_NAMETYPE_host_name,
+    V_ASN1_NEG, X509, X509_CHECK_FLAG_NEVER_CHECK_SUBJECT, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS,
+    X509_CRL, X509_NAME, X509_NAME_ENTRY, X509_STORE, X509_VERIFY_PARAM,
+    X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH, X509_V_FLAG_CRL_CHECK,
+    X509_V_FLAG_PARTIAL_CHAIN, X509_V_OK, libssl_load, tm,
 )
 from pipeline._system cimport (
     CLOCK_MONOTONIC, EAGAIN, EINTR, EPROTO, MSG_DONTWAIT, MSG_NOSIGNAL, clock_gettime, errno,
@@ -509,9 +509,11 @@ cdef object load_authorities(SSL_CTX* context, file):
     cdef bytes path = os.fsencode(file)
     open_file("trusted_ca_file", file)
     engine.lib.ERR_clear_error()
-    if not engine.lib.SSL_CTX_load_verify_file(context, path):
-        raise OSError(f"trusted_ca_file: {os.fspath(file)!r}: {last_failure()}")
-    engine.lib.ERR_clear_error()
+    try:
+        if not engine.lib.SSL_CTX_load_verify_file(context, path):
+            raise OSError(f"trusted_ca_file: {os.fspath(file)!r}: {last_failure()}")
+    finally:
+        engine.lib.ERR_clear_error()
 
 
 cdef object load_crl(SSL_CTX* context, file):
@@ -523,30 +525,42 @@ cdef object load_crl(SSL_CTX* context, file):
     cdef BIO* bio
     cdef int lists = 0
     open_file("crl_file", file)
-    bio = engine.lib.BIO_new_file(path, b"r")
-    if bio is NULL:
-        raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
-    certificate = engine.lib.PEM_read_bio_X509(bio, NULL, NULL, NULL)
-    engine.lib.X509_free(certificate)
-    engine.lib.BIO_free(bio)
-    if certificate is not NULL:
-        raise OSError("crl_file: holds certificates")
-    bio = engine.lib.BIO_new_file(path, b"r")
-    if bio is NULL:
-        raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
-    while True:
-        crl = engine.lib.PEM_read_bio_X509_CRL(bio, NULL, NULL, NULL)
-        if crl is NULL:
-            break
-        engine.lib.X509_STORE_add_crl(store, crl)
-        engine.lib.X509_CRL_free(crl)
-        lists += 1
-    engine.lib.BIO_free(bio)
     engine.lib.ERR_clear_error()
-    if lists == 0:
-        raise OSError("crl_file: holds no revocation list")
+    try:
+        bio = engine.lib.BIO_new_file(path, b"r")
+        if bio is NULL:
+            raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
+        certificate = engine.lib.PEM_read_bio_X509(bio, NULL, NULL, NULL)
+        engine.lib.X509_free(certificate)
+        engine.lib.BIO_free(bio)
+        if certificate is not NULL:
+            raise OSError("crl_file: holds certificates")
+        engine.lib.ERR_clear_error()
+        bio = engine.lib.BIO_new_file(path, b"r")
+        if bio is NULL:
+            raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
+        while True:
+            crl = engine.lib.PEM_read_bio_X509_CRL(bio, NULL, NULL, NULL)
+            if crl is NULL:
+                break
+            lists += engine.lib.X509_STORE_add_crl(store, crl)
+            engine.lib.X509_CRL_free(crl)
+        engine.lib.BIO_free(bio)
+        # With a list left out its certificates would be let in, those of its day and later ones.
+        if not is_end_of_pem():
+            raise OSError(f"crl_file: {os.fspath(file)!r}: {last_failure()}")
+        if lists == 0:
+            raise OSError("crl_file: holds no revocation list")
+    finally:
+        engine.lib.ERR_clear_error()
     engine.lib.X509_VERIFY_PARAM_set_flags(
         engine.lib.SSL_CTX_get0_param(context), X509_V_FLAG_CRL_CHECK)
+
+
+cdef bint is_end_of_pem() noexcept:
+    """Tell whether OpenSSL has failed because nothing more of the kind is in the file."""
+    cdef unsigned long code = engine.lib.ERR_peek_last_error()
+    return code >> 23 & 0xFF == ERR_LIB_PEM and code & 0x7FFFFF == PEM_R_NO_START_LINE
 
 
 @cython.final

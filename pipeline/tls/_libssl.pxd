@@ -159,6 +159,8 @@ cdef extern from "libssl.h" nogil:
         X509_V_FLAG_PARTIAL_CHAIN
         X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS
         X509_CHECK_FLAG_NEVER_CHECK_SUBJECT
+        ERR_LIB_PEM
+        PEM_R_NO_START_LINE
         V_ASN1_NEG
         NID_subject_alt_name
         GEN_EMAIL

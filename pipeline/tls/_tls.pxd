@@ -139,6 +139,8 @@ cdef inline int tls_failed(tls_t* tls, int result) noexcept nogil:
     if kind != SSL_ERROR_SYSCALL or tls.error == 0:
         tls.error = EPROTO
         tls.reason = tls.engine.lib.ERR_peek_last_error()
+    # The application's code may be next in this thread, and take ours for its own.
+    tls.engine.lib.ERR_clear_error()
     tls.has_failed = True
     set_errno(tls.error)
     return -1
@@ -229,7 +231,6 @@ cdef inline ssize_t tls_write(tls_t* tls, const void* data, size_t size) noexcep
         size = TLS_STEP_BYTES
     tls.has_moved = False
     if tls_flush(tls):
-        invariant(tls.owed <= size)
         total = tls.owed
         tls.owed = 0
         while total < size:
@@ -284,6 +285,7 @@ cdef inline bint tls_end(tls_t* tls) noexcept nogil:
     if tls_enter(tls):
         tls.is_ended = True
         tls.engine.lib.SSL_shutdown(tls.ssl)
+        tls.engine.lib.ERR_clear_error()
         tls_leave(tls)
     return True
 

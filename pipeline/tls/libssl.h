@@ -167,6 +167,8 @@ typedef int pem_password_cb(char *, int, int, void *);
     C(X509_V_FLAG_PARTIAL_CHAIN, 0x80000) \
     C(X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS, 0x4) \
     C(X509_CHECK_FLAG_NEVER_CHECK_SUBJECT, 0x20) \
+    C(ERR_LIB_PEM, 9) \
+    C(PEM_R_NO_START_LINE, 108) \
     C(V_ASN1_NEG, 0x100) \
     C(NID_subject_alt_name, 85) \
     C(GEN_EMAIL, 1) \

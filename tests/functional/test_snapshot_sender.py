@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -1539,7 +1540,9 @@ def test_a_server_that_is_not_to_be_trusted_gets_nothing(
 
 
 class Dribble:
-    """A socket that takes 10 KB at a time, and nothing each other time."""
+    """A socket with TLS that takes 10 KB at a time, and nothing each other time."""
+
+    tls = SimpleNamespace(has_moved=False, wants_to_write=True)
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -1577,6 +1580,32 @@ def test_over_tls_the_stall_timeout_counts_from_write_to_write(
         transport.add_peer(PEER, [server.url])
         transport.send_snapshot(snapshot_message(), bytes(MIB)).result(LONG_TIMEOUT)
     assert len(set(deadlines)) > MIB / 10_000
+
+
+class Stuck(Dribble):
+    """One that takes nothing although there is room: TLS has to read before it writes."""
+
+    tls = SimpleNamespace(has_moved=False, wants_to_write=False)
+
+    def send(self, data: memoryview, flags: int) -> int:
+        raise BlockingIOError
+
+
+def test_over_tls_what_waits_for_the_peer_to_say_more_is_stalled(
+    raft: FakeRaft, authority: Authority, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dial = SnapshotLink.dial
+
+    def watched_dial(link: SnapshotLink, timeout_s: float) -> None:
+        dial(link, timeout_s)
+        link._sock = Stuck(link._sock)  # type: ignore[assignment, arg-type]
+
+    monkeypatch.setattr(SnapshotLink, "dial", watched_dial)
+    config = config_of(stall_timeout_s=0.2)
+    with ScriptedServer(tls=authority.server()) as server, make(raft, config) as transport:
+        transport.add_peer(PEER, [server.url])
+        with pytest.raises(PeerUnreachableError, match="stalled"):
+            transport.send_snapshot(snapshot_message(), bytes(MIB)).result(LONG_TIMEOUT)
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

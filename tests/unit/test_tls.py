@@ -229,6 +229,19 @@ def test_certificates_among_the_revocation_lists_are_not_trusted(
         Credentials(authority.info(trusted_ca_file=Authority(tmp_path).ca_file, crl_file=crl))
 
 
+@pytest.mark.parametrize("cut", [30, 200])
+def test_a_damaged_list_behind_a_good_one_is_no_end_of_the_file(
+    authority: Authority, cut: int
+) -> None:
+    """Left out, it would let in whom it revokes: as when the disk was full in the middle of it."""
+    bad = authority.info("bad")
+    whole = authority.revoke().read_bytes()
+    newer = authority.revoke(Path(bad.cert_file))
+    newer.write_bytes(whole + newer.read_bytes()[:-cut])
+    with pytest.raises(UsageError, match="crl_file: "):
+        Credentials(authority.info(crl_file=newer))
+
+
 # Rules
 
 CERTIFICATE = {

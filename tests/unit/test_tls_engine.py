@@ -26,12 +26,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from pipeline.net._sockets import open_socket
 from pipeline.tls import Context, Credentials, Session, TLSError
 from tests.support import MIB
 from tests.support.openssl import RawClient
 from tests.support.tls import DAY, Authority, Pair, shake
 
 HOST = "127.0.0.1"
+A_MOMENT_S = 0.1
 
 
 @pytest.fixture
@@ -331,6 +333,41 @@ def test_what_it_has_failed_with_it_goes_on_to_fail_with(
         with pytest.raises(TLSError, match="wrong version number"):
             client.send(b"x")
     assert not client.is_silent()
+
+
+class Stuck:
+    """A session that cannot go on although its socket is ready: the peer has begun a handshake's
+    message, says no more of it, and TLS reads it to its end before it writes.
+    """
+
+    def __init__(self, *, wants_to_write: bool) -> None:
+        self.wants_to_write = wants_to_write
+        self.attempts = 0
+
+    def send(self, data: object) -> int:
+        self.attempts += 1
+        raise BlockingIOError
+
+    recv_into = send
+
+    def end(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("wants_to_write", [False, True])
+@pytest.mark.parametrize("way", ["send", "recv_into"])
+def test_what_cannot_go_on_is_given_up_in_time(way: str, wants_to_write: bool) -> None:
+    """And waits meanwhile, where there is something to wait for."""
+    with socket.create_server((HOST, 0)) as listening:
+        sock = open_socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+        sock.settimeout(A_MOMENT_S)
+        sock.connect(listening.getsockname())
+        stuck = Stuck(wants_to_write=wants_to_write)
+        sock.tls = stuck  # type: ignore[assignment]
+        with pytest.raises(TimeoutError):
+            getattr(sock, way)(bytearray(1))
+        sock.close()
+    assert wants_to_write or stuck.attempts <= 3
 
 
 # Ends
