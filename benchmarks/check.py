@@ -7,7 +7,10 @@ the machine nor its load matters. Those over TLS are counted by callgrind, which
 an instruction is in: libssl's and libcrypto's own are OpenSSL's business and left out.
 
 They do depend on the compiler and on Python. ``reference.json`` therefore names its environment;
-in another one the check still runs, but with ``FOREIGN_TOLERANCE``, and says so.
+in another one the check still runs, but with ``FOREIGN_TOLERANCE``, and says so. They also depend
+on where Python's objects lie: its cache of methods is keyed by the address of a name, and two names
+that fall on one slot cost a message hundreds of instructions. That is chance and can only add, so
+what is above its tolerance is counted again in other layouts, and the least is what it costs.
 ``--write`` replaces the reference.
 """
 
@@ -51,6 +54,8 @@ REFERENCE = HERE / "reference.json"
 TOLERANCE = 0.05
 #: Another compiler or Python moves the counts by up to this much without any change of ours.
 FOREIGN_TOLERANCE = 0.25
+#: In how many layouts of memory a case is counted before it is called slower.
+LAYOUTS = 4
 #: Offered between two waits; they fit into msgc, so none is refused.
 BURST = 60
 FEW, MANY = 10 * BURST, 200 * BURST
@@ -194,6 +199,17 @@ def measure(case: str) -> float:
     return (count(kind, size, many, tls=tls) - count(kind, size, few, tls=tls)) / (many - few)
 
 
+def measure_all(cases: list[str]) -> dict[str, float]:
+    """Instructions per message of each of ``cases``; as many at once as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(cases, pool.map(measure, cases), strict=True))
+
+
+def lay_out_anew(layout: int) -> None:
+    """Give the processes to come another layout: ``os.environ`` is among Python's first objects."""
+    os.environ.update({f"LAYOUT_{index}": "" for index in range(50 * layout)})
+
+
 def environment() -> dict[str, str]:
     """What the counts depend on, besides our code."""
     words = [os.environ.get("CC", "cc"), "--version"]
@@ -227,8 +243,7 @@ def main() -> None:
     else:
         tls_flags()  # one certificate, and not one for each thread
     os.environ["PYTHONHASHSEED"] = "0"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        counts = dict(zip(cases, pool.map(measure, cases), strict=True))
+    counts = measure_all(cases)
     here = environment()
     if args.write:
         rounded = {case: round(n) for case, n in counts.items()}
@@ -241,16 +256,23 @@ def main() -> None:
             f"The reference was made with {reference['environment']}, this is {here}: "
             f"+{tolerance:.0%} is allowed instead of +{TOLERANCE:.0%}."
         )
-    slower = []
+
+    def slower() -> list[str]:
+        return [case for case in cases if counts[case] / reference["cases"][case] - 1 > tolerance]
+
+    for layout in range(1, LAYOUTS):
+        if again := slower():
+            print(f"Counted again in another layout of memory: {', '.join(again)}")
+            lay_out_anew(layout)
+            for case, n in measure_all(again).items():
+                counts[case] = min(n, counts[case])
     for case, n in counts.items():
         change = n / reference["cases"][case] - 1
-        print(f"{case:15} {n:10,.0f} instructions/message {change:+7.1%}")
-        if change > tolerance:
-            slower.append(case)
-        elif change < -tolerance:
-            print(f"{'':15} Better: commit the new reference (make bench-reference) to keep it.")
-    if slower:
-        raise SystemExit(f"more than {tolerance:+.0%}: {', '.join(slower)}")
+        print(f"{case:17} {n:10,.0f} instructions/message {change:+7.1%}")
+        if change < -tolerance:
+            print(f"{'':17} Better: commit the new reference (make bench-reference) to keep it.")
+    if slower():
+        raise SystemExit(f"more than {tolerance:+.0%}: {', '.join(slower())}")
 
 
 if __name__ == "__main__":
