@@ -48,7 +48,7 @@ from pipeline.stats import (
 )
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import Credentials, TLSInfo
-from pipeline.types import APP
+from pipeline.types import ACCEPTED, APP
 from pipeline.wire.protocol import format_id
 from pipeline.wire.urls import parse_peer_urls
 from pipeline.wire.versions import Versions
@@ -247,20 +247,30 @@ class Node:
 
     # -- sending
 
-    def send(self, messages: Iterable[Sendable]) -> None:
+    def send(self, messages: Iterable[Sendable]) -> int:
         """Hand each message to the peer, or else the remote, it is for.
 
         Parameters
         ----------
         messages : iterable of Message, EncodedMessage or raftpb protobuf objects
-            A message to 0 or to an unknown member is dropped, as etcd does.
+            One to 0 is left out: so a Raft marks what is not to be sent.
+
+        Returns
+        -------
+        int
+            How many were not queued, here and now; 0 when all were. Each of them was refused by its
+            peer's full queue (``PipelineConfig.queue_length``, ``queue_bytes``, or the node's
+            ``TransportConfig.queue_bytes``), or dropped: it is for a member that is neither peer
+            nor remote, as we ourselves are, or whose removal has begun; or for one that is paused
+            or cut off; or a :meth:`stop` goes on. What is left out is not counted. What becomes of
+            the queued ones is told later: :meth:`Raft.report_unreachable`, :meth:`stats`.
 
         Raises
         ------
         UsageError, MarshalError
-            If one of them is not a message or is too large; the ones before it were sent. Also if
-            the transport was not started or has been stopped; while :meth:`stop` runs, what is
-            given is dropped as what is queued is.
+            If one of them is not a message or is too large; the ones before it were handed on, and
+            how many of these were not queued is not told. Also if the transport was not started or
+            has been stopped.
 
         Notes
         -----
@@ -269,6 +279,7 @@ class Node:
         if self._refusal is not None:
             raise UsageError(f"send: {self._refusal}")
         peers, remotes = self._peers, self._remotes
+        not_queued = 0
         try:
             given = iter(messages)
         except TypeError:
@@ -280,15 +291,19 @@ class Node:
             except (AttributeError, TypeError):  # an ID can be looked up
                 raise UsageError(f"messages: {show(message)} is not a message") from None
             if peer is not None:
-                peer.send(message)
+                if peer.send(message) is not ACCEPTED:
+                    not_queued += 1
                 if message.type == APP:
                     self._server_stats.sent_append()
             elif to and (remote := remotes.get(to)) is not None:
-                remote.send(message)
+                if remote.send(message) is not ACCEPTED:
+                    not_queued += 1
             elif not isinstance(to, int):
                 raise UsageError(f"messages: {show(message)} is not a message")
             elif to:
+                not_queued += 1
                 logger.debug("ignored message to unknown member %s", format_id(to))
+        return not_queued
 
     def _send_snapshot(
         self,

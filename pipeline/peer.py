@@ -15,7 +15,7 @@ from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.sendable import Sendable
 from pipeline.send.status import LastError
 from pipeline.snapshot.sender import SnapshotSender
-from pipeline.types import MessageType, SendResult
+from pipeline.types import ACCEPTED, MessageType, SendResult
 from pipeline.wire.protocol import format_id
 
 __all__ = ["Peer", "PeerStats"]
@@ -112,7 +112,7 @@ class Peer:
             return None
         channel, name = self.pick(message)
         result = channel.send(message)
-        if result is SendResult.QUEUE_FULL:
+        if result is not ACCEPTED and result is SendResult.QUEUE_FULL:
             self._note_full(message, name)
         return result
 

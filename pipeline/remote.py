@@ -75,23 +75,27 @@ class Remote:
         self._paused_drops = 0
         self._throttle = Throttle(logger)
 
-    def send(self, message: Sendable) -> None:
-        """Offer a message without waiting. Raft is not told when the buffer is full.
+    def send(self, message: Sendable) -> SendResult | None:
+        """Offer a message without waiting; None if it was dropped while cut off.
+
+        Raft is not told when the buffer is full.
 
         Source: etcd ``remote.send``. A post that fails later is told, by the pipeline.
         """
         if self._is_paused:
             with self._lock:
                 self._paused_drops += 1
-            return
+            return None
         self.used_at = time.monotonic()
-        if self.pipeline.send(message) is SendResult.QUEUE_FULL:
+        result = self.pipeline.send(message)
+        if result is SendResult.QUEUE_FULL:
             self._throttle.warning(
                 "dropped Raft message since sending buffer is full (overloaded network): "
                 "type %s, to remote %s",
                 message.type,
                 format_id(self.pipeline.peer_id),
             )
+        return result
 
     def pause(self) -> None:
         """Drop what is sent from now on. Twice is once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["APP", "EntryType", "MessageType", "SendResult", "SnapshotStatus"]
+__all__ = ["ACCEPTED", "APP", "EntryType", "MessageType", "SendResult", "SnapshotStatus"]
 
 
 class MessageType(enum.IntEnum):
@@ -54,6 +54,10 @@ class SendResult(enum.IntEnum):
     ACCEPTED = 0
     QUEUE_FULL = 1
     STOPPED = 2
+
+
+#: What became of every offer is compared with it; to look the member up takes longer.
+ACCEPTED = SendResult.ACCEPTED
 
 
 class SnapshotStatus(enum.IntEnum):

@@ -231,7 +231,7 @@ def test_reports_and_critical_errors_come_on_the_loop_in_etcd_s_order(
         with ScriptedServer(always(answer("403 Forbidden"))) as server:
             async with transport_of(node) as transport:
                 transport.add_peer(5, [server.url])
-                transport.send([message(MessageType.SNAP, b"s", to=5)])
+                assert transport.send([message(MessageType.SNAP, b"s", to=5), message(to=9)]) == 1
                 await eventually_async(lambda: transport.stats()[5].failed == 1)
                 removed = transport._raft.is_id_removed
                 assert await asyncio.to_thread(removed, 7) is True

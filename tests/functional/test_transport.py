@@ -187,6 +187,81 @@ def test_send_refuses_what_is_no_message_after_sending_what_came_before(wrong: o
         assert transport.stats()[2].offered == 1
 
 
+# What ``send`` returns: how many were not queued
+
+
+def test_send_counts_no_message_that_was_queued_or_is_for_nobody() -> None:
+    with (
+        ScriptedServer() as one,
+        ScriptedServer() as two,
+        Transport(1, 1, FakeRaft(), config=ONE) as transport,
+    ):
+        transport.add_peer(2, [one.url])
+        transport.add_remote(3, [two.url])
+        assert transport.send([]) == 0
+        assert transport.send(message(to=to) for to in (2, 0, 3, 2, 0)) == 0
+        one.wait_requests(2)
+        two.wait_requests(1)
+
+
+@pytest.mark.parametrize("is_peer", [True, False], ids=["peer", "remote"])
+@pytest.mark.parametrize(
+    "limits", [{"queue_length": 2}, {"queue_bytes": 2 * message().byte_size()}], ids=str
+)
+def test_send_counts_what_a_full_queue_refuses(is_peer: bool, limits: dict[str, int]) -> None:
+    config = TransportConfig(pipeline=PipelineConfig(connections=1, **limits))  # type: ignore[arg-type]
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft(), config=config) as transport:
+        server.script = server.hold
+        (transport.add_peer if is_peer else transport.add_remote)(2, [server.url])
+        assert transport.send([message()]) == 0
+        server.wait_requests(1)
+        assert transport.send([message()] * 5) == 3
+        assert transport.send([message(), message(to=0)]) == 1
+        books = transport.stats()[2] if is_peer else transport.remote_stats()[2].pipeline
+        assert (books.accepted, books.refused) == (3, 4)
+        server.release.set()
+
+
+def test_send_counts_what_the_node_s_bytes_refuse() -> None:
+    size = message().byte_size()
+    config = TransportConfig(queue_bytes=2 * size, pipeline=PipelineConfig(connections=1))
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft(), config=config) as transport:
+        server.script = server.hold
+        for peer in (2, 3):
+            transport.add_peer(peer, [server.url])
+            assert transport.send([message(to=peer)]) == 0
+        server.wait_requests(2)
+        assert transport.send([message(to=2)] * 3) == 1
+        # An empty queue takes one message, whatever the other peers' hold.
+        assert transport.send([message(to=3)] * 3) == 2
+        server.release.set()
+
+
+def test_send_counts_what_is_for_nobody_it_sends_to() -> None:
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft(), config=ONE) as transport:
+        transport.add_peer(2, [server.url])
+        assert transport.send([message(to=9), message(to=2), message(to=1)]) == 2
+        server.wait_requests(1)
+        transport.remove_peer(2)
+        assert transport.send([message()] * 3) == 3
+
+
+def test_send_counts_what_is_dropped_while_its_member_is_paused_or_cut_off() -> None:
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft(), config=ONE) as transport:
+        transport.add_peer(2, [server.url])
+        transport.add_remote(3, [server.url])
+        to_both = [message(to=2), message(to=3)]
+        transport.pause()
+        assert transport.send(to_both) == 1
+        transport.resume()
+        transport.cut_peer(3)
+        assert transport.send(to_both) == 1
+        transport.mend_peer(3)
+        assert transport.send(to_both) == 0
+        assert transport.peer_stats()[2].paused_drops == 1
+        assert transport.remote_stats()[3].paused_drops == 1
+
+
 def test_active_since_and_active_peers() -> None:
     with (
         ScriptedServer(in_turn(OK, answer("500 Oops"), OK)) as server,
@@ -255,16 +330,16 @@ def test_one_that_is_stopped_before_it_was_started_sends_nothing() -> None:
 
 def test_what_is_sent_while_a_stop_waits_is_dropped() -> None:
     """A node may send until it has been told, and from the callbacks that a stop waits for."""
-    raised: list[BaseException] = []
+    results: list[int | BaseException] = []
 
     class Sending(FakeRaft):
         def report_unreachable(self, member_id: int) -> None:
             super().report_unreachable(member_id)
             if transport._is_stopped:
                 try:
-                    transport.send([message()])
+                    results.append(transport.send([message(), message()]))
                 except BaseException as error:
-                    raised.append(error)
+                    results.append(error)
 
     raft = Sending()
     config = TransportConfig(stop_timeout_s=LONG_TIMEOUT)  # for the callback
@@ -276,7 +351,7 @@ def test_what_is_sent_while_a_stop_waits_is_dropped() -> None:
         transport.stop()
         server.release.set()
     assert raft.unreachable == [2]
-    assert raised == []
+    assert results == [2]
 
 
 def test_start_after_stop_is_a_usage_error() -> None:

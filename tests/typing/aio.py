@@ -37,7 +37,7 @@ async def main() -> None:
         assert_type(await transport.remove_peer(2), int)
         assert_type(transport.stats(), dict[int, PipelineStats])
         transport.add_peer(2, ["http://127.0.0.1:2380"])
-        transport.send([Message(type=MessageType.HEARTBEAT, to=2)])
-        await transport.send([])  # type: ignore[func-returns-value, misc]
+        assert_type(transport.send([Message(type=MessageType.HEARTBEAT, to=2)]), int)
+        await transport.send([])  # type: ignore[misc]
         assert_type(await transport.stop(), int)
     Transport(1, 1, Deaf())  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def through_a_transport(raft: Raft, message: Message) -> int:
         assert_type(transport, Transport)
         transport.add_peer(2, ("http://127.0.0.1:2381",))
         transport.update_peer(2, {"http://127.0.0.1:2382"})
-        transport.send([message])
+        assert_type(transport.send([message]), int)
         transport.send([message, EncodedMessage(b"", type=MessageType.APP, to=2)])
         transport.send([raft_pb2.Message(type=raft_pb2.MsgApp, to=2)])
         transport.send(message)  # type: ignore[arg-type]
