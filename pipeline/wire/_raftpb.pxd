@@ -63,6 +63,8 @@ cdef enum wire_limits:
     WIRE_MAX_IDS = 65536
     # Groups are skipped with a stack of this many numbers. protobuf's own limit is 100.
     WIRE_MAX_GROUP_DEPTH = 100
+    # Of a message that is sent: protobuf cannot encode more.
+    WIRE_MAX_BYTES = 0x7fffffff
 
 
 cdef struct wire_message_t:
@@ -135,6 +137,7 @@ cdef struct wire_decoded_t:
     wire_snapshot_t snapshot    # all zero when there was none
     const uint8_t* snapshots    # the tag of its first piece; NULL while there is none
     bint keeps_ids              # the lists of the ConfState are filled, not counted only
+    bint has_unknown            # at some depth it has a field that is in none of the structs
     wire_error_t error
 
 
@@ -469,6 +472,15 @@ cdef inline int wire_skip(
             return code
 
 
+cdef inline int wire_skip_unknown(
+    wire_decoded_t* decoded, int scope, uint32_t tag, const uint8_t** at, const uint8_t* end
+) noexcept nogil:
+    """Skip the value of a field that is not ours, and note that there is something we do not keep.
+    """
+    decoded.has_unknown = True
+    return wire_skip(decoded, scope, tag, at, end)
+
+
 cdef inline int wire_get_ids(
     wire_decoded_t* decoded,
     uint32_t tag,
@@ -525,7 +537,7 @@ cdef inline int wire_get_conf_state(
             code = wire_get_value(decoded, WIRE_CONF_STATE, tag, &at, end, &value)
             state.auto_leave = value != 0
         else:
-            code = wire_skip(decoded, WIRE_CONF_STATE, tag, &at, end)
+            code = wire_skip_unknown(decoded, WIRE_CONF_STATE, tag, &at, end)
         if code != WIRE_OK:
             return code
     return WIRE_OK
@@ -552,7 +564,7 @@ cdef inline int wire_get_metadata(
         elif tag == 0x18:
             code = wire_get_value(decoded, WIRE_METADATA, tag, &at, end, &snapshot.term)
         else:
-            code = wire_skip(decoded, WIRE_METADATA, tag, &at, end)
+            code = wire_skip_unknown(decoded, WIRE_METADATA, tag, &at, end)
         if code != WIRE_OK:
             return code
     return WIRE_OK
@@ -580,7 +592,7 @@ cdef inline int wire_get_snapshot(
             if code == WIRE_OK:
                 code = wire_get_metadata(decoded, data, data + length)
         else:
-            code = wire_skip(decoded, WIRE_SNAPSHOT, tag, &at, end)
+            code = wire_skip_unknown(decoded, WIRE_SNAPSHOT, tag, &at, end)
         if code != WIRE_OK:
             return code
     return WIRE_OK
@@ -609,7 +621,7 @@ cdef inline int wire_get_entry(
                 decoded, WIRE_ENTRY, tag, &at, end, &entry.data, &entry.data_len
             )
         else:
-            code = wire_skip(decoded, WIRE_ENTRY, tag, &at, end)
+            code = wire_skip_unknown(decoded, WIRE_ENTRY, tag, &at, end)
         if code != WIRE_OK:
             return code
     return WIRE_OK
@@ -681,10 +693,15 @@ cdef inline int wire_decode(
             code = wire_get_span(
                 decoded, WIRE_MESSAGE, tag, &at, end, &message.context, &message.context_len
             )
+        elif tag == 0x68:
+            # `vote` never leaves a node, but etcd 3.6 sends a zero with every message.
+            code = wire_get_value(decoded, WIRE_MESSAGE, tag, &at, end, &value)
+            if value != 0:
+                decoded.has_unknown = True
         else:
-            # Also `vote` and `responses`, which never leave a node, and a field we know
-            # under a wire type we do not: newest etcd skips it, 3.4 refuses the message.
-            code = wire_skip(decoded, WIRE_MESSAGE, tag, &at, end)
+            # Also `responses`, which never leave a node, and a field we know under a wire type
+            # we do not: newest etcd skips it, 3.4 refuses the message.
+            code = wire_skip_unknown(decoded, WIRE_MESSAGE, tag, &at, end)
         if code != WIRE_OK:
             return code
     return WIRE_OK
