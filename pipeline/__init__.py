@@ -11,7 +11,14 @@ import logging
 from typing import TYPE_CHECKING
 
 try:
-    from pipeline.send._jobs import EncodedMessage
+    from pipeline.wire._messages import (
+        ConfState,
+        EncodedMessage,
+        Entry,
+        Message,
+        Snapshot,
+        SnapshotMetadata,
+    )
 except ImportError as error:
     from pipeline._unbuilt import reason
 
@@ -39,7 +46,6 @@ from pipeline.errors import (
 from pipeline.raft import Raft
 from pipeline.stats import FollowerStats, PipelineStats, TransportStats
 from pipeline.types import EntryType, MessageType, SendResult, SnapshotStatus
-from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
 
 if TYPE_CHECKING:
     from pipeline.peer import PeerStats

@@ -26,7 +26,7 @@ from pipeline.net._gil cimport lock_with_gil, try_lock
 from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_LENGTH_MAX, http_recognise_204
 from pipeline.send._jobs cimport (
-    EncodedMessage, job_free, job_from_encoded, job_from_message, job_from_protobuf, jobs_free,
+    job_free, job_from_encoded, job_from_message, job_from_protobuf, jobs_free,
 )
 from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
@@ -39,7 +39,7 @@ from pipeline.send._pipe cimport (
 from pipeline.send._sending cimport sending_free, sending_init, sending_start, sending_stop
 from pipeline.send._worker cimport worker_give_back, worker_to_python
 from pipeline.tls._engine cimport Session
-from pipeline.wire._messages cimport Message, profile_index
+from pipeline.wire._messages cimport EncodedMessage, Message, profile_index
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )

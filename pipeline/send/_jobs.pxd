@@ -1,17 +1,7 @@
 """What sending's extension makes its jobs with. All of it needs the GIL."""
 
-from libc.stdint cimport int32_t, uint64_t, uint8_t
-
 from pipeline.send._channel cimport job_t
-from pipeline.wire._messages cimport Message
-
-
-cdef class EncodedMessage:
-    cdef const uint8_t* payload     # borrowed from owner
-    cdef size_t size
-    cdef object owner               # bytes or HeldBuffer
-    cdef int32_t _type
-    cdef uint64_t _to
+from pipeline.wire._messages cimport EncodedMessage, Message
 
 
 cdef job_t* job_from_message(Message message, int profile) except NULL

@@ -4,7 +4,6 @@
 A job is a ``job_t`` (``_channel.pxd``). The functions hold the GIL: a job counts references.
 """
 
-cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
@@ -15,75 +14,20 @@ from posix.uio cimport iovec
 
 from pipeline.send._channel cimport job_t
 from pipeline.wire._messages cimport (
-    Message, as_int32, as_owner, as_uint64, gather_plan_t, message_gather, message_gather_plan,
-    message_size, message_write, owner_source,
+    EncodedMessage, Message, as_int32, as_uint64, gather_plan_t, message_gather,
+    message_gather_plan, message_size, message_write,
 )
+from pipeline.wire._raftpb cimport WIRE_MAX_BYTES
 
 from pipeline.errors import MarshalError, UsageError
 from pipeline.logs import show
-
-__all__ = ["EncodedMessage"]
 
 cdef enum:
     # Below this a payload is copied into the framing: a page costs less to copy than an iovec,
     # a reference and its return to Python.
     BORROW_MIN = 4096
-    # protobuf cannot encode more.
-    MESSAGE_MAX = 0x7fffffff
 
 cdef size_t COPY_LIMIT = 16 * 1024      # config.COPY_LIMIT, checked by a test
-
-
-@cython.no_gc_clear     # payload points into owner
-cdef class EncodedMessage:
-    """A message that is already encoded; sent as it is, and never looked into.
-
-    Parameters
-    ----------
-    data : bytes-like
-        The raftpb encoding, at most 2**31 - 1 bytes. Up to 16 KiB are copied at ``send``; more
-        is borrowed until the message has its outcome, so do not change a mutable buffer.
-    type : MessageType or int
-        An int of 32 bits, as of a ``Message``; decides what is reported and counted.
-    to : int
-        The member it is for; unsigned 64-bit.
-
-    Raises
-    ------
-    MarshalError
-        If a field is out of range or ``data`` is no C-contiguous buffer.
-    """
-
-    def __cinit__(self, data, *, type, to):
-        if data is None:
-            raise MarshalError("EncodedMessage.data: None is not a C-contiguous buffer")
-        self.owner = as_owner(data, "EncodedMessage.data", &self.payload, &self.size)
-        if self.size > MESSAGE_MAX:
-            raise MarshalError(
-                f"EncodedMessage.data: {self.size} bytes is not in 0..{MESSAGE_MAX}")
-        self._type = as_int32(type, "EncodedMessage.type")
-        self._to = as_uint64(to, "EncodedMessage.to")
-
-    @property
-    def data(self):
-        """The bytes-like object given."""
-        return owner_source(self.owner)
-
-    @property
-    def type(self):
-        """The message type's number."""
-        return self._type
-
-    @property
-    def to(self):
-        """The member ID it is for."""
-        return self._to
-
-    def __len__(self):
-        return self.size
-
-    def __repr__(self):
-        return f"EncodedMessage(<{self.size} bytes>, type={self._type}, to={self._to})"
 
 
 cdef job_t* job_new(size_t size, size_t framing, int n_body, int n_owners) except NULL:
@@ -93,8 +37,8 @@ cdef job_t* job_new(size_t size, size_t framing, int n_body, int n_owners) excep
     """
     cdef job_t* job
     cdef int n_segments = 1 + n_body
-    if size > MESSAGE_MAX:
-        raise MarshalError(f"message: {size} bytes encoded is not in 0..{MESSAGE_MAX}")
+    if size > WIRE_MAX_BYTES:
+        raise MarshalError(f"message: {size} bytes encoded is not in 0..{WIRE_MAX_BYTES}")
     job = <job_t*>malloc(sizeof(job_t) + n_segments * sizeof(iovec) + n_owners * sizeof(void*)
                          + framing)
     if job is NULL:
@@ -171,7 +115,7 @@ cdef job_t* job_from_encoded(EncodedMessage message) except NULL:
     if message.size <= COPY_LIMIT:
         job = job_copy(message.payload, message.size)
     else:
-        job = job_borrow(message.payload, message.size, message)
+        job = job_borrow(message.payload, message.size, message.owner)
     job.type = message._type
     job.to = message._to
     return job

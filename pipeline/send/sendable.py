@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeAlias
 
-from pipeline.send._jobs import EncodedMessage
-from pipeline.wire._messages import Message
+from pipeline.wire._messages import EncodedMessage, Message
 
 __all__ = ["ProtobufMessage", "Sendable"]
 

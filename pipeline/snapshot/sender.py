@@ -43,7 +43,6 @@ from pipeline.errors import (
 from pipeline.forks import disown, foreign_error
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
-from pipeline.send._jobs import EncodedMessage
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.sendable import Sendable
@@ -59,7 +58,7 @@ from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 from pipeline.threads import LibraryThread, Once
 from pipeline.types import MessageType
 from pipeline.wire import protocol
-from pipeline.wire._messages import Message, byte_view
+from pipeline.wire._messages import EncodedMessage, Message, byte_view
 
 __all__ = [
     "RateLimiter",

@@ -55,6 +55,16 @@ cdef class Message:
     cdef Snapshot _snapshot     # or None
 
 
+cdef class EncodedMessage:
+    cdef const uint8_t* payload     # borrowed from owner
+    cdef size_t size
+    cdef object owner               # bytes or HeldBuffer
+    cdef int32_t _type
+    cdef uint64_t _to
+    cdef uint64_t _from
+    cdef uint64_t _term
+
+
 # How many framing bytes, segments and owners message_gather will produce.
 cdef struct gather_plan_t:
     size_t framing_bytes
@@ -102,6 +112,10 @@ cdef void message_gather(
 # `body`, an object whose buffer is the input, large ones are views of it instead. The GIL is let go
 # of now and then when there are many entries.
 cdef Message message_from_decoded(wire_decoded_t* decoded, object body)
+
+# The same without a look at what is in it: its bytes as they came, copied out of the input or, when
+# they are many, a view of ``body``.
+cdef EncodedMessage encoded_from_decoded(const wire_decoded_t* decoded, object body)
 
 # Make the exception for what stopped wire_decode.
 cdef object decode_error(const wire_decoded_t* decoded)

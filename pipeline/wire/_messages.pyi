@@ -1,11 +1,21 @@
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, final
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, ClassVar, NamedTuple, final
 
 from typing_extensions import Buffer
 
 from pipeline.types import EntryType, MessageType
 
-__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata", "byte_view"]
+__all__ = [
+    "ConfState",
+    "Decoded",
+    "EncodedMessage",
+    "Entry",
+    "Message",
+    "Snapshot",
+    "SnapshotMetadata",
+    "byte_view",
+    "decode",
+]
 
 def byte_view(value: Buffer) -> memoryview: ...
 
@@ -185,3 +195,30 @@ class Message:
     def __eq__(self, value: object, /) -> bool: ...
     __hash__: ClassVar[None]  # type: ignore[assignment]
     def __reduce__(self) -> tuple[Callable[..., Message], tuple[Any, ...]]: ...
+
+@final
+class EncodedMessage(Sized):
+    def __init__(
+        self, data: Buffer, *, type: MessageType | int, to: int, from_: int = 0, term: int = 0
+    ) -> None: ...
+    @property
+    def data(self) -> Buffer: ...
+    @property
+    def type(self) -> MessageType | int: ...
+    @property
+    def to(self) -> int: ...
+    @property
+    def from_(self) -> int: ...
+    @property
+    def term(self) -> int: ...
+    @staticmethod
+    def unmarshal(data: Buffer) -> EncodedMessage: ...
+    def __len__(self) -> int: ...
+    def __reduce__(self) -> tuple[Callable[..., EncodedMessage], tuple[Any, ...]]: ...
+
+class Decoded(NamedTuple):
+    message: Message | EncodedMessage
+    has_unknown_fields: bool
+    snapshot_index: int
+
+def decode(data: Buffer, *, encoded: bool = False) -> Decoded: ...

@@ -36,6 +36,7 @@ from pipeline.wire._raftpb cimport (
     WIRE_END_GROUP,
     WIRE_FIELD_NUMBER,
     WIRE_GROUP_DEPTH,
+    WIRE_MAX_BYTES,
     WIRE_MAX_ENTRIES,
     WIRE_MAX_GROUP_DEPTH,
     WIRE_MAX_IDS,
@@ -78,12 +79,16 @@ from pipeline.wire._raftpb cimport (
 )
 
 import operator
+from typing import NamedTuple
 
 from pipeline.errors import MarshalError, UnmarshalError, UsageError
 from pipeline.logs import show
 from pipeline.types import EntryType, MessageType
 
-__all__ = ["ConfState", "Entry", "Message", "Snapshot", "SnapshotMetadata", "byte_view"]
+__all__ = [
+    "ConfState", "Decoded", "EncodedMessage", "Entry", "Message", "Snapshot", "SnapshotMetadata",
+    "byte_view", "decode",
+]
 
 # Position is the profile's number in C. config.PROFILES names them for settings.
 cdef tuple PROFILE_NAMES = ("3.5", "3.6", "3.7")
@@ -1037,19 +1042,9 @@ cdef class Message:
         UsageError
             If ``data`` is not a C-contiguous buffer.
         """
-        cdef Py_buffer view
-        if PyBytes_Check(data):
-            return message_unmarshal(
-                <const uint8_t*>PyBytes_AS_STRING(data), <size_t>PyBytes_GET_SIZE(data)
-            )
-        try:
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        except (TypeError, BufferError, ValueError) as error:
-            raise UsageError(f"data: {show(data)} is not a C-contiguous buffer: {error}") from None
-        try:
-            return message_unmarshal(<const uint8_t*>view.buf, <size_t>view.len)
-        finally:
-            PyBuffer_Release(&view)
+        cdef wire_decoded_t decoded
+        _held = decode_buffer(data, &decoded)
+        return message_from_decoded(&decoded, None)
 
     def __eq__(self, other):
         if type(other) is not Message:
@@ -1102,6 +1097,137 @@ cdef bint same_message(Message a, Message b) noexcept:
         and same_entries(a._entries, b._entries)
         and same_snapshot(a._snapshot, b._snapshot)
     )
+
+
+@cython.final
+@cython.freelist(64)
+@cython.no_gc_clear     # payload points into owner
+cdef class EncodedMessage:
+    """A message as its bytes: sent as it is, never looked into, and received whole.
+
+    One that was received can be given to ``send`` as it is, and goes out byte for byte.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The raftpb encoding, at most 2**31 - 1 bytes. Up to 16 KiB are copied at ``send``; more
+        is borrowed until the message has its outcome, so do not change a mutable buffer.
+    type : MessageType or int
+        An int of 32 bits, as of a ``Message``; decides what is reported and counted.
+    to : int
+        The member it is for; unsigned 64-bit.
+    from_, term : int, optional
+        The member that sends it and its term, unsigned 64-bit. To send it they are not needed.
+
+    Raises
+    ------
+    MarshalError
+        If a field is out of range or ``data`` is no C-contiguous buffer.
+    """
+
+    def __cinit__(self):
+        self.owner = b""
+        self.payload = <const uint8_t*>PyBytes_AS_STRING(self.owner)
+
+    def __init__(self, data, *, type, to, from_=0, term=0):
+        """Take the bytes and what is said of them; see the class."""
+        cdef const uint8_t* payload
+        cdef size_t size
+        if data is None:
+            raise MarshalError("EncodedMessage.data: None is not a C-contiguous buffer")
+        owner = as_owner(data, "EncodedMessage.data", &payload, &size)
+        if size > WIRE_MAX_BYTES:
+            raise MarshalError(f"EncodedMessage.data: {size} bytes is not in 0..{WIRE_MAX_BYTES}")
+        self._type = as_int32(type, "EncodedMessage.type")
+        self._to = as_uint64(to, "EncodedMessage.to")
+        self._from = as_uint64(from_, "EncodedMessage.from_")
+        self._term = as_uint64(term, "EncodedMessage.term")
+        self.payload = payload
+        self.size = size
+        self.owner = owner
+
+    @property
+    def data(self):
+        """bytes-like: the object that was passed; when received, bytes or a read-only view."""
+        return owner_source(self.owner)
+
+    @property
+    def type(self):
+        """MessageType, or int where the number is unknown."""
+        return enum_member(MESSAGE_TYPES, self._type)
+
+    @property
+    def to(self):
+        """int: ID of the member the message is for."""
+        return self._to
+
+    @property
+    def from_(self):
+        """int: ID of the member that sends it; 0 when not told."""
+        return self._from
+
+    @property
+    def term(self):
+        """int: the sender's term; 0 when not told."""
+        return self._term
+
+    @staticmethod
+    def unmarshal(data):
+        """Check a message that is encoded and read whose it is and for whom.
+
+        Parameters
+        ----------
+        data : bytes-like
+            The whole message and nothing else. Kept by reference, as by the constructor.
+
+        Returns
+        -------
+        EncodedMessage
+            Of these bytes, with the type, members and term that they say.
+
+        Raises
+        ------
+        UnmarshalError
+            If the data is not a message; says which field, at which offset, and why.
+        UsageError
+            If ``data`` is not a C-contiguous buffer.
+        """
+        cdef wire_decoded_t decoded
+        owner = decode_buffer(data, &decoded)
+        return encoded_of(&decoded, owner, decoded.input)
+
+    def __len__(self):
+        return self.size
+
+    def __repr__(self):
+        cdef list parts = [f"<{self.size} bytes>", f"type={enum_text(self.type)}", f"to={self._to}"]
+        if self._from:
+            parts.append(f"from_={self._from}")
+        if self._term:
+            parts.append(f"term={self._term}")
+        return f"EncodedMessage({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild, (EncodedMessage, {
+            "data": owner_bytes(self.owner), "type": self.type, "to": self._to,
+            "from_": self._from, "term": self._term,
+        })
+
+
+cdef EncodedMessage encoded_of(
+    const wire_decoded_t* decoded, object owner, const uint8_t* payload
+):
+    """Make the EncodedMessage of what wire_decode read, whose bytes ``owner`` keeps at ``payload``.
+    """
+    cdef EncodedMessage message = EncodedMessage.__new__(EncodedMessage)
+    message._type = decoded.message.type
+    message._to = decoded.message.to
+    message._from = decoded.message.from_
+    message._term = decoded.message.term
+    message.payload = payload
+    message.size = <size_t>(decoded.end - decoded.input)
+    message.owner = owner
+    return message
 
 
 # Encoding. One walk over the fields serves both ways of writing: message_write copies every
@@ -1407,19 +1533,87 @@ cdef Message message_from_decoded(wire_decoded_t* decoded, object body):
     return message
 
 
-cdef Message message_unmarshal(const uint8_t* data, size_t size):
-    cdef wire_decoded_t decoded
+cdef EncodedMessage encoded_from_decoded(const wire_decoded_t* decoded, object body):
+    cdef size_t size = <size_t>(decoded.end - decoded.input)
+    cdef const uint8_t* payload = decoded.input
+    if payload == NULL:     # a body of nothing need not have an address
+        payload = <const uint8_t*><const char*>b""
+    owner = payload_of(payload, size, payload, body, &payload)
+    return encoded_of(decoded, owner, payload)
+
+
+cdef object decode_buffer(object data, wire_decoded_t* decoded):
+    """Have wire_decode read any buffer; what holds it, for as long as ``decoded`` is looked at.
+
+    UnmarshalError if it is no message, UsageError if it is no buffer.
+    """
+    cdef const uint8_t* input
+    cdef size_t size
+    cdef object owner = data
     cdef int code
+    if PyBytes_Check(data):
+        input = <const uint8_t*>PyBytes_AS_STRING(data)
+        size = <size_t>PyBytes_GET_SIZE(data)
+    else:
+        try:
+            owner = hold_buffer(data)
+        except (TypeError, BufferError, ValueError) as error:
+            raise UsageError(f"data: {show(data)} is not a C-contiguous buffer: {error}") from None
+        input = (<HeldBuffer>owner).data
+        size = (<HeldBuffer>owner).size
     if size < NOGIL_MIN:
-        code = wire_decode(data, size, &decoded)
+        code = wire_decode(input, size, decoded)
     else:
         with nogil:
-            # Others go on meanwhile. The caller holds the buffer, but its bytes may be changed by
-            # now: whatever is read of them, then and later, is compared with its end.
-            code = wire_decode(data, size, &decoded)
+            # Others go on meanwhile. The buffer is held, but its bytes may be changed by now:
+            # whatever is read of them, then and later, is compared with its end.
+            code = wire_decode(input, size, decoded)
     if code != WIRE_OK:
-        raise decode_error(&decoded)
-    return message_from_decoded(&decoded, None)
+        raise decode_error(decoded)
+    return owner
+
+
+class Decoded(NamedTuple):
+    """A body that ``decode`` has read."""
+
+    #: Message or EncodedMessage.
+    message: object
+    #: Whether it has fields, at whatever depth, of which a Message knows nothing.
+    has_unknown_fields: bool
+    #: ``snapshot.metadata.index``; 0 without a snapshot.
+    snapshot_index: int
+
+
+def decode(data, *, encoded=False):
+    """Read a body that was not received by the core, but as the core does.
+
+    Parameters
+    ----------
+    data : bytes-like
+        The whole message and nothing else.
+    encoded : bool, optional
+        Whether an EncodedMessage is made of it instead of a Message. It keeps ``data`` when that
+        is large, so nobody may change it any more.
+
+    Returns
+    -------
+    Decoded
+
+    Raises
+    ------
+    UnmarshalError
+        If the data is not a message.
+    """
+    cdef wire_decoded_t decoded
+    owner = decode_buffer(data, &decoded)
+    index = decoded.snapshot.index
+    if encoded and PyBytes_Check(owner):
+        message = encoded_of(&decoded, owner, decoded.input)
+    elif encoded:
+        message = encoded_from_decoded(&decoded, owner)
+    else:
+        message = message_from_decoded(&decoded, None)
+    return Decoded(message, bool(decoded.has_unknown), index)
 
 
 cdef object decode_error(const wire_decoded_t* decoded):

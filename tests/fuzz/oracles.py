@@ -12,7 +12,12 @@ from array import array
 from typing import Any
 
 import h11
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
+from google.protobuf.message import Message as ProtobufMessage
+from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from pipeline._core import recognise_204
 from pipeline.config import ReceiverConfig
@@ -20,7 +25,14 @@ from pipeline.errors import UnmarshalError
 from pipeline.raftpb import raft_pb2
 from pipeline.receive._receiver import recognise_post
 from pipeline.receive.odd_request import OddRequest, Then
-from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
+from pipeline.wire._messages import (
+    ConfState,
+    Entry,
+    Message,
+    Snapshot,
+    SnapshotMetadata,
+    decode,
+)
 from tests.support.http import handlers_of
 from tests.support.raft import FakeRaft
 
@@ -160,9 +172,41 @@ def is_beyond_protobuf(data: bytes, scope: str = "message", depth: int = 0) -> b
     return False
 
 
+def _kept_fields() -> type[ProtobufMessage]:
+    """Make the class of a message that has the fields which our Message keeps, and no others."""
+    schema = FileDescriptorProto()
+    raft_pb2.DESCRIPTOR.CopyToProto(schema)
+    (message,) = (kind for kind in schema.message_type if kind.name == "Message")
+    for field in [field for field in message.field if field.name in ("vote", "responses")]:
+        message.field.remove(field)
+    del message.oneof_decl[-1]  # what makes ``vote`` optional
+    pool = DescriptorPool()
+    pool.Add(schema)
+    return GetMessageClass(pool.FindMessageTypeByName(raft_pb2.Message.DESCRIPTOR.full_name))
+
+
+_Kept = _kept_fields()
+
+
+def has_unknown_fields(data: bytes) -> bool:
+    """Tell whether protobuf finds fields in a message, at any depth, that a Message does not keep.
+
+    A ``vote`` of 0, which etcd 3.6 sends with every message, says nothing.
+    """
+    message: Any = _Kept.FromString(data)
+    snapshot = message.snapshot
+    metadata = snapshot.metadata
+    parts = (*message.entries, snapshot, metadata, metadata.conf_state)
+    return any(len(UnknownFieldSet(part)) for part in parts) or any(
+        (field.field_number, field.wire_type, field.data) != (13, 0, 0)
+        for field in UnknownFieldSet(message)
+    )
+
+
 def check_message(data: bytes) -> None:
     """Check that protobuf reads what we read, and as the same message, and refuses what we refuse,
-    but for what is ``explained``; that an error says where; and that we read what we write.
+    but for what is ``explained``; that both see the same unknown fields; that an error says where;
+    and that we read what we write.
     """
     ours, error = unmarshal(data)
     theirs = None
@@ -170,6 +214,7 @@ def check_message(data: bytes) -> None:
         theirs = raft_pb2.Message.FromString(data)
     if ours is not None and theirs is not None:
         assert ours == from_protobuf(theirs)
+        assert decode(exact(data)).has_unknown_fields == has_unknown_fields(data)
     elif ours is not None or theirs is not None:
         assert explained(data, error)
     if error is not None:

@@ -11,8 +11,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.raftpb import raft_pb2
-from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata, _gather
-from tests.fuzz.oracles import ID_LISTS, PROFILES, SCALARS, check_message, from_protobuf
+from pipeline.wire._messages import (
+    ConfState,
+    EncodedMessage,
+    Entry,
+    Message,
+    Snapshot,
+    SnapshotMetadata,
+    _gather,
+    decode,
+)
+from tests.fuzz.oracles import (
+    ID_LISTS,
+    PROFILES,
+    SCALARS,
+    check_message,
+    from_protobuf,
+    has_unknown_fields,
+)
 
 uint64s = st.one_of(
     st.just(0),
@@ -90,7 +106,8 @@ def test_we_write_the_bytes_protobuf_writes(message: Message, profile: str) -> N
 
 @given(messages, st.sampled_from(PROFILES))
 def test_every_profile_is_read_back_as_the_same_message(message: Message, profile: str) -> None:
-    assert Message.unmarshal(message.marshal(profile)) == message
+    index = message.snapshot.metadata.index if message.snapshot is not None else 0
+    assert decode(message.marshal(profile)) == (message, False, index)
 
 
 @given(messages, st.sampled_from(PROFILES), st.integers(0, 320))
@@ -187,9 +204,19 @@ message_soup = soup(
 
 @given(message_soup)
 def test_a_soup_of_fields_is_read_as_protobuf_reads_it(data: bytes) -> None:
-    message = Message.unmarshal(data)
+    message, has_unknown, _ = decode(data)
     assert message == from_protobuf(raft_pb2.Message.FromString(data))
+    assert has_unknown == has_unknown_fields(data)
     assert Message.unmarshal(message.marshal()) == message
+
+
+@given(message_soup)
+def test_an_encoded_message_is_every_byte_of_the_soup_and_its_head(data: bytes) -> None:
+    encoded = EncodedMessage.unmarshal(data)
+    read = Message.unmarshal(data)
+    assert encoded.data is data
+    for name in ("type", "to", "from_", "term"):
+        assert getattr(encoded, name) == getattr(read, name)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline import EncodedMessage
-from pipeline.errors import MarshalError, UsageError
+from pipeline.errors import MarshalError, UnmarshalError, UsageError
 from pipeline.types import EntryType, MessageType
 from pipeline.wire._messages import (
     ConfState,
@@ -25,6 +25,7 @@ from pipeline.wire._messages import (
     SnapshotMetadata,
     _gather,
     byte_view,
+    decode,
 )
 
 UINT64_MAX = 2**64 - 1
@@ -467,6 +468,51 @@ def test_an_encoded_message_is_the_bytes_of_any_contiguous_buffer(size: int) -> 
     message = EncodedMessage(payload, type=3, to=2)
     assert (len(message), message.type, message.to) == (payload.nbytes, 3, 2)
     assert message.data is payload
+
+
+@pytest.mark.parametrize("size", [0, 100, 100_000])
+def test_an_encoded_message_says_whose_it_is_as_its_bytes_do(size: int) -> None:
+    message = Message(type=MessageType.SNAP, to=2**64 - 1, from_=7, term=9, context=bytes(size))
+    encoded = EncodedMessage.unmarshal(message.marshal())
+    assert (encoded.type, encoded.to, encoded.from_, encoded.term) == (7, 2**64 - 1, 7, 9)
+    assert encoded.type is MessageType.SNAP
+    assert Message.unmarshal(encoded.data) == message
+
+
+def test_an_encoded_message_keeps_the_number_of_a_type_that_nobody_knows() -> None:
+    assert EncodedMessage.unmarshal(Message(type=99).marshal()).type == 99
+    assert EncodedMessage(b"", type=-3, to=2).type == -3
+    assert repr(EncodedMessage(b"abc", type=99, to=2)) == "EncodedMessage(<3 bytes>, type=99, to=2)"
+    told = EncodedMessage(b"", type=3, to=2, from_=1, term=5)
+    assert repr(told) == "EncodedMessage(<0 bytes>, type=MessageType.APP, to=2, from_=1, term=5)"
+
+
+@pytest.mark.parametrize("bad", [b"\x08", b"malformed garbage"])
+def test_what_is_no_message_is_no_encoded_message_either(bad: bytes) -> None:
+    with pytest.raises(UnmarshalError):
+        EncodedMessage.unmarshal(bad)
+
+
+def test_an_encoded_message_survives_pickle_and_copy() -> None:
+    message = EncodedMessage(bytearray(b"payload"), type=3, to=2, from_=1, term=5)
+    for same in (pickle.loads(pickle.dumps(message)), copy.copy(message)):
+        assert (same.data, same.type, same.to, same.from_, same.term) == (b"payload", 3, 2, 1, 5)
+
+
+@pytest.mark.parametrize("size", [100, 100_000], ids=["copied", "viewed"])
+def test_a_body_read_as_the_receiving_core_does_is_kept_and_cannot_be_changed(size: int) -> None:
+    body = bytearray(Message(type=3, to=2, context=bytes(size)).marshal())
+    whole = bytes(body)
+    for form in (body, whole, memoryview(body)):
+        message = decode(form, encoded=True).message
+        assert isinstance(message, EncodedMessage)
+        assert message.data == whole
+        assert memoryview(message.data).readonly
+
+
+def test_an_encoded_message_that_was_never_filled_is_empty() -> None:
+    message = EncodedMessage.__new__(EncodedMessage)
+    assert (message.data, len(message), message.type, message.to) == (b"", 0, MessageType.HUP, 0)
 
 
 def test_a_view_of_bytes_is_of_any_contiguous_buffer_and_holds_it() -> None:

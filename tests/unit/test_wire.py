@@ -6,7 +6,14 @@ import pytest
 
 from pipeline.errors import UnmarshalError
 from pipeline.types import EntryType, MessageType
-from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
+from pipeline.wire._messages import (
+    ConfState,
+    Entry,
+    Message,
+    Snapshot,
+    SnapshotMetadata,
+    decode,
+)
 from tests.support.wire import span, varint
 
 MAX_ENTRIES = 1 << 17
@@ -311,7 +318,9 @@ WRONG_WIRE_TYPES = {
 @pytest.mark.parametrize("text", WRONG_WIRE_TYPES.values(), ids=WRONG_WIRE_TYPES)
 def test_a_known_field_of_another_wire_type_is_skipped(text: str) -> None:
     # As newest etcd does; 3.4 refuses the message.
-    message = Message.unmarshal(b"\x10\x07" + bytes.fromhex(text) + b"\x18\x08")
+    message, has_unknown, _ = decode(b"\x10\x07" + bytes.fromhex(text) + b"\x18\x08")
+    assert isinstance(message, Message)
+    assert has_unknown
     assert message.snapshot is None
     assert (message.type, message.to, message.from_) == (0, 7, 8)
     assert all(entry == Entry() for entry in message.entries)
@@ -353,7 +362,17 @@ def test_an_unknown_field_is_skipped_at_every_level(text: str, wrap: str) -> Non
     snapshot = insert("snapshot", span(0x0A, b"y") + span(0x12, metadata))
     entry = insert("entry", b"\x18\x01" + span(0x22, b"x"))
     data = insert("message", b"\x08\x03" + span(0x3A, entry) + span(0x4A, snapshot))
-    assert Message.unmarshal(data) == message
+    assert decode(data) == (message, True, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "has_unknown"),
+    [("68 00", False), ("68 80 00", False), ("68 01", True), ("68 01 68 00", True)],
+)
+def test_a_vote_is_told_of_unless_it_is_zero_as_etcd_3_6_always_sends_it(
+    text: str, has_unknown: bool
+) -> None:
+    assert decode(bytes.fromhex("08 03" + text)) == (Message(type=3), has_unknown, 0)
 
 
 def test_groups_nest_up_to_the_bound_and_no_deeper() -> None:
