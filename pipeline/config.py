@@ -103,6 +103,10 @@ class ReceiverConfig:
     max_head_bytes: int = 16 * 1024
     #: Calls of ``raft.process`` that may run at once.
     handlers: int = 4
+    #: Whether ``raft.process`` is given an ``EncodedMessage``, the bytes as they came, instead of a
+    #: ``Message``, which has no room for fields that raftpb does not have (docs/wire.md). Then the
+    #: node is also given messages of types that only a later raft knows.
+    encoded: bool = False
     #: Open connections. At the limit one in its TLS handshake, or the one idle longest, makes room.
     max_connections: int = 1024
     #: Bytes that bodies above 64 KiB hold in memory while they are read and wait for Raft: of all
@@ -137,6 +141,7 @@ class ReceiverConfig:
         require_whole("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
         require_whole("max_head_bytes", self.max_head_bytes, 256, 32 * 1024)
         require_whole("handlers", self.handlers, 1, 256)
+        require_instance("encoded", self.encoded, bool)
         require_whole("max_connections", self.max_connections, 1, 1 << 20)
         require_whole("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
         require_whole("min_body_rate", self.min_body_rate, 0, 1_000_000_000)

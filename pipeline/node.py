@@ -23,7 +23,7 @@ from pipeline.identity import Identity
 from pipeline.logs import get_logger, lost_lines, show
 from pipeline.node_snapshot import NodeSnapshot
 from pipeline.peer import Peer, PeerStats
-from pipeline.raft import Raft
+from pipeline.raft import AnyRaft
 from pipeline.receive.handlers import Handlers
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
 from pipeline.send.dispatcher import Dispatcher
@@ -98,7 +98,7 @@ class Node:
         self,
         member_id: int,
         cluster_id: int,
-        raft: Raft,
+        raft: AnyRaft,
         *,
         peer_urls: Iterable[str] = (),
         tls: TLSInfo | None = None,

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 from pipeline.types import SnapshotStatus
 
 if TYPE_CHECKING:
-    from pipeline.wire._messages import Message
+    from typing_extensions import TypeVar
 
-__all__ = ["Raft"]
+    from pipeline.wire._messages import EncodedMessage, Message
+
+    #: What ``process`` takes.
+    Received_contra = TypeVar("Received_contra", contravariant=True, default=Message)
+else:
+    from typing import TypeVar  # which takes a default from Python 3.13 on
+
+    Received_contra = TypeVar("Received_contra", contravariant=True)
+
+__all__ = ["AnyRaft", "Raft", "Received_contra"]
 
 
 @runtime_checkable
-class Raft(Protocol):
+class Raft(Protocol[Received_contra]):
     """What the node implements; called from the library's threads, concurrently.
 
+    ``Raft[EncodedMessage]`` is what a node implements that has set ``ReceiverConfig.encoded``.
     Its methods are plain: ``async`` ones are for ``pipeline.aio``. One that raises is logged and
     counted and kills no thread; one that blocks holds up the worker or the connection it was
     called for, nothing else. Source: etcd ``rafthttp.Raft``.
     """
 
-    def process(self, message: Message) -> None:
+    def process(self, message: Received_contra) -> None:
         """Take a message a peer sent. The peer is answered 204 when this returns.
 
         Raise ``RequestRejected`` to choose the answer; anything else is answered 500.
@@ -43,3 +53,7 @@ class Raft(Protocol):
 
     def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None:
         """Learn how a MsgSnap to the member ended."""
+
+
+#: A node of either kind. That it takes what ``ReceiverConfig.encoded`` says is its business.
+AnyRaft: TypeAlias = "Raft[Message] | Raft[EncodedMessage]"

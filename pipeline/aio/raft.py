@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 from pipeline.aio.deliveries import Deliveries, Refused
 from pipeline.errors import MemberRemovedError, RequestRejected
 from pipeline.logs import get_logger
+from pipeline.raft import Received_contra
 from pipeline.types import SnapshotStatus
-from pipeline.wire._messages import Message
+from pipeline.wire._messages import EncodedMessage, Message
 from pipeline.wire.protocol import format_id
 
-__all__ = ["Bridge", "Raft"]
+__all__ = ["AnyRaft", "Bridge", "Raft"]
 
 logger = get_logger(__name__)
 
 
-class Raft(Protocol):
+class Raft(Protocol[Received_contra]):
     """What the node implements: ``pipeline.Raft``, each method plain or ``async``.
 
     Called on the event loop: one call at a time for one member, in the order in which they came;
@@ -26,7 +27,7 @@ class Raft(Protocol):
     should not wait for what the same member's next message brings.
     """
 
-    def process(self, message: Message) -> Awaitable[None] | None:
+    def process(self, message: Received_contra) -> Awaitable[None] | None:
         """Take a message from a peer, which is answered 204 when this has returned.
 
         ``RequestRejected`` chooses the answer; anything else raised is answered 500. The calls
@@ -43,19 +44,23 @@ class Raft(Protocol):
         """Learn how a MsgSnap to the member ended."""
 
 
+#: A node of either kind, as ``pipeline.raft.AnyRaft``.
+AnyRaft: TypeAlias = Raft[Message] | Raft[EncodedMessage]
+
+
 class Bridge:
     """The node as the library's threads know it: ``pipeline.Raft``."""
 
     def __init__(
         self,
-        raft: Raft,
+        raft: AnyRaft,
         on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None,
     ) -> None:
         self.deliveries = Deliveries()
-        self._raft = raft
+        self._raft: Raft[Any] = raft
         self._on_critical_error = on_critical_error
 
-    def process(self, message: Message) -> None:
+    def process(self, message: Message | EncodedMessage) -> None:
         try:
             self.deliveries.call(message.from_, lambda: self._raft.process(message))
         except Refused:

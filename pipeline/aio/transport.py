@@ -10,7 +10,7 @@ from typing import Self
 
 from pipeline.aio.blocking import in_thread
 from pipeline.aio.listener import Listener
-from pipeline.aio.raft import Bridge, Raft
+from pipeline.aio.raft import AnyRaft, Bridge
 from pipeline.aio.transfer import SnapshotTransfer
 from pipeline.callbacks import require_callable, require_raft
 from pipeline.config import TransportConfig
@@ -84,7 +84,7 @@ class Transport(Node):
         self,
         member_id: int,
         cluster_id: int,
-        raft: Raft,
+        raft: AnyRaft,
         *,
         peer_urls: Iterable[str] = (),
         tls: TLSInfo | None = None,

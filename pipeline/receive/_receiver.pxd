@@ -26,6 +26,7 @@ cdef class Receiver:
     cdef bint is_running
     cdef object handlers
     cdef object config
+    cdef bint is_encoded        # Raft is given EncodedMessages
     # Id of a connection that no thread has at the moment -> OddRequest.
     cdef dict odd_requests
     cdef BodyBudget budget

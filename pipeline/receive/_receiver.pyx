@@ -21,7 +21,7 @@ from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._gil cimport lock_with_gil
 from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
-from pipeline.wire._messages cimport decode_error, message_from_decoded
+from pipeline.wire._messages cimport decode_error, encoded_from_decoded, message_from_decoded
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE, REQUEST_HANDSHAKE, REQUEST_LARGE,
     REQUEST_MALFORMED, REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
@@ -211,6 +211,7 @@ cdef class Receiver:
         self.server.answer_503_len = len(unavailable)
         self.handlers = handlers
         self.config = config
+        self.is_encoded = config.encoded
         self.odd_requests = {}
         self.take = take
         self.credentials = credentials
@@ -527,7 +528,10 @@ cdef class Receiver:
             body.server = &self.server
             body.c = request.body
             memset(&request.body, 0, sizeof(body_t))
-        message = message_from_decoded(&request.decoded, body)
+        if self.is_encoded:
+            message = encoded_from_decoded(&request.decoded, body)
+        else:
+            message = message_from_decoded(&request.decoded, body)
         # The message keeps what it needs of the body; what it does not is not held while it waits.
         body_free(&request.body)
         del body

@@ -17,12 +17,12 @@ from pipeline.errors import RequestRejected, UnmarshalError
 from pipeline.identity import Identity, Version
 from pipeline.logs import Throttle, get_logger
 from pipeline.net._budget import SMALL_BODY_BYTES, BodyBudget
-from pipeline.raft import Raft
+from pipeline.raft import AnyRaft
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.places import Place
 from pipeline.receive.received import Received
 from pipeline.types import APP, MessageType
-from pipeline.wire._messages import Message
+from pipeline.wire._messages import EncodedMessage, Message, decode
 from pipeline.wire.answers import Answer, Request, sender_of, text_answer
 from pipeline.wire.protocol import (
     CLUSTER_ID,
@@ -63,6 +63,7 @@ _PROCESS_LOCAL = frozenset(
 )
 #: As plain numbers: to find one of them among members of an enumeration takes twice as long.
 _DELIVERED_TYPES = frozenset(map(int, MessageType)) - frozenset(map(int, _PROCESS_LOCAL))
+_LAST_TYPE = max(map(int, MessageType))
 
 
 class SenderWatch(Protocol):
@@ -159,7 +160,7 @@ class Handlers:
 
     def __init__(
         self,
-        raft: Raft,
+        raft: AnyRaft,
         identity: Identity,
         *,
         config: ReceiverConfig | None = None,
@@ -239,7 +240,7 @@ class Handlers:
         Whatever ``process`` raises becomes an answer.
         """
         try:
-            message = Message.unmarshal(body)
+            message = decode(body, encoded=self.config.encoded).message
         except UnmarshalError as error:
             return self.undecodable(request.remote, error)
         return self.process(message, len(body), request.remote) or self.no_content()
@@ -250,13 +251,15 @@ class Handlers:
         self.received.count_failure(remote)
         return self._answer(400, "error unmarshalling raft message")
 
-    def process(self, message: Message, size_bytes: int, remote: object) -> Answer | None:
+    def process(
+        self, message: Message | EncodedMessage, size_bytes: int, remote: object
+    ) -> Answer | None:
         """Hand a decoded message to Raft; None is the plain 204. Blocks as ``deliver`` does.
 
         ``remote`` is shown in the log when something is wrong.
         """
         kind, sender = message.type, message.from_
-        if kind not in _DELIVERED_TYPES:
+        if kind not in _DELIVERED_TYPES and not self._is_readable(kind):
             return self._not_delivered(kind, sender, size_bytes, remote)
         self.received.count_bytes(sender, size_bytes)
         if kind == APP and self._on_append is not None:
@@ -268,6 +271,10 @@ class Handlers:
         except BaseException as error:  # whatever a node raises, its listener goes on
             return self._not_processed(error, sender, remote)
         return None
+
+    def _is_readable(self, kind: int) -> bool:
+        """Tell whether a type that only a later raft knows is the node's to read."""
+        return self.config.encoded and kind > _LAST_TYPE
 
     def _not_delivered(
         self, kind: int, sender: int, size_bytes: int, remote: object

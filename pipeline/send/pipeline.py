@@ -33,7 +33,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.net.dialling import DialError
 from pipeline.net.pool import Pool, PooledConnection
-from pipeline.raft import Raft
+from pipeline.raft import AnyRaft
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.picker import URLPicker
 from pipeline.send.reports import Reports
@@ -111,7 +111,7 @@ class PeerPipeline(Sender):
         self,
         peer_id: int,
         urls: Iterable[str],
-        raft: Raft,
+        raft: AnyRaft,
         identity: Identity,
         *,
         dispatcher: Dispatcher,
@@ -472,7 +472,7 @@ class Pipeline(PeerPipeline):
         self,
         peer_id: int,
         urls: Iterable[str],
-        raft: Raft,
+        raft: AnyRaft,
         *,
         member_id: int,
         cluster_id: int,

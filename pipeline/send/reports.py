@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from pipeline.callbacks import Callbacks
 from pipeline.errors import MemberRemovedError, PipelineError, PostError
-from pipeline.raft import Raft
+from pipeline.raft import AnyRaft
 from pipeline.send.picker import URLPicker
 from pipeline.send.status import PeerStatus
 from pipeline.types import MessageType, SnapshotStatus
@@ -49,7 +49,7 @@ class Reports:
     def __init__(
         self,
         peer_id: int,
-        raft: Raft,
+        raft: AnyRaft,
         *,
         picker: URLPicker,
         status: PeerStatus,

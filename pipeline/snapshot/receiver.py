@@ -21,14 +21,14 @@ from pipeline.errors import UnmarshalError
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger, show
 from pipeline.net._budget import BodyShare
-from pipeline.raft import Raft
+from pipeline.raft import AnyRaft
 from pipeline.receive.handlers import Handlers
 from pipeline.receive.places import Place, Places
 from pipeline.snapshot.body import BodyError, ClosingError, NoRoomError, SnapshotBody
 from pipeline.snapshot.store import SnapshotStore
 from pipeline.stats import SNAPSHOT_BOUNDS_S, Histogram
 from pipeline.types import MessageType
-from pipeline.wire._messages import Message
+from pipeline.wire._messages import Decoded, decode
 from pipeline.wire.answers import Answer, Request
 from pipeline.wire.protocol import format_id
 
@@ -92,7 +92,7 @@ class SnapshotReceiver:
     Thread-safe.
     """
 
-    def __init__(self, raft: Raft, handlers: Handlers, config: ReceiverConfig) -> None:
+    def __init__(self, raft: AnyRaft, handlers: Handlers, config: ReceiverConfig) -> None:
         self.store: SnapshotStore | None = None
         if config.snapshot_dir is not None:
             self.store = SnapshotStore(config.snapshot_dir, config)
@@ -157,7 +157,9 @@ class SnapshotReceiver:
         sender = format_id(0)  # as etcd, while nothing is decoded
         share = handlers.budget.share()  # of the message; it ends with this call
         try:
-            message, size_bytes = _read_message(body, buffer, share)
+            (message, _, index), size_bytes = _read_message(
+                body, buffer, share, encoded=self._config.encoded
+            )
         except NoRoomError:
             self.refused()
             return handlers.overloaded(request.remote)
@@ -168,8 +170,6 @@ class SnapshotReceiver:
         handlers.received.count_bytes(message.from_, size_bytes)
         if message.type != MessageType.SNAP:
             return self._failed(sender, request, 400, "wrong raft message type")
-        # etcd 3.5 sends an empty snapshot where there is none; there its index is 0, too.
-        index = message.snapshot.metadata.index if message.snapshot is not None else 0
         with self._in_flight(sender):
             try:
                 saved = self._save(index, body, buffer)
@@ -241,7 +241,9 @@ class SnapshotReceiver:
         return self._senders.setdefault(name, _Sender())
 
 
-def _read_message(body: SnapshotBody, buffer: memoryview, share: BodyShare) -> tuple[Message, int]:
+def _read_message(
+    body: SnapshotBody, buffer: memoryview, share: BodyShare, *, encoded: bool
+) -> tuple[Decoded, int]:
     """Read the length and the message; the message and its bytes. etcd ``decodeLimit``."""
     size_bytes = int.from_bytes(_read_exactly(body, buffer, 8, share), "big")
     # The number is a stranger's: nothing is reserved by it.
@@ -249,7 +251,7 @@ def _read_message(body: SnapshotBody, buffer: memoryview, share: BodyShare) -> t
         raise BodyError("rafthttp: error limit exceeded")
     data = _read_exactly(body, buffer, size_bytes, share)
     try:
-        return Message.unmarshal(data), size_bytes
+        return decode(data, encoded=encoded), size_bytes
     except UnmarshalError as error:
         raise BodyError(str(error)) from error
 

@@ -683,7 +683,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_nothing(
 def test_a_machine_without_memory_is_answered_503(
     node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: object) -> int:
+    def fail(*_: object, **__: object) -> int:
         raise MemoryError
 
     monkeypatch.setattr("pipeline.snapshot.receiver._read_message", fail)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline import (
+    EncodedMessage,
     Message,
     Pipeline,
     Raft,
@@ -44,13 +45,29 @@ class TakesBytes(Deaf):
         pass
 
 
+class TakesEncoded(Deaf):
+    def process(self, message: EncodedMessage) -> None:
+        assert len(message) or message.term == 0
+
+
+class TakesBoth(Deaf):
+    def process(self, message: Message | EncodedMessage) -> None:
+        pass
+
+
 class AsyncNode(Deaf):
     async def process(self, message: Message) -> None:
         pass
 
 
 raft: Raft = Node()
+raw: Raft[EncodedMessage] = TakesEncoded()
+either: Raft[Message | EncodedMessage] = TakesBoth()
+raft = TakesBoth()
+raft = TakesEncoded()  # type: ignore[assignment]
 Transport(1, 0x77, Node())
+Transport(1, 0x77, TakesEncoded())
+Transport(1, 0x77, TakesBoth())
 Transport(1, 0x77, Deaf())  # type: ignore[arg-type]
 Transport(1, 0x77, TakesBytes())  # type: ignore[arg-type]
 Transport(1, 0x77, AsyncNode())  # type: ignore[arg-type]
