@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, cast
 
 from pipeline.arguments import (
     absolute_path,
+    require_bool,
     require_instance,
     require_number,
     require_one_of,
@@ -141,7 +142,7 @@ class ReceiverConfig:
         require_whole("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
         require_whole("max_head_bytes", self.max_head_bytes, 256, 32 * 1024)
         require_whole("handlers", self.handlers, 1, 256)
-        require_instance("encoded", self.encoded, bool)
+        require_bool("encoded", self.encoded)
         require_whole("max_connections", self.max_connections, 1, 1 << 20)
         require_whole("max_buffered_bytes", self.max_buffered_bytes, 1, 1 << 50)
         require_whole("min_body_rate", self.min_body_rate, 0, 1_000_000_000)

@@ -239,6 +239,7 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
             "max_head_bytes": (*NOT_A_COUNT, 255, 1 << 16),
             "handlers": (*NOT_A_COUNT, 0, 257),
             "max_connections": (*NOT_A_COUNT, 0),
+            "encoded": NOT_A_BOOL,
             "max_buffered_bytes": (*NOT_A_COUNT, 0),
             "idle_timeout_s": (*NOT_A_TIME, None, 0),
             "head_timeout_s": (*NOT_A_TIME, None, 0),
@@ -444,6 +445,8 @@ ENCODED = {
     "data": (None, "text", 5, [1], Rude(), strided(), memoryview(b"abc")[::-1], released()),
     "type": NOT_A_TYPE,
     "to": NOT_AN_ID,
+    "from_": NOT_AN_ID,
+    "term": NOT_AN_ID,
 }
 
 

@@ -21,7 +21,6 @@ from pipeline import (
     SnapshotMetadata,
     Transport,
     TransportConfig,
-    UsageError,
 )
 from pipeline.receive.asgi import App
 from pipeline.receive.handlers import Handlers
@@ -272,9 +271,3 @@ def test_asyncio_is_given_encoded_messages_too() -> None:
                 return bytes((await two.came.get()).data)
 
     assert asyncio.run(main()) == body
-
-
-@pytest.mark.parametrize("value", [1, "yes", None])
-def test_encoded_is_true_or_false(value: Any) -> None:
-    with pytest.raises(UsageError, match=r"encoded: .* is not a bool"):
-        ReceiverConfig(encoded=value)
