@@ -34,7 +34,7 @@ class Refused(Exception):
 class Call:
     """One callback to be made on the loop, and the thread that waits for its outcome."""
 
-    __slots__ = ("callbacks", "function", "is_given_up", "is_report", "outcome")
+    __slots__ = ("callbacks", "function", "has_let_go", "is_given_up", "is_report", "outcome")
 
     def __init__(
         self,
@@ -49,6 +49,8 @@ class Call:
         self.is_report = is_report
         #: Set when nobody waits for it and it was not begun: it is not made any more.
         self.is_given_up = False
+        #: Set when it waits for the library's threads: none of them waits for it, or behind it.
+        self.has_let_go = False
         # Completed on the loop only.
         self.outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
 
@@ -121,18 +123,22 @@ class Deliveries:
         """Have no thread wait for the callback that the current task runs, if it runs one.
 
         Called before something that waits for the library's threads: those that wait for this
-        callback, or for their turn after it, could not end first. Only a stop also waits for
-        those in ``process``; it has no use for those that wait for their turn.
+        callback, or for their turn after it, now or later, could not end first. Only a stop also
+        waits for those in ``process``; it has no use for those that wait for their turn.
         """
         for member_id, task in self._tasks.items():
             if task is asyncio.current_task():
-                for call in self._queues[member_id]:
-                    if call.is_report:
-                        call.succeed(None)
-                    elif is_stop:
-                        call.refuse()
                 if is_stop:
                     self._stopping.add(task)
+                self._queues[member_id][0].has_let_go = True
+                for call in self._queues[member_id]:
+                    self._let_go_of(call, task)
+
+    def _let_go_of(self, call: Call, task: asyncio.Task[None]) -> None:
+        if call.is_report:
+            call.succeed(None)
+        elif task in self._stopping:
+            call.refuse()
 
     async def close(self) -> None:
         """Refuse what waits and what comes, cancel the callbacks that run but those that stop."""
@@ -152,6 +158,8 @@ class Deliveries:
             return
         queue = self._queues.setdefault(member_id, deque())
         queue.append(call)
+        if queue[0].has_let_go:
+            self._let_go_of(call, self._tasks[member_id])
         if len(queue) == 1:
             name = f"pipeline-member-{format_id(member_id)}"
             calls = self._make_calls(member_id, queue)

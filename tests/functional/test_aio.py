@@ -394,6 +394,33 @@ def test_removing_a_peer_from_its_report_waits_for_none_of_its_reports(
     assert "nobody waits for this" in caplog.text
 
 
+@pytest.mark.parametrize("ends", ["stop", "remove_peer"])
+def test_what_is_to_be_told_next_does_not_hold_up_who_ends_the_peer_from_a_callback(
+    run: Callable[[Main], None], ends: str
+) -> None:
+    """The worker's ``report_unreachable`` comes after the critical error, from which we stop."""
+
+    async def main() -> None:
+        ended = asyncio.Event()
+
+        async def removed(error: MemberRemovedError) -> None:
+            await (transport.stop() if ends == "stop" else transport.remove_peer(5))
+            ended.set()
+
+        node = Node()
+        with ScriptedServer(always(answer("403 Forbidden"))) as server:
+            transport = Transport(2, CLUSTER_ID, node, on_critical_error=removed, config=FOREVER)
+            async with transport:
+                transport.add_peer(5, [server.url])
+                transport.send([message(to=5)])
+                await asyncio.wait_for(ended.wait(), LONG_TIMEOUT)
+                assert transport.stats() == {}
+                if ends == "remove_peer":
+                    await eventually_async(lambda: node.reports == [(5,)])
+
+    run(main())
+
+
 def test_stop_from_a_callback_waits_for_none_of_its_member_s_calls(
     run: Callable[[Main], None],
 ) -> None:
