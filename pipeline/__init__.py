@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pipeline.peer import PeerStats
     from pipeline.receive.listener import Listener
     from pipeline.remote import RemotePolicy, RemoteStats
+    from pipeline.send.changes import PeerChange, PeerState
     from pipeline.send.picker import URLPicker
     from pipeline.send.pipeline import Pipeline
     from pipeline.send.probing import ProbeStats
@@ -76,6 +77,8 @@ __all__ = [
     "MemberRemovedError",
     "Message",
     "MessageType",
+    "PeerChange",
+    "PeerState",
     "PeerStats",
     "PeerStatus",
     "PeerUnreachableError",
@@ -118,6 +121,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 _MODULES = {
     "LastError": "send.status",
     "Listener": "receive.listener",
+    "PeerChange": "send.changes",
+    "PeerState": "send.changes",
     "PeerStats": "peer",
     "PeerStatus": "send.status",
     "Pipeline": "send.pipeline",

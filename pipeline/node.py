@@ -26,6 +26,7 @@ from pipeline.peer import Peer, PeerStats
 from pipeline.raft import AnyRaft
 from pipeline.receive.handlers import Handlers
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
+from pipeline.send.changes import PeerChange
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.probing import Prober, ProbeStats
@@ -104,6 +105,7 @@ class Node:
         tls: TLSInfo | None = None,
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        on_peer_change: Callable[[PeerChange], None] | None = None,
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
     ) -> None:
@@ -113,6 +115,7 @@ class Node:
         require_bool("allow_loopback_remotes", allow_loopback_remotes)
         require_raft(raft)
         require_callable("on_critical_error", on_critical_error)
+        require_callable("on_peer_change", on_peer_change)
         require_callable("remote_policy", remote_policy)
         self.member_id = member_id
         self.cluster_id = cluster_id
@@ -132,6 +135,7 @@ class Node:
         )
         self._raft = raft
         self._on_critical_error = on_critical_error
+        self._on_peer_change = on_peer_change
         #: How the application is called on behalf of all of it.
         self.callbacks = Callbacks(logger)
         self._versions = Versions(self.config.server_version, lambda: self._peers)
@@ -648,7 +652,7 @@ class Node:
     # -- parts
 
     def _make_peer(self, peer_id: int, urls: Iterable[str]) -> Peer:
-        pipeline = self._make_pipeline(peer_id, urls)
+        pipeline = self._make_pipeline(peer_id, urls, on_peer_change=self._on_peer_change)
         snapshots = SnapshotSender(
             pipeline,
             dispatcher=self._dispatcher,
@@ -658,7 +662,13 @@ class Node:
         )
         return Peer(pipeline, snapshots, self._dispatcher)
 
-    def _make_pipeline(self, peer_id: int, urls: Iterable[str]) -> PeerPipeline:
+    def _make_pipeline(
+        self,
+        peer_id: int,
+        urls: Iterable[str],
+        *,
+        on_peer_change: Callable[[PeerChange], None] | None = None,
+    ) -> PeerPipeline:
         return PeerPipeline(
             peer_id,
             urls,
@@ -667,6 +677,7 @@ class Node:
             dispatcher=self._dispatcher,
             config=self.config.pipeline,
             on_critical_error=self._on_critical_error,
+            on_peer_change=on_peer_change,
             credentials=self.credentials,
             callbacks=self.callbacks,
             versions=self._versions,

@@ -154,8 +154,10 @@ class Peer:
     def stop_begin(self) -> int:
         """Stop all channels without waiting; the number of messages dropped."""
         self.is_stopping = True
+        # First, for from then on no change of the peer is told: a snapshot that is ended fails.
+        dropped = self.pipeline.stop_begin()
         self.snapshots.stop_begin()
-        return self.pipeline.stop_begin()
+        return dropped
 
     def stop_end(self, deadline: float) -> None:
         """Wait until ``deadline`` (``time.monotonic()``) for what :meth:`stop_begin` ended."""

@@ -38,6 +38,16 @@ class Transport(Node):
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when a peer answers 403. Stopping the node is the
         application's decision.
+    on_peer_change : callable, optional
+        Called with a ``PeerChange`` when a peer becomes active, inactive, mismatched or removed
+        (``PeerState``), from a thread of ours. Each change is told once, those of a peer one after
+        the other and in order, however many workers have news of it; the first one is the outcome
+        of the first message or snapshot that has one. It comes before the reports of the message
+        that brought it, unless the callback is still at an earlier change; then it is told when
+        that returns, and of more than 64 that wait some are left out in pairs, so that the last
+        one told is what holds. Nothing is told of remotes, nor of what ``remove_peer`` and
+        :meth:`stop` end, nor of a peer once these have returned. While it blocks it holds up one
+        worker, or one snapshot, of that peer; what it raises is logged and counted.
     remote_policy : callable, optional
         ``(member ID, URLs, caller's ip:port) -> bool``: whether a sender that is not a peer is
         remembered as a remote at the URLs its request names, so that it can be answered. Asked at

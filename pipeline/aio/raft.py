@@ -9,6 +9,7 @@ from pipeline.aio.deliveries import Deliveries, Refused
 from pipeline.errors import MemberRemovedError, RequestRejected
 from pipeline.logs import get_logger
 from pipeline.raft import Received_contra
+from pipeline.send.changes import PeerChange
 from pipeline.types import SnapshotStatus
 from pipeline.wire._messages import EncodedMessage, Message
 from pipeline.wire.protocol import format_id
@@ -55,10 +56,12 @@ class Bridge:
         self,
         raft: AnyRaft,
         on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None,
+        on_peer_change: Callable[[PeerChange], Awaitable[None] | None] | None,
     ) -> None:
         self.deliveries = Deliveries()
         self._raft: Raft[Any] = raft
         self._on_critical_error = on_critical_error
+        self._on_peer_change = on_peer_change
 
     def process(self, message: Message | EncodedMessage) -> None:
         try:
@@ -85,6 +88,11 @@ class Bridge:
         callback = self._on_critical_error
         assert callback is not None
         self._report(error.peer_id, lambda: callback(error))
+
+    def peer_change(self, change: PeerChange) -> None:
+        callback = self._on_peer_change
+        assert callback is not None
+        self._report(change.member_id, lambda: callback(change))
 
     def _report(self, member_id: int, function: Callable[[], Awaitable[None] | None]) -> None:
         try:

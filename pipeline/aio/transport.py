@@ -18,6 +18,7 @@ from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.logs import get_logger
 from pipeline.node import Node
 from pipeline.remote import RemotePolicy
+from pipeline.send.changes import PeerChange
 from pipeline.send.sendable import Sendable
 from pipeline.snapshot.sender import SnapshotProgress
 from pipeline.snapshot.sender import SnapshotTransfer as ThreadedTransfer
@@ -50,6 +51,8 @@ class Transport(Node):
     config : TransportConfig, optional
     on_critical_error : callable, optional
         Called on the loop, plain or ``async``, in order with the other callbacks of that peer.
+    on_peer_change : callable, optional
+        As ``pipeline.Transport`` has it, but called as ``on_critical_error`` is.
     remote_policy : callable, optional
         As ``pipeline.Transport`` has it: plain, called from the library's threads, not on the loop.
     allow_loopback_remotes : bool
@@ -90,12 +93,14 @@ class Transport(Node):
         tls: TLSInfo | None = None,
         config: TransportConfig | None = None,
         on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None = None,
+        on_peer_change: Callable[[PeerChange], Awaitable[None] | None] | None = None,
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
     ) -> None:
         require_raft(raft, is_async_taken=True)
         require_callable("on_critical_error", on_critical_error, is_async_taken=True)
-        bridge = Bridge(raft, on_critical_error)
+        require_callable("on_peer_change", on_peer_change, is_async_taken=True)
+        bridge = Bridge(raft, on_critical_error, on_peer_change)
         self._deliveries = bridge.deliveries
         super().__init__(
             member_id,
@@ -105,6 +110,7 @@ class Transport(Node):
             tls=tls,
             config=config,
             on_critical_error=None if on_critical_error is None else bridge.critical_error,
+            on_peer_change=None if on_peer_change is None else bridge.peer_change,
             remote_policy=remote_policy,
             allow_loopback_remotes=allow_loopback_remotes,
         )

@@ -34,6 +34,7 @@ from pipeline.logs import Throttle, get_logger, show
 from pipeline.net.dialling import DialError
 from pipeline.net.pool import Pool, PooledConnection
 from pipeline.raft import AnyRaft
+from pipeline.send.changes import PeerChange, PeerChanges
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.picker import URLPicker
 from pipeline.send.reports import Reports
@@ -76,6 +77,8 @@ class PeerPipeline(Sender):
     config : PipelineConfig
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when the peer answers 403.
+    on_peer_change : callable, optional
+        Called with a ``PeerChange`` when the peer becomes something else, until ``stop_begin``.
     credentials : Credentials, optional
         For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
     callbacks : Callbacks, optional
@@ -117,6 +120,7 @@ class PeerPipeline(Sender):
         dispatcher: Dispatcher,
         config: PipelineConfig,
         on_critical_error: Callable[[MemberRemovedError], None] | None = None,
+        on_peer_change: Callable[[PeerChange], None] | None = None,
         credentials: Credentials | None = None,
         callbacks: Callbacks | None = None,
         versions: Versions | None = None,
@@ -128,6 +132,8 @@ class PeerPipeline(Sender):
         self.picker = URLPicker(urls) if picker is None else picker
         self.status = status or PeerStatus(identity.member_id, peer_id, ActiveFlag())
         self._callbacks = Callbacks(logger, callbacks)
+        if on_peer_change is not None:
+            self.status.changes = PeerChanges(peer_id, on_peer_change, self._callbacks)
         self._peer = protocol.format_id(peer_id)
         self._config = config
         #: Tells what became of messages to this peer, whatever carries them.
@@ -203,6 +209,8 @@ class PeerPipeline(Sender):
     def stop_begin(self) -> int:
         """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
         self._ending.take()
+        if self.status.changes is not None:
+            self.status.changes.close()  # what fails from now on is our doing
         dropped = self.begin_stop()
         for worker in self.workers:
             if (dial := worker.connection.dial) is not None:

@@ -72,6 +72,7 @@ class Reports:
         """Tell of a message that was answered 204."""
         if not self._status.is_active:
             self._status.activate()
+            self._tell_changes()
         if kind == MessageType.SNAP:
             self._tell_snapshot(to, SnapshotStatus.FINISH)
 
@@ -85,6 +86,7 @@ class Reports:
         self._picker.unreachable(url)
         self._tell_critical(error)
         is_news = self._status.deactivate("pipeline", "write", error.reason)
+        self._tell_changes()
         count()
         self._tell_unreachable(to, is_news=is_news)
         if kind == MessageType.SNAP:
@@ -106,6 +108,7 @@ class Reports:
     def snapshot_delivered(self) -> None:
         """Tell of a snapshot that was answered 204."""
         self._status.activate()
+        self._tell_changes()
         self._tell_snapshot(self._peer_id, SnapshotStatus.FINISH)
 
     def snapshot_failed(self, error: PipelineError, url: str) -> None:
@@ -113,6 +116,7 @@ class Reports:
         self._tell_critical(error)
         self._picker.unreachable(url)
         is_news = self._status.deactivate("sendMsgSnap", "post", str(error))
+        self._tell_changes()
         self._tell_unreachable(self._peer_id, is_news=is_news)
         self.snapshot_given_up()
 
@@ -125,6 +129,10 @@ class Reports:
     def _tell_critical(self, error: PipelineError) -> None:
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
             self.callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
+
+    def _tell_changes(self) -> None:
+        if self._status.changes is not None:
+            self._status.changes.tell()
 
     def _tell_unreachable(self, to: int, *, is_news: bool) -> None:
         if is_news or self._is_every_told:

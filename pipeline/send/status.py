@@ -10,6 +10,7 @@ from pipeline.arguments import require_id
 from pipeline.errors import STOPPED
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger
+from pipeline.send.changes import PeerChange, PeerChanges, PeerState
 from pipeline.wire.protocol import (
     CLUSTER_ID_MISMATCH,
     INCOMPATIBLE_VERSION,
@@ -55,6 +56,9 @@ class PeerStatus:
 
     last_error : LastError or None
         The last failure, also after a success; None before the first.
+    changes : PeerChanges or None
+        Takes each change of what the peer is, in order. Whoever makes a status sets it before it is
+        used, and has told what it takes.
 
     Notes
     -----
@@ -74,6 +78,8 @@ class PeerStatus:
         self.disconnects = 0
         self.flag = flag
         self.last_error: LastError | None = None
+        self.changes: PeerChanges | None = None
+        self._state: PeerState | None = None  # nothing is known yet
         self._is_unreachable = False
         self._is_told = False  # whether a change, or that there was none yet, stands in the log
         self._is_in_row = False  # the last error is the last thing heard
@@ -105,6 +111,7 @@ class PeerStatus:
             self._is_in_row = False
             self._mismatch = ""
             self.flag.set(True)
+            self._become(PeerState.ACTIVE, "")
             logger.info("peer became active: %s", format_id(self.peer_id))
 
     def deactivate(self, source: str, action: str, reason: str) -> bool:
@@ -127,6 +134,7 @@ class PeerStatus:
         with self._lock:
             is_first, self._is_unreachable = not self._is_unreachable, True
             self._note(reason)
+            self._become(_state_after(reason), reason)
             was_active = self.flag.get()
             if was_active:
                 self.flag.set(False)
@@ -148,12 +156,28 @@ class PeerStatus:
                 logger.debug(text, failure)
             return is_first
 
+    def _become(self, state: PeerState, reason: str) -> None:
+        """Have a change told; what time does not heal is ended by a success only."""
+        is_lasting = self._state in (PeerState.MISMATCHED, PeerState.REMOVED)
+        if state is self._state or (is_lasting and state is PeerState.INACTIVE):
+            return
+        self._state = state
+        if self.changes is not None:
+            self.changes.note(PeerChange(self.peer_id, state, reason))
+
     def _note(self, reason: str) -> None:
         times = 1
         if self.last_error is not None and self._is_in_row and self.last_error.text == reason:
             times += self.last_error.times
         self.last_error = LastError(reason, time.time(), times)
         self._is_in_row = True
+
+
+def _state_after(reason: str) -> PeerState:
+    """Tell what a failure makes of a peer."""
+    if reason == MEMBER_REMOVED:
+        return PeerState.REMOVED
+    return PeerState.MISMATCHED if _is_mismatch(reason) else PeerState.INACTIVE
 
 
 def _is_mismatch(reason: str) -> bool:

@@ -20,6 +20,8 @@ from pipeline import (
     MemberRemovedError,
     Message,
     MessageType,
+    PeerChange,
+    PeerState,
     PipelineConfig,
     ReceiverConfig,
     RequestRejected,
@@ -37,7 +39,15 @@ from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat
 from tests.support.processes import TIMEOUT_S
 from tests.support.senders import message
-from tests.support.server import ScriptedServer, always, answer, refused_port
+from tests.support.server import (
+    ERROR,
+    OK,
+    ScriptedServer,
+    always,
+    answer,
+    in_turn,
+    refused_port,
+)
 from tests.support.waiting import eventually, eventually_async
 
 # A stop that waited for the callback it is called from would take this long.
@@ -79,6 +89,10 @@ class Node:
 
     def removed(self, error: MemberRemovedError) -> None:
         self.reports.append((error.peer_id, "removed"))
+
+    async def changed(self, change: PeerChange) -> None:
+        self.threads.add(threading.get_ident())
+        self.reports.append((change.member_id, change.state))
 
 
 def posting(url: str, **fields: int) -> asyncio.Task[Reply]:
@@ -242,6 +256,27 @@ def test_reports_and_critical_errors_come_on_the_loop_in_etcd_s_order(
     run(main())
 
 
+def test_changes_of_a_peer_come_on_the_loop_before_the_reports_of_what_brought_them(
+    run: Callable[[Main], None],
+) -> None:
+    async def main() -> None:
+        node = Node()
+        with ScriptedServer(in_turn(OK, ERROR, ERROR, OK)) as server:
+            async with transport_of(node, on_peer_change=node.changed) as transport:
+                transport.add_peer(5, [server.url])
+                for sent in range(4):
+                    transport.send([message(to=5)])
+                    books = transport.stats
+                    await eventually_async(
+                        lambda n=sent, books=books: books()[5].sent + books()[5].failed == n + 1
+                    )
+        up, down = (5, PeerState.ACTIVE), (5, PeerState.INACTIVE)
+        assert node.reports == [up, down, (5,), (5,), up]
+        assert node.threads == {threading.get_ident()}
+
+    run(main())
+
+
 def test_a_report_that_raises_is_logged_and_counted(
     run: Callable[[Main], None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -394,22 +429,24 @@ def test_removing_a_peer_from_its_report_waits_for_none_of_its_reports(
     assert "nobody waits for this" in caplog.text
 
 
+@pytest.mark.parametrize("callback", ["on_critical_error", "on_peer_change"])
 @pytest.mark.parametrize("ends", ["stop", "remove_peer"])
 def test_what_is_to_be_told_next_does_not_hold_up_who_ends_the_peer_from_a_callback(
-    run: Callable[[Main], None], ends: str
+    run: Callable[[Main], None], ends: str, callback: str
 ) -> None:
-    """The worker's ``report_unreachable`` comes after the critical error, from which we stop."""
+    """The worker's ``report_unreachable`` comes after the callback from which we stop."""
 
     async def main() -> None:
         ended = asyncio.Event()
 
-        async def removed(error: MemberRemovedError) -> None:
+        async def removed(_: object) -> None:
             await (transport.stop() if ends == "stop" else transport.remove_peer(5))
             ended.set()
 
         node = Node()
         with ScriptedServer(always(answer("403 Forbidden"))) as server:
-            transport = Transport(2, CLUSTER_ID, node, on_critical_error=removed, config=FOREVER)
+            callbacks: dict[str, Any] = {callback: removed}
+            transport = Transport(2, CLUSTER_ID, node, config=FOREVER, **callbacks)
             async with transport:
                 transport.add_peer(5, [server.url])
                 transport.send([message(to=5)])

@@ -161,6 +161,7 @@ def peer_status(**given: Any) -> object:
 OF_A_TRANSPORT: Table = {
     "raft": NOT_A_RAFT,
     "on_critical_error": NOT_CALLABLE,
+    "on_peer_change": NOT_CALLABLE,
     "remote_policy": NOT_CALLABLE,
     "member_id": NOT_AN_ID,
     "cluster_id": NOT_AN_ID,

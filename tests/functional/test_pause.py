@@ -11,6 +11,7 @@ import pytest
 from pipeline import (
     Message,
     MessageType,
+    PeerChange,
     PipelineConfig,
     SnapshotStatus,
     Transport,
@@ -206,7 +207,10 @@ METHODS: dict[str, Step] = {
     "asgi_app": lambda t: t.asgi_app,
     "wsgi_app": lambda t: t.wsgi_app,
 }
-CALLBACKS = ("process", "report_unreachable", "report_snapshot", "on_critical_error")
+CALLBACKS = (
+    *("process", "report_unreachable", "report_snapshot"),
+    *("on_critical_error", "on_peer_change"),
+)
 REFUSED = {"start", "snapshot_path"}  # with a UsageError: it was started; no snapshot_dir
 
 
@@ -244,6 +248,9 @@ class Calling(FakeRaft):
     def on_critical_error(self, error: Exception) -> None:
         self.call("on_critical_error")
 
+    def on_peer_change(self, change: PeerChange) -> None:
+        self.call("on_peer_change")
+
 
 def test_every_public_method_is_in_the_table() -> None:
     public = {name for name in dir(Transport) if not name.startswith("_")}
@@ -265,6 +272,7 @@ def test_a_method_called_from_a_callback_returns_or_is_refused(callback: str, me
             raft,
             config=TransportConfig(dispatchers=1, stop_timeout_s=0.2),
             on_critical_error=raft.on_critical_error,
+            on_peer_change=raft.on_peer_change,
         ) as transport,
     ):
         raft.transport = transport

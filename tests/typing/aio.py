@@ -3,7 +3,14 @@
 from collections.abc import Awaitable
 from typing import assert_type
 
-from pipeline import MemberRemovedError, Message, MessageType, PipelineStats, SnapshotStatus
+from pipeline import (
+    MemberRemovedError,
+    Message,
+    MessageType,
+    PeerChange,
+    PipelineStats,
+    SnapshotStatus,
+)
 from pipeline.aio import Listener, Raft, Transport
 
 
@@ -30,9 +37,20 @@ async def removed(error: MemberRemovedError) -> None:
     pass
 
 
+async def changed(change: PeerChange) -> None:
+    pass
+
+
+def changed_plainly(change: PeerChange) -> None:
+    pass
+
+
 async def main() -> None:
     node: Raft = Node()
-    async with Transport(1, 1, node, on_critical_error=removed) as transport:
+    Transport(1, 1, node, on_peer_change=changed_plainly)
+    async with Transport(
+        1, 1, node, on_critical_error=removed, on_peer_change=changed
+    ) as transport:
         assert_type(await transport.listen(), Listener)
         assert_type(await transport.remove_peer(2), int)
         assert_type(transport.stats(), dict[int, PipelineStats])

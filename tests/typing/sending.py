@@ -11,6 +11,8 @@ from pipeline import (
     MemberRemovedError,
     Message,
     MessageType,
+    PeerChange,
+    PeerState,
     Pipeline,
     PipelineConfig,
     PipelineStats,
@@ -22,6 +24,13 @@ from pipeline import (
     TransportConfig,
 )
 from pipeline.raftpb import raft_pb2
+
+
+def on_peer_change(change: PeerChange) -> None:
+    member_id, state, reason = change
+    assert_type(member_id, int)
+    assert_type(state, PeerState)
+    assert_type(reason, str)
 
 
 def on_critical_error(error: MemberRemovedError) -> None:
@@ -42,6 +51,7 @@ def through_a_transport(raft: Raft, message: Message) -> int:
         peer_urls=["http://127.0.0.1:2380"],
         config=config,
         on_critical_error=on_critical_error,
+        on_peer_change=on_peer_change,
     ) as transport:
         assert_type(transport, Transport)
         transport.add_peer(2, ("http://127.0.0.1:2381",))

@@ -17,6 +17,7 @@ NAMES = """
     URLPicker PeerStatus TransportConfig ReceiverConfig PipelineError UsageError MarshalError
     UnmarshalError PostError PeerUnreachableError UnexpectedStatusError IncompatibleVersionError
     ClusterIDMismatchError MemberRemovedError InternalError RequestRejected SnapshotTransfer
+    PeerChange PeerState
 """
 
 MEMBERS = {
@@ -29,6 +30,8 @@ MEMBERS = {
     "SnapshotTransfer": "progress cancel result done add_done_callback",
     "SnapshotProgress": "phase sent_bytes total_bytes rate_bytes_per_s",
     "Listener": "close",
+    "PeerChange": "member_id state reason",
+    "PeerState": "ACTIVE INACTIVE MISMATCHED REMOVED",
     "Raft": "process is_id_removed report_unreachable report_snapshot",
     "Message": "type to from_ term log_term index entries commit snapshot reject reject_hint "
     "context marshal unmarshal byte_size",

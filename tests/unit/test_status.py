@@ -8,6 +8,9 @@ import time
 
 import pytest
 
+from pipeline.callbacks import Callbacks
+from pipeline.logs import get_logger
+from pipeline.send.changes import PeerChange, PeerChanges, PeerState
 from pipeline.send.status import PeerStatus
 from tests.support import LONG_TIMEOUT
 
@@ -143,6 +146,56 @@ def test_the_last_error_is_kept_with_its_time_and_how_often_in_a_row(status: Pee
     status.deactivate("pipeline", "write", "refused")
     assert status.last_error is not None
     assert status.last_error.times == 1
+
+
+OK, REFUSED, CUT = "", "refused", "reset"
+MISMATCH, VERSION = "cluster ID mismatch", "incompatible version"
+GONE = "the member has been permanently removed from the cluster"
+
+
+@pytest.mark.parametrize(
+    ("heard", "told"),
+    [
+        ([], []),
+        ([OK, OK, OK], [(PeerState.ACTIVE, "")]),
+        ([REFUSED, REFUSED, CUT], [(PeerState.INACTIVE, REFUSED)]),
+        (
+            [OK, CUT, REFUSED, OK, REFUSED],
+            [
+                (PeerState.ACTIVE, ""),
+                (PeerState.INACTIVE, CUT),
+                (PeerState.ACTIVE, ""),
+                (PeerState.INACTIVE, REFUSED),
+            ],
+        ),
+        # What time does not heal is ended by a success, and not by failures of another kind.
+        (
+            [REFUSED, MISMATCH, REFUSED, MISMATCH, VERSION, OK, MISMATCH],
+            [
+                (PeerState.INACTIVE, REFUSED),
+                (PeerState.MISMATCHED, MISMATCH),
+                (PeerState.ACTIVE, ""),
+                (PeerState.MISMATCHED, MISMATCH),
+            ],
+        ),
+        ([OK, GONE, GONE, CUT], [(PeerState.ACTIVE, ""), (PeerState.REMOVED, GONE)]),
+        ([GONE, VERSION], [(PeerState.REMOVED, GONE), (PeerState.MISMATCHED, VERSION)]),
+    ],
+    ids=["nothing", "up", "down", "flaps", "mismatch", "removed", "removed, mismatch"],
+)
+def test_a_change_is_told_once(
+    status: PeerStatus, heard: list[str], told: list[tuple[PeerState, str]]
+) -> None:
+    changes: list[PeerChange] = []
+    status.changes = PeerChanges(PEER, changes.append, Callbacks(get_logger(__name__)))
+    for reason in heard:
+        if reason:
+            status.deactivate("pipeline", "write", reason)
+        else:
+            status.activate()
+    assert changes == []  # it is not for the status to call anybody
+    status.changes.tell()
+    assert changes == [PeerChange(PEER, *row) for row in told]
 
 
 UNHEALED = [
