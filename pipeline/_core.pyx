@@ -24,13 +24,13 @@ from pipeline.send._channel cimport OFFER_ACCEPTED, channel_limits_t, channel_ta
 from pipeline.net._cursor cimport cursor_is_at_end
 from pipeline.net._gil cimport lock_with_gil, try_lock
 from pipeline.net._loop cimport loop_init
-from pipeline.wire._http cimport HTTP_LENGTH_MAX, http_recognise_204
+from pipeline.wire._http cimport HTTP_LENGTH_MAX, http_recognise_204, http_says_close
 from pipeline.send._jobs cimport (
     job_free, job_from_encoded, job_from_message, job_from_protobuf, jobs_free,
 )
 from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
-    EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_DIALLED, EVENT_FAILED, EVENT_SUCCEEDED,
+    EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_FAILED, EVENT_NOT_DIALLED, EVENT_SUCCEEDED,
     EVENT_TASKS, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, TYPE_APP, WORKER_IDLE, WORKER_JOINED_MAX,
     WORKER_PYTHON, WORKER_READING, WORKER_RETIRED, WORKER_WRITING, event_t, limits_t,
     pipe_begin_stop, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t,
@@ -59,7 +59,7 @@ from pipeline.types import SendResult
 
 __all__ = [
     "ActiveFlag", "Channel", "Event", "GiveBack", "IOLoop", "Sender",
-    "error_text", "recognise_204",
+    "error_text", "recognise_204", "says_close",
 ]
 
 # What a worker is at, in the words of ``Sender.states``.
@@ -75,10 +75,10 @@ cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STO
 
 
 class Event(enum.IntEnum):
-    """Why the loop hands a worker to the dispatcher (``_pipe.pxd``, EVENT_*)."""
+    """Why the loop hands a worker to Python (``_pipe.pxd``, EVENT_*)."""
 
     CONNECT = EVENT_CONNECT
-    DIALLED = EVENT_DIALLED
+    NOT_DIALLED = EVENT_NOT_DIALLED
     ANSWER = EVENT_ANSWER
     FAILED = EVENT_FAILED
     SUCCEEDED = EVENT_SUCCEEDED
@@ -122,6 +122,11 @@ def recognise_204(const uint8_t[::1] data not None):
     if data.shape[0] == 0:
         return 0
     return http_recognise_204(&data[0], min(data.shape[0], 2048))
+
+
+def says_close(const uint8_t[::1] data not None):
+    """Tell whether a 204 that was recognised is the last on its connection; for tests."""
+    return http_says_close(&data[0], data.shape[0])
 
 
 cdef class ActiveFlag:
@@ -226,9 +231,16 @@ cdef class IOLoop:
             self.drop_finished()
             sending_free(&self.sending)
 
-    def start(self):
-        """Start the thread."""
-        cdef int error = sending_start(&self.sending, own_descriptors())
+    def start(self, int poller_fd):
+        """Start the thread.
+
+        Parameters
+        ----------
+        poller_fd : int
+            The eventfd that is written to when ``take_connects`` has something to return; it is to
+            stay open until ``stop`` has returned.
+        """
+        cdef int error = sending_start(&self.sending, own_descriptors(), poller_fd)
         if error != 0:
             raise OSError(error, error_text(error))
         self.is_running = True
@@ -304,6 +316,28 @@ cdef class IOLoop:
         return ((<Sender>taken.worker.pipe.owner).workers[taken.worker.index], EVENTS[taken.kind],
                 taken.error)
 
+    def take_connects(self):
+        """Return, for the poller, the workers that need a connection dialled or closed.
+
+        Returns
+        -------
+        list of (Worker, Event)
+            The event is CONNECT or CLOSED. They are the caller's until it gives them back.
+        """
+        cdef event_t* event
+        cdef worker_t* worker
+        cdef list taken = []
+        lock_with_gil(&self.sending.event_lock)
+        event = self.sending.connect_head
+        self.sending.connect_head = self.sending.connect_tail = NULL
+        pthread_mutex_unlock(&self.sending.event_lock)
+        while event is not NULL:
+            worker = event.worker
+            taken.append((
+                (<Sender>worker.pipe.owner).workers[worker.index], EVENTS[event.kind]))
+            event = event.next
+        return taken
+
     def take_expired(self):
         """Return the senders that may have messages to be failed for their age; often none."""
         return list(self.senders) if swap_int(&self.sending.has_expired, 0) else []
@@ -337,6 +371,7 @@ cdef class IOLoop:
         pthread_mutex_init(&self.sending.event_lock, NULL)
         cond_init_monotonic(&self.sending.event_cond)
         self.sending.events_closed = True
+        self.sending.connect_head = self.sending.connect_tail = NULL
         loop_init(&self.sending.loop)           # its descriptors are closed already
         self.is_running = False
         for sender in self.senders:
@@ -572,7 +607,11 @@ cdef class Sender:
         return live
 
     def on_event(self, Worker worker not None, event, int error):
-        """Handle an event of one of the workers; the subclass does."""
+        """Handle an event of one of the workers; the subclass does, in a dispatcher thread."""
+        raise NotImplementedError
+
+    def on_connect(self, Worker worker not None, event):
+        """Handle what ``take_connects`` returns; the subclass does, in the poller's thread."""
         raise NotImplementedError
 
     def on_expired(self):
@@ -632,8 +671,8 @@ cdef class Sender:
 cdef class Worker:
     """One sending slot of a Sender, and what it sends through.
 
-    It comes to Python with an event and is the dispatcher thread's until ``give_back``; the calls
-    below are for that thread only, unless they say otherwise.
+    It comes to Python with an event, to a dispatcher thread or to the poller, and is that thread's
+    until ``give_back``; the calls below are for that thread only, unless they say otherwise.
 
     Attributes
     ----------
@@ -667,15 +706,12 @@ cdef class Worker:
         """Tell whether the worker has a message; it comes without one from an idle connection."""
         return self.c.job is not NULL
 
-    def dialled(self):
-        """Have a dispatcher thread go on with the worker, whose dial has ended. Any thread.
-
-        The one that has begun the dial let go of the worker with that.
-        """
+    def not_dialled(self):
+        """Have a dispatcher thread fail the worker's message, for there is no connection for it."""
         cdef worker_t* worker = self.c
         with nogil:
             # The loop may hold the events' lock for a moment. Only C state is touched.
-            worker_to_python(worker, EVENT_DIALLED, 0)
+            worker_to_python(worker, EVENT_NOT_DIALLED, 0)
 
     def connect(self, sock not None, bytes head not None):
         """Give the worker a connected socket and the request head for it.

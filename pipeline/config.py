@@ -172,7 +172,7 @@ class TransportConfig:
     server_version: str = "3.5.0"
     #: X-Min-Cluster-Version; etcd's own value in every 3.x.
     min_cluster_version: str = "3.0.0"
-    #: Python threads for new connections, odd answers and callbacks, started as they are needed.
+    #: Python threads for odd answers and callbacks, started as they are needed.
     dispatchers: int = 8
     #: Between two probes of a peer; 0 for none. etcd's is its read timeout of 5 s less 1 s.
     probe_interval_s: float = 4.0

@@ -78,7 +78,6 @@ class Dial:
     """
 
     __slots__ = (
-        "_failure",
         "_is_unwanted",
         "_on_done",
         "_options",
@@ -88,6 +87,7 @@ class Dial:
         "began_at",
         "credentials",
         "deadline",
+        "failure",
         "failures",
         "handshake_timeout_s",
         "host",
@@ -132,7 +132,8 @@ class Dial:
         self._options = options
         self._on_done = [on_done]  # popped, and so called, by the one who ends the dial
         self._sock: OwnSocket | None = None
-        self._failure = ""
+        #: Why there is no connection, once it has ended; empty if there is one.
+        self.failure = ""
         self._is_unwanted = False
         # The poller's thread's own.
         self.is_resolved = False
@@ -155,7 +156,7 @@ class Dial:
         sock, self._sock = self._sock, None
         if sock is not None:
             return sock
-        raise DialError(self._failure)
+        raise DialError(self.failure)
 
     def discard(self) -> None:
         """Close what it came to, if nobody has taken it, or will come to."""
@@ -197,7 +198,7 @@ class Dial:
             on_done = self._on_done.pop()
         except IndexError:
             return
-        self._sock, self._failure = sock, failure
+        self._sock, self.failure = sock, failure
         if not self.took_s:
             self.took_s = time.monotonic() - self.began_at
         if self._is_unwanted:  # by now
@@ -411,7 +412,9 @@ class Dialer:
             if not sock.tls.shake():
                 if sock.tls.wants_to_write != dial.is_room_wanted:
                     dial.is_room_wanted = sock.tls.wants_to_write
-                    self._poller.rewatch(sock, WRITABLE if dial.is_room_wanted else READABLE)
+                    events = WRITABLE if dial.is_room_wanted else READABLE
+                    shake = partial(self._shake, dial, sock, credentials)
+                    self._poller.rewatch(sock, events, shake)
                 return
             credentials.check_server(sock.tls)
         except OSError as error:  # also a TLSError

@@ -2,13 +2,18 @@
 
 What it runs is short and waits for nothing. It dials and it probes; messages have the I/O loop,
 which needs no GIL, and each snapshot has a thread.
+
+The eventfd that wakes it is edge-triggered and never read, as in the loops: each write is an edge,
+and whoever writes has left before what the thread is to look at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import selectors
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,7 +28,7 @@ __all__ = ["READABLE", "WRITABLE", "Client", "Poller"]
 
 logger = get_logger(__name__)
 
-READABLE, WRITABLE = selectors.EVENT_READ, selectors.EVENT_WRITE
+READABLE, WRITABLE = select.EPOLLIN, select.EPOLLOUT
 
 #: After a fault of ours the thread pauses, so that the fault does not become a busy loop.
 FAULT_PAUSE_S = 0.25
@@ -60,27 +65,34 @@ class Poller:
     -----
     ``ask`` is thread-safe, also for a signal handler: what is asked for is put on a list. The rest
     is for the thread itself, but for ``attach``, ``start`` and ``stop``.
+
+    Attributes
+    ----------
+    wake_fd : int
+        An eventfd, once started. Whoever writes to it has the clients' ``check_time`` called.
     """
 
     def __init__(self, name: str) -> None:
         self._clients: list[Client] = []
         self._asked: deque[Callable[[], object]] = deque()
         self._lock = lock_of(self)  # guards the descriptor
-        self._wake = -1
+        self.wake_fd = -1
         self._is_stopping = False
         self._has_ended = False  # the thread has: who asks from then on does it himself
         self._name = name
-        # Both are made by ``start``, for a process may be forked before it. Two that share a
-        # selector would be told of each other's connections, and from 3.13 on a child cannot start
-        # a thread that its parent made.
-        self._selector: selectors.BaseSelector | None = None
+        # Both are made by ``start``, for a process may be forked before it. Two that share an epoll
+        # would be told of each other's connections, and from 3.13 on a child cannot start a thread
+        # that its parent made.
+        self._epoll: select.epoll | None = None
         self._thread: LibraryThread | None = None
-        self._watched: dict[OwnSocket, Callable[[], object]] = {}
+        self._ident = 0  # of the thread, once it runs
+        self._watched: dict[OwnSocket, int] = {}  # their descriptors
+        self._works: dict[int, Callable[[], object]] = {}  # by descriptor
 
     @property
     def is_started(self) -> bool:
         """Whether ``start`` was called."""
-        return self._selector is not None
+        return self._epoll is not None
 
     def attach(self, client: Client) -> None:
         """Call a client from ``start`` on."""
@@ -89,9 +101,9 @@ class Poller:
     def start(self) -> None:
         """Start the thread. Once. Raises ``OSError`` and ``RuntimeError`` for want of resources."""
         try:
-            self._selector = selectors.DefaultSelector()
-            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-            self._selector.register(self._wake, READABLE)
+            self._epoll = select.epoll()
+            self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._epoll.register(self.wake_fd, READABLE | select.EPOLLET)
             self._thread = LibraryThread(self._run, f"pipeline-poll-{self._name}")
             self._thread.start()
         except BaseException:
@@ -109,30 +121,41 @@ class Poller:
     def ask(self, work: Callable[[], object]) -> None:
         """Have ``work`` done in the thread, soon and in order; here, once the thread has ended."""
         self._asked.append(work)
-        self._wake_up()
+        if threading.get_ident() != self._ident:  # it looks before it waits
+            self._wake_up()
         if self._has_ended:
             self._do_what_is_asked()
 
     def watch(self, sock: OwnSocket, events: int, work: Callable[[], object]) -> None:
         """Have ``work`` done whenever the socket is ready. Raises ``OSError``."""
-        assert self._selector is not None
-        self._selector.register(sock, events, sock)
-        self._watched[sock] = work
+        assert self._epoll is not None
+        fd = sock.fileno()
+        self._epoll.register(fd, events)
+        self._watched[sock] = fd
+        self._works[fd] = work
+
+    def rewatch(self, sock: OwnSocket, events: int, work: Callable[[], object]) -> None:
+        """Wait for other events of a socket that is watched, and have other work done for them.
+
+        Raises ``OSError``: it is watched no more.
+        """
+        assert self._epoll is not None
+        fd = self._watched[sock]
+        try:
+            self._epoll.modify(fd, events)
+        except OSError:
+            del self._watched[sock], self._works[fd]
+            raise
+        self._works[fd] = work
 
     def unwatch(self, sock: OwnSocket) -> None:
-        """Undo :meth:`watch`, before the socket is closed."""
-        assert self._selector is not None
-        if self._watched.pop(sock, None) is not None:
-            self._selector.unregister(sock)
-
-    def rewatch(self, sock: OwnSocket, events: int) -> None:
-        """Wait for other events of a socket that is watched. Raises ``OSError``: it is no more."""
-        assert self._selector is not None
-        try:
-            self._selector.modify(sock, events, sock)
-        except OSError:
-            del self._watched[sock]
-            raise
+        """Undo :meth:`watch`, before the socket is closed; nothing if it is not watched."""
+        assert self._epoll is not None
+        fd = self._watched.pop(sock, None)
+        if fd is not None:
+            del self._works[fd]
+            with contextlib.suppress(OSError):  # somebody has closed it all the same
+                self._epoll.unregister(fd)
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: close its copies of the descriptors."""
@@ -144,20 +167,21 @@ class Poller:
 
     def _wake_up(self) -> None:
         with self._lock:
-            if self._wake >= 0:
-                os.eventfd_write(self._wake, 1)
+            if self.wake_fd >= 0:
+                os.eventfd_write(self.wake_fd, 1)
 
     def _close(self) -> None:
         with self._lock:
-            if self._wake >= 0:
-                os.close(self._wake)
-                self._wake = -1
-        if self._selector is not None:
-            self._selector.close()
+            if self.wake_fd >= 0:
+                os.close(self.wake_fd)
+                self.wake_fd = -1
+        if self._epoll is not None:
+            self._epoll.close()
 
     # What follows runs in the thread.
 
     def _run(self) -> None:
+        self._ident = threading.get_ident()
         while not self._is_stopping:
             if not logger.survive("the poller fails", self._turn):
                 time.sleep(FAULT_PAUSE_S)
@@ -169,16 +193,16 @@ class Poller:
         self._close()
 
     def _turn(self) -> None:
-        assert self._selector is not None
+        assert self._epoll is not None
+        self._do_what_is_asked()
         due = min((client.next_due() for client in self._clients), default=math.inf)
         now = time.monotonic()
         timeout_s = None if due == math.inf else max(0.0, due - now)
-        for key, _ in self._selector.select(timeout_s):
-            if key.data is None:
-                os.eventfd_read(self._wake)
-            elif (work := self._watched.get(key.data)) is not None:  # or closed in this very turn
+        works = [(fd, self._works.get(fd)) for fd, _ in self._epoll.poll(timeout_s)]
+        for fd, work in works:
+            # Or it was closed in this very turn, and another has its number.
+            if work is not None and self._works.get(fd) is work:
                 logger.survive("what is ready was not seen to", work)
-        self._do_what_is_asked()
         for client in self._clients:
             client.check_time(now)  # of before: what was waited for is due in the next turn
 

@@ -101,8 +101,8 @@ class Pool(HTTPConnectionPool):
 class PooledConnection:
     """What a worker sends through: one connection checked out of a pool, or none.
 
-    Used by the dispatcher thread that holds the worker; ``close`` by ``stop`` as well, after the
-    worker ended. ``telling``: see :class:`OddAnswer`.
+    Used by the thread that holds the worker, a dispatcher's or the poller's; ``close`` by ``stop``
+    as well, after the worker ended. ``telling``: see :class:`OddAnswer`.
     """
 
     __slots__ = (
@@ -111,6 +111,7 @@ class PooledConnection:
         "_lock",
         "_pool",
         "dial",
+        "failure",
         "odd",
         "url",
     )
@@ -119,6 +120,8 @@ class PooledConnection:
         self.url = ""
         #: The dial that is to open it, or has.
         self.dial: Dial | None = None
+        #: Why it could not be opened, for who is to tell; empty if it was not tried in vain.
+        self.failure = ""
         #: The answer, where the core does not recognise it.
         self.odd = OddAnswer(telling)
         self._lock = lock_of(self)  # one close at a time
@@ -129,6 +132,7 @@ class PooledConnection:
         """Make a dial to the pool's host, to be begun, and to be followed by :meth:`open`."""
         self.close()
         self.url = pool.url
+        self.failure = ""
         self._pool = pool
         self.dial = pool.dial(timeout_s, on_done)
         return self.dial

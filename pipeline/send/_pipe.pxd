@@ -8,16 +8,18 @@ runtime's netpoller; here a worker is a connection slot with a state (``_worker.
     producers           channel, idle stack: pipe_offer                     pipe.lock
     the loop's thread   the same; workers not in WORKER_PYTHON; fds         pipe.lock; one thread
     dispatcher threads  workers in WORKER_PYTHON; books: pipe_count         pipe.lock; the hand-over
+    the poller          the same workers, while they are without connection the hand-over
 
-A worker belongs to the loop or to the dispatcher, never to both. It goes over through the event
-queue and comes back through ``returned``. Lock order: pipe.lock, then event_lock.
+A worker belongs to the loop, to a dispatcher thread or to the poller, never to two of them. It goes
+over through a queue of events, of which the poller has one of its own, and comes back through
+``returned``. Lock order: pipe.lock, then event_lock.
 
 Life: a pipe is freed by its Python owner when it is detached and no worker is live. The loop
 forgets a pipe (its fds, its place in every list) while it holds the pipe's lock, before the last
 worker is counted out.
 """
 
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -34,7 +36,7 @@ from pipeline._system cimport (
     add_i64, add_int, cond_init_monotonic, invariant, list_push, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_signal, pthread_cond_t, pthread_mutex_destroy,
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_t,
-    store_int, swap_int,
+    store_int, swap_int, write,
 )
 
 cdef enum:
@@ -71,7 +73,7 @@ cdef enum:
 cdef enum:
     EVENT_NONE = 0
     EVENT_CONNECT           # a job needs a connection; one still held must be closed first
-    EVENT_DIALLED           # Python's own: the dial it was asked for has ended
+    EVENT_NOT_DIALLED       # Python's own: there is no connection for the job
     EVENT_ANSWER            # an answer that http.client has to judge
     EVENT_FAILED            # error says why
     EVENT_SUCCEEDED         # 204, and Python has to hear of it
@@ -180,13 +182,17 @@ cdef struct sending_t:
     event_t* event_tail
     int event_waiters       # dispatcher threads that wait for an event
     bint events_closed      # the dispatcher is to end
+    event_t* connect_head   # for the poller: EVENT_CONNECT and EVENT_CLOSED
+    event_t* connect_tail
 
+    # Borrowed while the thread runs: the eventfd that the poller waits for.
+    int poller_fd
     event_t tasks_event
     pipe_t* attached        # the loop's own from here on
     int64_t release_due_ns          # 0 is none
 
 
-# -- events: from the loop to the dispatcher
+# -- events: from the loop to the dispatcher, and to the poller
 
 cdef inline void sending_queue_event(sending_t* sending, event_t* event) noexcept nogil:
     event.next = NULL
@@ -198,6 +204,23 @@ cdef inline void sending_queue_event(sending_t* sending, event_t* event) noexcep
     sending.event_tail = event
     pthread_cond_signal(&sending.event_cond)
     pthread_mutex_unlock(&sending.event_lock)
+
+
+cdef inline void sending_queue_connect(sending_t* sending, event_t* event) noexcept nogil:
+    """Leave a connection to the poller, to be dialled or closed. By the loop's thread."""
+    cdef uint64_t one = 1
+    cdef bint is_first
+    event.next = NULL
+    pthread_mutex_lock(&sending.event_lock)
+    is_first = sending.connect_head is NULL
+    if is_first:
+        sending.connect_head = event
+    else:
+        sending.connect_tail.next = event
+    sending.connect_tail = event
+    pthread_mutex_unlock(&sending.event_lock)
+    if is_first:        # the poller takes all there are
+        write(sending.poller_fd, &one, sizeof(one))
 
 
 # -- the pipe: what is offered, and whoever is idle

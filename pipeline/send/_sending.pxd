@@ -201,13 +201,15 @@ cdef inline void sending_free(sending_t* sending) noexcept nogil:
     pthread_mutex_destroy(&sending.event_lock)
 
 
-cdef inline int sending_start(sending_t* sending, descriptors_t* descriptors) noexcept nogil:
-    """Start the thread; 0 or an errno.
+cdef inline int sending_start(sending_t* sending, descriptors_t* descriptors,
+                              int poller_fd) noexcept nogil:
+    """Start the thread; 0 or an errno. ``poller_fd`` stays open until ``sending_stop``.
 
     The descriptors are made here and not before: processes that were forked in between, and start
     their copies of the loop, would share one epoll instance and be given each other's events.
     """
     cdef int error = loop_open(&sending.loop, descriptors)
+    sending.poller_fd = poller_fd
     if error == 0:
         error = thread_start(&sending.thread, sending_main, sending, sending.name)
         if error != 0:

@@ -17,7 +17,8 @@ from pipeline.net._conn cimport (
 )
 from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_is_at_end
 from pipeline.wire._http cimport (
-    HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_version,
+    HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_close,
+    http_says_version,
 )
 from pipeline.send._pipe cimport (
     ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
@@ -25,7 +26,7 @@ from pipeline.send._pipe cimport (
     GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, NEAR_RTT_US, SEND_BUFFER_NEAR, TYPE_PROP, TYPE_SNAP,
     WORKER_IDLE, WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
     WORKER_STEP_BYTES, WORKER_WRITING, pipe_count, pipe_expire, pipe_t, sending_job_done,
-    sending_queue_event, sending_t, worker_t,
+    sending_queue_connect, sending_queue_event, sending_t, worker_t,
 )
 from pipeline.net._loop cimport (
     IO_TURN, LOOP_EDGES, io_t, loop_add, loop_look_at, loop_remove, loop_return, loop_wake,
@@ -69,7 +70,8 @@ cdef inline int worker_look_at_state(worker_t* worker) noexcept nogil:
 
 
 cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcept nogil:
-    """Hand the worker over; the loop does not touch it again until it is returned.
+    """Hand the worker over, to the poller for a connection to be dialled or closed, else to the
+    dispatcher; the loop does not touch it again until it is returned.
 
     Its socket leaves the epoll set first. That Python closes it would not do: a forked child may
     hold the connection open, and events would come for a worker that is gone.
@@ -80,7 +82,10 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     worker.event.kind = kind
     worker.event.error = error
     worker.event.worker = worker
-    sending_queue_event(worker.pipe.sending, &worker.event)
+    if kind == EVENT_CONNECT or kind == EVENT_CLOSED:
+        sending_queue_connect(worker.pipe.sending, &worker.event)
+    else:
+        sending_queue_event(worker.pipe.sending, &worker.event)
 
 
 cdef inline void worker_retire(worker_t* worker) noexcept nogil:
@@ -308,7 +313,9 @@ cdef inline void worker_read(worker_t* worker, uint32_t flags) noexcept nogil:
     verdict = http_recognise_204(worker.answer, worker.answer_len)
     if verdict == worker.answer_len:
         is_first = worker.known_len == 0
-        if worker.answer_len <= ANSWER_KNOWN_MAX:
+        if http_says_close(worker.answer, worker.answer_len):
+            worker.is_ended = True
+        elif worker.answer_len <= ANSWER_KNOWN_MAX:
             memcpy(worker.known, worker.answer, worker.answer_len)
             worker.known_len = worker.answer_len
         if is_first and http_says_version(worker.answer, worker.answer_len):

@@ -1,6 +1,7 @@
 """The dispatcher: a few Python threads for what the I/O loop cannot do without the GIL.
 
-What a dial came to, answers that are not a plain 204, and calls of Raft come here as events. Events
+Answers that are not a plain 204, and calls of Raft come here as events, but for those that call
+nothing of the application's: connections are dialled and closed in the poller's thread. Events
 of one worker come one at a time; of different workers they run in parallel, so a callback that
 blocks holds up its own worker only, until all threads (``TransportConfig.dispatchers``) are
 blocked.
@@ -8,6 +9,7 @@ blocked.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -54,6 +56,7 @@ class Dispatcher:
         self.loop = IOLoop(queue_bytes, f"pipeline-io-{name}")
         self.poller = Poller(name)
         self.dialer = Dialer(self.poller)
+        self.poller.attach(_Connects(self.loop))
         self._max_threads = max_threads
         # One at a time: senders are opened, threads added and the loop ended. Nothing is waited for
         # under it but the loop's end.
@@ -70,14 +73,18 @@ class Dispatcher:
         with self._lock:
             if self._is_stopped:
                 raise UsageError("start: it was stopped")
-            self.loop.start()
+            self.poller.start()
+            try:
+                self.loop.start(self.poller.wake_fd)
+            except BaseException:
+                self.poller.stop(0.0)
+                raise
         _all.add(self)
         try:
-            self.poller.start()
             self._add_thread()
         except BaseException:
+            self.loop.stop()  # first, for it wakes the poller
             self.poller.stop(0.0)
-            self.loop.stop()
             raise
 
     def open(
@@ -111,7 +118,8 @@ class Dispatcher:
             for sender in tuple(self.loop.senders):
                 sender.begin_stop()
             self.loop.stop()
-            # Before the events are closed, for each end of a dial is one.
+            # After the loop, which wakes it, and before the events are closed, for each dial that
+            # fails is one.
             self.poller.stop(deadline)
             self.loop.close_events()
             threads = tuple(self._threads)
@@ -180,6 +188,26 @@ class Dispatcher:
         self.poller.forget_after_fork()
         self._threads = []
         self._is_stopped = True
+
+
+class _Connects:
+    """Has the loop's workers dialled for, and their connections closed: a client of the poller."""
+
+    def __init__(self, loop: IOLoop) -> None:
+        self._loop = loop
+
+    def next_due(self) -> float:
+        """Never: the loop wakes the poller."""
+        return math.inf
+
+    def check_time(self, now: float) -> None:
+        """See to the workers that need it."""
+        for worker, event in self._loop.take_connects():
+            worker.sender.on_connect(worker, event)
+
+    def end(self) -> None:
+        """See to them once more: the dialler, which has ended, fails the dials."""
+        self.check_time(math.inf)
 
 
 def _after_fork_in_child() -> None:

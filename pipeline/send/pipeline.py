@@ -12,6 +12,7 @@ import http.client
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -31,7 +32,7 @@ from pipeline.forks import disown, nothing_to_stop
 from pipeline.identity import MIN_CLUSTER_VERSION, Identity
 from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger, show
-from pipeline.net.dialling import DialError
+from pipeline.net.dialling import Dial, DialError
 from pipeline.net.pool import Pool, PooledConnection
 from pipeline.raft import AnyRaft
 from pipeline.send.changes import PeerChange, PeerChanges
@@ -253,7 +254,8 @@ class PeerPipeline(Sender):
         """Cut loose in a forked child: what the parent runs is not for it to use."""
         disown(self, "pipeline", self._ASKED, stop=nothing_to_stop)
 
-    # What follows runs in dispatcher threads, for one worker at a time each.
+    # What follows runs in dispatcher threads, for one worker at a time each, but for connections:
+    # those are dialled and closed in the poller's thread, which calls nothing of the application's.
 
     def on_event(self, worker: Worker, event: Event, error: int) -> None:
         """Do what the loop needs Python for, then give the worker back. Never raises."""
@@ -276,18 +278,19 @@ class PeerPipeline(Sender):
     #
     #   the worker was            | event     | here                        | then
     #   --------------------------+-----------+-----------------------------+-------------------
-    #   given a message, without  | CONNECT   | close what is too old, pick | DIALLED
-    #     a connection for it     |           | a URL, dial it, TLS as well |
-    #   dialling                  | DIALLED   | take the socket             | the loop writes
-    #                             |           | there is none               | failed
+    #   given a message, without  | CONNECT   | poller: close what is too   | the loop writes, or
+    #     a connection for it     |           | old, pick a URL, dial it,   | NOT_DIALLED
+    #                             |           | TLS as well, take the socket|
+    #   dialling, in vain         | NOT_      |                             | failed
+    #                             |   DIALLED |                             |
     #   reading something odd     | ANSWER    | http.client reads it        | sent, failed, or
     #                             |           |                             | the loop reads on
     #   reading a 204 that others | SUCCEEDED |                             | sent
     #     have to hear of         |           |                             |
     #   writing or reading, when  | FAILED    | judge the text so far       | sent, failed
     #     it broke off            |           | there is none               | failed
-    #   idle, when the peer       | CLOSED    | close the connection        | idle
-    #     closed the connection   |           |                             |
+    #   idle, when the peer       | CLOSED    | poller: close the           | idle
+    #     closed the connection   |           | connection                  |
     #
     #   sent    Reports.delivered: status, Raft (a MsgSnap has ended); then the books
     #   failed  Reports.failed: picker, critical error, status, follower, Raft; then the books
@@ -297,10 +300,9 @@ class PeerPipeline(Sender):
 
     def _handle(self, worker: Worker, event: Event, error: int) -> None:
         match event:
-            case Event.CONNECT:
-                self._dial(worker)
-            case Event.DIALLED:
-                self._dialled(worker)
+            case Event.NOT_DIALLED:
+                failure = DialError(worker.connection.failure or STOPPED)
+                self._fail(worker, self._unreachable(worker, str(failure), failure))
             case Event.ANSWER:
                 self._judge(worker, *worker.answer(), is_ended=error != 0)
             case Event.SUCCEEDED:
@@ -309,32 +311,51 @@ class PeerPipeline(Sender):
                 self._judge(worker, *worker.answer(), is_ended=True)
             case Event.FAILED:
                 self._fail(worker, self._unreachable(worker, self._reason(worker, error)))
-            case Event.CLOSED:
-                self._disconnect(worker)
-                self._give_back(worker)
+
+    def on_connect(self, worker: Worker, event: Event) -> None:
+        """Begin to dial for a worker, or close its idle connection; in the poller's thread."""
+        try:
+            self._disconnect(worker)
+            if event is Event.CONNECT:
+                self._dial(worker)
+            elif worker.give_back() is GiveBack.RETIRED:
+                worker.connection.close()
+        except BaseException as failure:
+            self._broken_dial(worker, failure)
 
     def _dial(self, worker: Worker) -> None:
-        self._disconnect(worker)
-        url = self.picker.pick()
-        connection = worker.connection
-        dial = connection.prepare(
-            self.pool(url), self._config.dial_timeout_s, lambda _: worker.dialled()
+        dial = worker.connection.prepare(
+            self.pool(self.picker.pick()),
+            self._config.dial_timeout_s,
+            partial(self._dialled, worker),
         )
         dialer = self._dispatcher.dialer
         dialer.begin(dial)
-        # From here on the worker may be in another thread's hands.
+        # From here on the worker is the dial's.
         if self._ending.is_taken():
             dialer.cancel(dial)
 
-    def _dialled(self, worker: Worker) -> None:
-        connection = worker.connection
+    def _dialled(self, worker: Worker, dial: Dial) -> None:
+        """Go on with a worker whose dial has ended; in the poller's thread."""
         try:
-            sock = connection.open()
-        except DialError as error:
-            self._fail(worker, self._unreachable(worker, str(error), error))
-            return
-        worker.connect(sock, connection.head)
-        self._give_back(worker)
+            connection = worker.connection
+            connection.failure = dial.failure
+            if not dial.failure:
+                worker.connect(connection.open(), connection.head)
+                if worker.give_back() is GiveBack.TO_LOOP:
+                    return
+        except BaseException as failure:
+            self._broken_dial(worker, failure)
+        else:
+            worker.not_dialled()  # or the pipeline has been stopped meanwhile
+
+    def _broken_dial(self, worker: Worker, failure: BaseException) -> None:
+        logger.exception("internal error, please report: a dial")
+        if worker.has_job():
+            worker.connection.failure = f"internal error: {show(failure)}"
+            worker.not_dialled()
+        else:
+            worker.give_back()
 
     def _judge(self, worker: Worker, data: bytes, is_written: bool, *, is_ended: bool) -> None:
         """Have http.client read the answer, and decide by spec section 2.5."""

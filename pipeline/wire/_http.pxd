@@ -68,7 +68,9 @@ cdef inline bint http_name_is(const uint8_t* name, size_t n, const char* lower,
 
 cdef inline bint http_field_is_plain(const uint8_t* name, size_t name_n, const uint8_t* value,
                                      size_t value_n) noexcept nogil:
-    """Tell whether a header leaves the framing as it is: no body, connection kept."""
+    """Tell whether a header leaves the framing as it is: no body, and a connection that is kept or
+    closed, which ``http_says_close`` tells.
+    """
     while value_n > 0 and (value[0] == 32 or value[0] == 9):
         value += 1
         value_n -= 1
@@ -77,7 +79,8 @@ cdef inline bint http_field_is_plain(const uint8_t* name, size_t name_n, const u
     if http_name_is(name, name_n, b"content-length", 14):
         return value_n == 1 and value[0] == 48
     if http_name_is(name, name_n, b"connection", 10):
-        return http_name_is(value, value_n, b"keep-alive", 10)
+        return http_name_is(value, value_n, b"keep-alive", 10) \
+            or http_name_is(value, value_n, b"close", 5)
     return not http_name_is(name, name_n, b"transfer-encoding", 17)
 
 
@@ -129,6 +132,23 @@ cdef inline int http_recognise_204(const uint8_t* data, size_t n) noexcept nogil
             return HTTP_MORE
         if not http_field_is_plain(data + name, colon - name, data + colon + 1, i - colon - 1):
             return HTTP_ODD
+
+
+cdef inline bint http_says_close(const uint8_t* data, size_t n) noexcept nogil:
+    """Tell whether an answer that was recognised is the last on its connection.
+
+    Of several Connection headers http.client sees the first; here one that says so will do.
+    """
+    cdef size_t i, value
+    for i in range(n):
+        if data[i] == 10 and i + 11 < n and data[i + 11] == 58 \
+                and http_name_is(data + i + 1, 10, b"connection", 10):
+            value = i + 12
+            while value < n and (data[value] == 32 or data[value] == 9):
+                value += 1
+            if value < n and data[value] | 0x20 == 99:      # of the two it may be, "close"
+                return True
+    return False
 
 
 cdef inline bint http_says_version(const uint8_t* data, size_t n) noexcept nogil:

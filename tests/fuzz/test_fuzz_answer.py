@@ -1,5 +1,5 @@
 """Invariant: what the recogniser accepts, http.client reads as a 204 that ends at the same byte,
-has no body and keeps the connection (design R1)."""
+has no body and keeps the connection, unless it says that it does not (design R1)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ ANSWERS = [
     b"Date: Mon, 01 Jan 2024 00:00:00 GMT\r\n\r\n",
     b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n",
     b"HTTP/1.1 204 \r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
 ]
 
 #: What changes a framing, and what confuses parsers.
@@ -71,7 +72,14 @@ def mutated(draw: st.DrawFn) -> bytes:
 LINES = st.lists(
     st.one_of(
         st.sampled_from(
-            [b"Content-Length: 0", b"Connection: keep-alive", b"Date: x", b"From: me", b"A:b"]
+            [
+                b"Content-Length: 0",
+                b"Connection: keep-alive",
+                b"connection:\tClose ",
+                b"Date: x",
+                b"From: me",
+                b"A:b",
+            ]
         ),
         st.tuples(
             st.text("!#$%&'*+-.^_`|~09AZaz", min_size=1, max_size=12),

@@ -71,7 +71,7 @@ child = os.fork()
 if child == 0:
     # The parent's; what the child had closed, nobody else has opened since.
     poller = transport._dispatcher.poller
-    assert poller._wake == -1
+    assert poller.wake_fd == -1
     assert [sock.fileno() for sock in list(own_sockets) if sock.fileno() >= 0] == []
     os.close(write)
     os.read(read, 1)  # until the parent has seen what it must see while we live

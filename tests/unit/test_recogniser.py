@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline._core import recognise_204
+from pipeline._core import recognise_204, says_close
 
 MORE, ODD = 0, -1
 
@@ -21,6 +21,9 @@ ACCEPTED = {
     "length 0": b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n",
     "length 0, spelt oddly": b"HTTP/1.1 204 No Content\r\ncOnTeNt-LeNgTh: \t 0 \t\r\n\r\n",
     "keep-alive": b"HTTP/1.1 204 No Content\r\nConnection: Keep-Alive\r\n\r\n",
+    "close": b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    "close, spelt oddly": b"HTTP/1.1 204 A\r\nA: b\r\ncOnNeCtIoN:\t CLOSE \r\n\r\n",
+    "close, and not": b"HTTP/1.1 204 A\r\nConnection: keep-alive\r\nConnection: close\r\n\r\n",
     "empty value": b"HTTP/1.1 204 No Content\r\nX-A:\r\n\r\n",
     "tab in a value": b"HTTP/1.1 204 No Content\r\nX-A: a\tb\r\n\r\n",
     "colon in a value": b"HTTP/1.1 204 No Content\r\nX-A: a:b\r\n\r\n",
@@ -60,7 +63,7 @@ REFUSED = {
     "a second length": b"HTTP/1.1 204 A\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\n",
     "chunked": b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
     "identity": b"HTTP/1.1 204 No Content\r\ntransfer-ENCODING: identity\r\n\r\n",
-    "close": b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n",
+    "close and more": b"HTTP/1.1 204 No Content\r\nConnection: closed\r\n\r\n",
     "close among others": b"HTTP/1.1 204 A\r\nConnection: keep-alive, close\r\n\r\n",
     "upgrade": b"HTTP/1.1 204 A\r\nConnection: upgrade\r\n\r\n",
     "100": b"HTTP/1.1 100 Continue\r\n\r\n",
@@ -70,6 +73,11 @@ REFUSED = {
 @pytest.mark.parametrize("data", ACCEPTED.values(), ids=ACCEPTED.keys())
 def test_accepts(data: bytes) -> None:
     assert recognise_204(data) == len(data)
+
+
+def test_tells_the_answers_that_are_the_last_on_their_connection() -> None:
+    last = {name for name, data in ACCEPTED.items() if says_close(data)}
+    assert last == {"close", "close, spelt oddly", "close, and not"}
 
 
 @pytest.mark.parametrize("data", ACCEPTED.values(), ids=ACCEPTED.keys())
