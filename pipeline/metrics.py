@@ -142,6 +142,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         ("Local",),
         "Messages of types past the last we know, answered 204 and not delivered.",
     ),
+    "raft_pipeline_unknown_fields_total": (
+        "counter",
+        ("Local",),
+        "Messages delivered without fields of theirs that raftpb does not have.",
+    ),
     "raft_pipeline_process_failures_total": (
         "counter",
         ("Local",),
@@ -371,6 +376,7 @@ def _received_samples(local: str, counts: ReceivedCounts) -> Iterator[Sample]:
         yield "etcd_network_peer_received_failures_total", (address,), failures
     yield "raft_pipeline_ignored_messages_total", (local,), counts.ignored
     yield "raft_pipeline_unknown_messages_total", (local,), counts.unknown
+    yield "raft_pipeline_unknown_fields_total", (local,), counts.unknown_fields
     yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
 
 

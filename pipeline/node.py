@@ -490,6 +490,7 @@ class Node:
             sum(counts.received_failures.values()),
             counts.ignored,
             counts.unknown,
+            counts.unknown_fields,
             self._dispatcher.loop.queued_bytes,
             lost_lines(),
         )

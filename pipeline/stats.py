@@ -70,6 +70,9 @@ class TransportStats(NamedTuple):
     ignored: int
     #: Messages of types that only a later raft knows, answered 204 and not delivered.
     unknown: int
+    #: Messages delivered without some of their fields: raftpb does not have them, and
+    #: ``ReceiverConfig.encoded`` is not set.
+    unknown_fields: int
     #: Bytes queued for all peers and remotes, of at most ``TransportConfig.queue_bytes``.
     queued_bytes: int
     #: Lines of the log, of all of this process, that were lost because logging raised.

@@ -532,6 +532,8 @@ cdef class Receiver:
             message = encoded_from_decoded(&request.decoded, body)
         else:
             message = message_from_decoded(&request.decoded, body)
+            if request.decoded.has_unknown:
+                self.handlers.lost_fields(request.decoded.message.from_, remote)
         # The message keeps what it needs of the body; what it does not is not held while it waits.
         body_free(&request.body)
         del body

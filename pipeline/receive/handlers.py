@@ -240,9 +240,11 @@ class Handlers:
         Whatever ``process`` raises becomes an answer.
         """
         try:
-            message = decode(body, encoded=self.config.encoded).message
+            message, has_unknown_fields, _ = decode(body, encoded=self.config.encoded)
         except UnmarshalError as error:
             return self.undecodable(request.remote, error)
+        if has_unknown_fields and not self.config.encoded:
+            self.lost_fields(message.from_, request.remote)
         return self.process(message, len(body), request.remote) or self.no_content()
 
     def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
@@ -250,6 +252,20 @@ class Handlers:
         self._warn("failed to unmarshal Raft message from %s: %s", remote, error)
         self.received.count_failure(remote)
         return self._answer(400, "error unmarshalling raft message")
+
+    def lost_fields(self, sender: int, remote: object) -> None:
+        """Count a message that was decoded without some of its fields; the log hears once of each
+        member.
+
+        It is of a raft with another schema, whose replicas would come to differ without a word.
+        """
+        if self.received.count_unknown_fields(sender):
+            logger.warning(
+                "Raft message from member %s at %s has fields that raftpb does not have: they are "
+                "lost, as in all of its messages; ReceiverConfig(encoded=True) would keep them",
+                format_id(sender),
+                remote,
+            )
 
     def process(
         self, message: Message | EncodedMessage, size_bytes: int, remote: object

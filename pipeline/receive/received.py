@@ -24,6 +24,7 @@ class ReceivedCounts(NamedTuple):
     received_failures: dict[str, int]
     ignored: int
     unknown: int
+    unknown_fields: int
     process_failures: int
 
 
@@ -42,6 +43,8 @@ class Received:
         Messages of process-local types, answered 204 and not delivered.
     unknown : int
         Messages of types past the last we know, answered 204 and not delivered.
+    unknown_fields : int
+        Messages decoded without some of their fields, which a ``Message`` does not have.
     process_failures : int
         Calls of ``process`` that raised anything but ``RequestRejected``.
     """
@@ -53,9 +56,11 @@ class Received:
         self.failures = 0
         self.ignored = 0
         self.unknown = 0
+        self.unknown_fields = 0
         self.process_failures = 0
         self._failures_by_address: dict[str, int] | None = None
         self._unknown_types: set[int] = set()  # that the log has been told of
+        self._losing_senders: set[int] = set()  # likewise
 
     def count_bytes(self, sender: int, size_bytes: int) -> None:
         """Count bytes of a member."""
@@ -96,6 +101,20 @@ class Received:
                 self._unknown_types.add(kind)
         return is_news
 
+    def count_unknown_fields(self, sender: int) -> bool:
+        """Count a message of which fields are lost; whether the log is to hear of its sender.
+
+        A stranger can make up members, too: past the first 128 the log hears of no more.
+        """
+        with self._lock:
+            self.unknown_fields += 1
+            is_news = (
+                sender not in self._losing_senders and len(self._losing_senders) < _MAX_SENDERS
+            )
+            if is_news:
+                self._losing_senders.add(sender)
+        return is_news
+
     def count_process_failure(self) -> None:
         """Count a call of ``process`` that failed."""
         with self._lock:
@@ -110,7 +129,12 @@ class Received:
             failures = dict(self._failures_by_address or {})
             failures[""] = self.failures - sum(failures.values())
             return ReceivedCounts(
-                received, failures, self.ignored, self.unknown, self.process_failures
+                received,
+                failures,
+                self.ignored,
+                self.unknown,
+                self.unknown_fields,
+                self.process_failures,
             )
 
     def count_failures_by_address(self) -> None:
@@ -123,3 +147,4 @@ class Received:
         """Drop what was counted for a member that is one no more."""
         with self._lock:
             self.bytes_by_sender.pop(sender, None)
+            self._losing_senders.discard(sender)

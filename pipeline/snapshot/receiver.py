@@ -157,16 +157,17 @@ class SnapshotReceiver:
         sender = format_id(0)  # as etcd, while nothing is decoded
         share = handlers.budget.share()  # of the message; it ends with this call
         try:
-            (message, _, index), size_bytes = _read_message(
-                body, buffer, share, encoded=self._config.encoded
-            )
+            decoded, size_bytes = _read_message(body, buffer, share, encoded=self._config.encoded)
         except NoRoomError:
             self.refused()
             return handlers.overloaded(request.remote)
         except BodyError as error:
             handlers.received.count_failure(request.remote)
             return self._failed(sender, request, 400, "failed to decode raft message", error)
+        message, has_unknown_fields, index = decoded
         sender = format_id(message.from_)
+        if has_unknown_fields and not self._config.encoded:
+            handlers.lost_fields(message.from_, request.remote)
         handlers.received.count_bytes(message.from_, size_bytes)
         if message.type != MessageType.SNAP:
             return self._failed(sender, request, 400, "wrong raft message type")

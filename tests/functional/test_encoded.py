@@ -28,7 +28,13 @@ from pipeline.receive.listener import Listener
 from pipeline.receive.wsgi import wsgi_app
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.fronts import AsgiFront, WsgiFront, running
-from tests.support.http import CLUSTER_ID, handlers_of, peer_headers, reply_of_socket
+from tests.support.http import (
+    CLUSTER_ID,
+    handlers_of,
+    peer_headers,
+    reply_of_handlers,
+    reply_of_socket,
+)
 from tests.support.listening import ask, dial, post, read_status
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import FILE, INDEX, framed, post_snapshot, snapshot
@@ -271,3 +277,89 @@ def test_asyncio_is_given_encoded_messages_too() -> None:
                 return bytes((await two.came.get()).data)
 
     assert asyncio.run(main()) == body
+
+
+# What is lost without it
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "pipeline.receive.handlers" and record.levelname == "WARNING"
+    ]
+
+
+@each_way
+@pytest.mark.parametrize("size", [0, 3 * MIB], ids=["small", "3 MiB"])
+def test_lost_fields_are_counted_and_told_of_once(
+    way: Way, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    raft, config = FakeRaft(), ReceiverConfig()
+    handlers = handlers_of(raft, config)
+    for _ in range(2):
+        way(handlers, config, strange(size, from_=7))
+    messages = 4 if way is by_listener else 2
+    assert handlers.received.counts().unknown_fields == messages
+    expected = Message(
+        type=MessageType.APP,
+        to=2,
+        from_=7,
+        term=5,
+        entries=[Entry(term=5, index=7, data=b"data")],
+        context=bytes(size),
+    )
+    assert raft.processed == [expected] * messages
+    (text,) = told(caplog)
+    assert text.startswith("Raft message from member 7 at 127.0.0.1:")
+    assert text.endswith("ReceiverConfig(encoded=True) would keep them")
+
+
+@each_way
+def test_nothing_is_counted_that_is_not_lost(way: Way, caplog: pytest.LogCaptureFixture) -> None:
+    """What etcds of any version send, and anything at all where it is kept."""
+    message = Message(
+        type=MessageType.APP,
+        from_=1,
+        entries=[Entry(data=b"x")],
+        snapshot=Snapshot(data=b"x", metadata=SnapshotMetadata(index=1, term=1)),
+    )
+    for profile in ("3.5", "3.6", "3.7"):
+        config = ReceiverConfig()
+        handlers = handlers_of(FakeRaft(), config)
+        way(handlers, config, message.marshal(profile))
+        assert handlers.received.unknown_fields == 0
+    config = ReceiverConfig(encoded=True)
+    handlers = handlers_of(FakeRaft(), config)
+    way(handlers, config, strange())
+    assert handlers.received.unknown_fields == 0
+    assert told(caplog) == []
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_the_fields_of_a_snapshot_are_counted_if_they_are_lost(
+    tmp_path: Path, encoded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    raft, config = FakeRaft(), ReceiverConfig(snapshot_dir=tmp_path, encoded=encoded)
+    handlers = handlers_of(raft, config)
+    with Listener(handlers, "http://127.0.0.1:0", config) as listener:
+        for body in (snapshot().marshal(), snapshot().marshal() + b"\x78\x01"):
+            assert ask(listener.url, post_snapshot(framed(body, b"database"))).status == 204
+    assert len(raft.processed) == 2
+    assert handlers.received.unknown_fields == (0 if encoded else 1)
+    assert len(told(caplog)) == (0 if encoded else 1)
+
+
+def test_the_log_hears_of_so_many_made_up_members_and_of_one_that_comes_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handlers = handlers_of(FakeRaft())
+    for sender in range(1, 300):
+        reply = reply_of_handlers(handlers, "POST", "/raft", peer_headers(), strange(from_=sender))
+        assert reply.status == 204
+    assert handlers.received.unknown_fields == 299
+    assert len(told(caplog)) == 128
+    handlers.forget(5)
+    for _ in range(2):
+        reply_of_handlers(handlers, "POST", "/raft", peer_headers(), strange(from_=5))
+    assert len(told(caplog)) == 129

@@ -533,7 +533,7 @@ def test_what_concerns_the_whole_transport_is_told_in_one_place() -> None:
             (Message(type=MessageType.HEARTBEAT).marshal(), 500),
             (b"\xff", 400),
             (Message(type=MessageType.HUP).marshal(), 204),
-            (Message(type=99).marshal(), 204),
+            (Message(type=99).marshal() + b"\x78\x01", 204),
         ):
             assert reply_of_socket(url, "POST", "/raft", peer_headers(), body).status == status
         with ScriptedServer() as server:
@@ -549,6 +549,7 @@ def test_what_concerns_the_whole_transport_is_told_in_one_place() -> None:
         received_failures=1,
         ignored=1,
         unknown=1,
+        unknown_fields=1,
         queued_bytes=message().byte_size(),
         lost_log_lines=0,
     )

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.raftpb import raft_pb2
 from pipeline.types import MessageType
-from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata
+from pipeline.wire._messages import ConfState, Entry, Message, Snapshot, SnapshotMetadata, decode
 
 SOME_DATA = "73 6f 6d 65 20 64 61 74 61"
 EMPTY_SNAPSHOT = "4a 0a 12 08 0a 02 28 00 10 00 18 00"
@@ -133,7 +133,7 @@ def test_the_3_5_profile_makes_etcds_bytes(message: Message, text: str) -> None:
 
 @by_name
 def test_etcds_bytes_are_read_as_the_message(message: Message, text: str) -> None:
-    assert Message.unmarshal(bytes.fromhex(text)) == message
+    assert decode(bytes.fromhex(text))[:2] == (message, False)
 
 
 @by_name
@@ -142,7 +142,7 @@ def test_the_3_6_profile_drops_an_empty_snapshot_and_appends_vote(
 ) -> None:
     expected = text.replace(f" {EMPTY_SNAPSHOT}", "") + " 68 00"
     assert message.marshal("3.6").hex(" ") == expected
-    assert Message.unmarshal(bytes.fromhex(expected)) == message
+    assert decode(bytes.fromhex(expected))[:2] == (message, False)
 
 
 def test_a_zero_message_has_the_size_of_its_era() -> None:

@@ -131,13 +131,14 @@ class Cluster:
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
-        """Stop our member; its books must balance to the end."""
+        """Stop our member; its books must balance to the end, and nothing of etcd's be lost."""
         transport, self.transport = self.transport, None
         assert transport is not None
         self.follower.stop()
         stats = transport.stats()[self.etcd.id]
         transport.stop()
         assert_balanced(stats)
+        assert transport.transport_stats().unknown_fields == 0
 
     def stop(self) -> None:
         """Stop what runs. Print etcd's log: pytest shows it when the test failed."""

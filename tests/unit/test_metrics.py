@@ -117,7 +117,7 @@ def test_what_is_received_is_counted_by_its_sender_and_its_listener() -> None:
         listener = transport.listen("http://127.0.0.1:0")
         collector = transport.metrics_collector()
         assert post_heartbeat(listener.url).status == 204
-        later = Message(type=24, from_=3).marshal()
+        later = Message(type=24, from_=3).marshal() + b"\x78\x01"
         reply = reply_of_socket(listener.url, "POST", "/raft", peer_headers(), later)
         assert reply.status == 204
         shown = Exposition(collector)
@@ -127,6 +127,7 @@ def test_what_is_received_is_counted_by_its_sender_and_its_listener() -> None:
     assert shown.value("etcd_network_peer_received_bytes_total", From="1") == size
     assert shown.value("raft_pipeline_unknown_messages_total", Local="2") == 1
     assert shown.value("raft_pipeline_ignored_messages_total", Local="2") == 0
+    assert shown.value("raft_pipeline_unknown_fields_total", Local="2") == 1
     labels = {"Local": "2", "Listener": listener.url}
     assert shown.value("raft_pipeline_listener_accepted_connections_total", **labels) == 2
     assert shown.value("raft_pipeline_listener_general_requests_total", **labels) == 1
