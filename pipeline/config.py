@@ -54,7 +54,9 @@ def _require_time_or_zero(name: str, value: object) -> None:
 class PipelineConfig:
     """How one peer's pipeline sends."""
 
-    #: Workers, each with one connection; etcd ``connPerPipeline``.
+    #: Workers, each with one connection; etcd ``connPerPipeline``. With 1 a message is sent when
+    #: the one before it has been answered, or has failed: they arrive in order, but one that failed
+    #: or was sent again because its connection broke may arrive late, or twice.
     connections: int = 4
     #: Messages msgc holds; etcd ``pipelineBufSize``: a short pause of the network loses nothing.
     queue_length: int = 64

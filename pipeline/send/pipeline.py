@@ -98,7 +98,7 @@ class PeerPipeline(Sender):
     -----
     ``send``, ``stats`` and ``follower_stats`` are :class:`pipeline._core.Sender`'s, without a
     Python frame in between. All methods are thread-safe. There is no order among messages in
-    flight.
+    flight; with ``connections=1`` only one is.
     """
 
     # What applications ask of a pipeline, and a forked child is refused. The rest our threads ask.
