@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from pipeline.snapshot.source import SnapshotSource
     from pipeline.tls import TLSInfo
     from pipeline.transport import Transport
+    from pipeline.wire.protocol import format_id, parse_id
 
 __all__ = [
     "ClusterIDMismatchError",
@@ -111,6 +112,8 @@ __all__ = [
     "UnmarshalError",
     "UsageError",
     "__version__",
+    "format_id",
+    "parse_id",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -135,6 +138,8 @@ _MODULES = {
     "TLSInfo": "tls",
     "Transport": "transport",
     "URLPicker": "send.picker",
+    "format_id": "wire.protocol",
+    "parse_id": "wire.protocol",
 }
 
 

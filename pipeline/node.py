@@ -193,6 +193,22 @@ class Node:
             self.credentials.subscribe(self._retire_connections)
         _all.add(self)
 
+    def __repr__(self) -> str:
+        """Say whose it is, what it is at, and whom it reaches; never raises, calls nobody."""
+        kind = f"{type(self).__module__.removesuffix('.transport')}.{type(self).__qualname__}"
+        try:
+            us = f"{format_id(self.member_id)} of cluster {format_id(self.cluster_id)}"
+            peers = f"{self.active_peers()} of {len(self._peers)} peers active"
+            urls = [url for it in tuple(self._listeners) if not it.is_closed for url in it.urls]
+        except AttributeError:  # its making has failed
+            return f"<{kind}, half made>"
+        if self._is_stopped:
+            state = "stopped" if self._refusal is not None else "stopping"
+        else:
+            state = "running" if self._is_started else "not started"
+        listening = f", listening at {', '.join(urls)}" if urls else ""
+        return f"<{kind} {us}: {state}, {peers}{listening}>"
+
     # -- life
 
     def _start(self) -> None:

@@ -20,6 +20,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.identity import Identity, Version, compare_major_minor
+from pipeline.logs import show
 from pipeline.names import zoneless
 from pipeline.wire.urls import parse_peer_urls
 
@@ -72,26 +73,62 @@ _ID = re.compile(r"[0-9A-Fa-f]+")
 _TOKEN = re.compile(r"[!-~]+(?: [!-~]+)*")
 
 
-def format_id(member_id: int) -> str:
-    """Write a member or cluster id as headers, labels and logs do: hex, lower case, unpadded.
+def format_id(value: int, /) -> str:
+    """Write a member's or cluster's ID as etcd does, and our headers, labels and logs.
 
-    Raises ``UsageError`` if it does not fit 64 bits.
+    Parameters
+    ----------
+    value : int
+        0 to 2**64-1.
+
+    Returns
+    -------
+    str
+        Hexadecimal digits, lower case, without leading zeros: ``8e9e05c52164694d``. ``etcdctl``
+        shows the same; its ``--write-out=json`` has decimal numbers.
+
+    Raises
+    ------
+    UsageError
+        If it is not an int of 64 bits, unsigned.
+
+    Notes
+    -----
+    Thread-safe. Source: etcd ``types.ID.String``.
     """
-    require_id("id", member_id)
-    return f"{member_id:x}"
+    require_id("id", value)
+    return f"{value:x}"
 
 
-def parse_id(text: str) -> int:
-    """Read an id from a header: hex of any case, leading zeros allowed, at most 64 bits.
+def parse_id(text: str, /) -> int:
+    """Read what :func:`format_id` writes, and what else etcd takes for an ID.
 
-    Raises ``UsageError`` otherwise. Source: etcd ``types.IDFromString``.
+    Parameters
+    ----------
+    text : str
+        ASCII hexadecimal digits of any case; leading zeros are allowed, a sign, a prefix such as
+        ``0x``, underscores and spaces are not.
+
+    Returns
+    -------
+    int
+        0 to 2**64-1.
+
+    Raises
+    ------
+    UsageError
+        If it is no such text, or has more than 64 bits.
+
+    Notes
+    -----
+    Thread-safe. Source: etcd ``types.IDFromString``.
     """
     # int() alone would take "0x1", "1_0", " 1" and "-1".
-    if _ID.fullmatch(text):
+    if isinstance(text, str) and _ID.fullmatch(text):
         significant = text.lstrip("0")
         if len(significant) <= 16:
             return int(significant or "0", 16)
-    raise UsageError(f"id: {text[:64]!r} is not a hexadecimal number of at most 64 bits")
+    raise UsageError(f"id: {show(text)} is not a hexadecimal number of at most 64 bits")
 
 
 # What a peer that does not say is taken for: etcd 2.0 had no version headers.

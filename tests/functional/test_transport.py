@@ -187,6 +187,54 @@ def test_send_refuses_what_is_no_message_after_sending_what_came_before(wrong: o
         assert transport.stats()[2].offered == 1
 
 
+# What it says of itself
+
+
+def test_its_repr_says_whose_it_is_what_it_is_at_and_whom_it_reaches(tmp_path: Path) -> None:
+    us, cluster = 0x8E9E05C52164694D, 0xCDF818194E3A8C32
+    tls = Authority(tmp_path).info()
+    transport = Transport(us, cluster, FakeRaft(), config=ONE, tls=tls)
+    head = "<pipeline.Transport 8e9e05c52164694d of cluster cdf818194e3a8c32: "
+    assert repr(transport) == f"{head}not started, 0 of 0 peers active>"
+    with ScriptedServer() as server, transport:
+        transport.add_peer(2, [server.url])
+        transport.add_peer(3, ["http://127.0.0.1:1"])
+        assert repr(transport) == f"{head}running, 0 of 2 peers active>"
+        transport.send([message()])
+        eventually(lambda: transport.active_peers() == 1)
+        urls = ["http://127.0.0.1:0", "https://127.0.0.1:0"]
+        one, two = transport.listen(urls), transport.listen(urls[0])
+        told = f"{head}running, 1 of 2 peers active, listening at "
+        assert repr(transport) == f"{told}{one.urls[0]}, {one.urls[1]}, {two.url}>"
+        one.close()
+        assert repr(transport) == f"{told}{two.url}>"
+    assert repr(transport) == f"{head}stopped, 0 of 0 peers active>"
+
+
+def test_its_repr_says_that_it_stops_and_does_not_raise_for_one_half_made() -> None:
+    told = []
+
+    class Looking(FakeRaft):
+        def report_unreachable(self, member_id: int) -> None:
+            told.append(repr(transport))
+
+    class Derived(Transport):
+        pass
+
+    with ScriptedServer() as server, Derived(1, 0x77, Looking()) as transport:
+        server.script = server.hold
+        transport.add_peer(2, [server.url])
+        transport.send([message()])
+        server.wait_requests(1)
+        transport.stop()
+        server.release.set()
+    kind = f"{__name__}.{Derived.__qualname__}"
+    assert told == [f"<{kind} 1 of cluster 77: stopping, 0 of 0 peers active>"]
+    assert repr(Derived.__new__(Derived)) == f"<{kind}, half made>"
+    name = repr(aio.Transport(1, 0x77, FakeRaft())).partition(" ")[0]
+    assert name == "<pipeline.aio.Transport"
+
+
 # What ``send`` returns: how many were not queued
 
 

@@ -22,6 +22,8 @@ from pipeline import (
     SnapshotTransfer,
     Transport,
     TransportConfig,
+    format_id,
+    parse_id,
 )
 from pipeline.raftpb import raft_pb2
 
@@ -61,6 +63,7 @@ def through_a_transport(raft: Raft, message: Message) -> int:
         transport.send([raft_pb2.Message(type=raft_pb2.MsgApp, to=2)])
         transport.send(message)  # type: ignore[arg-type]
         transport.send([b"bytes"])  # type: ignore[list-item]
+        assert_type(format_id(parse_id("2")), str)
         assert_type(transport.stats(), dict[int, PipelineStats])
         assert_type(transport.peer_stats()[2].server_version, str | None)
         assert_type(transport.follower_stats(), dict[int, FollowerStats])

@@ -144,11 +144,16 @@ def test_reads_ids_of_any_case_with_leading_zeros(text: str, value: int) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0x1", "1_0", " 1", "1\n", "+1", "-1", "g", "1" + "0" * 16, "f" * 5000, "\u0661"]
+    "text",
+    [
+        *("", "0x1", "1_0", " 1", "1\n", "+1", "-1", "g", "1" + "0" * 16, "f" * 5000, "\u0661"),
+        *(b"1", 1, None, bytearray(b"1")),
+    ],
 )
 def test_refuses_to_read_what_is_not_an_id(text: str) -> None:
-    with pytest.raises(UsageError, match="id: "):
+    with pytest.raises(UsageError, match="id: ") as caught:
         parse_id(text)
+    assert len(str(caught.value)) < 500
 
 
 HEAD = {

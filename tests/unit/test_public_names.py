@@ -17,7 +17,7 @@ NAMES = """
     URLPicker PeerStatus TransportConfig ReceiverConfig PipelineError UsageError MarshalError
     UnmarshalError PostError PeerUnreachableError UnexpectedStatusError IncompatibleVersionError
     ClusterIDMismatchError MemberRemovedError InternalError RequestRejected SnapshotTransfer
-    PeerChange PeerState
+    PeerChange PeerState format_id parse_id
 """
 
 MEMBERS = {
