@@ -136,6 +136,7 @@ setup(
                 "wire._chunks",
                 "net._sockets",
                 "_core",
+                "receive._arrivals",
                 "receive._receiver",
             )
         ],

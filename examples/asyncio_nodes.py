@@ -3,17 +3,14 @@
 import asyncio
 
 from pipeline import Message, MessageType, SnapshotStatus
-from pipeline.aio import Transport
+from pipeline.aio import Inbox, Transport
 
 
 class Node:
-    """What a Raft node implements (``pipeline.aio.Raft``); called on the loop, async or plain."""
+    """What a node implements that has an inbox (``pipeline.aio.RaftReports``)."""
 
     def __init__(self) -> None:
-        self.inbox: asyncio.Queue[Message] = asyncio.Queue()
-
-    async def process(self, message: Message) -> None:
-        await self.inbox.put(message)
+        self.inbox = Inbox()
 
     def is_id_removed(self, member_id: int) -> bool:
         return False
@@ -24,10 +21,13 @@ class Node:
 
 async def main() -> None:
     a, b = Node(), Node()
-    async with Transport(1, 0x77, a) as one, Transport(2, 0x77, b) as two:
+    async with (
+        Transport(1, 0x77, a, inbox=a.inbox) as one,
+        Transport(2, 0x77, b, inbox=b.inbox) as two,
+    ):
         one.add_peer(2, [(await two.listen("http://127.0.0.1:0")).url])
         one.send([Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)])
-        print("2 got", await b.inbox.get())
+        print("2 got", *await b.inbox.take())
 
 
 asyncio.run(main())

@@ -43,12 +43,13 @@ from pipeline.errors import (
     UnmarshalError,
     UsageError,
 )
-from pipeline.raft import Raft
-from pipeline.stats import FollowerStats, PipelineStats, TransportStats
+from pipeline.raft import Raft, RaftReports
+from pipeline.stats import FollowerStats, InboxStats, PipelineStats, TransportStats
 from pipeline.types import EntryType, MessageType, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
     from pipeline.peer import PeerStats
+    from pipeline.receive.inbox import Inbox
     from pipeline.receive.listener import Listener
     from pipeline.remote import RemotePolicy, RemoteStats
     from pipeline.send.changes import PeerChange, PeerState
@@ -69,6 +70,8 @@ __all__ = [
     "Entry",
     "EntryType",
     "FollowerStats",
+    "Inbox",
+    "InboxStats",
     "IncompatibleVersionError",
     "InternalError",
     "LastError",
@@ -90,6 +93,7 @@ __all__ = [
     "PostError",
     "ProbeStats",
     "Raft",
+    "RaftReports",
     "ReceiverConfig",
     "RemotePolicy",
     "RemoteStats",
@@ -122,6 +126,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # of Python's own start. A program that has only messages to encode, or is asked for its version,
 # does without.
 _MODULES = {
+    "Inbox": "receive.inbox",
     "LastError": "send.status",
     "Listener": "receive.listener",
     "PeerChange": "send.changes",

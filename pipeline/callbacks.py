@@ -29,16 +29,20 @@ T = TypeVar("T")
 _RAFT_METHODS = ("process", "is_id_removed", "report_unreachable", "report_snapshot")
 
 
-def require_raft(raft: object, *, is_async_taken: bool = False) -> None:
+def require_raft(raft: object, *, has_inbox: bool = False, is_async_taken: bool = False) -> None:
     """Raise ``UsageError`` unless ``raft`` has the methods of ``Raft``, and plain ones.
 
     Parameters
     ----------
     raft : object
+    has_inbox : bool
+        Whether messages go to an inbox, and ``process`` is not called.
     is_async_taken : bool
         Whether ``async`` methods are taken, which ``pipeline.aio`` awaits.
     """
     for name in _RAFT_METHODS:
+        if name == "process" and has_inbox:
+            continue
         try:
             method = getattr(raft, name)
         except AttributeError:

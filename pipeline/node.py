@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipeline.arguments import require_bool, require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
@@ -25,6 +25,7 @@ from pipeline.node_snapshot import NodeSnapshot
 from pipeline.peer import Peer, PeerStats
 from pipeline.raft import AnyRaft
 from pipeline.receive.handlers import Handlers
+from pipeline.receive.inbox import Inbox
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
 from pipeline.send.changes import PeerChange
 from pipeline.send.dispatcher import Dispatcher
@@ -108,12 +109,15 @@ class Node:
         on_peer_change: Callable[[PeerChange], None] | None = None,
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
+        inbox: Inbox[Any] | None = None,
     ) -> None:
         require_real_threads()
         require_id("member_id", member_id)
         require_id("cluster_id", cluster_id)
         require_bool("allow_loopback_remotes", allow_loopback_remotes)
-        require_raft(raft)
+        if inbox is not None:
+            require_instance("inbox", inbox, Inbox)
+        require_raft(raft, has_inbox=inbox is not None)
         require_callable("on_critical_error", on_critical_error)
         require_callable("on_peer_change", on_peer_change)
         require_callable("remote_policy", remote_policy)
@@ -154,6 +158,7 @@ class Node:
             allow_loopback=allow_loopback_remotes,
             callbacks=self.callbacks,
         )
+        self._inbox = inbox
         self.handlers = Handlers(
             raft,
             self._identity,
@@ -164,6 +169,7 @@ class Node:
             allow_member=None if tls is None else tls.allow_member,
             callbacks=self.callbacks,
             versions=self._versions,
+            inbox=inbox,
         )
         self._snapshots = SnapshotReceiver(raft, self.handlers, self.config.receiver)
         self.handlers.snapshots = self._snapshots
@@ -243,6 +249,8 @@ class Node:
         remotes = self._remotes.close()
         dropped = sum(remote.pipeline.stop_begin() for remote in remotes)
         dropped += sum(peer.stop_begin() for peer in peers)
+        if self._inbox is not None and self.handlers.source is not None:
+            self._inbox.close_source(self.handlers.source)
         if not is_first and (self._dispatcher.is_current_thread() or is_transfer_thread()):
             return dropped  # the first call may be waiting for the callback we are in
         for listener in tuple(self._listeners):

@@ -18,24 +18,18 @@ else:
 
     Received_contra = TypeVar("Received_contra", contravariant=True)
 
-__all__ = ["AnyRaft", "Raft", "Received_contra"]
+__all__ = ["AnyRaft", "Raft", "RaftReports", "Received_contra"]
 
 
 @runtime_checkable
-class Raft(Protocol[Received_contra]):
-    """What the node implements; called from the library's threads, concurrently.
+class RaftReports(Protocol):
+    """What the node implements that takes its messages from an ``Inbox``.
 
-    ``Raft[EncodedMessage]`` is what a node implements that has set ``ReceiverConfig.encoded``.
-    Its methods are plain: ``async`` ones are for ``pipeline.aio``. One that raises is logged and
-    counted and kills no thread; one that blocks holds up the worker or the connection it was
-    called for, nothing else. Source: etcd ``rafthttp.Raft``.
+    Called from the library's threads, concurrently. Its methods are plain: ``async`` ones are for
+    ``pipeline.aio``. One that raises is logged and counted and kills no thread; one that blocks
+    holds up the worker or the connection it was called for, nothing else. Source: etcd
+    ``rafthttp.Raft``.
     """
-
-    def process(self, message: Received_contra) -> None:
-        """Take a message a peer sent. The peer is answered 204 when this returns.
-
-        Raise ``RequestRejected`` to choose the answer; anything else is answered 500.
-        """
 
     def is_id_removed(self, member_id: int) -> bool:
         """Tell whether the member was removed from the cluster for good.
@@ -55,5 +49,20 @@ class Raft(Protocol[Received_contra]):
         """Learn how a MsgSnap to the member ended."""
 
 
-#: A node of either kind. That it takes what ``ReceiverConfig.encoded`` says is its business.
-AnyRaft: TypeAlias = "Raft[Message] | Raft[EncodedMessage]"
+@runtime_checkable
+class Raft(RaftReports, Protocol[Received_contra]):
+    """What the node implements that is called with each message; else as ``RaftReports``.
+
+    ``Raft[EncodedMessage]`` is what a node implements that has set ``ReceiverConfig.encoded``.
+    """
+
+    def process(self, message: Received_contra) -> None:
+        """Take a message a peer sent. The peer is answered 204 when this returns.
+
+        Raise ``RequestRejected`` to choose the answer; anything else is answered 500.
+        """
+
+
+#: A node of any kind. That it takes what ``ReceiverConfig.encoded`` says, or has an inbox, is its
+#: business.
+AnyRaft: TypeAlias = "Raft[Message] | Raft[EncodedMessage] | RaftReports"

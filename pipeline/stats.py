@@ -15,6 +15,7 @@ __all__ = [
     "SNAPSHOT_BOUNDS_S",
     "FollowerStats",
     "Histogram",
+    "InboxStats",
     "PipelineStats",
     "ServerStats",
     "TransportStats",
@@ -54,6 +55,28 @@ class PipelineStats(NamedTuple):
     sent_bytes: int
     #: Protobuf bytes waiting in msgc.
     queued_bytes: int
+
+
+class InboxStats(NamedTuple):
+    """The books of an inbox at one instant.
+
+    ``received == taken + queued + dropped`` holds in every value.
+    """
+
+    #: Messages put in.
+    received: int
+    #: Messages that ``take`` has returned.
+    taken: int
+    #: Messages that were there when the transport they had come through was stopped, and those
+    #: whose sender had not been answered when their listener was closed.
+    dropped: int
+    #: Messages there now.
+    queued: int
+    #: Bytes they hold.
+    queued_bytes: int
+    #: Requests that are not answered yet: there is no room for their message, or it is a MsgProp
+    #: or MsgSnap, which is answered when it is taken.
+    waiting: int
 
 
 class TransportStats(NamedTuple):
@@ -183,13 +206,15 @@ class ServerStats:
             self._sent += 1
             self._sent_last.append((time.monotonic(), 0))
 
-    def received_append(self, leader: int, size_bytes: int) -> None:
-        """Count a MsgApp that ``leader`` sent us."""
+    def received_append(self, leader: int, size_bytes: int, messages: int = 1) -> None:
+        """Count a MsgApp that ``leader`` sent us, or several, of so many bytes together."""
+        now_s = time.monotonic()
         with self._lock:
             if self._leader != leader:
                 self._lead(leader)
-            self._received += 1
-            self._received_last.append((time.monotonic(), size_bytes))
+            self._received += messages
+            for _ in range(min(messages, RATE_SAMPLES)):
+                self._received_last.append((now_s, size_bytes // messages))
 
     def to_dict(self) -> dict[str, object]:
         """Return the shape of etcd's ``/v2/stats/self``."""

@@ -28,7 +28,8 @@ class Transport(Node):
     member_id, cluster_id : int
         Ours, 64 bits.
     raft : Raft
-        Takes what peers send and hears what could not be delivered, from our threads.
+        Takes what peers send and hears what could not be delivered, from our threads. With an
+        ``inbox`` a ``RaftReports``, which has no ``process``.
     peer_urls : iterable of str
         Where peers reach us, so no wildcard addresses; sent as X-PeerURLs.
     tls : TLSInfo, optional
@@ -58,6 +59,8 @@ class Transport(Node):
         a host *name* stands for is its business.
     allow_loopback_remotes : bool
         Whether the policy is asked about loopback addresses.
+    inbox : Inbox, optional
+        Where messages go that peers send; the node takes them from there.
 
     Raises
     ------

@@ -5,9 +5,10 @@ outcome, as it would wait in a blocking callback. So nothing queues up that is n
 waiting thread: a loop that is stuck makes peers wait and grows nothing.
 """
 
+from pipeline.aio.inbox import Inbox
 from pipeline.aio.listener import Listener
-from pipeline.aio.raft import Raft
+from pipeline.aio.raft import Raft, RaftReports
 from pipeline.aio.transfer import SnapshotTransfer
 from pipeline.aio.transport import Transport
 
-__all__ = ["Listener", "Raft", "SnapshotTransfer", "Transport"]
+__all__ = ["Inbox", "Listener", "Raft", "RaftReports", "SnapshotTransfer", "Transport"]

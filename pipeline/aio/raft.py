@@ -14,26 +14,18 @@ from pipeline.types import SnapshotStatus
 from pipeline.wire._messages import EncodedMessage, Message
 from pipeline.wire.protocol import format_id
 
-__all__ = ["AnyRaft", "Bridge", "Raft"]
+__all__ = ["AnyRaft", "Bridge", "Raft", "RaftReports"]
 
 logger = get_logger(__name__)
 
 
-class Raft(Protocol[Received_contra]):
-    """What the node implements: ``pipeline.Raft``, each method plain or ``async``.
+class RaftReports(Protocol):
+    """What the node implements that has an inbox: as ``pipeline.RaftReports``, plain or ``async``.
 
     Called on the event loop: one call at a time for one member, in the order in which they came;
     calls for different members run concurrently where they await. A plain method must not block.
-    One that waits holds up its member's further calls and a thread of the library, so ``process``
-    should not wait for what the same member's next message brings.
+    One that waits holds up its member's further calls and a thread of the library.
     """
-
-    def process(self, message: Received_contra) -> Awaitable[None] | None:
-        """Take a message from a peer, which is answered 204 when this has returned.
-
-        ``RequestRejected`` chooses the answer; anything else raised is answered 500. The calls
-        are ordered by ``message.from_``.
-        """
 
     def is_id_removed(self, member_id: int) -> Awaitable[bool] | bool:
         """Tell whether the member was removed from the cluster for good."""
@@ -45,8 +37,22 @@ class Raft(Protocol[Received_contra]):
         """Learn how a MsgSnap to the member ended."""
 
 
-#: A node of either kind, as ``pipeline.raft.AnyRaft``.
-AnyRaft: TypeAlias = Raft[Message] | Raft[EncodedMessage]
+class Raft(RaftReports, Protocol[Received_contra]):
+    """What the node implements that is called with each message: as ``pipeline.Raft``.
+
+    ``process`` should not wait for what the same member's next message brings.
+    """
+
+    def process(self, message: Received_contra) -> Awaitable[None] | None:
+        """Take a message from a peer, which is answered 204 when this has returned.
+
+        ``RequestRejected`` chooses the answer; anything else raised is answered 500. The calls
+        are ordered by ``message.from_``.
+        """
+
+
+#: A node of any kind, as ``pipeline.raft.AnyRaft``.
+AnyRaft: TypeAlias = Raft[Message] | Raft[EncodedMessage] | RaftReports
 
 
 class Bridge:
@@ -59,7 +65,7 @@ class Bridge:
         on_peer_change: Callable[[PeerChange], Awaitable[None] | None] | None,
     ) -> None:
         self.deliveries = Deliveries()
-        self._raft: Raft[Any] = raft
+        self._raft: Any = raft  # its process is called only where it has one
         self._on_critical_error = on_critical_error
         self._on_peer_change = on_peer_change
 

@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pipeline.aio.blocking import in_thread
+from pipeline.aio.inbox import Inbox
 from pipeline.aio.listener import Listener
 from pipeline.aio.raft import AnyRaft, Bridge
 from pipeline.aio.transfer import SnapshotTransfer
+from pipeline.arguments import require_instance
 from pipeline.callbacks import require_callable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, UsageError
@@ -56,6 +58,9 @@ class Transport(Node):
     remote_policy : callable, optional
         As ``pipeline.Transport`` has it: plain, called from the library's threads, not on the loop.
     allow_loopback_remotes : bool
+    inbox : pipeline.aio.Inbox, optional
+        Where messages go that peers send; the node takes them from there, and ``raft`` needs no
+        ``process``.
 
     Raises
     ------
@@ -96,8 +101,11 @@ class Transport(Node):
         on_peer_change: Callable[[PeerChange], Awaitable[None] | None] | None = None,
         remote_policy: RemotePolicy | None = None,
         allow_loopback_remotes: bool = False,
+        inbox: Inbox[Any] | None = None,
     ) -> None:
-        require_raft(raft, is_async_taken=True)
+        if inbox is not None:
+            require_instance("inbox", inbox, Inbox)
+        require_raft(raft, has_inbox=inbox is not None, is_async_taken=True)
         require_callable("on_critical_error", on_critical_error, is_async_taken=True)
         require_callable("on_peer_change", on_peer_change, is_async_taken=True)
         bridge = Bridge(raft, on_critical_error, on_peer_change)
@@ -113,6 +121,7 @@ class Transport(Node):
             on_peer_change=None if on_peer_change is None else bridge.peer_change,
             remote_policy=remote_policy,
             allow_loopback_remotes=allow_loopback_remotes,
+            inbox=None if inbox is None else inbox.threaded,
         )
         self._deliveries.callbacks = self.callbacks
         self._stopping: asyncio.Task[int] | None = None

@@ -21,6 +21,7 @@ from pipeline.net._descriptors cimport descriptors_t
 from pipeline.receive._heads cimport head_t, heads_add, heads_find, heads_t
 from pipeline.net._conn cimport conn_t
 from pipeline.wire._http cimport http_post_t
+from pipeline.receive._inbox cimport holder_t, inbox_t, reader_t, source_t
 from pipeline.net._loop cimport io_t, loop_look_at, loop_t, loop_wake, runnable_add, runnable_t
 from pipeline.net._memory cimport (
     BODY_MAPPED_MIN, SPARES, SPARE_NEW, SPARE_NONE, body_free, body_t, spares_expire, spares_find,
@@ -66,7 +67,8 @@ cdef enum:
     CALLER_LINGERING        # has answered and ended; reads to throw away
     CALLER_CLOSED           # buried: freed at the end of the turn
 
-# The first four may block and go to the handler threads; the others to the odd thread.
+# The first four may block and go to the handler threads; the others to the odd thread. With an inbox
+# there are no handler threads, and all that is not simply put there goes to the odd thread.
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
     REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
@@ -76,6 +78,9 @@ cdef enum:
     REQUEST_ODD             # bytes for Python
     REQUEST_GONE            # a connection of which Python keeps something has ended
     REQUEST_HANDSHAKE       # a TLS handshake can go on
+    REQUEST_CHECK           # a message for the inbox, once Python has let its sender past
+    REQUEST_TAKEN           # for Python to answer: it is in the inbox, or was taken from there
+    REQUEST_REFUSED         # for Python to answer: it will not be taken
 
 # Of the odd thread. What handler threads do waits in the lanes of ``_turns.pxd``.
 cdef enum:
@@ -87,6 +92,8 @@ cdef enum:
     QUEUE_HANDSHAKES
     QUEUES
     TYPE_PROP = 2
+    TYPE_APP = 3
+    TYPE_SNAP = 7
 
 # How Python wants a connection to go on.
 cdef enum:
@@ -100,6 +107,9 @@ cdef enum:
     THEN_TURN               # odd: call again for what is left; strangers have a turn before
     THEN_SHAKE              # the handshake is not over
     THEN_SHAKEN             # it is: read the first request
+    THEN_OFFER              # put the decoded message into the inbox
+    THEN_TAKEN              # the node has taken it: answer
+    THEN_REFUSED            # it is not waited for: answer 503
 
 # What a handler thread is given: the one request of its connection.
 cdef struct request_t:
@@ -112,6 +122,7 @@ cdef struct request_t:
 cdef struct caller_t:
     conn_t conn             # first; its descriptor is owned, -1 when closed
     turn_t turn             # of its request
+    holder_t holder         # while its message is in the inbox, and it is not answered yet
     member_t* member        # whose turns it takes; changed under the lock by who has it
     server_t* server
     caller_t* previous      # of all connections, the one idle longest first
@@ -123,9 +134,11 @@ cdef struct caller_t:
     bint is_new             # has not been answered yet
     bint is_member          # Python let its last request past, or it has shown a certificate
     bint is_bound           # Python looks whether it is still let past, at each recognised request
+    bint is_checked         # Python has let the message of its request past
     bint is_shaking         # while Python has it: for its handshake
     int generation          # of the credentials that its handshake began with
     int has_event           # there may be something to read that epoll will not speak of again
+    bint has_ahead          # in its buffer is what came behind a request that is answered
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
     bint is_paused          # a body waits until handlers or memory are free
     int64_t deadline_ns     # 0 is none
@@ -204,6 +217,10 @@ cdef struct server_t:
     descriptors_t* descriptors  # the process's: what a forked child closes
     budget_t* budget        # borrowed: the node's
     budget_loop_t in_budget
+    inbox_t* inbox          # borrowed; NULL where handler threads call the application
+    source_t* source        # borrowed: the node, for the inbox
+    uint64_t delivered      # the types of messages, as bits, that go there; the last is for later
+    reader_t reader         # for the inbox
     loop_t loop             # run by the leader
     int timerfd             # wakes the stand-in
     listening_t* listening  # owned array
@@ -266,6 +283,18 @@ cdef inline caller_t* caller_of_turn(turn_t* turn) noexcept nogil:
     if turn is NULL:
         return NULL
     return <caller_t*>(<char*>turn - (<char*>&caller.turn - <char*>caller))
+
+
+cdef inline caller_t* caller_of_holder(holder_t* holder) noexcept nogil:
+    """Return the connection that waits for what becomes of its message."""
+    cdef caller_t* caller = <caller_t*>holder
+    return <caller_t*>(<char*>holder - (<char*>&caller.holder - <char*>caller))
+
+
+cdef inline server_t* server_of_reader(reader_t* reader) noexcept nogil:
+    """Return the server that an inbox knows as ``reader``."""
+    cdef server_t* server = <server_t*>reader
+    return <server_t*>(<char*>reader - (<char*>&server.reader - <char*>server))
 
 
 # -- a connection's states
@@ -374,6 +403,11 @@ cdef inline void server_recycle(server_t* server, body_t* body) noexcept nogil:
     body_free(body)
     for i in range(n_older):        # not under the lock: it takes a while
         body_free(&older[i])
+
+
+cdef inline void reader_recycle(reader_t* reader, body_t* body) noexcept nogil:
+    """Take back the memory of a body that went into the inbox."""
+    server_recycle(server_of_reader(reader), body)
 
 
 cdef inline bint server_reuse_body(server_t* server, body_t* body, size_t size) noexcept nogil:

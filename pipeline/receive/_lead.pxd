@@ -13,8 +13,11 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from pipeline.net._budget cimport budget_join
-from pipeline.receive._caller cimport QUEUE_STRANGERS, caller_t, handler_t, server_t
-from pipeline.receive._queues cimport server_signal_handlers, server_take
+from pipeline.receive._caller cimport (
+    QUEUE_STRANGERS, caller_t, handler_t, reader_recycle, server_t,
+)
+from pipeline.receive._inbox cimport reader_join
+from pipeline.receive._queues cimport server_signal_handlers, server_take, server_take_beside
 from pipeline.receive._server cimport server_end, server_resume_accept, server_turn
 from pipeline._system cimport (
     clock_ns, deadline_timespec, itimerspec, load_int, pthread_cond_timedwait, pthread_cond_wait,
@@ -73,7 +76,7 @@ cdef inline caller_t* server_wait(server_t* server, handler_t* handler) noexcept
     cdef timespec at
     cdef caller_t* caller
     pthread_mutex_lock(&server.lock)
-    caller = server_take(server, is_odd)
+    caller = server_take_beside(server) if is_odd else server_take(server, False)
     while caller is NULL and not server.is_closed:
         if is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
             at = deadline_timespec(server.strangers_at_ns)
@@ -87,7 +90,7 @@ cdef inline caller_t* server_wait(server_t* server, handler_t* handler) noexcept
         else:
             caller = server_lead(server)
             continue
-        caller = server_take(server, is_odd)
+        caller = server_take_beside(server) if is_odd else server_take(server, False)
     pthread_mutex_unlock(&server.lock)
     return caller
 
@@ -141,4 +144,8 @@ cdef inline int server_start(server_t* server) noexcept nogil:
     server.is_led = True            # by the thread to be started
     server.in_budget.loop = &server.loop
     budget_join(server.budget, &server.in_budget)
+    if server.inbox is not NULL:
+        server.reader.loop = &server.loop
+        server.reader.recycle = reader_recycle
+        reader_join(server.inbox, &server.reader)
     return thread_start(&server.thread, server_main, server, b"pipeline-serve")

@@ -5,16 +5,17 @@ of the odd thread. The thread that takes a request has its connection, and gives
 ``loop_return``; after the loop's end it frees the connection instead.
 """
 
-from libc.stdint cimport int64_t
+from libc.stdint cimport int32_t, int64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memset
 
-from pipeline.net._budget cimport budget_add
+from pipeline.net._budget cimport BODY_SMALL, budget_add
 from pipeline.receive._caller cimport (
-    CALLER_HANDLED, ENTRIES_LARGE, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
+    CALLER_HANDLED, ENTRIES_LARGE, REQUEST_CHECK, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
     QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED,
-    REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_TURN, TYPE_PROP,
-    caller_of_turn, caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
+    REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_OFFER, THEN_REFUSED,
+    THEN_TAKEN, THEN_TURN, TYPE_APP, TYPE_PROP, TYPE_SNAP, caller_of_holder, caller_of_turn,
+    caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._memory cimport body_free
@@ -23,12 +24,13 @@ from pipeline._system cimport (
     clock_ns, invariant, load_int, pthread_cond_signal, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from pipeline.receive._turns cimport (
-    LANES, LANE_LARGE, LANE_MESSAGES, LANE_PROPOSALS, turns_leave, turns_push, turns_take,
-    turns_wait,
+    LANES, LANE_APPENDS, LANE_CONTROL, LANE_LARGE, LANE_PROPOSALS, turns_leave, turns_push,
+    turns_take, turns_wait,
 )
+from pipeline.receive._inbox cimport holder_t
 from pipeline.tls._engine cimport tls_free
 from pipeline.tls._tls cimport tls_t
-from pipeline.wire._raftpb cimport WIRE_OK, wire_decode
+from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
 
 
 cdef inline bint caller_is_probe(const caller_t* caller) noexcept nogil:
@@ -40,13 +42,46 @@ cdef inline bint caller_is_probe(const caller_t* caller) noexcept nogil:
         and memcmp(caller.request.body.data, b"GET /raft/probing ", 18) == 0
 
 
-cdef inline int request_lane(const request_t* request) noexcept nogil:
-    """Tell which lane a request waits in for a handler thread."""
-    if request.kind == REQUEST_PROPOSAL:
+cdef inline int message_lane(const wire_decoded_t* decoded) noexcept nogil:
+    """Tell which lane a decoded message is of."""
+    cdef int32_t type = decoded.message.type
+    if type == TYPE_PROP:
         return LANE_PROPOSALS
-    if request.kind == REQUEST_LARGE or request.decoded.entries_len > ENTRIES_LARGE:
+    if decoded.end - decoded.input > BODY_SMALL or decoded.entries_len > ENTRIES_LARGE:
         return LANE_LARGE
-    return LANE_MESSAGES
+    return LANE_APPENDS if type == TYPE_APP or type == TYPE_SNAP else LANE_CONTROL
+
+
+cdef inline bint message_is_held(const wire_decoded_t* decoded) noexcept nogil:
+    """Tell whether a message is answered only when the node has taken it from the inbox.
+
+    The sender of a MsgProp is to know that it was not lost, and if a MsgSnap was, its follower
+    would be left waiting. Whatever else is lost Raft sends again.
+    """
+    return decoded.message.type == TYPE_PROP or decoded.message.type == TYPE_SNAP
+
+
+cdef inline int request_lane(const request_t* request) noexcept nogil:
+    """Tell which lane a request waits in, for a handler thread or for room in the inbox."""
+    if request.kind == REQUEST_LARGE:       # not decoded yet
+        return LANE_LARGE
+    return LANE_CONTROL if request.kind == REQUEST_MALFORMED else message_lane(&request.decoded)
+
+
+cdef inline void caller_to_lane(caller_t* caller) noexcept nogil:
+    """Let a whole message wait for its turn; nobody else looks at its connection meanwhile."""
+    cdef server_t* server = caller.server
+    pthread_mutex_lock(&server.lock)
+    caller.request.lane = request_lane(&caller.request)
+    turns_push(&server.turns, caller.request.lane, caller.member, &caller.turn)
+    pthread_mutex_unlock(&server.lock)
+
+
+cdef inline void caller_leave_loop(caller_t* caller) noexcept nogil:
+    """Somebody else has the connection from here on."""
+    caller_set_state(caller, CALLER_HANDLED)
+    caller.deadline_ns = 0
+    caller.server.handled += 1
 
 
 cdef inline void caller_to_handler(caller_t* caller, int kind) noexcept nogil:
@@ -54,20 +89,17 @@ cdef inline void caller_to_handler(caller_t* caller, int kind) noexcept nogil:
     cdef server_t* server = caller.server
     cdef int which = QUEUE_MEMBERS
     cdef queue_t* queue
-    caller_set_state(caller, CALLER_HANDLED)
-    caller.deadline_ns = 0
-    server.handled += 1
+    caller_leave_loop(caller)
     caller.request.kind = kind
     caller.is_shaking = kind == REQUEST_HANDSHAKE
-    if kind <= REQUEST_MALFORMED:
-        pthread_mutex_lock(&server.lock)
-        caller.request.lane = request_lane(&caller.request)
-        turns_push(&server.turns, caller.request.lane, caller.member, &caller.turn)
+    if kind <= REQUEST_MALFORMED and server.inbox is NULL:
+        caller_to_lane(caller)
         server.has_queued = True    # server_signal_handlers, once for all of this turn
-        pthread_mutex_unlock(&server.lock)
         return
     if kind == REQUEST_HANDSHAKE:
         which = QUEUE_HANDSHAKES
+    elif kind <= REQUEST_MALFORMED or kind >= REQUEST_CHECK:
+        pass                    # its head was accepted
     elif caller.is_odd and caller.then == THEN_TURN:
         which = QUEUE_STRANGERS
     elif not caller.is_member:
@@ -129,7 +161,7 @@ cdef inline bint server_may_take(const server_t* server, int lane) noexcept nogi
     Nor does one take what is large, lest heartbeats wait for it; while proposals wait, it may be
     the same one.
     """
-    return lane == LANE_MESSAGES or server.limits.handlers == 1 \
+    return lane <= LANE_APPENDS or server.limits.handlers == 1 \
         or server.at_work[lane] + 1 < server.limits.handlers
 
 
@@ -152,7 +184,7 @@ cdef inline caller_t* server_take(server_t* server, bint is_odd) noexcept nogil:
 cdef inline void server_leave_lane(server_t* server, int lane) noexcept nogil:
     """A handler thread is at work for a lane no more. The caller holds the lock."""
     server.at_work[lane] -= 1
-    if lane != LANE_MESSAGES and turns_wait(&server.turns, lane):
+    if lane > LANE_APPENDS and turns_wait(&server.turns, lane):
         pthread_cond_signal(&server.handlers_queued)
 
 
@@ -279,7 +311,7 @@ cdef inline bint caller_give_back_locked(caller_t* caller, handler_t* handler) n
         server.strangers_at_ns = clock_ns()
         server.strangers_at_ns += min(server.strangers_at_ns - server.turn_began_ns,
                                       <int64_t>STRANGERS_PAUSE_NS)
-    if caller.request.kind <= REQUEST_MALFORMED:
+    if handler is not NULL:
         server_leave_lane(server, caller.request.lane)
     if server.is_ended:
         caller_free(caller)
@@ -319,3 +351,40 @@ cdef inline int server_detach(caller_t* caller, tls_t** tls) noexcept nogil:
         caller.conn.tls = NULL
     pthread_mutex_unlock(&server.lock)
     return fd
+
+
+# -- with an inbox
+
+cdef inline caller_t* server_take_beside(server_t* server) noexcept nogil:
+    """Take what the odd thread does next, but what takes no GIL is done here; NULL when nothing is.
+
+    The caller holds the lock, which is let go of meanwhile. To decode what is large takes as long
+    as the loop may not.
+    """
+    cdef caller_t* caller = server_take(server, True)
+    while caller is not NULL and caller.request.kind == REQUEST_LARGE \
+            and server.inbox is not NULL:
+        pthread_mutex_unlock(&server.lock)
+        caller_decode(caller)
+        caller.then = THEN_OFFER
+        pthread_mutex_lock(&server.lock)
+        caller_give_back_locked(caller, NULL)
+        caller = server_take(server, True)
+    return caller
+
+
+cdef inline void caller_told(holder_t* holder, bint is_taken) noexcept nogil:
+    """Have a connection answered whose message the node has taken, or which was dropped.
+
+    Whoever calls has the inbox's lock, and the connection: the loop has left it to the inbox.
+    """
+    cdef caller_t* caller = caller_of_holder(holder)
+    cdef server_t* server = caller.server
+    caller.then = THEN_TAKEN if is_taken else THEN_REFUSED
+    pthread_mutex_lock(&server.lock)
+    if server.is_ended:
+        caller_free(caller)
+    else:
+        loop_return(&server.loop, &caller.conn.io)
+        loop_wake(&server.loop)
+    pthread_mutex_unlock(&server.lock)

@@ -4,16 +4,10 @@ targets in tests/fuzz, which run a receiver's loop and its requests in one threa
 
 from pipeline.net._budget cimport BodyBudget
 from pipeline.receive._caller cimport answer_204_t, caller_t, handler_t, server_t
-from pipeline.net._memory cimport body_t
+from pipeline.receive._arrivals cimport Source
 from pipeline._system cimport sockaddr_storage
 
 from libc.stdint cimport uint64_t
-
-
-cdef class Body:
-    cdef body_t c               # owned
-    cdef Receiver receiver
-    cdef server_t* server       # the receiver's
 
 
 cdef class CallerAddress:
@@ -31,6 +25,7 @@ cdef class Receiver:
     cdef dict odd_requests
     cdef BodyBudget budget
     cdef object take
+    cdef Source source          # of what goes to the inbox; None where the application is called
     cdef object credentials     # Credentials; None without TLS
     # Id of a connection -> the Request whose head it has accepted, to be checked each time.
     cdef dict bound
@@ -46,6 +41,7 @@ cdef class Receiver:
     cdef int answer(self, caller_t* caller, CallerAddress remote) except -1
     cdef object last_answer(self, caller_t* caller, object answer)
     cdef int shake(self, caller_t* caller, CallerAddress remote) except -1
+    cdef object taken(self, caller_t* caller, CallerAddress remote)
     cdef object message(self, caller_t* caller, CallerAddress remote)
     cdef int go_on(self, caller_t* caller, object odd, bytes out, int then) except -1
     cdef int learn(self, caller_t* caller, bytes head, object odd) except -1

@@ -9,7 +9,6 @@ connection. When there are none, one of them runs the loop.
 """
 
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytearray cimport PyByteArray_AS_STRING
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint64_t, uint8_t
@@ -23,16 +22,18 @@ from pipeline.net._loop cimport loop_init
 from pipeline.wire._http cimport HTTP_POST, http_post_t, http_recognise_post, http_same_post
 from pipeline.wire._messages cimport decode_error, encoded_from_decoded, message_from_decoded
 from pipeline.receive._caller cimport (
-    ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE, REQUEST_HANDSHAKE, REQUEST_LARGE,
-    REQUEST_MALFORMED, REQUEST_ODD, THEN_CLOSE, THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT,
-    THEN_SHAKE, THEN_SHAKEN, answer_204_t, caller_is_old, caller_learn, caller_save,
-    caller_set_member, caller_t, handler_t, listening_t, request_t, server_counts_t, server_learn,
-    server_limits_t, server_recycle, server_tell,
+    ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_CHECK, REQUEST_GONE, REQUEST_HANDSHAKE,
+    REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_ODD, REQUEST_REFUSED, REQUEST_TAKEN, THEN_CLOSE,
+    THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_SHAKE, THEN_SHAKEN,
+    answer_204_t, caller_is_old, caller_learn, caller_save, caller_set_member, caller_t, handler_t,
+    listening_t, reader_recycle, request_t, server_counts_t, server_learn, server_limits_t,
+    server_tell,
 )
+from pipeline.receive._arrivals cimport Body, Source
 from pipeline.receive._lead cimport server_start, server_wait
 from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.receive._queues cimport (
-    caller_give_back, caller_give_back_locked, server_add_handler, server_decode, server_detach,
+    caller_decode, caller_give_back, caller_give_back_locked, server_add_handler, server_decode, server_detach,
     server_remove_handler, server_take,
 )
 from pipeline.receive._requests cimport caller_answer_here
@@ -131,18 +132,6 @@ def match_post(bytes data not None, bytes known not None):
     return post.head_len, post.content_length
 
 
-@cython.no_gc_clear             # __dealloc__ needs the receiver
-cdef class Body:
-    """The memory of a received body, which the large payloads of its message are views of."""
-
-    def __dealloc__(self):
-        if self.server is not NULL:
-            server_recycle(self.server, &self.c)
-
-    def __getbuffer__(self, Py_buffer* buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.c.data, self.c.len, 1, flags)
-
-
 cdef class CallerAddress:
     """A caller's address; made into text only when it is shown."""
 
@@ -163,7 +152,7 @@ cdef class Receiver:
     Parameters
     ----------
     handlers : Handlers
-        Answers the requests.
+        Answers the requests; its ``source`` is where messages go that no thread is to process.
     config : ReceiverConfig
     cluster_header : bytes
         The header lines every 204 carries, each with its CRLF.
@@ -201,6 +190,12 @@ cdef class Receiver:
         if error != 0:
             raise OSError(error, os.strerror(error))
         self.is_made = True
+        self.server.reader.recycle = reader_recycle
+        self.source = handlers.source
+        if self.source is not None:
+            self.server.inbox = &self.source.arrivals.c
+            self.server.source = &self.source.c
+            self.server.delivered = handlers.delivered_types
         memcpy(self.server.answer_204.data, PyBytes_AS_STRING(fixed), len(fixed))
         self.server.answer_204.fixed = len(fixed)
         unavailable = render(handlers.shutting_down())
@@ -211,7 +206,7 @@ cdef class Receiver:
         self.server.answer_503_len = len(unavailable)
         self.handlers = handlers
         self.config = config
-        self.is_encoded = config.encoded
+        self.is_encoded = handlers.is_encoded
         self.odd_requests = {}
         self.take = take
         self.credentials = credentials
@@ -235,6 +230,9 @@ cdef class Receiver:
         for i in range(len(sockets)):
             # Not the method of their class, which is Python's: Ctrl-C could come between two.
             server_listen(&self.server, _socket.socket.detach(sockets[i]), i >= len(plain))
+        if self.source is not None:
+            self.source.open()
+            self.source.arrivals.add(&self.server.reader, self)
         error = server_start(&self.server)
         if error != 0:
             raise OSError(error, os.strerror(error))
@@ -273,6 +271,8 @@ cdef class Receiver:
             pthread_join(self.server.thread, NULL)
             server_close_descriptors(&self.server)
         self.is_running = False
+        if self.source is not None:
+            self.source.arrivals.remove(&self.server.reader)
         return is_whole
 
     def forget_after_fork(self):
@@ -350,10 +350,16 @@ cdef class Receiver:
         """
         cdef int forks = fork_count()
         cdef uint64_t id = caller.id
-        cdef bint is_taken = True
+        cdef bint is_taken = True, is_offered = False
         if handler is not NULL:
             add_int(&self.server.busy, 1)
-        if caller.request.kind == REQUEST_LARGE:
+        if caller.request.kind == REQUEST_LARGE and self.server.inbox is not NULL:
+            with nogil:
+                # As below.
+                caller_decode(caller)
+            caller.then = THEN_OFFER
+            is_offered = True
+        elif caller.request.kind == REQUEST_LARGE:
             with nogil:
                 # This may take a while, in which others read and process. Only C state is touched.
                 is_taken = server_decode(&self.server, caller)
@@ -362,7 +368,8 @@ cdef class Receiver:
                 server_tell(&self.server)
                 return True
         try:
-            self.handle(caller)
+            if not is_offered:
+                self.handle(caller)
         except BaseException:
             logger.exception("internal error, please report: a connection is closed")
             caller.then = THEN_CLOSE
@@ -432,21 +439,26 @@ cdef class Receiver:
         elif request.kind == REQUEST_BROKEN:
             out, then = odd.broken()
         else:
-            out, then = odd.answer(self.last_answer(caller, self.message(caller, remote)))
+            out, then = odd.answer(self.last_answer(caller, self.taken(caller, remote)))
         return self.go_on(caller, odd, out, then)
 
     cdef int answer(self, caller_t* caller, CallerAddress remote) except -1:
         """Answer a request that the core has recognised."""
         answer = None
-        if caller.is_bound and caller.request.kind != REQUEST_BROKEN:
+        cdef int kind = caller.request.kind
+        if caller.is_bound and kind < REQUEST_BROKEN or kind == REQUEST_CHECK:
             request = self.bound.get(caller.id)
             if request is None:     # the loop has ended, and all of this was let go of
                 answer = self.handlers.shutting_down()
             else:
                 answer = self.handlers.check_member(request)
             caller.is_member = answer is None
+        if answer is None and kind == REQUEST_CHECK:
+            caller.is_checked = True
+            caller.then = THEN_OFFER
+            return 0
         if answer is None:
-            answer = self.message(caller, remote)
+            answer = self.taken(caller, remote)
         answer = self.last_answer(caller, answer)
         caller.then = THEN_NEXT
         if answer is not None:
@@ -506,6 +518,14 @@ cdef class Receiver:
         self.handlers.handshake_failed(remote, reason)
         return 0
 
+    cdef object taken(self, caller_t* caller, CallerAddress remote):
+        """What to answer a message with; an Answer, or None for 204."""
+        if caller.request.kind == REQUEST_TAKEN:
+            return None
+        if caller.request.kind == REQUEST_REFUSED:
+            return self.handlers.shutting_down()
+        return self.message(caller, remote)
+
     cdef object message(self, caller_t* caller, CallerAddress remote):
         """Have a message processed; the Answer, or None for 204."""
         cdef request_t* request = &caller.request
@@ -525,8 +545,9 @@ cdef class Receiver:
         if request.body.size >= BODY_MAPPED_MIN:
             body = Body.__new__(Body)
             body.receiver = self
-            body.server = &self.server
+            body.reader = &self.server.reader
             body.c = request.body
+            body.is_owner = True
             memset(&request.body, 0, sizeof(body_t))
         if self.is_encoded:
             message = encoded_from_decoded(&request.decoded, body)

@@ -4,7 +4,7 @@ Called by whoever runs the loop (``_server.pxd``), but for ``caller_answer_here`
 thread calls for the connection it has.
 """
 
-from libc.stdint cimport int64_t, uint32_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 
@@ -12,11 +12,12 @@ from pipeline.net._budget cimport BODY_SMALL, budget_add, budget_left, budget_wa
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, CALLER_HEAD, CALLER_LINGERING,
     CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE,
-    REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_ODD, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE,
-    THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_READ_BODY, THEN_SHAKE, THEN_SHAKEN,
-    THEN_TURN, answer_204_t, caller_add_runnable, caller_append, caller_is_bulk, caller_is_old,
-    caller_save, caller_set_deadline, caller_set_state, caller_t, caller_unlink, request_t,
-    server_knows, server_limits_t, server_reuse_body, server_t,
+    REQUEST_CHECK, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE,
+    REQUEST_ODD, REQUEST_PROPOSAL, REQUEST_REFUSED, REQUEST_TAKEN, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE,
+    THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_READ_BODY, THEN_REFUSED,
+    THEN_SHAKE, THEN_SHAKEN, THEN_TAKEN, THEN_TURN, TYPE_PROP, answer_204_t,
+    caller_add_runnable, caller_append, caller_is_bulk, caller_is_old, caller_of_turn, caller_save,
+    caller_set_deadline, caller_set_state, caller_t, caller_unlink, request_t, server_knows, server_limits_t, server_reuse_body, server_t,
 )
 from pipeline.net._conn cimport (
     conn_end, conn_has_more, conn_has_part, conn_is_unread, conn_recv, conn_send,
@@ -29,11 +30,16 @@ from pipeline.wire._http cimport (
 )
 from pipeline.net._memory cimport body_free, body_grown, body_init, body_resident, body_t
 from pipeline.net._loop cimport IO_TURN, io_t, loop_remove
-from pipeline.receive._queues cimport caller_decode, caller_to_handler
+from pipeline.receive._inbox cimport INBOX_FULL, INBOX_TAKEN_IN, inbox_put
+from pipeline.receive._queues cimport (
+    caller_decode, caller_leave_loop, caller_to_handler, caller_to_lane, caller_told,
+    message_is_held, request_lane,
+)
+from pipeline.receive._turns cimport LANES, turns_take, turns_wait
 from pipeline._system cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_PEEK,
-    MSG_TRUNC, count_add, errno, format_http_date, invariant, load_int, recv, store_int, time,
-    time_t,
+    MSG_TRUNC, add_int, count_add, errno, format_http_date, invariant, load_int, pthread_mutex_lock,
+    pthread_mutex_unlock, recv, store_int, time, time_t,
 )
 
 
@@ -46,6 +52,13 @@ cdef inline void caller_count(caller_t* caller) noexcept nogil:
         if caller.state == CALLER_BODY:
             caller.server.reading += more
         budget_add(caller.server.budget, more)
+
+
+cdef inline void caller_discount(caller_t* caller) noexcept nogil:
+    """Count its body no more."""
+    if caller.counted > 0:
+        budget_add(caller.server.budget, -caller.counted)
+        caller.counted = 0
 
 
 cdef inline void caller_leave_body(caller_t* caller) noexcept nogil:
@@ -109,13 +122,109 @@ cdef inline void caller_hand_over(caller_t* caller, const uint8_t* data, size_t 
 
 
 cdef inline void caller_deliver(caller_t* caller) noexcept nogil:
-    """A message is complete: queue it, decoded if that is done in no time."""
+    """A message is complete: hand it on, decoded if that is done in no time."""
     cdef request_t* request = &caller.request
     if request.body.len > BODY_SMALL:
         request.kind = REQUEST_LARGE
     else:
         caller_decode(caller)
+        if caller.server.inbox is not NULL:
+            caller_offer(caller)
+            return
     caller_to_handler(caller, request.kind)
+
+
+# -- with an inbox
+
+cdef inline void caller_offer(caller_t* caller) noexcept nogil:
+    """Put a decoded message into the inbox, or let it wait for room there.
+
+    What is no message for the node is Python's, and so is whether a sender is let past that has
+    shown a certificate.
+    """
+    cdef server_t* server = caller.server
+    cdef request_t* request = &caller.request
+    cdef int32_t type = request.decoded.message.type
+    if request.kind == REQUEST_MALFORMED or type < 0 \
+            or not server.delivered >> min(type, 63) & 1:
+        caller_to_handler(caller, request.kind)
+        return
+    if caller.is_bound and not caller.is_checked and not caller.is_odd:
+        caller_to_handler(caller, REQUEST_CHECK)
+        return
+    caller.is_checked = False
+    request.kind = REQUEST_PROPOSAL if type == TYPE_PROP else REQUEST_MESSAGE
+    request.lane = request_lane(request)
+    caller_leave_loop(caller)
+    # Who came before it goes in before it.
+    if turns_wait(&server.turns, request.lane) or not caller_put(caller):
+        add_int(&server.inbox.waiting, 1)
+        caller_to_lane(caller)
+
+
+cdef inline bint caller_put(caller_t* caller) noexcept nogil:
+    """Put a message that nobody else has into the inbox, and answer it; False without room."""
+    cdef server_t* server = caller.server
+    cdef request_t* request = &caller.request
+    cdef bint is_held = message_is_held(&request.decoded)
+    cdef int result
+    caller.holder.tell = caller_told
+    result = inbox_put(server.inbox, server.source, &server.reader, request.lane, &request.body,
+                       &request.decoded, &caller.holder if is_held else NULL)
+    if result == INBOX_FULL and not load_int(&server.is_stopping):
+        return False
+    # From here on others may have told what became of it, but it is the loop that hears of that.
+    caller_discount(caller)
+    if result == INBOX_TAKEN_IN and is_held:
+        return True
+    server.handled -= 1
+    if result == INBOX_TAKEN_IN:
+        caller_taken(caller)
+    else:
+        body_free(&request.body)
+        caller_refuse(caller)
+    return True
+
+
+cdef inline void server_admit(server_t* server) noexcept nogil:
+    """There may be room in the inbox: let in what waits, as long as there is."""
+    cdef caller_t* caller
+    cdef int lane
+    for lane in range(LANES):
+        while turns_wait(&server.turns, lane):
+            pthread_mutex_lock(&server.lock)
+            caller = caller_of_turn(turns_take(&server.turns, lane))
+            pthread_mutex_unlock(&server.lock)
+            if not caller_put(caller):
+                caller_to_lane(caller)
+                break
+            add_int(&server.inbox.waiting, -1)
+
+
+cdef inline void caller_taken(caller_t* caller) noexcept nogil:
+    """Answer a message that is in the inbox, or that the node has taken from there."""
+    if caller.is_odd or caller_is_old(caller):
+        caller_to_handler(caller, REQUEST_TAKEN)
+        return
+    caller.then = THEN_NEXT
+    caller_answer(caller)
+
+
+cdef inline void caller_refuse(caller_t* caller) noexcept nogil:
+    """Answer a message that will not be taken."""
+    cdef server_t* server = caller.server
+    if caller.is_odd:
+        caller_to_handler(caller, REQUEST_REFUSED)
+        return
+    caller.then = THEN_CLOSE
+    caller.answer = <uint8_t*>malloc(server.answer_503_len)
+    if caller.answer is NULL:
+        caller_close(caller)
+        return
+    memcpy(caller.answer, server.answer_503, server.answer_503_len)
+    caller.answer_len = server.answer_503_len
+    caller.answer_at = 0
+    caller_write(caller)
 
 
 cdef inline void caller_parse(caller_t* caller, const uint8_t* data, size_t n) noexcept nogil:
@@ -347,7 +456,7 @@ cdef inline void caller_read(caller_t* caller) noexcept nogil:
 
 
 cdef inline void caller_next(caller_t* caller) noexcept nogil:
-    """A request is answered: go on with what has been read, or be idle."""
+    """A request is answered: be idle, or go on with what has been read in the next turn."""
     cdef server_t* server = caller.server
     cdef size_t kept = caller.buffer_len
     invariant(kept <= SERVER_SCRATCH)
@@ -368,12 +477,21 @@ cdef inline void caller_next(caller_t* caller) noexcept nogil:
         server.accept_at_ns = server.loop.now_ns     # an idle connection can make room
     if caller_is_old(caller):
         store_int(&caller.has_event, True)   # to be read until there is nothing
-    if kept > 0:
-        memcpy(server.scratch, caller.buffer, kept)
-        caller.buffer_len = 0
-        caller_parse(caller, server.scratch, kept)
-    if caller.has_event and (caller.state == CALLER_HEAD or caller.state == CALLER_BODY):
+    # Not here: it may be answered at once, and so may what comes behind it.
+    caller.has_ahead = kept > 0
+    if caller.has_event or caller.has_ahead:
         caller_add_runnable(caller)
+
+
+cdef inline void caller_read_ahead(caller_t* caller) noexcept nogil:
+    """Look at what has been read already, behind the last request."""
+    cdef server_t* server = caller.server
+    cdef size_t kept = caller.buffer_len
+    caller.has_ahead = False
+    memcpy(server.scratch, caller.buffer, kept)
+    caller.buffer_len = 0
+    store_int(&caller.has_event, True)      # there may be more to read
+    caller_parse(caller, server.scratch, kept)
 
 
 # -- handshakes
@@ -547,13 +665,18 @@ cdef inline void caller_returned(caller_t* caller) noexcept nogil:
         caller_count(caller)
         caller_deliver(caller)
         return
+    if caller.then == THEN_OFFER:
+        caller_offer(caller)
+        return
     body_free(&caller.request.body)
-    if caller.counted > 0:
-        budget_add(caller.server.budget, -caller.counted)
-        caller.counted = 0
-    if caller.is_answered:
-        caller.is_answered = False
-    elif caller.then == THEN_FREE:
+    caller_discount(caller)
+    if caller.then == THEN_TAKEN:
+        caller_taken(caller)
+        return
+    if caller.then == THEN_REFUSED:
+        caller_refuse(caller)
+        return
+    if caller.then == THEN_FREE:
         caller.is_odd = caller.is_bound = False
         caller_close(caller)
         return
@@ -562,11 +685,17 @@ cdef inline void caller_returned(caller_t* caller) noexcept nogil:
         caller.is_odd = False
         caller_close(caller)
         return
-    elif caller.answer is NULL and caller.then == THEN_NEXT and not caller.is_odd:
+    caller_answer(caller)
+
+
+cdef inline void caller_answer(caller_t* caller) noexcept nogil:
+    """Write what a request is answered with: a 204, if Python has left nothing else."""
+    if caller.answer is NULL and caller.then == THEN_NEXT and not caller.is_odd \
+            and not caller.is_answered:
         if not caller_send_204(caller, &caller.server.answer_204):
             caller_close(caller)
             return
-        caller.is_answered = False
+    caller.is_answered = False
     caller_write(caller)
 
 
@@ -604,6 +733,10 @@ cdef inline void caller_ready(io_t* io, uint32_t flags) noexcept nogil:
         caller_read_body(caller)
     elif caller.state == CALLER_LINGERING:
         caller_discard(caller)
+    elif caller.has_ahead:
+        caller_read_ahead(caller)
+        if caller.state == CALLER_BODY:
+            caller_add_runnable(caller)
     else:
         caller_read(caller)
     if caller.has_event and (caller.state == CALLER_HEAD or caller.state == CALLER_ODD):
@@ -612,4 +745,5 @@ cdef inline void caller_ready(io_t* io, uint32_t flags) noexcept nogil:
 
 cdef inline bint caller_is_idle(const caller_t* caller) noexcept nogil:
     """Tell whether nothing of a request has come."""
-    return caller.state == CALLER_HEAD and caller.head_deadline_ns == 0 and caller.conn.io.fd >= 0
+    return caller.state == CALLER_HEAD and caller.head_deadline_ns == 0 \
+        and not caller.has_ahead and caller.conn.io.fd >= 0

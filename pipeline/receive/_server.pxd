@@ -19,6 +19,7 @@ from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
 )
 from pipeline.receive._heads cimport heads_free
+from pipeline.receive._inbox cimport reader_leave
 from pipeline.net._memory cimport SPARE_NEW, SPARE_NONE, body_free, body_t, spares_take
 from pipeline.net._loop cimport (
     IO_TURN, LOOP_EDGES, io_t, loop_add, loop_close, loop_init, loop_is_due, loop_look_at,
@@ -27,7 +28,7 @@ from pipeline.net._loop cimport (
 )
 from pipeline.receive._queues cimport caller_free, queue_take, server_signal_handlers
 from pipeline.receive._requests cimport (
-    caller_broken, caller_close, caller_is_idle, caller_ready, caller_returned,
+    caller_broken, caller_close, caller_is_idle, caller_ready, caller_returned, server_admit,
 )
 from pipeline._system cimport (
     CLOCK_MONOTONIC, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLIN, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -272,6 +273,8 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
         loop_remove(&server.loop, &server.listening[i].io)
         descriptors_shut(server.descriptors, server.listening[i].io.fd)
     server.n_listening = 0
+    if server.inbox is not NULL:
+        server_admit(server)        # what there is no room for is refused
     while caller is not NULL:
         following = caller.next
         if caller.state != CALLER_HANDLED and caller.state != CALLER_WRITING:
@@ -299,6 +302,8 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         server_check_spare(server, budget_left(server.budget) < load_i64(&server.budget.spare))
         if server.has_paused:
             server_resume(server)
+    if load_int(&server.reader.has_news) and swap_int(&server.reader.has_news, 0):
+        server_admit(server)
     if server.in_budget.is_waiting and budget_left(server.budget) > 0:
         server_resume(server)
     if server.accept_at_ns > 0 and server.loop.now_ns >= server.accept_at_ns \
@@ -324,6 +329,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         if not loop_may_sleep(&server.loop) \
                 or load_int(&server.spares.state) == SPARE_NEW \
                 or load_int(&server.in_budget.has_news) \
+                or load_int(&server.reader.has_news) \
                 or load_int(&server.is_retiring) \
                 or (load_int(&server.is_stopping) and not server.has_begun_stop) \
                 or load_int(&server.is_stopping) == 2:
@@ -377,6 +383,8 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     for i in range(LANES):
         caller = caller_of_turn(turns_take(&server.turns, i))
         while caller is not NULL:
+            if server.inbox is not NULL:
+                add_int(&server.inbox.waiting, -1)
             caller_free(caller)
             caller = caller_of_turn(turns_take(&server.turns, i))
     io = loop_take_returned(&server.loop)
@@ -452,6 +460,8 @@ cdef inline void server_listen(server_t* server, int fd, bint has_tls) noexcept 
 
 cdef inline void server_close_descriptors(server_t* server) noexcept nogil:
     budget_leave(server.budget, &server.in_budget)
+    if server.inbox is not NULL:
+        reader_leave(server.inbox, &server.reader)
     loop_close(&server.loop)
     if server.timerfd >= 0:
         descriptors_close(server.descriptors, server.timerfd)

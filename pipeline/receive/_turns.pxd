@@ -16,7 +16,8 @@ from libc.string cimport memcmp, memcpy, memset
 from pipeline._system cimport AF_INET, sockaddr_storage
 
 cdef enum:
-    LANE_MESSAGES = 0
+    LANE_CONTROL = 0        # heartbeats, votes, answers: what keeps a cluster together
+    LANE_APPENDS
     LANE_PROPOSALS          # wait for a leader
     LANE_LARGE              # take long: to decode, to make objects of
     LANES

@@ -19,6 +19,7 @@ from pipeline.logs import Throttle, get_logger
 from pipeline.net._budget import SMALL_BODY_BYTES, BodyBudget
 from pipeline.raft import AnyRaft
 from pipeline.receive.detached import BegunRequest, Connection
+from pipeline.receive.inbox import Inbox
 from pipeline.receive.places import Place
 from pipeline.receive.received import Received
 from pipeline.types import APP, MessageType
@@ -64,6 +65,9 @@ _PROCESS_LOCAL = frozenset(
 #: As plain numbers: to find one of them among members of an enumeration takes twice as long.
 _DELIVERED_TYPES = frozenset(map(int, MessageType)) - frozenset(map(int, _PROCESS_LOCAL))
 _LAST_TYPE = max(map(int, MessageType))
+#: As bits; the last of 64 is for all types that only a later raft may have.
+_DELIVERED_BITS = sum(1 << kind for kind in _DELIVERED_TYPES)
+_LATER_BITS = sum(1 << kind for kind in range(_LAST_TYPE + 1, 64))
 
 
 class SenderWatch(Protocol):
@@ -125,7 +129,7 @@ class Handlers:
     Parameters
     ----------
     raft : Raft
-        Its ``process`` is called by ``deliver``, concurrently.
+        Its ``process`` is called by ``deliver``, concurrently, unless there is an inbox.
     identity : Identity
         Ours. Senders of another cluster are refused, and those whose version does not suit ours.
     config : ReceiverConfig
@@ -133,7 +137,10 @@ class Handlers:
     senders : SenderWatch, optional
         Shown who posts; by default the two headers are not looked at.
     on_append : callable, optional
-        Called with the sender and the bytes of each MsgApp, before Raft has it.
+        Called with the sender and the bytes of each MsgApp, before Raft has it; with an inbox with
+        those of several, and how many they were, as they are taken.
+    inbox : Inbox, optional
+        Where messages go instead of to ``process``.
     allow_member : callable, optional
         ``TLSInfo.allow_member``: asked with the certificate and X-Server-From of each request
         that comes with a certificate.
@@ -148,6 +155,12 @@ class Handlers:
         What the bodies of all requests hold together, however they come in.
     received : Received
         What was received, counted.
+    source : Source or None
+        What puts messages into the inbox.
+    delivered_types : int
+        The types of messages that go there, as bits; the last of 64 is for all from there on.
+    is_encoded : bool
+        Whether Raft reads messages itself.
     snapshots : Snapshots or None
         Does ``POST /raft/snapshot`` from the body on. Without it, as at first, every snapshot is
         answered 501.
@@ -165,10 +178,11 @@ class Handlers:
         *,
         config: ReceiverConfig | None = None,
         senders: SenderWatch | None = None,
-        on_append: Callable[[int, int], None] | None = None,
+        on_append: Callable[..., None] | None = None,
         allow_member: Callable[[Mapping[str, Any], int], bool] | None = None,
         callbacks: Callbacks | None = None,
         versions: Versions | None = None,
+        inbox: Inbox[Any] | None = None,
     ) -> None:
         self._senders = senders
         self._versions = versions
@@ -182,6 +196,9 @@ class Handlers:
             self.config.max_buffered_bytes, self.config.max_connections * SMALL_BODY_BYTES
         )
         self.received = Received()
+        self.source = None if inbox is None else inbox.open_source(self._count_taken)
+        self.is_encoded = self.config.encoded if inbox is None else inbox.encoded
+        self.delivered_types = _DELIVERED_BITS | (_LATER_BITS if self.is_encoded else 0)
         self.snapshots: Snapshots | None = None
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._cluster_id = format_id(identity.cluster_id)
@@ -237,13 +254,16 @@ class Handlers:
     def deliver(self, request: Request, body: bytes | bytearray | memoryview) -> Answer:
         """Decode a message and hand it to Raft. Blocks as long as ``raft.process`` does.
 
-        Whatever ``process`` raises becomes an answer.
+        Whatever ``process`` raises becomes an answer. With an inbox it blocks while there is no
+        room, and until a MsgProp or MsgSnap is taken.
         """
         try:
-            message, has_unknown_fields, _ = decode(body, encoded=self.config.encoded)
+            message, has_unknown_fields, _ = decode(body, encoded=self.is_encoded)
         except UnmarshalError as error:
             return self.undecodable(request.remote, error)
-        if has_unknown_fields and not self.config.encoded:
+        if self.source is not None and self._is_for_raft(message.type):
+            return self.no_content() if self.source.deliver(body) else self.shutting_down()
+        if has_unknown_fields and not self.is_encoded:
             self.lost_fields(message.from_, request.remote)
         return self.process(message, len(body), request.remote) or self.no_content()
 
@@ -262,7 +282,8 @@ class Handlers:
         if self.received.count_unknown_fields(sender):
             logger.warning(
                 "Raft message from member %s at %s has fields that raftpb does not have: they are "
-                "lost, as in all of its messages; ReceiverConfig(encoded=True) would keep them",
+                "lost, as in all of its messages; encoded=True, of ReceiverConfig or of the Inbox, "
+                "would keep them",
                 format_id(sender),
                 remote,
             )
@@ -275,7 +296,7 @@ class Handlers:
         ``remote`` is shown in the log when something is wrong.
         """
         kind, sender = message.type, message.from_
-        if kind not in _DELIVERED_TYPES and not self._is_readable(kind):
+        if kind not in _DELIVERED_TYPES and not self._is_for_raft(kind):
             return self._not_delivered(kind, sender, size_bytes, remote)
         self.received.count_bytes(sender, size_bytes)
         if kind == APP and self._on_append is not None:
@@ -288,9 +309,24 @@ class Handlers:
             return self._not_processed(error, sender, remote)
         return None
 
-    def _is_readable(self, kind: int) -> bool:
-        """Tell whether a type that only a later raft knows is the node's to read."""
-        return self.config.encoded and kind > _LAST_TYPE
+    def _is_for_raft(self, kind: int) -> bool:
+        """Tell whether Raft is given messages of a type: one that only a later raft knows, if it
+        reads them itself.
+        """
+        return kind >= 0 and bool(self.delivered_types >> min(kind, 63) & 1)
+
+    def _count_taken(
+        self, sender: int, messages: int, size_bytes: int, is_append: bool, lossy: int
+    ) -> None:
+        """Hear of messages of a member that the node has taken from the inbox.
+
+        ``lossy`` of them were taken without some of their fields.
+        """
+        self.received.count_bytes(sender, size_bytes)
+        for _ in range(lossy):
+            self.lost_fields(sender, "an address that the inbox does not keep")
+        if is_append and self._on_append is not None:
+            self._on_append(sender, size_bytes, messages)
 
     def _not_delivered(
         self, kind: int, sender: int, size_bytes: int, remote: object

@@ -77,6 +77,7 @@ class Listener:
     (``pipeline-handler-<port>-<n>``, daemons) call Raft. One that has nothing to do reads, decodes
     and writes for all connections, without the GIL; when none is free, a native thread does. One
     more (``pipeline-odd-<port>``) sees to everything that is not a message, and to TLS handshakes.
+    With an inbox there are no handler threads, and the native thread does it all.
     Of several handler threads one is never given a MsgProp: proposals may wait for a leader, and a
     leader is elected by messages. Thread-safe.
     """
@@ -121,9 +122,11 @@ class Listener:
         self._is_over = False
         self._credentials = credentials
         self._listeners = [] if listeners is None else listeners
+        # With an inbox nobody is called.
+        handler_threads = config.handlers if handlers.source is None else 0
         self._threads = [
             LibraryThread(self._receiver.serve, f"pipeline-handler-{ports[0]}-{n}")
-            for n in range(config.handlers)
+            for n in range(handler_threads)
         ]
         self._threads.append(
             LibraryThread(self._receiver.serve, f"pipeline-odd-{ports[0]}", (True,))

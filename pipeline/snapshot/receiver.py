@@ -157,7 +157,7 @@ class SnapshotReceiver:
         sender = format_id(0)  # as etcd, while nothing is decoded
         share = handlers.budget.share()  # of the message; it ends with this call
         try:
-            decoded, size_bytes = _read_message(body, buffer, share, encoded=self._config.encoded)
+            decoded, data = _read_message(body, buffer, share, encoded=handlers.is_encoded)
         except NoRoomError:
             self.refused()
             return handlers.overloaded(request.remote)
@@ -166,9 +166,10 @@ class SnapshotReceiver:
             return self._failed(sender, request, 400, "failed to decode raft message", error)
         message, has_unknown_fields, index = decoded
         sender = format_id(message.from_)
-        if has_unknown_fields and not self._config.encoded:
-            handlers.lost_fields(message.from_, request.remote)
-        handlers.received.count_bytes(message.from_, size_bytes)
+        if handlers.source is None:  # with an inbox all of this is counted as it is taken
+            if has_unknown_fields and not handlers.is_encoded:
+                handlers.lost_fields(message.from_, request.remote)
+            handlers.received.count_bytes(message.from_, len(data))
         if message.type != MessageType.SNAP:
             return self._failed(sender, request, 400, "wrong raft message type")
         with self._in_flight(sender):
@@ -181,11 +182,10 @@ class SnapshotReceiver:
             seconds = time.monotonic() - begin
             logger.info(text, index, sender, request.remote, saved, seconds)
             try:
-                result = self._raft.process(message)
-                if result is not None:  # a coroutine has not processed anything
-                    require_no_awaitable("process", result)
+                self._hand_on(message, data)
             except BaseException as error:  # whatever a node raises, its listener goes on
-                return handlers.rejected(error) or self._failed(
+                rejected = None if isinstance(error, ClosingError) else handlers.rejected(error)
+                return rejected or self._failed(
                     sender, request, 500, "failed to process raft message", error
                 )
         with self._lock:
@@ -193,6 +193,16 @@ class SnapshotReceiver:
             counts.success += 1
             counts.duration.observe(time.monotonic() - begin)
         return handlers.no_content()
+
+    def _hand_on(self, message: object, data: bytearray) -> None:
+        """Have Raft process the message of a stored snapshot, or take it from the inbox."""
+        source = self._handlers.source
+        if source is None:
+            result = self._raft.process(message)
+            if result is not None:  # a coroutine has not processed anything
+                require_no_awaitable("process", result)
+        elif not source.deliver(data):
+            raise ClosingError("the inbox is closed")
 
     def _save(self, index: int, body: SnapshotBody, buffer: memoryview) -> int:
         """Store the rest of the body; the bytes it has."""
@@ -244,7 +254,7 @@ class SnapshotReceiver:
 
 def _read_message(
     body: SnapshotBody, buffer: memoryview, share: BodyShare, *, encoded: bool
-) -> tuple[Decoded, int]:
+) -> tuple[Decoded, bytearray]:
     """Read the length and the message; the message and its bytes. etcd ``decodeLimit``."""
     size_bytes = int.from_bytes(_read_exactly(body, buffer, 8, share), "big")
     # The number is a stranger's: nothing is reserved by it.
@@ -252,7 +262,7 @@ def _read_message(
         raise BodyError("rafthttp: error limit exceeded")
     data = _read_exactly(body, buffer, size_bytes, share)
     try:
-        return decode(data, encoded=encoded), size_bytes
+        return decode(data, encoded=encoded), data
     except UnmarshalError as error:
         raise BodyError(str(error)) from error
 

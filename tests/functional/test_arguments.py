@@ -19,6 +19,7 @@ import pytest
 
 from pipeline import (
     EncodedMessage,
+    Inbox,
     MarshalError,
     Message,
     MessageType,
@@ -85,6 +86,8 @@ NOT_MESSAGES = (
 NOT_CALLABLE = ("yes", 5, True, Rude())
 NOT_A_RAFT = (None, *NOT_CALLABLE, object())
 NOT_CONFIG: tuple[object, ...] = ({}, {"queue_bytes": 1}, "config", 5, True, PipelineConfig, Rude())
+
+NOT_AN_INBOX = ("inbox", 5, True, [], Inbox, Rude())
 
 Table = dict[str, tuple[object, ...]]  # by parameter, what it may not be
 
@@ -169,10 +172,21 @@ OF_A_TRANSPORT: Table = {
     "tls": NOT_CONFIG,
     "config": NOT_CONFIG,
     "allow_loopback_remotes": NOT_A_BOOL,
+    "inbox": NOT_AN_INBOX,
+}
+OF_AN_INBOX: Table = {
+    "max_messages": (*NOT_A_COUNT, 0),
+    "max_bytes": (*NOT_A_COUNT, 0),
+    "encoded": NOT_A_BOOL,
 }
 CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
     transport: (Transport, OF_A_TRANSPORT),
-    aio_transport: (aio.Transport, OF_A_TRANSPORT),
+    Inbox: (Inbox, OF_AN_INBOX),
+    aio.Inbox: (aio.Inbox, OF_AN_INBOX),
+    aio_transport: (
+        aio.Transport,
+        {**OF_A_TRANSPORT, "inbox": (*NOT_AN_INBOX, Inbox())},
+    ),
     pipeline: (
         Pipeline,
         {
