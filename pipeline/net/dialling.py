@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from urllib3.util.connection import allowed_gai_family
 
@@ -42,11 +42,14 @@ ATTEMPT_DELAY_S = 0.25
 #: Names that are looked up at once. A cluster has 3 to 7 members, and up to 16 remotes are
 #: learned; so a name that hangs keeps none of theirs waiting.
 LOOKUPS_MAX = 32
-#: Names of which the address that answered last is remembered.
+#: Names of which the address that answered last is remembered, and hosts that are addresses.
 REMEMBERED_MAX = 1024
 
 #: As of ``getaddrinfo``: family, and address with the port.
 Found: TypeAlias = tuple[int, tuple[Any, ...]]
+
+
+T = TypeVar("T")
 
 
 class DialError(OSError):
@@ -231,6 +234,7 @@ class Dialer:
         self._lookups = 0  # under way
         self._lookups_due: deque[str] = deque()  # names for which there is no thread yet
         self._answered: dict[tuple[str, int], Found] = {}  # last, of names with several addresses
+        self._literals: dict[tuple[str, int], list[Found]] = {}  # of hosts that are addresses
         poller.attach(self)
 
     def begin(self, dial: Dial) -> None:
@@ -271,15 +275,25 @@ class Dialer:
             self._fail(dial, STOPPED)
             return
         self._dials[dial] = None
-        if literal_address(dial.host) is not None:
-            # Asks nobody; the kernel's number for a zone is in the answer.
-            self._race((dial,), _look_up(dial.host, dial.port, socket.AI_NUMERICHOST), dial.port)
+        literal = self._literal(dial.host, dial.port)
+        if literal is not None:
+            self._race((dial,), literal, dial.port)
             return
         if dial.host not in self._waiting:
             self._waiting[dial.host] = {}
             self._lookups_due.append(dial.host)
         self._waiting[dial.host][dial] = None
         self._start_lookups()
+
+    def _literal(self, host: str, port: int) -> list[Found] | str | None:
+        """Return what a host that is an address stands for; None if it is a name."""
+        found: list[Found] | str | None = self._literals.get((host, port))
+        if found is None and literal_address(host) is not None:
+            # Asks nobody; the kernel's number for a zone, which may change, is in the answer.
+            found = _look_up(host, port, socket.AI_NUMERICHOST)
+            if isinstance(found, list) and "%" not in host:
+                _remember(self._literals, (host, port), found)
+        return found
 
     def _start_lookups(self) -> None:
         while self._lookups_due and self._lookups < LOOKUPS_MAX:
@@ -378,10 +392,7 @@ class Dialer:
 
     def _answers(self, host: str, port: int, found: Found) -> None:
         """Try this address first from now on, and at once for who waits for others."""
-        self._answered.pop((host, port), None)
-        self._answered[host, port] = found
-        if len(self._answered) > REMEMBERED_MAX:
-            del self._answered[next(iter(self._answered))]
+        _remember(self._answered, (host, port), found)
         for dial in list(self._dials):
             if (dial.host, dial.port) == (host, port) and found in dial.addresses:
                 dial.addresses.remove(found)
@@ -458,6 +469,14 @@ class Dialer:
     def _forget(self, dial: Dial, sock: OwnSocket) -> None:
         del dial.attempts[sock]
         self._poller.unwatch(sock)
+
+
+def _remember(known: dict[tuple[str, int], T], key: tuple[str, int], value: T) -> None:
+    """Put a value in, as the latest, and let the oldest go if there are too many."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > REMEMBERED_MAX:
+        del known[next(iter(known))]
 
 
 def _look_up(host: str, port: int, flags: int = 0) -> list[Found] | str:

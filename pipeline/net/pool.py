@@ -101,8 +101,9 @@ class Pool(HTTPConnectionPool):
 class PooledConnection:
     """What a worker sends through: one connection checked out of a pool, or none.
 
-    Used by the thread that holds the worker, a dispatcher's or the poller's; ``close`` by ``stop``
-    as well, after the worker ended. ``telling``: see :class:`OddAnswer`.
+    It is kept, open or not, until another pool's is dialled, and given back then. Used by the thread
+    that holds the worker, a dispatcher's or the poller's; ``close`` by ``stop`` as well, after the
+    worker ended. ``telling``: see :class:`OddAnswer`.
     """
 
     __slots__ = (
@@ -131,6 +132,8 @@ class PooledConnection:
     def prepare(self, pool: Pool, timeout_s: float, on_done: Callable[[Dial], object]) -> Dial:
         """Make a dial to the pool's host, to be begun, and to be followed by :meth:`open`."""
         self.close()
+        if pool is not self._pool:
+            self._give_back()
         self.url = pool.url
         self.failure = ""
         self._pool = pool
@@ -142,7 +145,8 @@ class PooledConnection:
         assert self._pool is not None
         assert self.dial is not None
         sock = self.dial.take()
-        self._connection = cast(HTTPConnection, self._pool._get_conn())
+        if self._connection is None:
+            self._connection = cast(HTTPConnection, self._pool._get_conn())
         self._connection.sock = sock
         return sock
 
@@ -160,22 +164,19 @@ class PooledConnection:
         return self._pool.head
 
     def close(self) -> None:
-        """Close the connection, if there is one, and give it back to its pool for a later dial."""
-        connection = self.end()
-        if connection is not None and self._pool is not None:
-            self._pool._put_conn(connection)
-
-    def end(self) -> HTTPConnection | None:
-        """Close the connection, if there is one, and return it.
-
-        ``stop`` leaves the pool alone: its queue has a lock that a signal's handler, come while
-        another connection of the pool is given back, must not wait for.
-        """
+        """Close the connection, if it is open; a later dial may be for the same one."""
+        sock = None
         with self._lock:
-            connection, self._connection = self._connection, None
             dial, self.dial = self.dial, None
+            if self._connection is not None:
+                sock, self._connection.sock = self._connection.sock, None
         if dial is not None:
             dial.discard()
-        if connection is not None:
-            connection.close()
-        return connection
+        if sock is not None:
+            sock.close()
+
+    def _give_back(self) -> None:
+        """Give the connection, which is closed, back to its pool."""
+        connection, self._connection = self._connection, None
+        if connection is not None and self._pool is not None:
+            self._pool._put_conn(connection)

@@ -236,7 +236,7 @@ class PeerPipeline(Sender):
             )
         for worker in self.workers:
             if worker.is_retired():
-                worker.connection.end()
+                worker.connection.close()
         if live == 0:
             logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
 

@@ -30,6 +30,7 @@ from pipeline.tls._tls cimport (
 )
 
 import calendar
+import functools
 import ipaddress
 import os
 
@@ -430,14 +431,21 @@ cdef object open_file(str name, path):
         raise OSError(f"{name}: {error}") from error
 
 
+@functools.lru_cache(1024)
+def proof(str name):
+    """Return what OpenSSL is to look for in a certificate, and whether that is an address."""
+    try:
+        return str(ipaddress.ip_address(name)).encode(), True
+    except ValueError:
+        return name.encode("idna"), False
+
+
 cdef object expect_name(tls_t* tls, str name):
     """Have the server prove a name. Raises ``UnicodeError`` if it is none."""
     cdef X509_VERIFY_PARAM* rules = engine.lib.SSL_get0_param(tls.ssl)
     cdef bytes text
-    try:
-        text = str(ipaddress.ip_address(name)).encode()
-    except ValueError:
-        text = name.encode("idna")
+    text, is_address = proof(name)
+    if not is_address:
         # As in Go: "*" stands for a whole label, and the common name for nothing.
         engine.lib.X509_VERIFY_PARAM_set_hostflags(
             rules, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT)

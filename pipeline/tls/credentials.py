@@ -7,6 +7,7 @@ takes the place of a good one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -147,10 +148,7 @@ class Credentials:
         TLSError
             If no certificate can prove it: it is no host's.
         """
-        name = proven_name(self.info.server_name or host)
-        if not can_be_proven(name):
-            raise TLSError(f"{name!r} is not a name that a certificate can prove")
-        return name
+        return _name_of(self.info.server_name or host)
 
     def check_server(self, session: Session) -> None:
         """Apply the rules to the server's certificate, after the handshake that verified it.
@@ -223,6 +221,14 @@ class Credentials:
     def _tell(self) -> None:
         for callback in tuple(self._subscribers):
             logger.survive("a rotation was not followed", callback)
+
+
+@functools.lru_cache(1024)
+def _name_of(host: str) -> str:
+    name = proven_name(host)
+    if not can_be_proven(name):
+        raise TLSError(f"{name!r} is not a name that a certificate can prove")
+    return name
 
 
 def _files(info: TLSInfo) -> Iterable[AnyPath]:
