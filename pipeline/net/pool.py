@@ -101,8 +101,8 @@ class Pool(HTTPConnectionPool):
 class PooledConnection:
     """What a worker sends through: one connection checked out of a pool, or none.
 
-    It is kept, open or not, until another pool's is dialled, and given back then. Used by the thread
-    that holds the worker, a dispatcher's or the poller's; ``close`` by ``stop`` as well, after the
+    It is kept, open or not, until another pool's is dialled, and given back then. Used by whoever
+    holds the worker, a dispatcher thread or the poller; ``close`` by ``stop`` as well, after the
     worker ended. ``telling``: see :class:`OddAnswer`.
     """
 
