@@ -104,7 +104,7 @@ class ReceiverConfig:
     max_body_bytes: int = 512 * MIB
     #: Request line and headers together.
     max_head_bytes: int = 16 * 1024
-    #: Calls of ``raft.process`` that may run at once.
+    #: Calls of ``raft.process`` that may run at once; of no meaning for listeners with an inbox.
     handlers: int = 4
     #: Whether ``raft.process`` is given an ``EncodedMessage``, the bytes as they came, instead of a
     #: ``Message``, which has no room for fields that raftpb does not have (docs/wire.md). Then the

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pipeline.receive._receiver import ReceiverStats
     from pipeline.receive.handlers import Handlers
     from pipeline.receive.received import ReceivedCounts
-    from pipeline.stats import Histogram
+    from pipeline.stats import Histogram, InboxStats
 
 __all__ = ["MetricsCollector"]
 
@@ -151,6 +151,32 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("Local",),
         "Calls of process that raised.",
+    ),
+    "raft_pipeline_inbox_received_messages_total": (
+        "counter",
+        ("Local",),
+        "Messages put into the inbox.",
+    ),
+    "raft_pipeline_inbox_taken_messages_total": (
+        "counter",
+        ("Local",),
+        "Messages taken from the inbox.",
+    ),
+    "raft_pipeline_inbox_dropped_messages_total": (
+        "counter",
+        ("Local",),
+        "Messages in the inbox when their Transport was stopped.",
+    ),
+    "raft_pipeline_inbox_queued_messages": (
+        "gauge",
+        ("Local",),
+        "Messages in the inbox.",
+    ),
+    "raft_pipeline_inbox_queued_bytes": ("gauge", ("Local",), "Bytes in the inbox."),
+    "raft_pipeline_inbox_waiting_requests": (
+        "gauge",
+        ("Local",),
+        "Requests not answered until the node takes messages from the inbox.",
     ),
     "raft_pipeline_lost_log_lines_total": (
         "counter",
@@ -344,6 +370,8 @@ def _samples(node: Node) -> Iterator[Sample]:
     if snapshot.certificate_expires_at is not None:
         days = (snapshot.certificate_expires_at - time.time()) / DAY_S
         yield "raft_pipeline_certificate_expiry_days", (local,), days
+    if snapshot.inbox is not None:
+        yield from _inbox_samples(local, snapshot.inbox)
     for url, counts in snapshot.listeners:
         yield from _listener_samples((local, url), counts)
 
@@ -391,6 +419,14 @@ def _snapshot_samples(snapshot: NodeSnapshot) -> Iterator[Sample]:
         saves, fsyncs = snapshot.stores
         yield "etcd_snap_db_fsync_duration_seconds", (), fsyncs
         yield "etcd_snap_db_save_total_duration_seconds", (), saves
+
+
+def _inbox_samples(local: str, books: InboxStats) -> Iterator[Sample]:
+    for field in ("received", "taken", "dropped"):
+        yield f"raft_pipeline_inbox_{field}_messages_total", (local,), getattr(books, field)
+    yield "raft_pipeline_inbox_queued_messages", (local,), books.queued
+    yield "raft_pipeline_inbox_queued_bytes", (local,), books.queued_bytes
+    yield "raft_pipeline_inbox_waiting_requests", (local,), books.waiting
 
 
 def _listener_samples(labels: tuple[str, str], counts: ReceiverStats) -> Iterator[Sample]:

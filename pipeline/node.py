@@ -554,6 +554,7 @@ class Node:
             None if store is None else store.histograms(),
             self.certificate_expires_at,
             tuple((it.url, it.stats()) for it in tuple(self._listeners) if not it.is_closed),
+            None if self._inbox is None else self._inbox.stats(),
         )
 
     def metrics_collector(self, *, received_failures_by_address: bool = False) -> MetricsCollector:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pipeline.receive.received import ReceivedCounts
     from pipeline.snapshot.receiver import SnapshotCounts
     from pipeline.snapshot.sender import SnapshotSendCounts
-    from pipeline.stats import Histogram, PipelineStats
+    from pipeline.stats import Histogram, InboxStats, PipelineStats
 
 __all__ = ["NodeSnapshot", "PeerSnapshot"]
 
@@ -47,3 +47,5 @@ class NodeSnapshot(NamedTuple):
     certificate_expires_at: float | None
     #: By URL, of each listener that is open.
     listeners: tuple[tuple[str, ReceiverStats], ...]
+    #: Of the inbox, which other nodes may use as well; None without one.
+    inbox: InboxStats | None
