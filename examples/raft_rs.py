@@ -9,10 +9,10 @@ newer; it is imported when the program runs, and built with Rust beforehand (doc
 
 The messages of raft-rs are raftpb's with fields of their own, of which a ``pipeline.Message`` knows
 nothing: ``Entry.context``, ``Message.commit_term``, ``priority`` and more. Their bytes are carried
-as they are, out as ``EncodedMessage`` and in with ``ReceiverConfig(encoded=True)``. The program
+as they are, out as ``EncodedMessage`` and in with ``Inbox(encoded=True)``. The program
 proposes entries that have a context, and looks whether every member has each with its own.
 
-Glue: 44 lines, those of the class ``Member`` without blank lines, comments and docstrings.
+Glue: 47 lines, those of the class ``Member`` without blank lines, comments and docstrings.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
-from queue import Empty, Queue
 from typing import Any
 
 from pipeline import (
     EncodedMessage,
-    ReceiverConfig,
+    Inbox,
     SnapshotStatus,
     Transport,
-    TransportConfig,
 )
 
 __all__ = ["Member"]
@@ -52,55 +49,58 @@ class Member:
     ----------
     member_id : int
     core : rraft.InMemoryRawNode
-        One thread at a time may use it: that of ``run``.
+        One thread at a time uses it, who has the lock.
     decode : callable
         ``rraft.Message.decode``.
 
     Notes
     -----
-    ``run`` does what the library's threads and the application put into ``todo``. When that is
-    full, ``process`` waits, and the connection it was called for with it. A node whose log outlives
-    it would write where ``MemStorage`` remembers, and take snapshots to cut the log.
+    Thread-safe. A node whose log outlives it would write where ``MemStorage`` remembers, and take
+    snapshots to cut the log.
     """
 
     def __init__(self, member_id: int, core: Any, decode: Callable[[bytes], Any]) -> None:
         self.core, self.decode = core, decode
-        self.todo: Queue[Callable[[], None]] = Queue(4096)
+        self.lock = threading.Lock()
         self.applied: list[Any] = []
-        self.is_stopping = False
-        config = TransportConfig(receiver=ReceiverConfig(encoded=True))
-        self.transport = Transport(member_id, CLUSTER_ID, self, config=config)
-
-    def process(self, message: EncodedMessage) -> None:
-        self.todo.put(lambda: self.core.step(self.decode(bytes(message.data))))
+        self.inbox = Inbox(encoded=True)
+        self.transport = Transport(member_id, CLUSTER_ID, self, inbox=self.inbox)
 
     def report_unreachable(self, member_id: int) -> None:
-        self.todo.put(lambda: self.core.report_unreachable(member_id))
+        with self.lock:
+            self.core.report_unreachable(member_id)
 
     def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None: ...
     def is_id_removed(self, member_id: int) -> bool:
         return False
 
+    def propose(self, context: bytes, data: bytes) -> None:
+        """Propose an entry; what is done with it meanwhile is seen in ``applied``."""
+        with self.lock:
+            self.core.propose(context, data)
+            self.handle_ready()
+
+    def run(self) -> None:
+        """Drive the node until its transport is stopped."""
+        tick_at = time.monotonic()
+        while not self.inbox.closed:
+            messages = self.inbox.take(timeout=max(tick_at - time.monotonic(), 0.0))
+            with self.lock:
+                for message in messages:
+                    self.core.step(self.decode(bytes(message.data)))
+                if time.monotonic() >= tick_at:
+                    self.core.tick()
+                    tick_at += TICK_S
+                self.handle_ready()
+
     def send(self, messages: Iterable[Any]) -> None:
         """Send messages of raft-rs."""
         self.transport.send([EncodedMessage.unmarshal(each.encode()) for each in messages])
 
-    def run(self) -> None:
-        """Drive the node until ``is_stopping``."""
-        tick_at = time.monotonic()
-        while not self.is_stopping:
-            with contextlib.suppress(Empty):
-                self.todo.get(timeout=max(tick_at - time.monotonic(), 0.0))()
-                for _ in range(self.todo.qsize()):
-                    self.todo.get()()
-            if time.monotonic() >= tick_at:
-                self.core.tick()
-                tick_at += TICK_S
-            if self.core.has_ready():
-                self.handle_ready()
-
     def handle_ready(self) -> None:
-        """Send, write and apply what the node has ready, in the order that raft-rs wants."""
+        """Send, write and apply what is ready, in the order that raft-rs wants. With the lock."""
+        if not self.core.has_ready():
+            return
         ready, log = self.core.ready(), self.core.store().wl()
         self.send(ready.take_messages())
         self.applied += ready.take_committed_entries()
@@ -142,6 +142,7 @@ def main() -> int:
         print("rraft-py is not installed: docs/raft-rs.md says how it is built", file=sys.stderr)
         return 1
     members = [Member(each, core_of(rraft, each), rraft.Message.decode) for each in MEMBERS]
+    threads = []
     with contextlib.ExitStack() as stack:
         urls = [
             stack.enter_context(member.transport).listen("http://127.0.0.1:0").url
@@ -151,26 +152,25 @@ def main() -> int:
             for peer_id, url in zip(MEMBERS, urls, strict=True):
                 if peer_id != member.transport.member_id:
                     member.transport.add_peer(peer_id, [url])
-        threads = [threading.Thread(target=member.run) for member in members]
-        for thread in threads:
+            thread = threading.Thread(target=member.run)
             thread.start()
-        try:
-            return commit(members)
-        finally:
-            for member, thread in zip(members, threads, strict=True):
-                member.is_stopping = True
-                thread.join()
+            threads.append(thread)
+        result = commit(members)
+    for thread in threads:  # which end with their transports
+        thread.join()
+    return result
 
 
 def commit(members: list[Member]) -> int:
     """Elect a leader, propose to it, and compare what the members have applied."""
     leader = members[0]
-    leader.todo.put(leader.core.campaign)
+    with leader.lock:
+        leader.core.campaign()
     wait_for(lambda: len(leader.applied) > 0)  # what a leader begins its term with
     begin = time.monotonic()
     wanted = [(b"context %d" % n, b"data %d" % n) for n in range(ENTRIES)]
     for context, data in wanted:
-        leader.todo.put(partial(leader.core.propose, context, data))
+        leader.propose(context, data)
     wait_for(lambda: all(len(member.applied) > ENTRIES for member in members))
     seconds = time.monotonic() - begin
     whole = sum(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import pipeline.aio
 from pipeline import (
     EncodedMessage,
     Entry,
+    Inbox,
     Message,
     MessageType,
     ReceiverConfig,
@@ -103,6 +106,26 @@ def received(raft: FakeRaft) -> list[Any]:
     return list(raft.processed)
 
 
+@contextlib.contextmanager
+def taking(inbox: Inbox[Any]) -> Iterator[SimpleQueue[Any]]:
+    """Take what is in an inbox, on a thread of its own; a MsgSnap is answered only then."""
+    taken: SimpleQueue[Any] = SimpleQueue()
+    is_over = threading.Event()
+
+    def take() -> None:
+        while not is_over.is_set():
+            for message in inbox.take(timeout=0.01):
+                taken.put(message)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        is_over.set()
+        thread.join()
+
+
 @each_way
 @pytest.mark.parametrize("size", [0, 100_000, 3 * MIB], ids=["small", "100 kB", "3 MiB"])
 def test_a_message_comes_whole_whichever_way_it_comes(way: Way, size: int) -> None:
@@ -118,6 +141,24 @@ def test_a_message_comes_whole_whichever_way_it_comes(way: Way, size: int) -> No
         assert message.type is MessageType.APP
     assert len(raft.processed) == (2 if way is by_listener else 1)
     assert handlers.received.bytes_by_sender == {1: len(raft.processed) * len(body)}
+
+
+@each_way
+@pytest.mark.parametrize("size", [0, 100_000, 3 * MIB], ids=["small", "100 kB", "3 MiB"])
+def test_an_inbox_has_what_came_whole(way: Way, size: int) -> None:
+    """It says itself whether messages are taken so; ``ReceiverConfig`` is not asked."""
+    inbox, body, config = Inbox(encoded=True), strange(size), ReceiverConfig()
+    handlers = handlers_of(FakeRaft(), config, inbox=inbox)
+    with taking(inbox) as taken:
+        way(handlers, config, body)
+        messages = 2 if way is by_listener else 1
+        for _ in range(messages):
+            message = taken.get(timeout=LONG_TIMEOUT)
+            assert (type(message), message.data) == (EncodedMessage, body)
+            assert memoryview(message.data).readonly
+            assert (message.type, message.to, message.from_, message.term) == (3, 2, 1, 5)
+    assert handlers.received.bytes_by_sender == {1: messages * len(body)}
+    assert handlers.received.unknown_fields == 0
 
 
 @pytest.mark.parametrize("size", [0, 3 * MIB], ids=["small", "3 MiB"])
@@ -312,7 +353,7 @@ def test_lost_fields_are_counted_and_told_of_once(
     assert raft.processed == [expected] * messages
     (text,) = told(caplog)
     assert text.startswith("Raft message from member 7 at 127.0.0.1:")
-    assert text.endswith("ReceiverConfig(encoded=True) would keep them")
+    assert text.endswith("encoded=True, of ReceiverConfig or of the Inbox, would keep them")
 
 
 @each_way
@@ -334,6 +375,40 @@ def test_nothing_is_counted_that_is_not_lost(way: Way, caplog: pytest.LogCapture
     way(handlers, config, strange())
     assert handlers.received.unknown_fields == 0
     assert told(caplog) == []
+
+
+@each_way
+def test_an_inbox_tells_of_fields_that_are_lost_as_they_are_taken(
+    way: Way, caplog: pytest.LogCaptureFixture
+) -> None:
+    inbox, config = Inbox(), ReceiverConfig(encoded=True)  # of which the inbox knows better
+    handlers = handlers_of(FakeRaft(), config, inbox=inbox)
+    with taking(inbox) as taken:
+        way(handlers, config, strange(from_=7))
+        messages = 2 if way is by_listener else 1
+        for _ in range(messages):
+            entry = Entry(term=5, index=7, data=b"data")
+            assert taken.get(timeout=LONG_TIMEOUT).entries == (entry,)
+    assert handlers.received.unknown_fields == messages
+    (text,) = told(caplog)
+    assert text.startswith("Raft message from member 7 at an address that the inbox does not keep")
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_snapshot_in_an_inbox_is_whole_or_its_loss_is_counted_once(
+    tmp_path: Path, encoded: bool
+) -> None:
+    inbox: Inbox[Any] = Inbox(encoded=True) if encoded else Inbox()
+    config = ReceiverConfig(snapshot_dir=tmp_path)
+    handlers = handlers_of(FakeRaft(), config, inbox=inbox)
+    body = snapshot().marshal() + FIELDS
+    with taking(inbox) as taken, Listener(handlers, "http://127.0.0.1:0", config) as listener:
+        assert ask(listener.url, post_snapshot(framed(body, b"database"))).status == 204
+        message = taken.get(timeout=LONG_TIMEOUT)
+    assert message.type == MessageType.SNAP
+    assert (type(message) is EncodedMessage and message.data == body) == encoded
+    assert handlers.received.unknown_fields == (0 if encoded else 1)
+    assert (tmp_path / FILE).read_bytes() == b"database"
 
 
 @pytest.mark.parametrize("encoded", [False, True])
