@@ -17,6 +17,7 @@ import pytest
 
 from pipeline import (
     Entry,
+    Inbox,
     Message,
     MessageType,
     PipelineConfig,
@@ -57,14 +58,21 @@ class Node:
 class Link:
     """A Transport that sends to another one, over ``connections``; both are in this process."""
 
-    def __init__(self, node: Node, raft: FakeRaft, tls: TLSInfo | None, connections: int) -> None:
+    def __init__(
+        self,
+        node: Node,
+        raft: FakeRaft,
+        tls: TLSInfo | None,
+        connections: int,
+        inbox: Inbox | None,
+    ) -> None:
         config = TransportConfig(
             pipeline=PipelineConfig(connections=connections, queue_length=20_000),
             probe_interval_s=0,
         )
         self.raft = raft
         self.sender = Transport(1, 1, raft, config=config, tls=tls)
-        self.receiver = Transport(2, 1, node, config=config, tls=tls)
+        self.receiver = Transport(2, 1, node, config=config, tls=tls, inbox=inbox)
 
     @contextmanager
     def up(self) -> Iterator[Link]:
@@ -90,33 +98,30 @@ def link(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..
     tls = Authority(tmp_path).info() if request.param == "TLS" else None
     with ExitStack() as stack:
 
-        def make(node: Node, *, connections: int = 1) -> Link:
-            return stack.enter_context(Link(node, FakeRaft(), tls, connections).up())
+        def make(node: Node, *, connections: int = 1, inbox: Inbox | None = None) -> Link:
+            return stack.enter_context(Link(node, FakeRaft(), tls, connections, inbox).up())
 
         yield make
+
+
+def numbered(count: int, thread: int = 0) -> Iterator[Message]:
+    """Messages of three types, one after the other; every fiftieth has 100 kB."""
+    for index in range(count):
+        type_, entry = (APP, HEARTBEAT, PROP)[index % 3], SMALL if index % 50 else LARGE
+        yield Message(type=type_, to=2, from_=1, term=thread, index=index, entries=[entry])
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_20_000_messages_come_over_one_connection_as_each_thread_sent_them(
     link: Callable[..., Link], threads: int
 ) -> None:
-    """Every fiftieth has 100 kB; four handler threads receive."""
+    """Four handler threads receive."""
     node = Node()
     it = link(node)
     each = 20_000 // threads
 
     def send(thread: int) -> int:
-        return it.sender.send(
-            Message(
-                type=(APP, HEARTBEAT, PROP)[index % 3],
-                to=2,
-                from_=1,
-                term=thread,
-                index=index,
-                entries=[LARGE if index % 50 == 0 else SMALL],
-            )
-            for index in range(each)
-        )
+        return it.sender.send(numbered(each, thread))
 
     with ThreadPoolExecutor(threads) as pool:
         assert sum(pool.map(send, range(threads))) == 0
@@ -126,6 +131,22 @@ def test_20_000_messages_come_over_one_connection_as_each_thread_sent_them(
     assert it.listener.stats().accepted == 1
     for thread in range(threads):
         assert [index for index, term in node.came if term == thread] == list(range(each))
+
+
+def test_20_000_messages_are_taken_from_an_inbox_as_they_were_sent(
+    link: Callable[..., Link],
+) -> None:
+    """Its lanes change nothing about that, nor that it is full most of the time."""
+    inbox: Inbox = Inbox(max_messages=10)
+    it = link(Node(), inbox=inbox)
+    assert it.sender.send(numbered(20_000)) == 0
+    taken: list[int] = []
+    while len(taken) < 20_000:
+        batch = inbox.take(timeout=LONG_TIMEOUT)
+        assert batch
+        taken += [message.index for message in batch]
+    assert taken == list(range(20_000))
+    assert it.listener.stats().accepted == 1
 
 
 def test_the_next_message_leaves_when_the_one_before_has_its_outcome(
