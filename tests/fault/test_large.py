@@ -70,6 +70,25 @@ def test_a_borrowed_payload_is_given_back_after_its_outcome(script: Script, make
         eventually(lambda: is_free(buffer))
 
 
+def test_an_encoded_message_made_anew_is_sent_with_the_bytes_it_had() -> None:
+    """A job holds what has the bytes, not the message that showed it to them."""
+    buffer = bytearray(b"first" * MIB)
+    encoded = EncodedMessage(buffer, type=MessageType.APP, to=PEER)
+    with ScriptedServer() as server, pipeline_to(server, connections=1) as pipeline:
+        server.script = server.hold
+        pipeline.send(message())
+        server.wait_requests(1)
+        assert pipeline.send(encoded) is SendResult.ACCEPTED
+        encoded.__init__(bytearray(b"second"), type=MessageType.APP, to=PEER)  # type: ignore[misc]
+        assert encoded.data == b"second"
+        assert not is_free(buffer)
+        server.release.set()
+        _, request = server.wait_requests(2)
+        assert request.body == b"first" * MIB
+        settle(pipeline)
+        eventually(lambda: is_free(buffer))
+
+
 def test_a_refused_payload_is_given_back_at_once() -> None:
     buffer = bytearray(100_000)
     with (

@@ -4,6 +4,7 @@ from typing import assert_type
 
 from pipeline import (
     ConfState,
+    EncodedMessage,
     Entry,
     EntryType,
     Message,
@@ -44,3 +45,11 @@ Message.unmarshal("text")  # type: ignore[arg-type]
 message.entries = (Entry(),)
 message.snapshot = None
 message.term = "1"  # type: ignore[assignment]
+
+encoded = EncodedMessage.unmarshal(message.marshal())
+assert_type(encoded, EncodedMessage)
+assert_type(encoded.type, MessageType | int)
+assert_type((encoded.to, encoded.from_, encoded.term, len(encoded)), tuple[int, int, int, int])
+EncodedMessage(encoded.data, type=encoded.type, to=3, from_=encoded.from_, term=encoded.term)
+EncodedMessage("text", type=3, to=2)  # type: ignore[arg-type]
+encoded.to = 3  # type: ignore[misc]
