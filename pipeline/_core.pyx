@@ -31,7 +31,7 @@ from pipeline.send._jobs cimport (
 from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED, ERROR_STOPPED,
     EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_FAILED, EVENT_NOT_DIALLED, EVENT_SUCCEEDED,
-    EVENT_TASKS, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, TYPE_APP, WORKER_IDLE, WORKER_JOINED_MAX,
+    EVENT_TASKS, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, WORKER_IDLE, WORKER_JOINED_MAX,
     WORKER_PYTHON, WORKER_READING, WORKER_RETIRED, WORKER_WRITING, event_t, limits_t,
     pipe_begin_stop, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t,
     sending_queue_tasks, sending_t, worker_t,
@@ -40,6 +40,7 @@ from pipeline.send._sending cimport sending_free, sending_init, sending_start, s
 from pipeline.send._worker cimport worker_give_back, worker_to_python
 from pipeline.tls._engine cimport Session
 from pipeline.wire._messages cimport EncodedMessage, Message, profile_index
+from pipeline.wire._types cimport TYPE_APP
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_t, ring_try_pop, ring_try_push,
 )

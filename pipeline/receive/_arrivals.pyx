@@ -21,7 +21,6 @@ from pipeline.net._descriptors cimport descriptors_add, descriptors_close, descr
 from pipeline.net._gil cimport lock_with_gil
 from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.net._sockets cimport own_descriptors
-from pipeline.receive._caller cimport TYPE_APP
 from pipeline.receive._inbox cimport (
     INBOX_CLOSED, INBOX_FULL, INBOX_TAKEN_IN, arrival_t, holder_t, inbox_drop, inbox_end_all,
     inbox_put_back, inbox_put_locked, inbox_show, inbox_take, inbox_tell_room, reader_t, source_t,
@@ -29,6 +28,7 @@ from pipeline.receive._inbox cimport (
 from pipeline.receive._queues cimport message_is_held, message_lane
 from pipeline.wire._messages cimport decode_error, encoded_from_decoded, message_from_decoded
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
+from pipeline.wire._types cimport TYPE_APP
 
 import os
 

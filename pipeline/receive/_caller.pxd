@@ -91,9 +91,6 @@ cdef enum:
     QUEUE_STRANGERS         # of all others, and of those whose bytes take more than a turn
     QUEUE_HANDSHAKES
     QUEUES
-    TYPE_PROP = 2
-    TYPE_APP = 3
-    TYPE_SNAP = 7
 
 # How Python wants a connection to go on.
 cdef enum:

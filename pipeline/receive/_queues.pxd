@@ -14,7 +14,7 @@ from pipeline.receive._caller cimport (
     CALLER_HANDLED, ENTRIES_LARGE, REQUEST_CHECK, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
     QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED,
     REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_OFFER, THEN_REFUSED,
-    THEN_TAKEN, THEN_TURN, TYPE_APP, TYPE_PROP, TYPE_SNAP, caller_of_holder, caller_of_turn,
+    THEN_TAKEN, THEN_TURN, caller_of_holder, caller_of_turn,
     caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut
@@ -31,6 +31,7 @@ from pipeline.receive._inbox cimport holder_t
 from pipeline.tls._engine cimport tls_free
 from pipeline.tls._tls cimport tls_t
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
+from pipeline.wire._types cimport TYPE_APP, TYPE_PROP, TYPE_SNAP
 
 
 cdef inline bint caller_is_probe(const caller_t* caller) noexcept nogil:

@@ -15,7 +15,7 @@ from pipeline.receive._caller cimport (
     REQUEST_CHECK, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE,
     REQUEST_ODD, REQUEST_PROPOSAL, REQUEST_REFUSED, REQUEST_TAKEN, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE,
     THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_READ_BODY, THEN_REFUSED,
-    THEN_SHAKE, THEN_SHAKEN, THEN_TAKEN, THEN_TURN, TYPE_PROP, answer_204_t,
+    THEN_SHAKE, THEN_SHAKEN, THEN_TAKEN, THEN_TURN, answer_204_t,
     caller_add_runnable, caller_append, caller_is_bulk, caller_is_old, caller_of_turn, caller_save,
     caller_set_deadline, caller_set_state, caller_t, caller_unlink, request_t, server_knows, server_limits_t, server_reuse_body, server_t,
 )
@@ -28,6 +28,7 @@ from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.wire._http cimport (
     HTTP_ODD, HTTP_POST, http_post_t, http_recognise_post, http_same_post,
 )
+from pipeline.wire._types cimport TYPE_PROP
 from pipeline.net._memory cimport body_free, body_grown, body_init, body_resident, body_t
 from pipeline.net._loop cimport IO_TURN, io_t, loop_remove
 from pipeline.receive._inbox cimport INBOX_FULL, INBOX_TAKEN_IN, inbox_put

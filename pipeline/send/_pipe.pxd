@@ -30,6 +30,7 @@ from pipeline.send._channel cimport (
 )
 from pipeline.net._cursor cimport cursor_t
 from pipeline.wire._http cimport HTTP_ANSWER_MAX
+from pipeline.wire._types cimport TYPE_APP
 from pipeline.net._conn cimport conn_t
 from pipeline.net._loop cimport loop_look_at, loop_t, loop_wake
 from pipeline._system cimport (
@@ -57,10 +58,6 @@ cdef enum:
     # Larger messages never take a pipe's first worker: a snapshot, or a run of large appends,
     # must not delay heartbeats and votes.
     LARGE_MIN = 64 * 1024
-    # raftpb MessageType, the three that this file treats specially (spec section 1.1).
-    TYPE_PROP = 2
-    TYPE_APP = 3
-    TYPE_SNAP = 7
 
 # Changed by worker_set_state alone.
 cdef enum:

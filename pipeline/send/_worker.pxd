@@ -20,11 +20,12 @@ from pipeline.wire._http cimport (
     HTTP_ANSWER_MAX, HTTP_MORE, http_end_head, http_recognise_204, http_says_close,
     http_says_version,
 )
+from pipeline.wire._types cimport TYPE_PROP, TYPE_SNAP
 from pipeline.send._pipe cimport (
     ANSWER_KNOWN_MAX, ERROR_CLOSED, ERROR_DEAD_LINK, ERROR_RESPONSE_TIMEOUT, ERROR_STALLED,
     ERROR_STOPPED, EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_FAILED, EVENT_SUCCEEDED,
-    GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, NEAR_RTT_US, SEND_BUFFER_NEAR, TYPE_PROP, TYPE_SNAP,
-    WORKER_IDLE, WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
+    GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, NEAR_RTT_US, SEND_BUFFER_NEAR, WORKER_IDLE,
+    WORKER_JOINED_MAX, WORKER_PYTHON, WORKER_READING, WORKER_RETIRED,
     WORKER_STEP_BYTES, WORKER_WRITING, pipe_count, pipe_expire, pipe_t, sending_job_done,
     sending_queue_connect, sending_queue_event, sending_t, worker_t,
 )
