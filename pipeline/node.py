@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, Unpack, overload
 
 from pipeline.arguments import require_bool, require_id, require_instance
 from pipeline.callbacks import Callbacks, require_callable, require_raft
@@ -23,7 +23,7 @@ from pipeline.identity import Identity
 from pipeline.logs import get_logger, lost_lines, show
 from pipeline.node_snapshot import NodeSnapshot
 from pipeline.peer import Peer, PeerStats
-from pipeline.raft import AnyRaft
+from pipeline.raft import AnyRaft, ProcessingRaft, RaftReports
 from pipeline.receive.handlers import Handlers
 from pipeline.receive.inbox import Inbox
 from pipeline.remote import RemotePolicy, Remotes, RemoteStats
@@ -70,6 +70,16 @@ logger = get_logger(__name__)
 _all: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
+class NodeSettings(TypedDict, total=False):
+    """What a node of either face may be given, however it receives. For type checkers."""
+
+    peer_urls: Iterable[str]
+    tls: TLSInfo | None
+    config: TransportConfig | None
+    remote_policy: RemotePolicy | None
+    allow_loopback_remotes: bool
+
+
 class Node:
     """One member of a cluster: its peers, its remotes, what it answers, and its statistics.
 
@@ -96,6 +106,30 @@ class Node:
     #: What ``stop`` is, in a forked child, of a node that is its parent's.
     _stop_of_foreign: ClassVar[Callable[..., object]] = staticmethod(nothing_to_stop)
 
+    @overload
+    def __init__(
+        self,
+        member_id: int,
+        cluster_id: int,
+        raft: ProcessingRaft,
+        *,
+        inbox: None = None,
+        on_critical_error: Callable[[MemberRemovedError], None] | None = ...,
+        on_peer_change: Callable[[PeerChange], None] | None = ...,
+        **settings: Unpack[NodeSettings],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        member_id: int,
+        cluster_id: int,
+        raft: RaftReports,
+        *,
+        inbox: Inbox[Any],
+        on_critical_error: Callable[[MemberRemovedError], None] | None = ...,
+        on_peer_change: Callable[[PeerChange], None] | None = ...,
+        **settings: Unpack[NodeSettings],
+    ) -> None: ...
     def __init__(
         self,
         member_id: int,

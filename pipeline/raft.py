@@ -18,7 +18,7 @@ else:
 
     Received_contra = TypeVar("Received_contra", contravariant=True)
 
-__all__ = ["AnyRaft", "Raft", "RaftReports", "Received_contra"]
+__all__ = ["AnyRaft", "ProcessingRaft", "Raft", "RaftReports", "Received_contra"]
 
 
 @runtime_checkable
@@ -63,6 +63,7 @@ class Raft(RaftReports, Protocol[Received_contra]):
         """
 
 
-#: A node of any kind. That it takes what ``ReceiverConfig.encoded`` says, or has an inbox, is its
-#: business.
-AnyRaft: TypeAlias = "Raft[Message] | Raft[EncodedMessage] | RaftReports"
+#: A node without an inbox. That it takes what ``ReceiverConfig.encoded`` says is its business.
+ProcessingRaft: TypeAlias = "Raft[Message] | Raft[EncodedMessage]"
+#: A node of any kind.
+AnyRaft: TypeAlias = "ProcessingRaft | RaftReports"

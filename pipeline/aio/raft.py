@@ -14,7 +14,7 @@ from pipeline.types import SnapshotStatus
 from pipeline.wire._messages import EncodedMessage, Message
 from pipeline.wire.protocol import format_id
 
-__all__ = ["AnyRaft", "Bridge", "Raft", "RaftReports"]
+__all__ = ["AnyRaft", "Bridge", "ProcessingRaft", "Raft", "RaftReports"]
 
 logger = get_logger(__name__)
 
@@ -51,8 +51,9 @@ class Raft(RaftReports, Protocol[Received_contra]):
         """
 
 
-#: A node of any kind, as ``pipeline.raft.AnyRaft``.
-AnyRaft: TypeAlias = Raft[Message] | Raft[EncodedMessage] | RaftReports
+#: A node without an inbox, and one of any kind, as ``pipeline.raft`` has them.
+ProcessingRaft: TypeAlias = Raft[Message] | Raft[EncodedMessage]
+AnyRaft: TypeAlias = ProcessingRaft | RaftReports
 
 
 class Bridge:

@@ -6,19 +6,19 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack, overload
 
 from pipeline.aio.blocking import in_thread
 from pipeline.aio.inbox import Inbox
 from pipeline.aio.listener import Listener
-from pipeline.aio.raft import AnyRaft, Bridge
+from pipeline.aio.raft import AnyRaft, Bridge, ProcessingRaft, RaftReports
 from pipeline.aio.transfer import SnapshotTransfer
 from pipeline.arguments import require_instance
 from pipeline.callbacks import require_callable, require_raft
 from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.logs import get_logger
-from pipeline.node import Node
+from pipeline.node import Node, NodeSettings
 from pipeline.remote import RemotePolicy
 from pipeline.send.changes import PeerChange
 from pipeline.send.sendable import Sendable
@@ -88,6 +88,30 @@ class Transport(Node):
 
     _stop_of_foreign = staticmethod(_nothing_to_stop)
 
+    @overload
+    def __init__(
+        self,
+        member_id: int,
+        cluster_id: int,
+        raft: ProcessingRaft,
+        *,
+        inbox: None = None,
+        on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None = ...,
+        on_peer_change: Callable[[PeerChange], Awaitable[None] | None] | None = ...,
+        **settings: Unpack[NodeSettings],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        member_id: int,
+        cluster_id: int,
+        raft: RaftReports,
+        *,
+        inbox: Inbox[Any],
+        on_critical_error: Callable[[MemberRemovedError], Awaitable[None] | None] | None = ...,
+        on_peer_change: Callable[[PeerChange], Awaitable[None] | None] | None = ...,
+        **settings: Unpack[NodeSettings],
+    ) -> None: ...
     def __init__(
         self,
         member_id: int,
@@ -110,6 +134,7 @@ class Transport(Node):
         require_callable("on_peer_change", on_peer_change, is_async_taken=True)
         bridge = Bridge(raft, on_critical_error, on_peer_change)
         self._deliveries = bridge.deliveries
+        threaded: Any = None if inbox is None else inbox.threaded  # the bridge suits either
         super().__init__(
             member_id,
             cluster_id,
@@ -121,7 +146,7 @@ class Transport(Node):
             on_peer_change=None if on_peer_change is None else bridge.peer_change,
             remote_policy=remote_policy,
             allow_loopback_remotes=allow_loopback_remotes,
-            inbox=None if inbox is None else inbox.threaded,
+            inbox=threaded,
         )
         self._deliveries.callbacks = self.callbacks
         self._stopping: asyncio.Task[int] | None = None

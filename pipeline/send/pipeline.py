@@ -34,7 +34,7 @@ from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger, show
 from pipeline.net.dialling import Dial, DialError
 from pipeline.net.pool import Pool, PooledConnection
-from pipeline.raft import AnyRaft
+from pipeline.raft import AnyRaft, ProcessingRaft
 from pipeline.send.changes import PeerChange, PeerChanges
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.picker import URLPicker
@@ -501,7 +501,7 @@ class Pipeline(PeerPipeline):
         self,
         peer_id: int,
         urls: Iterable[str],
-        raft: AnyRaft,
+        raft: ProcessingRaft,
         *,
         member_id: int,
         cluster_id: int,

@@ -58,4 +58,4 @@ async def main() -> None:
         assert_type(transport.send([Message(type=MessageType.HEARTBEAT, to=2)]), int)
         await transport.send([])  # type: ignore[misc]
         assert_type(await transport.stop(), int)
-    Transport(1, 1, Deaf())  # type: ignore[arg-type]
+    Transport(1, 1, Deaf())  # type: ignore[call-overload]

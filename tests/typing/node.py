@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline import (
     EncodedMessage,
+    Inbox,
     Message,
     Pipeline,
     Raft,
@@ -68,9 +69,11 @@ raft = TakesEncoded()  # type: ignore[assignment]
 Transport(1, 0x77, Node())
 Transport(1, 0x77, TakesEncoded())
 Transport(1, 0x77, TakesBoth())
-Transport(1, 0x77, Deaf())  # type: ignore[arg-type]
+Transport(1, 0x77, Deaf())  # type: ignore[call-overload]
 Transport(1, 0x77, TakesBytes())  # type: ignore[arg-type]
-Transport(1, 0x77, AsyncNode())  # type: ignore[arg-type]
+Transport(1, 0x77, AsyncNode())  # type: ignore[call-overload]
+Transport(1, 0x77, Deaf(), inbox=Inbox())
+Transport(1, 0x77, Deaf(), inbox=None)  # type: ignore[call-overload]
 Pipeline(2, ["http://127.0.0.1:2380"], Node(), member_id=1, cluster_id=0x77)
 Pipeline(2, ["http://127.0.0.1:2380"], Deaf(), member_id=1, cluster_id=0x77)  # type: ignore[arg-type]
 Transport(1, 0x77, Node(), remote_policy=lambda member_id, urls, caller: len(urls) == 1)
@@ -83,5 +86,5 @@ files = TLSInfo(
     allow_member=lambda certificate, member_id: member_id == len(certificate["subject"]),
 )
 Transport(1, 0x77, Node(), tls=files)
-Transport(1, 0x77, Node(), tls="files")  # type: ignore[arg-type]
+Transport(1, 0x77, Node(), tls="files")  # type: ignore[call-overload]
 TLSInfo(cert_file="cert", key_file="key", allowed_cn="etcd")  # type: ignore[arg-type]

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import assert_type
 
-from pipeline import Listener, Raft, ReceiverConfig, Transport, TransportConfig
+from pipeline import (
+    EncodedMessage,
+    Inbox,
+    Listener,
+    Message,
+    Raft,
+    ReceiverConfig,
+    Transport,
+    TransportConfig,
+)
 from pipeline.receive.asgi import ASGIApp
 
 
@@ -26,3 +35,7 @@ def serve(raft: Raft) -> ASGIApp:
 
 
 ReceiverConfig(idle_timeout_s="60")  # type: ignore[arg-type]
+assert_type(Inbox().take(timeout=None), list[Message])
+assert_type(Inbox(encoded=True).take(max_messages=1), list[EncodedMessage])
+assert_type(Inbox(max_messages=8, encoded=False).take(), list[Message])
+Inbox(encoded=1)  # type: ignore[call-overload]
