@@ -386,6 +386,7 @@ cdef class Source:
                     result = inbox_put_locked(
                         inbox, &self.c, NULL, message_lane(&decoded), &body, &decoded, holder)
                     if result != INBOX_FULL:
+                        inbox_show(inbox)
                         break
                     self.wait_locked()
                     PyErr_CheckSignals()

@@ -41,6 +41,7 @@ cdef struct reader_t:
     loop_t* loop            # borrowed
     int has_news            # atomic: there may be room
     bint is_waiting         # for room
+    bint has_put            # of the loop: something of which consumers are not told yet
     # Takes back the memory of a large body.
     void (*recycle)(reader_t* reader, body_t* body) noexcept nogil
 
@@ -127,7 +128,7 @@ cdef inline void inbox_tell_room(inbox_t* inbox) noexcept nogil:
 cdef inline int inbox_put_locked(
         inbox_t* inbox, source_t* source, reader_t* reader, int lane, body_t* body,
         const wire_decoded_t* decoded, holder_t* holder) noexcept nogil:
-    """Do what ``inbox_put`` says. The caller holds the lock."""
+    """Do what ``inbox_put`` says, but the caller holds the lock and calls ``inbox_show``."""
     cdef arrival_t* arrival = inbox.spare
     cdef int64_t bytes = body_resident(body)
     if source.is_closed:
@@ -161,22 +162,32 @@ cdef inline int inbox_put_locked(
     inbox_count(inbox, arrival, 1)
     if holder is not NULL and reader is not NULL:
         add_int(&inbox.waiting, 1)
-    inbox_show(inbox)
     return INBOX_TAKEN_IN
 
 
 cdef inline int inbox_put(
         inbox_t* inbox, source_t* source, reader_t* reader, int lane, body_t* body,
         const wire_decoded_t* decoded, holder_t* holder) noexcept nogil:
-    """Put a message in; it has the body then, and nobody else.
+    """Put a message in for a loop; it has the body then, and nobody else.
 
-    If it is full, ``reader`` is told once when there may be room.
+    If it is full, the loop is told once when there may be room. Consumers that wait are told by
+    ``reader_show``, once for all that a turn of the loop puts in.
     """
     cdef int result
     pthread_mutex_lock(&inbox.lock)
     result = inbox_put_locked(inbox, source, reader, lane, body, decoded, holder)
     pthread_mutex_unlock(&inbox.lock)
+    reader.has_put = True
     return result
+
+
+cdef inline void reader_show(inbox_t* inbox, reader_t* reader) noexcept nogil:
+    """Tell consumers of what a loop has put in. The loop does so before it waits."""
+    if reader.has_put:
+        reader.has_put = False
+        pthread_mutex_lock(&inbox.lock)
+        inbox_show(inbox)
+        pthread_mutex_unlock(&inbox.lock)
 
 
 cdef inline void inbox_count(inbox_t* inbox, const arrival_t* arrival, int sign) noexcept nogil:

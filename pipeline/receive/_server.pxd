@@ -19,7 +19,7 @@ from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
 )
 from pipeline.receive._heads cimport heads_free
-from pipeline.receive._inbox cimport reader_leave
+from pipeline.receive._inbox cimport reader_leave, reader_show
 from pipeline.net._memory cimport SPARE_NEW, SPARE_NONE, body_free, body_t, spares_take
 from pipeline.net._loop cimport (
     IO_TURN, LOOP_EDGES, io_t, loop_add, loop_close, loop_init, loop_is_due, loop_look_at,
@@ -306,6 +306,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         server_admit(server)
     if server.in_budget.is_waiting and budget_left(server.budget) > 0:
         server_resume(server)
+    reader_show(server.inbox, &server.reader)
     if server.accept_at_ns > 0 and server.loop.now_ns >= server.accept_at_ns \
             and not server.has_begun_stop:
         server_resume_accept(server)
@@ -338,6 +339,7 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     # Before the events: what was answered is idle again, and can make room for a caller.
     server_run_returned(server)
     loop_run_events(&server.loop)
+    reader_show(server.inbox, &server.reader)
     if loop_is_due(&server.loop):
         server_check_deadlines(server)
     return True
