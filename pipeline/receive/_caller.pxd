@@ -52,6 +52,8 @@ cdef enum:
     # How long what a refused peer still sends is read and thrown away, so that it reads the
     # answer before it hears of the end (RFC 9112 9.6).
     LINGER_NS = 1000000000
+    # Between two bytes of an answer that does not end. etcd 3.4 gives up after 5 s of silence.
+    ENDLESS_NS = 3000000000
     # A turn of strangers that took longer is followed by no longer a pause than this.
     STRANGERS_PAUSE_NS = 5000000
     ANSWER_204_MAX = 256
@@ -65,10 +67,11 @@ cdef enum:
     CALLER_HANDLED          # a handler thread has it, or the odd thread: hands off
     CALLER_WRITING          # writes an answer
     CALLER_LINGERING        # has answered and ended; reads to throw away
+    CALLER_ENDLESS          # is answered a byte now and then, and has nothing more to say
     CALLER_CLOSED           # buried: freed at the end of the turn
 
-# The first four may block and go to the handler threads; the others to the odd thread. With an inbox
-# there are no handler threads, and all that is not simply put there goes to the odd thread.
+# The first four may block and go to the handler threads; the others to the odd thread. With an
+# inbox there are no handler threads, and all that is not simply put there goes to the odd thread.
 cdef enum:
     REQUEST_MESSAGE = 0     # decoded
     REQUEST_PROPOSAL        # the same, a MsgProp, which waits for a leader
@@ -107,6 +110,7 @@ cdef enum:
     THEN_OFFER              # put the decoded message into the inbox
     THEN_TAKEN              # the node has taken it: answer
     THEN_REFUSED            # it is not waited for: answer 503
+    THEN_ENDLESS            # odd: the answer does not end
 
 # What a handler thread is given: the one request of its connection.
 cdef struct request_t:
@@ -308,8 +312,9 @@ cdef inline int caller_next_states(int state) noexcept nogil:
         return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
     if state == CALLER_HANDLED or state == CALLER_WRITING:      # given back; the answer is out
         return 1 << CALLER_HEAD | 1 << CALLER_SHAKING | 1 << CALLER_ODD | 1 << CALLER_HANDLED \
-            | 1 << CALLER_WRITING | 1 << CALLER_LINGERING | 1 << CALLER_CLOSED
-    if state == CALLER_LINGERING:
+            | 1 << CALLER_WRITING | 1 << CALLER_LINGERING | 1 << CALLER_ENDLESS \
+            | 1 << CALLER_CLOSED
+    if state == CALLER_LINGERING or state == CALLER_ENDLESS:
         return 1 << CALLER_HANDLED | 1 << CALLER_CLOSED
     return 0
 

@@ -79,7 +79,7 @@ cdef struct inbox_t:
     uint64_t dropped
     uint64_t queued
     int64_t queued_bytes
-    int waiting             # atomic: connections, and threads, held up for room or until it is taken
+    int waiting             # atomic: connections and threads held up, for room or until it is taken
     int n_threads           # of Python's, that wait for ``changed``
     reader_t* readers
     arrival_t* spare

@@ -11,10 +11,10 @@ from libc.string cimport memcmp, memset
 
 from pipeline.net._budget cimport BODY_SMALL, budget_add
 from pipeline.receive._caller cimport (
-    CALLER_HANDLED, ENTRIES_LARGE, REQUEST_CHECK, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES, QUEUE_MEMBERS,
-    QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED,
-    REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS, THEN_OFFER, THEN_REFUSED,
-    THEN_TAKEN, THEN_TURN, caller_of_holder, caller_of_turn,
+    CALLER_HANDLED, ENTRIES_LARGE, REQUEST_CHECK, QUEUES, QUEUE_CHECK_NS, QUEUE_HANDSHAKES,
+    QUEUE_MEMBERS, QUEUE_PROBES, QUEUE_STRANGERS, REQUEST_HANDSHAKE, REQUEST_LARGE,
+    REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, STRANGERS_PAUSE_NS,
+    THEN_OFFER, THEN_REFUSED, THEN_TAKEN, THEN_TURN, caller_of_holder, caller_of_turn,
     caller_set_state, caller_t, handler_t, queue_t, request_t, server_t,
 )
 from pipeline.net._descriptors cimport descriptors_shut

@@ -24,17 +24,17 @@ from pipeline.wire._messages cimport decode_error, encoded_from_decoded, message
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, LINGER_NS, REQUEST_BROKEN, REQUEST_CHECK, REQUEST_GONE, REQUEST_HANDSHAKE,
     REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_ODD, REQUEST_REFUSED, REQUEST_TAKEN, THEN_CLOSE,
-    THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_SHAKE, THEN_SHAKEN,
-    answer_204_t, caller_is_old, caller_learn, caller_save, caller_set_member, caller_t, handler_t,
-    listening_t, reader_recycle, request_t, server_counts_t, server_learn, server_limits_t,
-    server_tell,
+    THEN_DELIVER, THEN_DETACH, THEN_ENDLESS, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_SHAKE,
+    THEN_SHAKEN, answer_204_t, caller_is_old, caller_learn, caller_save, caller_set_member,
+    caller_t, handler_t, listening_t, reader_recycle, request_t, server_counts_t, server_learn,
+    server_limits_t, server_tell,
 )
 from pipeline.receive._arrivals cimport Body, Source
 from pipeline.receive._lead cimport server_start, server_wait
 from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.receive._queues cimport (
-    caller_decode, caller_give_back, caller_give_back_locked, server_add_handler, server_decode, server_detach,
-    server_remove_handler, server_take,
+    caller_decode, caller_give_back, caller_give_back_locked, server_add_handler, server_decode,
+    server_detach, server_remove_handler, server_take,
 )
 from pipeline.receive._requests cimport caller_answer_here
 from pipeline.receive._server cimport (
@@ -594,7 +594,7 @@ cdef class Receiver:
                 self.learn(caller, rest, odd)
         if then == THEN_DETACH:
             self.detach(caller, odd)
-        if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH:
+        if then == THEN_NEXT or then == THEN_CLOSE or then == THEN_DETACH or then == THEN_ENDLESS:
             odd.close()
         else:
             self.odd_requests[caller.id] = odd

@@ -11,13 +11,15 @@ from libc.string cimport memcpy, memmove
 from pipeline.net._budget cimport BODY_SMALL, budget_add, budget_left, budget_wait
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, CALLER_HEAD, CALLER_LINGERING,
-    CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, LINGER_NS, REQUEST_BROKEN, REQUEST_GONE,
-    REQUEST_CHECK, REQUEST_HANDSHAKE, REQUEST_LARGE, REQUEST_MALFORMED, REQUEST_MESSAGE,
-    REQUEST_ODD, REQUEST_PROPOSAL, REQUEST_REFUSED, REQUEST_TAKEN, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE,
-    THEN_DELIVER, THEN_DETACH, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_READ_BODY, THEN_REFUSED,
-    THEN_SHAKE, THEN_SHAKEN, THEN_TAKEN, THEN_TURN, answer_204_t,
-    caller_add_runnable, caller_append, caller_is_bulk, caller_is_old, caller_of_turn, caller_save,
-    caller_set_deadline, caller_set_state, caller_t, caller_unlink, request_t, server_knows, server_limits_t, server_reuse_body, server_t,
+    CALLER_ENDLESS, CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, ENDLESS_NS, LINGER_NS,
+    REQUEST_BROKEN, REQUEST_GONE, REQUEST_CHECK, REQUEST_HANDSHAKE, REQUEST_LARGE,
+    REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, REQUEST_REFUSED,
+    REQUEST_TAKEN, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE, THEN_DELIVER, THEN_DETACH,
+    THEN_ENDLESS, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_READ_BODY, THEN_REFUSED, THEN_SHAKE,
+    THEN_SHAKEN, THEN_TAKEN, THEN_TURN, answer_204_t, caller_add_runnable, caller_append,
+    caller_is_bulk, caller_is_old, caller_of_turn, caller_save, caller_set_deadline,
+    caller_set_state, caller_t, caller_unlink, request_t, server_knows, server_limits_t,
+    server_reuse_body, server_t,
 )
 from pipeline.net._conn cimport (
     conn_end, conn_has_more, conn_has_part, conn_is_unread, conn_recv, conn_send,
@@ -545,6 +547,45 @@ cdef inline void caller_linger(caller_t* caller) noexcept nogil:
     caller_add_runnable(caller)
 
 
+cdef inline void caller_answer_on(caller_t* caller) noexcept nogil:
+    """What there is of an answer that does not end is out: wait, while the caller does.
+
+    The connection is spared as an idle one is, and closed when its credentials are replaced.
+    """
+    cdef server_t* server = caller.server
+    if caller_is_old(caller) or caller.buffer_len > 0 or caller.has_ended:
+        caller_close(caller)
+        return
+    caller_set_state(caller, CALLER_ENDLESS)
+    caller_unlink(caller)
+    caller_append(caller)
+    caller_set_deadline(caller, server.loop.now_ns + ENDLESS_NS)
+    if server.accept_at_ns < 0:
+        server.accept_at_ns = server.loop.now_ns     # it can make room
+    if caller.has_event:
+        caller_add_runnable(caller)
+
+
+cdef inline void caller_send_byte(caller_t* caller) noexcept nogil:
+    """Send one more byte of an answer that does not end: a chunk of a blank line."""
+    cdef const char* chunk = b"1\r\n\n\r\n"
+    if conn_send(&caller.conn, chunk, 6) != 6:      # whoever has no room for that reads nothing
+        caller_close(caller)
+        return
+    caller_set_deadline(caller, caller.server.loop.now_ns + ENDLESS_NS)
+
+
+cdef inline void caller_hear(caller_t* caller) noexcept nogil:
+    """See whether a caller has gone whose answer does not end. It has nothing more to say."""
+    cdef server_t* server = caller.server
+    cdef ssize_t n = conn_recv(&caller.conn, server.scratch, SERVER_SCRATCH)
+    if n < 0 and (errno == EAGAIN or errno == EINTR) and not caller.has_ended:
+        if conn_is_unread(&caller.conn):
+            caller_add_runnable(caller)
+        return
+    caller_close(caller)
+
+
 cdef inline void caller_discard(caller_t* caller) noexcept nogil:
     """Throw away one step of what a refused peer still sends, which is neither copied nor
     deciphered.
@@ -575,6 +616,9 @@ cdef inline void caller_written(caller_t* caller) noexcept nogil:
         caller_next(caller)
     elif load_int(&caller.server.is_stopping):
         caller_close(caller)
+    elif caller.then == THEN_ENDLESS:
+        caller.is_odd = False
+        caller_answer_on(caller)
     elif caller.then == THEN_TURN:
         caller_credit_body(caller)
         caller_to_handler(caller, REQUEST_ODD)
@@ -734,6 +778,8 @@ cdef inline void caller_ready(io_t* io, uint32_t flags) noexcept nogil:
         caller_read_body(caller)
     elif caller.state == CALLER_LINGERING:
         caller_discard(caller)
+    elif caller.state == CALLER_ENDLESS:
+        caller_hear(caller)
     elif caller.has_ahead:
         caller_read_ahead(caller)
         if caller.state == CALLER_BODY:
@@ -745,6 +791,8 @@ cdef inline void caller_ready(io_t* io, uint32_t flags) noexcept nogil:
 
 
 cdef inline bint caller_is_idle(const caller_t* caller) noexcept nogil:
-    """Tell whether nothing of a request has come."""
+    """Tell whether nothing of a request has come, or all there ever will."""
+    if caller.state == CALLER_ENDLESS:
+        return True
     return caller.state == CALLER_HEAD and caller.head_deadline_ns == 0 \
         and not caller.has_ahead and caller.conn.io.fd >= 0

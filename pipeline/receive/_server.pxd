@@ -11,9 +11,10 @@ from libc.string cimport memset
 from pipeline.net._budget cimport budget_leave, budget_left, budget_t, budget_wait
 from pipeline.receive._caller cimport (
     ACCEPT_RETRY_NS, ACCEPT_STEP, CALLER_BODY, CALLER_HANDLED, CALLER_HEAD, CALLER_LINGERING,
-    CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, QUEUES, SERVER_TURN_BYTES, THEN_READ_BODY,
-    caller_add_runnable, caller_append, caller_is_old, caller_of_turn, caller_set_deadline,
-    caller_set_state, caller_t, listening_t, server_check_spare, server_limits_t, server_t,
+    CALLER_ENDLESS, CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, QUEUES, SERVER_TURN_BYTES,
+    THEN_READ_BODY, caller_add_runnable, caller_append, caller_is_old, caller_of_turn,
+    caller_set_deadline, caller_set_state, caller_t, listening_t, server_check_spare,
+    server_limits_t, server_t,
 )
 from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
@@ -28,7 +29,8 @@ from pipeline.net._loop cimport (
 )
 from pipeline.receive._queues cimport caller_free, queue_take, server_signal_handlers
 from pipeline.receive._requests cimport (
-    caller_broken, caller_close, caller_is_idle, caller_ready, caller_returned, server_admit,
+    caller_broken, caller_close, caller_is_idle, caller_ready, caller_returned, caller_send_byte,
+    server_admit,
 )
 from pipeline._system cimport (
     CLOCK_MONOTONIC, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EPOLLIN, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -235,6 +237,8 @@ cdef inline void server_check_deadlines(server_t* server) noexcept nogil:
             loop_look_at(&server.loop, caller.deadline_ns)
         elif caller.state == CALLER_LINGERING:
             caller_close(caller)
+        elif caller.state == CALLER_ENDLESS:
+            caller_send_byte(caller)
         elif caller.state == CALLER_BODY \
                 or (caller.state == CALLER_ODD and caller.then == THEN_READ_BODY):
             count_add(&server.counts.body_timeouts, 1)
@@ -258,10 +262,15 @@ cdef inline void server_retire(server_t* server) noexcept nogil:
     The others end with the request they are at.
     """
     cdef caller_t* caller = server.oldest
+    cdef caller_t* following
     while caller is not NULL:
-        if caller.state == CALLER_HEAD and caller_is_old(caller):
-            caller_add_runnable(caller)
-        caller = caller.next
+        following = caller.next
+        if caller_is_old(caller):
+            if caller.state == CALLER_HEAD:
+                caller_add_runnable(caller)
+            elif caller.state == CALLER_ENDLESS:
+                caller_close(caller)
+        caller = following
 
 
 cdef inline void server_begin_stop(server_t* server) noexcept nogil:

@@ -7,6 +7,7 @@ call ``deliver``, or ``read_failed`` or ``body_too_large`` when that did not wor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -34,6 +35,7 @@ from pipeline.wire.protocol import (
     RAFT_PATH,
     SERVER_FROM,
     SNAPSHOT_PATH,
+    STREAM_KINDS,
     STREAM_PREFIX,
     VERSION_PATH,
     check_version_compatibility,
@@ -420,11 +422,16 @@ class Handlers:
     def _get(self, request: Request) -> Answer:
         if request.path == VERSION_PATH:
             return self._version
-        if request.headers.get(CLUSTER_ID.lower()) == self._cluster_id:
-            self._note_version(request)
         # A stream. Without X-Server-Version etcd takes us for a member from before streams and
         # keeps the peer active; with it, every dial would deactivate the peer (spec section 13.2).
-        return self._answer(404, "404 page not found")
+        answer = text_answer(404, "404 page not found")
+        if request.headers.get(CLUSTER_ID.lower()) != self._cluster_id:
+            return answer
+        self._note_version(request)
+        # It dials again as soon as it has read the answer, ten times a second for each kind, for
+        # ever. So it is given one that does not end (spec section 8.4).
+        kind, _, member = request.path.removeprefix(STREAM_PREFIX).partition("/")
+        return replace(answer, is_endless=kind in STREAM_KINDS and bool(member))
 
     def _check_post(self, request: Request) -> Answer | None:
         """Do what etcd does before it reads a body; None if all is well."""

@@ -62,6 +62,8 @@ class Then(enum.IntEnum):
     #: There is more to do of what has come. Others have their turn, strangers among them; then
     #: call ``feed`` with nothing.
     TURN = 7
+    #: The answer does not end: a byte of it now and then, until the caller goes.
+    ENDLESS = 13
 
 
 class OddRequest:
@@ -272,6 +274,8 @@ class OddRequest:
         """
         if answer.status >= 300:
             self.is_member = False
+        if data:  # who has something more to say is not kept from it
+            answer = replace(answer, is_endless=False)
         try:
             framing.read(data)
         except h11.RemoteProtocolError as error:
@@ -301,6 +305,9 @@ class OddRequest:
         return Then.READ_BODY
 
     def _send_answer(self, answer: Answer, *, close: bool) -> Then:
+        wants_the_end = "close" in self.request.headers.get("connection", "").lower()
+        if close or wants_the_end or self._http.their_http_version != b"1.1":
+            answer = replace(answer, is_endless=False)
         if not self._is_in(h11.IDLE, h11.SEND_RESPONSE):
             return Then.CLOSE  # answered already
         response = h11.Response(
@@ -311,7 +318,10 @@ class OddRequest:
         self._send(response)
         if answer.body and answer.status not in BODILESS and self.request.method != "HEAD":
             self._send(h11.Data(data=answer.body))
-        self._send(h11.EndOfMessage())
+        if not answer.is_endless:
+            self._send(h11.EndOfMessage())
+        if answer.is_endless:
+            return Then.ENDLESS
         if close or not self._is_in(h11.DONE):  # the caller wants no more
             return Then.CLOSE
         assert self.framing is not None

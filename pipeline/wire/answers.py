@@ -40,6 +40,8 @@ class Answer:
     body: bytes = b""
     #: Close the connection, without reading what may be left of the request.
     close: bool = False
+    #: The body does not end: now and then another byte of it comes, until the caller goes.
+    is_endless: bool = False
 
 
 def text_answer(
@@ -61,7 +63,9 @@ def text_answer(
 def header_lines(answer: Answer, *, close: bool) -> list[tuple[str, str]]:
     """Return all headers of an answer, in the order in which they are written."""
     headers = [*answer.headers, ("Date", formatdate(usegmt=True))]
-    if answer.status not in BODILESS:
+    if answer.is_endless:
+        headers.append(("Transfer-Encoding", "chunked"))
+    elif answer.status not in BODILESS:
         headers.append(("Content-Length", str(len(answer.body))))
     if close:
         headers.append(("Connection", "close"))

@@ -46,6 +46,7 @@ RAFT_PATH = "/raft"
 SNAPSHOT_PATH = "/raft/snapshot"
 PROBING_PATH = "/raft/probing"
 STREAM_PREFIX = "/raft/stream/"
+STREAM_KINDS = ("msgapp", "message")
 VERSION_PATH = "/version"
 
 # As Go's net/http writes them: etcd's source says X-Etcd-Cluster-ID and X-PeerURLs, the wire does

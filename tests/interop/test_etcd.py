@@ -67,6 +67,21 @@ def test_both_accept_the_posts_of_the_other(cluster: Cluster) -> None:
     assert cluster.etcd.metric(f"etcd_network_peer_sent_failures_total{{{to_us}}}") == 0
 
 
+def test_an_etcd_that_is_refused_streams_does_not_dial_again(cluster: Cluster) -> None:
+    listener, follower = cluster.listener, cluster.follower
+    cluster.etcd.put(b"key", b"value")
+    accepted, heartbeats = listener.stats().accepted, follower.received[MessageType.HEARTBEAT]
+    # Refused with an answer that ends, it would dial ten times a second for each kind.
+    eventually(
+        lambda: follower.received[MessageType.HEARTBEAT] >= heartbeats + 60,
+        "sixty heartbeats, one each tenth of a second",
+    )
+    assert listener.stats().accepted - accepted < 12
+    between = f'{{Local="{cluster.etcd.id:x}",Remote="{follower.member_id:x}"}}'
+    assert cluster.etcd.metric(f"etcd_network_active_peers{between}") == 1
+    assert cluster.etcd.metric(f"etcd_network_disconnected_peers_total{between}") == 0
+
+
 @pytest.mark.parametrize("profile", ["3.6", "3.7"])
 def test_etcd_understands_the_encodings_of_its_successors(tmp_path: Path, profile: str) -> None:
     config = TransportConfig(pipeline=PipelineConfig(profile=profile))

@@ -1,0 +1,190 @@
+"""A stream is refused with an answer that does not end, so that an etcd does not dial again.
+
+How an etcd takes it: tests/interop/test_etcd.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ReceiverConfig
+from pipeline.receive.listener import Listener
+from tests.support.http import peer_headers
+from tests.support.listening import (
+    GOOD,
+    catch_up,
+    dial,
+    is_closed,
+    listen,
+    raw_head,
+    read_answers,
+    read_reply,
+    read_status,
+)
+from tests.support.raft import FakeRaft
+from tests.support.tls_listening import Node
+from tests.support.waiting import eventually
+
+DIAL = raw_head(line="GET /raft/stream/msgapp/1 HTTP/1.1", headers=peer_headers(x_raft_to="2"))
+LINE = b"13\r\n404 page not found\n\r\n"
+
+
+def read_refusal(sock: socket.socket) -> bytes:
+    """Read the head of the answer, and the line that its body begins with."""
+    received = b""
+    while not received.endswith(b"\r\n\r\n" + LINE):
+        more = sock.recv(4096)
+        assert more, f"the answer ended: {received!r}"
+        received += more
+    return received
+
+
+def refused(listener: Listener) -> socket.socket:
+    sock = dial(listener.url)
+    sock.sendall(DIAL)
+    read_refusal(sock)
+    return sock
+
+
+@pytest.mark.parametrize("kind", ["msgapp", "message"])
+def test_the_answer_has_no_version_and_goes_on(kind: str) -> None:
+    line = f"GET /raft/stream/{kind}/1 HTTP/1.1"
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        sock.sendall(raw_head(line=line, headers=peer_headers(x_raft_to="2")))
+        head = read_refusal(sock)
+        assert head.startswith(b"HTTP/1.1 404 Not Found\r\n")
+        assert b"\r\nTransfer-Encoding: chunked\r\n" in head
+        assert b"Content-Length" not in head
+        assert b"Connection" not in head
+        assert b"X-Server-Version" not in head
+        assert [sock.recv(4096) for _ in range(2)] == [b"1\r\n\n\r\n"] * 2
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        pytest.param(
+            raw_head(
+                line="GET /raft/stream/msgapp/1 HTTP/1.1",
+                headers=peer_headers(x_etcd_cluster_id="1"),
+            ),
+            id="another cluster",
+        ),
+        pytest.param(raw_head(line="GET /raft/stream/strange/1 HTTP/1.1"), id="strange kind"),
+        pytest.param(raw_head(line="GET /raft/stream/msgapp/ HTTP/1.1"), id="no member"),
+    ],
+)
+def test_who_is_no_member_is_answered_to_the_end(request_bytes: bytes) -> None:
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        sock.sendall(request_bytes)
+        reply = read_reply(sock)
+        assert (reply.status, reply.body, reply.close) == (404, b"404 page not found\n", False)
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+
+
+def test_who_speaks_http_1_0_is_answered_to_the_end() -> None:
+    line = "GET /raft/stream/msgapp/1 HTTP/1.0"
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        sock.sendall(raw_head(line=line))
+        assert read_reply(sock).body == b"404 page not found\n"
+        assert is_closed(sock)
+
+
+def test_who_wants_the_connection_closed_is_answered_to_the_end() -> None:
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        sock.sendall(DIAL[:-2] + b"Connection: close\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert read_reply(sock).body == b"404 page not found\n"
+            assert is_closed(sock)
+
+
+@pytest.mark.parametrize(
+    "go",
+    [
+        pytest.param(socket.socket.close, id="closes"),
+        pytest.param(lambda sock: sock.shutdown(socket.SHUT_WR), id="ends its side"),
+        pytest.param(lambda sock: sock.sendall(b"x"), id="says something"),
+        pytest.param(lambda sock: sock.sendall(GOOD), id="asks something else"),
+    ],
+)
+def test_the_connection_ends_when_the_caller(go: Callable[[socket.socket], None]) -> None:
+    with listen(FakeRaft()) as listener, refused(listener) as sock:
+        assert listener.stats().connections == 1
+        go(sock)
+        eventually(lambda: listener.stats().connections == 0)
+
+
+def test_who_sends_ahead_is_answered_to_the_end() -> None:
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        sock.sendall(DIAL + GOOD)
+        assert [answer.split()[1] for answer in read_answers(sock, 2)] == [b"404", b"204"]
+
+
+def test_it_makes_room_for_others() -> None:
+    with listen(FakeRaft(), config=ReceiverConfig(max_connections=2)) as listener:
+        held = [refused(listener) for _ in range(2)]
+        with dial(listener.url) as sock:
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        assert listener.stats().closed_for_room >= 1
+        assert is_closed(held[0])
+        for one in held:
+            one.close()
+
+
+def test_no_time_limit_ends_it() -> None:
+    config = ReceiverConfig(
+        idle_timeout_s=0.05, head_timeout_s=0.05, stall_timeout_s=0.05, max_connections=8
+    )
+    with listen(FakeRaft(), config=config) as listener, refused(listener) as sock:
+        assert sock.recv(4096) == b"1\r\n\n\r\n"
+        assert listener.stats().connections == 1
+
+
+def test_closing_the_listener_ends_it_at_once() -> None:
+    listener = listen(FakeRaft())
+    with refused(listener) as sock:
+        listener.close(deadline_s=60.0)
+        assert is_closed(sock)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    with contextlib.closing(Node(tmp_path)) as node:
+        yield node
+
+
+def test_over_tls_it_goes_on_and_ends_with_its_credentials(node: Node) -> None:
+    listener = node.listen()
+    with node.call() as sock:
+        sock.sendall(DIAL)
+        read_refusal(sock)
+        assert sock.recv(4096) == b"1\r\n\n\r\n"
+        node.credentials.reload()
+        eventually(lambda: listener.stats().connections == 0)
+        assert sock.recv(4096) == b""
+        catch_up_over_tls(node)
+
+
+def catch_up_over_tls(node: Node) -> None:
+    """See that the listener still answers."""
+    with node.call() as sock:
+        sock.sendall(GOOD)
+        assert read_status(sock) == 204
+
+
+def test_callers_that_are_refused_keep_nobody_from_being_served() -> None:
+    with listen(FakeRaft()) as listener:
+        held = [refused(listener) for _ in range(50)]
+        catch_up(listener)
+        with dial(listener.url) as sock:
+            sock.sendall(GOOD)
+            assert read_status(sock) == 204
+        for one in held:
+            one.close()
