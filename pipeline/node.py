@@ -323,9 +323,9 @@ class Node:
             How many were not queued, here and now; 0 when all were. Each of them was refused by its
             peer's full queue (``PipelineConfig.queue_length``, ``queue_bytes``, or the node's
             ``TransportConfig.queue_bytes``), or dropped: it is for a member that is neither peer
-            nor remote, as we ourselves are, or whose removal has begun; or for one that is paused
-            or cut off; or a :meth:`stop` goes on. What is left out is not counted. What becomes of
-            the queued ones is told later: :meth:`Raft.report_unreachable`, :meth:`stats`.
+            nor remote (we ourselves are neither), or whose removal has begun; it is for one that is
+            paused or cut off; or a :meth:`stop` goes on. What is left out is not counted. What
+            becomes of the queued ones is told later: ``Raft.report_unreachable``, :meth:`stats`.
 
         Raises
         ------
