@@ -32,3 +32,4 @@ cdef class Source:
 
     cdef int open(self) except -1
     cdef void wait_locked(self) noexcept
+    cdef int look_for_signals_locked(self) except -1

@@ -12,18 +12,18 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from pipeline._system cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLIN, add_int, clock_ns, cond_init_monotonic,
+    EFD_CLOEXEC, EFD_NONBLOCK, POLLIN, add_int, clock_ns, cond_init_monotonic,
     deadline_timespec, errno, eventfd, load_int, poll, pollfd, pthread_cond_destroy,
     pthread_cond_timedwait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-    pthread_mutex_unlock, timespec,
+    pthread_mutex_unlock, store_int, timespec,
 )
 from pipeline.net._descriptors cimport descriptors_add, descriptors_close, descriptors_t
 from pipeline.net._gil cimport lock_with_gil
 from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.net._sockets cimport own_descriptors
 from pipeline.receive._inbox cimport (
-    INBOX_CLOSED, INBOX_FULL, INBOX_TAKEN_IN, arrival_t, holder_t, inbox_drop, inbox_end_all,
-    inbox_put_back, inbox_put_locked, inbox_show, inbox_take, inbox_tell_room, reader_t, source_t,
+    INBOX_FULL, INBOX_TAKEN_IN, arrival_t, holder_t, inbox_drop, inbox_end_all, inbox_put_back,
+    inbox_put_locked, inbox_show, inbox_take, inbox_t,
 )
 from pipeline.receive._queues cimport message_is_held, message_lane
 from pipeline.wire._messages cimport decode_error, encoded_from_decoded, message_from_decoded
@@ -96,9 +96,9 @@ cdef class Arrivals:
     def __dealloc__(self):
         cdef arrival_t* arrival = self.c.first
         cdef arrival_t* following
-        cdef int i
-        # There are none, but in a forked child: a source that is open keeps this alive.
-        for i in range(2):
+        cdef int _list
+        # None is of a loop or has a holder: these keep this alive.
+        for _list in range(2):
             while arrival is not NULL:
                 following = arrival.next
                 body_free(&arrival.body)
@@ -118,22 +118,24 @@ cdef class Arrivals:
         """
         cdef descriptors_t* descriptors = own_descriptors()
         cdef int error = 0
-        if self.c.eventfd >= 0:
-            return self.c.eventfd
+        cdef int fd = load_int(&self.c.eventfd)
+        if fd >= 0:
+            return fd
         with nogil:
             # Only C state is touched.
             pthread_mutex_lock(&self.c.lock)
-            if self.c.eventfd < 0:
+            fd = load_int(&self.c.eventfd)
+            if fd < 0:
                 pthread_mutex_lock(&descriptors.lock)
-                self.c.eventfd = descriptors_add(
-                    descriptors, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))
+                fd = descriptors_add(descriptors, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))
                 error = errno
                 pthread_mutex_unlock(&descriptors.lock)
+                store_int(&self.c.eventfd, fd)
                 inbox_show(&self.c)
             pthread_mutex_unlock(&self.c.lock)
-        if self.c.eventfd < 0:
+        if fd < 0:
             raise OSError(error, os.strerror(error))
-        return self.c.eventfd
+        return fd
 
     @property
     def closed(self):
@@ -213,7 +215,7 @@ cdef class Arrivals:
                 if arrival.reader is not NULL and <size_t>arrival.reader not in parts:
                     parts[<size_t>arrival.reader] = self.parts[<size_t>arrival.reader]
                 arrival = arrival.next
-        except BaseException:
+        except BaseException:   # nothing has ended meanwhile, for we have the lock
             inbox_put_back(&self.c, taken)
             raise
         finally:
@@ -229,9 +231,11 @@ cdef class Arrivals:
         except BaseException:
             messages.clear()
             bodies.clear()      # nobody has views of their memory any more
-            lock_with_gil(&self.c.lock)
-            inbox_put_back(&self.c, taken)
-            pthread_mutex_unlock(&self.c.lock)
+            with nogil:
+                # What has ended meanwhile has connections to be given back, as below.
+                pthread_mutex_lock(&self.c.lock)
+                inbox_put_back(&self.c, taken)
+                pthread_mutex_unlock(&self.c.lock)
             raise
         # From here on nothing can fail.
         arrival = taken
@@ -302,15 +306,18 @@ cdef class Arrivals:
     cdef int remove(self, void* address) except -1:
         """Keep it no more: no arrival that is queued points into it."""
         lock_with_gil(&self.c.lock)
-        part = self.parts.pop(<size_t>address, None)
+        part = self.parts.pop(<size_t>address, None)    # which ends without the lock
         pthread_mutex_unlock(&self.c.lock)
+        del part
         return 0
 
     def forget_after_fork(self):
         """In a forked child, which has no loop of ours: touch nothing that is the parent's."""
         pthread_mutex_init(&self.c.lock, NULL)
         cond_init_monotonic(&self.c.changed)
-        self.c.eventfd = -1
+        store_int(&self.c.eventfd, -1)
+        # The lists may be in the middle of a change, so what is in them is not freed either.
+        self.c.first = self.c.spare = NULL
         self.c.readers = NULL
         self.c.n_threads = 0
 
@@ -337,8 +344,12 @@ cdef class Source:
 
     cdef int open(self) except -1:
         """See to it that this is there as long as arrivals point to it. Before the first one."""
-        if not self.c.is_closed:
-            self.arrivals.add(&self.c, self)
+        lock_with_gil(&self.arrivals.c.lock)
+        try:
+            if not self.c.is_closed:
+                self.arrivals.parts[<size_t>&self.c] = self
+        finally:
+            pthread_mutex_unlock(&self.arrivals.c.lock)
         return 0
 
     def close(self):
@@ -389,11 +400,11 @@ cdef class Source:
                         inbox_show(inbox)
                         break
                     self.wait_locked()
-                    PyErr_CheckSignals()
+                    self.look_for_signals_locked()
                 is_taken_in = result == INBOX_TAKEN_IN
                 while is_taken_in and holder is not NULL and not thread.is_told:
                     self.wait_locked()
-                    PyErr_CheckSignals()
+                    self.look_for_signals_locked()
             except BaseException:       # Ctrl-C: what is in stays there, and nobody waits for it
                 while is_taken_in and not thread.is_told and not inbox_let_go(inbox, holder):
                     self.wait_locked()  # it is with who takes it
@@ -417,6 +428,15 @@ cdef class Source:
             pthread_mutex_unlock(&inbox.lock)
         lock_with_gil(&inbox.lock)
         add_int(&inbox.waiting, -1)
+
+    cdef int look_for_signals_locked(self) except -1:
+        """Let handlers of signals run, without the lock: one of them may stop the node."""
+        pthread_mutex_unlock(&self.arrivals.c.lock)
+        try:
+            PyErr_CheckSignals()
+        finally:
+            lock_with_gil(&self.arrivals.c.lock)
+        return 0
 
 
 cdef bint inbox_let_go(inbox_t* inbox, holder_t* holder) noexcept nogil:

@@ -16,8 +16,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from pipeline._system cimport (
-    add_int, pthread_cond_broadcast, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, read, store_int, write,
+    add_int, load_int, pthread_cond_broadcast, pthread_cond_t, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, read, store_int, write,
 )
 from pipeline.net._loop cimport loop_t, loop_wake
 from pipeline.net._memory cimport body_free, body_resident, body_t
@@ -42,6 +42,7 @@ cdef struct reader_t:
     int has_news            # atomic: there may be room
     bint is_waiting         # for room
     bint has_put            # of the loop: something of which consumers are not told yet
+    bint has_left           # it has ended, and its connections are to be freed, not answered
     # Takes back the memory of a large body.
     void (*recycle)(reader_t* reader, body_t* body) noexcept nogil
 
@@ -84,7 +85,8 @@ cdef struct inbox_t:
     reader_t* readers
     arrival_t* spare
     int n_spare
-    int eventfd             # readable while something is queued, and when closed; -1 until wanted
+    # Atomic: readable while something is queued, and when closed; -1 until it is wanted.
+    int eventfd
     bint is_readable
     bint is_closed
 
@@ -99,14 +101,15 @@ cdef inline bint inbox_has_room(const inbox_t* inbox, int lane, int64_t bytes) n
 cdef inline void inbox_show(inbox_t* inbox) noexcept nogil:
     """Have the descriptor say whether there is something to take. The caller holds the lock."""
     cdef uint64_t count = 1
+    cdef int fd = load_int(&inbox.eventfd)
     cdef bint is_readable = inbox.first is not NULL or inbox.is_closed
-    if inbox.eventfd < 0 or is_readable == inbox.is_readable:
+    if fd < 0 or is_readable == inbox.is_readable:
         return
     inbox.is_readable = is_readable
     if is_readable:
-        write(inbox.eventfd, &count, sizeof(count))
+        write(fd, &count, sizeof(count))
     else:
-        read(inbox.eventfd, &count, sizeof(count))
+        read(fd, &count, sizeof(count))
 
 
 cdef inline void inbox_tell_room(inbox_t* inbox) noexcept nogil:
@@ -218,22 +221,6 @@ cdef inline arrival_t* inbox_take(inbox_t* inbox, size_t max_messages) noexcept 
     return taken
 
 
-cdef inline void inbox_put_back(inbox_t* inbox, arrival_t* taken) noexcept nogil:
-    """Undo ``inbox_take``: they are the oldest again."""
-    cdef arrival_t* last = taken
-    while True:
-        inbox.taken -= 1
-        inbox_count(inbox, last, 1)
-        if last.next is NULL:
-            break
-        last = last.next
-    last.next = inbox.first
-    if inbox.first is NULL:
-        inbox.last = last
-    inbox.first = taken
-    inbox_show(inbox)
-
-
 cdef inline void inbox_end(inbox_t* inbox, arrival_t* arrival, bint is_taken) noexcept nogil:
     """Answer who waits for an arrival that is not queued any more, and free it."""
     if arrival.holder is not NULL:
@@ -258,6 +245,40 @@ cdef inline void inbox_end_all(inbox_t* inbox, arrival_t* taken) noexcept nogil:
         taken = following
     if inbox.n_threads > 0:
         pthread_cond_broadcast(&inbox.changed)
+
+
+cdef inline bint arrival_is_late(arrival_t* arrival) noexcept nogil:
+    """Tell whether what an arrival came from has ended while it was not in the inbox."""
+    if arrival.source.is_closed:
+        return True
+    if arrival.reader is not NULL and arrival.reader.has_left:
+        if arrival.holder is not NULL:
+            return True
+        arrival.reader = NULL
+    return False
+
+
+cdef inline void inbox_put_back(inbox_t* inbox, arrival_t* taken) noexcept nogil:
+    """Undo ``inbox_take``: they are the oldest again, but for what was to be dropped meanwhile."""
+    cdef arrival_t* first = inbox.first
+    cdef arrival_t** link = &inbox.first
+    cdef arrival_t* arrival
+    while taken is not NULL:
+        arrival = taken
+        taken = arrival.next
+        inbox.taken -= 1
+        if arrival_is_late(arrival):
+            inbox.dropped += 1
+            inbox_end(inbox, arrival, False)
+            continue
+        inbox_count(inbox, arrival, 1)
+        link[0] = arrival
+        link = &arrival.next
+        if first is NULL:
+            inbox.last = arrival
+    link[0] = first
+    inbox_show(inbox)
+    inbox_tell_room(inbox)
 
 
 cdef inline bint arrival_is_lost(
@@ -306,5 +327,6 @@ cdef inline void reader_leave(inbox_t* inbox, reader_t* reader) noexcept nogil:
         link = &link[0].next
     if link[0] is reader:
         link[0] = reader.next
+        reader.has_left = True
         inbox_drop(inbox, NULL, reader)
     pthread_mutex_unlock(&inbox.lock)

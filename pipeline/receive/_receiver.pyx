@@ -29,7 +29,8 @@ from pipeline.receive._caller cimport (
     caller_t, handler_t, listening_t, reader_recycle, request_t, server_counts_t, server_learn,
     server_limits_t, server_tell,
 )
-from pipeline.receive._arrivals cimport Body, Source
+from pipeline.receive._arrivals cimport Body
+from pipeline.receive._inbox cimport reader_leave
 from pipeline.receive._lead cimport server_start, server_wait
 from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.receive._queues cimport (
@@ -227,14 +228,17 @@ cdef class Receiver:
         self.server.listening = <listening_t*>calloc(len(sockets), sizeof(listening_t))
         if self.server.listening is NULL:
             raise MemoryError
-        for i in range(len(sockets)):
-            # Not the method of their class, which is Python's: Ctrl-C could come between two.
-            server_listen(&self.server, _socket.socket.detach(sockets[i]), i >= len(plain))
         if self.source is not None:
             self.source.open()
             self.source.arrivals.add(&self.server.reader, self)
+        for i in range(len(sockets)):
+            # Not the method of their class, which is Python's: Ctrl-C could come between two.
+            server_listen(&self.server, _socket.socket.detach(sockets[i]), i >= len(plain))
         error = server_start(&self.server)
         if error != 0:
+            if self.source is not None:     # which would keep this, and the ports
+                reader_leave(self.server.inbox, &self.server.reader)
+                self.source.arrivals.remove(&self.server.reader)
             raise OSError(error, os.strerror(error))
         self.is_running = True
 

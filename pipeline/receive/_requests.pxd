@@ -33,12 +33,12 @@ from pipeline.wire._http cimport (
 from pipeline.wire._types cimport TYPE_PROP
 from pipeline.net._memory cimport body_free, body_grown, body_init, body_resident, body_t
 from pipeline.net._loop cimport IO_TURN, io_t, loop_remove
-from pipeline.receive._inbox cimport INBOX_FULL, INBOX_TAKEN_IN, inbox_put
+from pipeline.receive._inbox cimport INBOX_CLOSED, INBOX_FULL, INBOX_TAKEN_IN, inbox_put
 from pipeline.receive._queues cimport (
     caller_decode, caller_leave_loop, caller_to_handler, caller_to_lane, caller_told,
     message_is_held, request_lane,
 )
-from pipeline.receive._turns cimport LANES, turns_take, turns_wait
+from pipeline.receive._turns cimport LANES, turns_next, turns_take, turns_wait
 from pipeline._system cimport (
     EAGAIN, EINTR, EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLRDHUP, MSG_DONTWAIT, MSG_PEEK,
     MSG_TRUNC, add_int, count_add, errno, format_http_date, invariant, load_int, pthread_mutex_lock,
@@ -148,6 +148,7 @@ cdef inline void caller_offer(caller_t* caller) noexcept nogil:
     cdef server_t* server = caller.server
     cdef request_t* request = &caller.request
     cdef int32_t type = request.decoded.message.type
+    cdef int result = INBOX_FULL
     if request.kind == REQUEST_MALFORMED or type < 0 \
             or not server.delivered >> min(type, 63) & 1:
         caller_to_handler(caller, request.kind)
@@ -160,48 +161,65 @@ cdef inline void caller_offer(caller_t* caller) noexcept nogil:
     request.lane = request_lane(request)
     caller_leave_loop(caller)
     # Who came before it goes in before it.
-    if turns_wait(&server.turns, request.lane) or not caller_put(caller):
+    if not turns_wait(&server.turns, request.lane):
+        result = caller_put(caller)
+    if result == INBOX_FULL:
         add_int(&server.inbox.waiting, 1)
         caller_to_lane(caller)
+    else:
+        caller_settle(caller, result)
 
 
-cdef inline bint caller_put(caller_t* caller) noexcept nogil:
-    """Put a message that nobody else has into the inbox, and answer it; False without room."""
+cdef inline int caller_put(caller_t* caller) noexcept nogil:
+    """Put a message that nobody else has into the inbox: INBOX_FULL, or something to settle.
+
+    From here on others may have told what became of it, but it is the loop that hears of that.
+    """
     cdef server_t* server = caller.server
     cdef request_t* request = &caller.request
-    cdef bint is_held = message_is_held(&request.decoded)
     cdef int result
     caller.holder.tell = caller_told
     result = inbox_put(server.inbox, server.source, &server.reader, request.lane, &request.body,
-                       &request.decoded, &caller.holder if is_held else NULL)
-    if result == INBOX_FULL and not load_int(&server.is_stopping):
-        return False
-    # From here on others may have told what became of it, but it is the loop that hears of that.
+                       &request.decoded,
+                       &caller.holder if message_is_held(&request.decoded) else NULL)
+    if result == INBOX_FULL and load_int(&server.is_stopping):
+        return INBOX_CLOSED             # it is not waited for
+    return result
+
+
+cdef inline void caller_settle(caller_t* caller, int result) noexcept nogil:
+    """Answer a message by what ``caller_put`` has returned, unless it is held."""
     caller_discount(caller)
-    if result == INBOX_TAKEN_IN and is_held:
-        return True
-    server.handled -= 1
+    if result == INBOX_TAKEN_IN and message_is_held(&caller.request.decoded):
+        return
+    caller.server.handled -= 1
     if result == INBOX_TAKEN_IN:
         caller_taken(caller)
     else:
-        body_free(&request.body)
+        body_free(&caller.request.body)
         caller_refuse(caller)
-    return True
 
 
 cdef inline void server_admit(server_t* server) noexcept nogil:
-    """There may be room in the inbox: let in what waits, as long as there is."""
+    """There may be room in the inbox: let in what waits, as long as there is.
+
+    What there is no room for keeps its turn. If it went to the end, whoever is next each time that
+    there is none would never be let in.
+    """
     cdef caller_t* caller
-    cdef int lane
+    cdef int lane, result
     for lane in range(LANES):
         while turns_wait(&server.turns, lane):
-            pthread_mutex_lock(&server.lock)
-            caller = caller_of_turn(turns_take(&server.turns, lane))
-            pthread_mutex_unlock(&server.lock)
-            if not caller_put(caller):
-                caller_to_lane(caller)
+            # With an inbox the turns are the loop's own, but for who comes and goes.
+            caller = caller_of_turn(turns_next(&server.turns, lane))
+            result = caller_put(caller)
+            if result == INBOX_FULL:
                 break
+            pthread_mutex_lock(&server.lock)
+            turns_take(&server.turns, lane)
+            pthread_mutex_unlock(&server.lock)
             add_int(&server.inbox.waiting, -1)
+            caller_settle(caller, result)
 
 
 cdef inline void caller_taken(caller_t* caller) noexcept nogil:

@@ -275,7 +275,7 @@ cdef inline void server_retire(server_t* server) noexcept nogil:
 
 cdef inline void server_begin_stop(server_t* server) noexcept nogil:
     """Free the ports and close every connection that has no request with a handler."""
-    cdef caller_t* caller = server.oldest
+    cdef caller_t* caller
     cdef caller_t* following
     cdef int i
     for i in range(server.n_listening):
@@ -283,7 +283,9 @@ cdef inline void server_begin_stop(server_t* server) noexcept nogil:
         descriptors_shut(server.descriptors, server.listening[i].io.fd)
     server.n_listening = 0
     if server.inbox is not NULL:
-        server_admit(server)        # what there is no room for is refused
+        # What there is no room for is refused, and its connection closed.
+        server_admit(server)
+    caller = server.oldest
     while caller is not NULL:
         following = caller.next
         if caller.state != CALLER_HANDLED and caller.state != CALLER_WRITING:

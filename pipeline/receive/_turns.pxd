@@ -99,6 +99,11 @@ cdef inline turn_t* turns_take(turns_t* turns, int lane) noexcept nogil:
     return request
 
 
+cdef inline turn_t* turns_next(const turns_t* turns, int lane) noexcept nogil:
+    """Return the request whose turn it is and leave it there. One waits."""
+    return turns.lanes[lane].head.head.head
+
+
 cdef inline bint turns_wait(const turns_t* turns, int lane) noexcept nogil:
     """Tell whether a request waits in a lane."""
     return turns.lanes[lane].head is not NULL
