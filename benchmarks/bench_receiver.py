@@ -1,4 +1,5 @@
-"""Receiving: one load from ``bin/bare_sender``, taken by the compiled listener or by uvicorn.
+"""Receiving: one load from ``bin/bare_sender``, taken by the compiled listener, which calls
+``process``, from an inbox, or by uvicorn.
 
 The time measured is the load's; CPU and memory are those of the receiving process
 (``receive.py``), which is fresh for each round.
@@ -16,7 +17,7 @@ ROUNDS = 2
 
 
 @pytest.mark.parametrize("load", Load, ids=lambda load: load.value)
-@pytest.mark.parametrize("subject", ["core", "uvicorn"])
+@pytest.mark.parametrize("subject", ["core", "inbox", "uvicorn"])
 def test_messages_are_received(benchmark: BenchmarkFixture, subject: str, load: Load) -> None:
     if not (BIN / "bare_sender").exists():
         pytest.skip("benchmarks/bin/bare_sender is not built; run make bench")

@@ -146,13 +146,16 @@ def work_marshal(size: int, messages: int, _port: int, _credentials: object) -> 
 
 Work = Callable[[int, int, int, Credentials | None], None]
 WORK: dict[str, Work] = {"send": work_send, "marshal": work_marshal}
+#: What ``receive.py`` does. Taken as they came, the messages of a batch, which costs by itself,
+#: would be as many as chance would have it.
+RECEIVING = {"receive": ["core"], "inbox": ["inbox", "--late"]}
 
 
 def run(kind: str, size: int, messages: int, valgrind: list[str], *, tls: bool) -> None:
     """One whole process that carries ``messages``, under valgrind."""
     flags = tls_flags() if tls else []
-    if kind == "receive":
-        receive = [*valgrind, sys.executable, HERE / "receive.py", "core", *flags]
+    if kind in RECEIVING:
+        receive = [*valgrind, sys.executable, HERE / "receive.py", *RECEIVING[kind], *flags]
         with tempfile.NamedTemporaryFile() as body, Listening(*receive) as receiver:
             body.write(builder("core", size)(100_000).marshal())
             body.flush()
@@ -184,11 +187,13 @@ CASES = {
     "send-64KiB": ("send", 64 << 10, False),
     "receive-128B": ("receive", 128, False),
     "receive-64KiB": ("receive", 64 << 10, False),
+    "inbox-128B": ("inbox", 128, False),
     "marshal-128B": ("marshal", 128, False),
     "tls-send-128B": ("send", 128, True),
     "tls-send-64KiB": ("send", 64 << 10, True),
     "tls-receive-128B": ("receive", 128, True),
     "tls-receive-64KiB": ("receive", 64 << 10, True),
+    "tls-inbox-128B": ("inbox", 128, True),
 }
 
 

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from exchange import ETCD, OURS, Row
+from exchange import ETCD, INBOX_UVLOOP, Row
 from harness import BIN, HERE, SNAPSHOT_BYTES, machine, run_json, say
 from peers.clients import SUBJECTS as CLIENTS
 from peers.clients import missing
@@ -45,8 +45,9 @@ def why_skipped(subject: str) -> str | None:
     """Why ``subject`` cannot be measured here; None if it can."""
     if subject == ETCD and not (BIN / "etcd").exists():
         return "the Go program is not built (make benchmarks/bin/etcd needs go)"
+    module = {"uvicorn": "uvicorn", INBOX_UVLOOP: "uvloop"}.get(subject)
     if (subject in CLIENTS and missing(subject)) or (
-        subject == "uvicorn" and importlib.util.find_spec(subject) is None
+        module is not None and importlib.util.find_spec(module) is None
     ):
         return "not installed (pip install -e '.[bench]')"
     return None
@@ -72,11 +73,15 @@ def runner(case: Case, seconds: float) -> Callable[[], Row]:
 
 
 class Apart:
-    """Ours and etcd's runs of the targets while the CPUs share no cache: the others wait then."""
+    """Our and etcd's runs of the targets while the CPUs share no cache: the others wait then."""
 
     def __init__(self, plan: Sequence[Case], seconds: float) -> None:
-        targets = {(target.side, target.size): None for target in TARGETS if target.etcd}
-        wanted = [(side, who, size) for side, size in targets for who in (ETCD, OURS)]
+        wanted = [
+            (target.side, who, target.size)
+            for target in TARGETS
+            if target.etcd
+            for who in (ETCD, target.subject)
+        ]
         self.runs: dict[Case, list[Row]] = {case: [] for case in wanted if case in plan}
         self._seconds = seconds
 

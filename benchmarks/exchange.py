@@ -31,6 +31,9 @@ OURS, ETCD, BARE, BARE_THREADS = "ours", "etcd", "bare-c", "bare-c-threads"
 #: As ``ours``, but with a new ``Message`` for each ``send``. The Go program offers one message
 #: again and again, as everyone else here does, so ``ours`` is what is compared with it.
 OURS_ANEW = "ours-anew"
+#: Receiving, ``ours`` calls ``process``; here the main thread, or a task of its loop, takes from
+#: an inbox.
+INBOXES = INBOX, INBOX_ASYNCIO, INBOX_UVLOOP = ("inbox", "inbox-asyncio", "inbox-uvloop")
 FIGURES = ("msgs_per_s", "cpu_us_per_msg", "p50_us", "p99_us", "rss_above_payload_mb")
 
 

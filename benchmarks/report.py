@@ -82,7 +82,7 @@ def measure(rounds: int, seconds: float, watch: Watch, wire_bytes: int) -> Runs:
     plan += [("core", "busy"), ("baseline", "busy")]
     plan += [("bare-c", "lone"), ("core", "lone"), ("baseline", "lone")]
     plan += [("bare-c", "work"), ("core", "work"), ("baseline", "work")]
-    plan += [(subject, "receive") for subject in ("bare-c", "core", "uvicorn")]
+    plan += [(subject, "receive") for subject in ("bare-c", "core", "inbox", "uvicorn")]
     plan += [(subject, "receive-large") for subject in ("recv", "core", "uvicorn")]
     runs: Runs = {}
     for n in range(rounds):
@@ -290,6 +290,7 @@ def rows_of_receiving(runs: Runs) -> list[Row]:
     fewer = ratio("uvicorn receive", "core receive", cpu)
     large_ms = median("core receive-large", cpu) / 1000
     above_mib = median("core receive-large", peak) - 64
+    taken = ratio("inbox receive", "bare-c receive", cpu)
     return [
         Row(
             "P6 receive, CPU per message, 128 B MsgApp",
@@ -306,8 +307,17 @@ def rows_of_receiving(runs: Runs) -> list[Row]:
             f"{ratio('core receive', 'bare-c receive', cpu):.2f}",
         ),
         Row(
+            "I2 receive into an inbox and take, CPU per message, 128 B MsgApp",
+            f"{median('inbox receive', cpu):.1f} us",
+            f"bare C {median('bare-c receive', cpu):.1f} us",
+            f"{taken:.2f}",
+            "<= 1.6",
+            taken <= 1.6,
+        ),
+        Row(
             "Messages received per second",
-            f"{median('core receive', rate):,.0f}",
+            f"{median('core receive', rate):,.0f}, "
+            f"into an inbox {median('inbox receive', rate):,.0f}",
             f"bare C {median('bare-c receive', rate):,.0f}, "
             f"uvicorn {median('uvicorn receive', rate):,.0f}",
         ),
@@ -349,6 +359,23 @@ def rows_of_marshal(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
             )
         )
     return rows
+
+
+def rows_of_taking(benchmarks: dict[str, dict[str, Any]]) -> list[Row]:
+    """What is taken at once costs less each; beside it the bytes as they came."""
+
+    def ns(batch: int, kind: str) -> float:
+        stats = benchmarks[f"test_a_batch_is_taken[{batch}-{kind}]"]
+        return float(stats["median"]) * 1e9 / batch
+
+    return [
+        Row(
+            f"`take` and its Messages, each of {batch}, 128 B MsgApp",
+            f"{ns(batch, 'Message'):,.0f} ns",
+            f"as EncodedMessage {ns(batch, 'EncodedMessage'):,.0f} ns",
+        )
+        for batch in (1, 16, 256)
+    ]
 
 
 def chart(runs: Runs) -> str:
@@ -393,7 +420,12 @@ def main() -> None:
     runs = measure(args.rounds, args.seconds, watch, wire_bytes)
     files = bench_files(watch)
     benchmarks = {name: each for name, (each,) in files.items()}
-    rows = [*rows_of_runs(runs), *rows_of_receiving(runs), *rows_of_marshal(benchmarks)]
+    rows = [
+        *rows_of_runs(runs),
+        *rows_of_receiving(runs),
+        *rows_of_taking(benchmarks),
+        *rows_of_marshal(benchmarks),
+    ]
     where = machine()
     result = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),

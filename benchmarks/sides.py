@@ -10,6 +10,8 @@ from exchange import (
     BARE,
     BARE_THREADS,
     ETCD,
+    INBOX,
+    INBOXES,
     OURS,
     OURS_ANEW,
     Row,
@@ -51,7 +53,7 @@ SIDES = {
     ),
     "tls-receive": Side(
         "Receiving over mutual TLS, under one neutral load",
-        (ETCD, OURS, BARE),
+        (ETCD, OURS, *INBOXES, BARE),
         partial(run_receive, tls=True),
         (SMALL, LARGE),
     ),
@@ -63,7 +65,7 @@ SIDES = {
     ),
     "tls-receive-spinning": Side(
         "Receiving over mutual TLS beside such a thread",
-        (OURS, BARE),
+        (OURS, INBOX, BARE),
         partial(run_receive_spinning, tls=True),
         (SMALL,),
     ),
@@ -102,7 +104,15 @@ SIDES = {
         run_send,
     ),
     "receive": Side(
-        "Receiving, under one neutral load", (ETCD, OURS, "uvicorn", BARE), run_receive
+        "Receiving, under one neutral load",
+        (ETCD, OURS, *INBOXES, "uvicorn", BARE),
+        run_receive,
+    ),
+    "receive-spinning": Side(
+        "Receiving beside a thread that computes all the time, ours in Python",
+        (OURS, INBOX, BARE),
+        partial(run_receive_spinning, tls=False),
+        (SMALL,),
     ),
     "both": Side("Into itself, both processes", (ETCD, OURS), run_both),
     "dial": Side(

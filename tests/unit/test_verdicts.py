@@ -83,6 +83,24 @@ def test_a_bound_of_the_figure_itself_needs_nobody_beside_it(verdicts: ModuleTyp
         assert memory["itself"]["met"] is met
 
 
+def test_a_target_of_the_inbox_is_not_judged_by_callbacks(verdicts: ModuleType) -> None:
+    runs = {
+        "ours": [run(cpu_us=6.0)],
+        "inbox": [run(cpu_us=9.0)],
+        "inbox-uvloop": [run(cpu_us=13.0)],
+        "etcd": [run(cpu_us=20.0)],
+        "bare-c": [run(cpu_us=5.0)],
+    }
+    rounds = {("receive", subject, 128): done for subject, done in runs.items()}
+    judged = verdicts.judge(verdicts.summary(rounds, {}))
+    names = {each["subject"]: each["target"] for each in judged}
+    assert names == {"inbox": "I2", "inbox-uvloop": "I3", "ours": "P6"}
+    inbox, uvloop, _ = verdicts.verdict_table(judged).splitlines()[2:]
+    assert inbox.startswith("| I2 receive, 128 B, inbox: CPU, us | 9 | 1.80 (1.80) | <= 1.6 **no**")
+    assert "| I3 receive, 128 B, inbox-uvloop: CPU, us | 13 |" in uvloop
+    assert "0.65 (0.65) | <= 0.6 **no**" in uvloop
+
+
 def test_what_was_not_measured_gets_no_verdict_and_no_table(verdicts: ModuleType) -> None:
     rounds = {("tls-send", "ours", 128): [], ("tls-send", "bare-c", 128): [run()]}
     results = verdicts.summary(rounds, {})
@@ -106,6 +124,6 @@ def test_what_a_target_is_held_to_is_measured_on_its_side(verdicts: ModuleType) 
         side = verdicts.SIDES[target.side]
         assert target.size in side.sizes
         assert target.figure in verdicts.FIGURE_NAMES
-        assert "ours" in side.subjects
+        assert target.subject in side.subjects
         assert target.reference is None or side.reference in side.subjects
         assert target.etcd is None or "etcd" in side.subjects
