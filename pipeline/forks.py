@@ -18,6 +18,8 @@ __all__ = ["disown", "foreign_error", "is_foreign", "nothing_to_stop", "public_n
 class _Foreign:
     """Marks the classes that ``disown`` makes."""
 
+    __slots__ = ()
+
 
 def foreign_error(name: str, noun: str) -> UsageError:
     """Return what a forked child is told that uses what its parent has started."""
@@ -30,7 +32,7 @@ def foreign_error(name: str, noun: str) -> UsageError:
 def public_names(kind: type) -> tuple[str, ...]:
     """Return the methods and properties that applications use, but for ``stop``."""
     names = (name for name in dir(kind) if not name.startswith("_") and name != "stop")
-    return (*names, "__enter__") if hasattr(kind, "__enter__") else (*names, "__aenter__")
+    return (*names, *(name for name in ("__enter__", "__aenter__") if hasattr(kind, name)))
 
 
 def nothing_to_stop(_: object) -> int:
@@ -68,8 +70,9 @@ def _foreign_class(
     kind: type, noun: str, names: tuple[str, ...], harmless: tuple[tuple[str, Any], ...]
 ) -> type:
     members = {name: _refusing(getattr(kind, name), name, noun) for name in names}
+    members["__slots__"] = ()  # an object can be given a class that adds nothing to it
     members["__repr__"] = lambda _: f"<{noun} of the process that forked this one>"
-    return type(kind.__name__, (_Foreign, kind), {**members, **dict(harmless)})
+    return type(kind.__name__, (kind, _Foreign), {**members, **dict(harmless)})
 
 
 def _refusing(member: object, name: str, noun: str) -> object:

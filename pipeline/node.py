@@ -785,6 +785,8 @@ class Node:
         self.handlers.forget_after_fork(is_foreign=is_running)
         if is_running:
             atexit.unregister(self._stop)
+            if self._inbox is not None:
+                self._inbox.disown_after_fork()
             disown(self, "transport", public_names(type(self)), stop=self._stop_of_foreign)
 
     def _require_running(self, what: str) -> None:

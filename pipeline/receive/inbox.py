@@ -167,14 +167,14 @@ class Inbox(Generic[Taken]):
             if not self._sources:
                 self._arrivals.close()
 
-    def _forget_after_fork(self) -> None:
-        self._arrivals.forget_after_fork()
+    def disown_after_fork(self) -> None:
+        """In a forked child: refuse every use, for a node that ran has it. For the library."""
         disown(self, "inbox", (*public_names(Inbox), "__len__"))
 
 
 def _after_fork_in_child() -> None:
     for inbox in list(_all):
-        inbox._forget_after_fork()
+        inbox._arrivals.forget_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

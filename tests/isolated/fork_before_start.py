@@ -1,4 +1,4 @@
-"""A Transport that is made before a fork and started after it, by parent and child.
+"""Transports, one with an inbox, made before a fork and started after it, by parent and child.
 
 Each has threads, descriptors and connections of its own. Prints "ok" or what went wrong.
 """
@@ -6,10 +6,11 @@ Each has threads, descriptors and connections of its own. Prints "ok" or what we
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 
-from pipeline import Transport, TransportConfig
+from pipeline import Inbox, Transport, TransportConfig
 from pipeline.send import probing
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
@@ -26,6 +27,8 @@ probing.STEP_TIMEOUT_S = LONG_TIMEOUT
 
 descriptors = set(os.listdir("/proc/self/fd"))
 transport = Transport(1, 1, FakeRaft(), config=TransportConfig(probe_interval_s=0.001))
+inbox = Inbox()
+taking = Transport(2, 1, FakeRaft(), inbox=inbox)
 assert set(os.listdir("/proc/self/fd")) == descriptors, "descriptors that a child would share"
 server = ScriptedServer()  # only now: its thread opens descriptors of its own
 
@@ -39,6 +42,12 @@ def work() -> None:
         eventually(lambda: transport.probe_stats()[2].total > 10)
         assert transport.probe_stats()[2].lost == 0, transport.probe_stats()
         assert transport.stats()[2].failed == 0
+        with taking:
+            transport.update_peer(2, [taking.listen("http://127.0.0.1:0").url])
+            transport.send([message()])
+            select.select([inbox], [], [])
+            assert len(inbox.take()) == 1
+    assert inbox.closed
 
 
 child = os.fork()

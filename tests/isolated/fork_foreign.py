@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import (
+    Inbox,
     Listener,
     MessageType,
     Pipeline,
@@ -75,6 +76,11 @@ pipeline = Pipeline(2, [server.url], FakeRaft(), member_id=1, cluster_id=CLUSTER
 pipeline.start()
 loop = asyncio.new_event_loop()
 awaited = loop.run_until_complete(started())
+inbox, awaited_inbox = Inbox(), aio.Inbox()
+taking = [Transport(n, CLUSTER, FakeRaft(), inbox=inbox) for n in (6, 7)]
+taking[0].start()
+awaited_taking = aio.Transport(8, CLUSTER, FakeRaft(), inbox=awaited_inbox)
+loop.run_until_complete(awaited_taking.start())
 transfer = transport.send_snapshot(message(MessageType.SNAP), b"x")
 transfer.result(LONG_TIMEOUT)
 running = transport.send_snapshot(message(MessageType.SNAP), endless(), size=10)
@@ -89,6 +95,10 @@ if child == 0:
         **uses(transport, Transport, "stop"),
         **uses(awaited, aio.Transport, "stop"),
         **uses(listener, Listener, "close", "is_closed"),
+        **uses(inbox, Inbox, "disown_after_fork"),
+        "len(Inbox)": lambda: len(inbox),
+        "aio.Inbox.take": lambda: asyncio.run(awaited_inbox.take(timeout=0)),
+        "aio.Inbox.closed": lambda: awaited_inbox.closed,
         **uses(
             running, SnapshotTransfer, "attach", "enter", "moved", "finish", "forget_after_fork"
         ),
@@ -122,7 +132,7 @@ if child == 0:
     assert answer[0].startswith("503 "), answer
     request = Request("POST", "/raft", peer_headers(), "127.0.0.1:1")
     assert transport.handlers.check(request).status == 503  # type: ignore[union-attr]
-    for thing in (transport, awaited, listener, running, pipeline):
+    for thing in (transport, awaited, listener, running, pipeline, inbox, awaited_inbox):
         assert "of the process that forked" in repr(thing)
     assert transport.stop() == pipeline.stop() == 0
     transport.__exit__(None, None, None)
@@ -135,6 +145,7 @@ if child == 0:
         own.send([message()])
         eventually(lambda: own.stats()[2].sent == 1)
     del transport, awaited, listener, running, pipeline, everything, own
+    del inbox, awaited_inbox, taking, awaited_taking
     gc.collect()
     for problem in problems:
         print(problem)
@@ -149,6 +160,11 @@ over.set()
 transport.stop()
 pipeline.stop()
 loop.run_until_complete(awaited.stop())
+loop.run_until_complete(awaited_taking.stop())
 loop.close()
+assert not inbox.closed
+for node in taking:
+    node.stop()
+assert inbox.closed
 server.stop()
 print("ok")
