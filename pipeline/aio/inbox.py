@@ -152,7 +152,8 @@ class Inbox(Generic[Taken]):
         """
         while self._waiters:
             waiter = self._waiters.popleft()
-            if not waiter.done():
+            # One of a loop that was closed while it waited is nobody's any more.
+            if not waiter.done() and waiter.get_loop() is loop:
                 waiter.set_result(None)
                 return
         loop.remove_reader(self.fileno())
