@@ -103,9 +103,14 @@ cdef inline ssize_t conn_send_next(conn_t* conn, cursor_t* cursor, size_t size_m
 
 
 cdef inline void conn_begin_message(conn_t* conn) noexcept nogil:
-    """Of what is written from now on nothing has gone yet."""
+    """Of what is written from now on nothing has left yet."""
     if conn.tls is not NULL:
-        conn.tls.has_moved = False
+        conn.tls.has_left = False
+
+
+cdef inline bint conn_has_left(const conn_t* conn) noexcept nogil:
+    """Tell whether something of the message may have left, although no byte is told as written."""
+    return conn.tls is not NULL and conn.tls.has_left
 
 
 cdef inline bint conn_has_moved(const conn_t* conn) noexcept nogil:

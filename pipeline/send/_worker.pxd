@@ -12,7 +12,8 @@ from libc.string cimport memcmp, memcpy
 from pipeline.send._books cimport OUTCOME_SENT
 from pipeline.send._channel cimport channel_take, job_t
 from pipeline.net._conn cimport (
-    conn_begin_message, conn_has_ended, conn_has_more, conn_has_moved, conn_is_dead, conn_is_silent,
+    conn_begin_message, conn_has_ended, conn_has_left, conn_has_more, conn_has_moved, conn_is_dead,
+    conn_is_silent,
     conn_is_unread, conn_reads_ahead, conn_recv, conn_send, conn_send_next, conn_wants_to_write,
 )
 from pipeline.net._cursor cimport cursor_advance, cursor_begin, cursor_is_at_end
@@ -126,7 +127,7 @@ cdef inline bint worker_may_retry(worker_t* worker, int error) noexcept nogil:
         return False
     if not worker.is_reused or worker.is_odd or job.retried \
             or (job.type == TYPE_PROP
-                and (worker.written > 0 or conn_has_moved(&worker.conn))):
+                and (worker.written > 0 or conn_has_left(&worker.conn))):
         return False
     job.retried = True
     return True

@@ -155,7 +155,7 @@ cdef int bio_write(BIO* bio, const char* data, int size) noexcept nogil:
             tls.error = errno
             return -1
     if n > 0:
-        tls.has_moved = True
+        tls.has_moved = tls.has_left = True
     if not tls.is_shaken:
         tls.wants_to_write = n < 0
         if n < 0:

@@ -65,6 +65,7 @@ cdef struct tls_t:
     size_t left_size
     size_t owed             # bytes of plain text in it, the writing of which is not told yet
     bint has_moved          # the socket took some of what the last call wrote
+    bint has_left           # it took some of what was written since whoever has us cleared this
     bint is_drained         # this call has read the socket until it had no more
     size_t futile           # bytes that this call has read of the socket, beyond its plain text
     bint is_eof             # the socket has ended
@@ -115,7 +116,7 @@ cdef inline bint tls_flush(tls_t* tls) noexcept nogil:
                 tls.has_failed = True
                 tls.error = errno
             return False
-        tls.has_moved = True
+        tls.has_moved = tls.has_left = True
         tls.left_at += <size_t>n
         if tls.left_at == tls.left_size:
             free(tls.left)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import random
 import socket
 import ssl
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import EncodedMessage, Entry, Message, MessageType
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.raft import FakeRaft
 from tests.support.senders import MEMBER, PEER, assert_balanced, message, pipeline_to, settle
@@ -93,6 +96,65 @@ def test_small_and_large_messages_take_turns_on_a_connection(authority: Authorit
             pipeline.send(EncodedMessage(body, type=MessageType.APP, to=PEER))
         assert settle(pipeline).sent == 200
         assert [request.body for request in server.requests] == bodies
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"), [(MessageType.PROP, 1), (MessageType.APP, 2)], ids=["MsgProp", "MsgApp"]
+)
+def test_a_proposal_of_which_half_a_record_has_left_is_not_sent_again(
+    authority: Authority, kind: MessageType, sent: int
+) -> None:
+    """No byte of it is told as written; still the peer may have acted on it, for all we know."""
+    is_answered, is_stuck = threading.Event(), threading.Event()
+
+    def answer(connection: Connection, request: Request) -> bytes | None:
+        if len(server.requests) == 1:
+            connection.send(OK)
+            is_answered.set()
+            is_stuck.wait(LONG_TIMEOUT)
+            connection.reset()
+            return None
+        return OK
+
+    raft = FakeRaft()
+    with (
+        ScriptedServer(answer, tls=authority.server()) as server,
+        pipeline_to(
+            server, raft, connections=1, credentials=Credentials(authority.info())
+        ) as pipeline,
+    ):
+        # The kernel fills segments of half a window, and has room for a few of them.
+        server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        pipeline.send(message(kind))
+        assert is_answered.wait(LONG_TIMEOUT)
+        settle(pipeline)
+        mine, theirs = pipeline.workers[0].connection.sock, server.connections[0].sock
+        mine.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        pipeline.send(EncodedMessage(bytes(15_000), type=kind, to=PEER))  # with its head, a record
+        eventually(lambda: waiting_bytes(theirs) > 0)
+        eventually(lambda: pipeline.states() == ["writing"])
+        assert waiting_bytes(theirs) + unsent_bytes(mine) < 15_000
+        is_stuck.set()
+        books = settle(pipeline)
+        assert (books.sent, books.failed) == (sent, 2 - sent)
+        assert len(server.requests) == sent
+        assert raft.unreachable == [PEER] * (2 - sent)
+
+
+def waiting_bytes(sock: socket.socket) -> int:
+    """What the kernel has for a reader, still encrypted."""
+    return _count(sock, termios.FIONREAD)
+
+
+def unsent_bytes(sock: socket.socket) -> int:
+    """What the kernel has been given and the peer has not acknowledged."""
+    return _count(sock, termios.TIOCOUTQ)
+
+
+def _count(sock: socket.socket, what: int) -> int:
+    count = array.array("i", [0])
+    fcntl.ioctl(sock.fileno(), what, count)
+    return count[0]
 
 
 # What comes besides answers
