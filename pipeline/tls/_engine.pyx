@@ -654,6 +654,7 @@ cdef class Context:
                 expect_name(tls, name)
         except BaseException:
             tls_free(tls)
+            engine.lib.ERR_clear_error()    # as in tls_failed
             raise
         return tls
 

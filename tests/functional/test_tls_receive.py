@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import queue
 import select
 import socket
 import ssl
@@ -35,8 +36,8 @@ from pipeline import (
 from pipeline.errors import RequestRejected
 from pipeline.receive.listener import Listener
 from pipeline.receive.odd_request import OddRequest
-from pipeline.tls import Credentials
 from pipeline.tls._engine import session_count
+from pipeline.tls.credentials import Credentials
 from pipeline.wire.answers import Answer, Request
 from tests.support import LONG_TIMEOUT, MIB, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
@@ -55,7 +56,7 @@ from tests.support.logs import handler_that_raises
 from tests.support.memory import rss
 from tests.support.openssl import RawClient
 from tests.support.raft import FakeRaft
-from tests.support.tls import Authority
+from tests.support.tls import Authority, Onlooker
 from tests.support.tls_listening import ANY, Node
 from tests.support.waiting import eventually, until_read
 
@@ -455,6 +456,54 @@ def test_a_member_is_bound_to_its_certificate_by_a_callback(
     assert "not the certificate of '2'" in caplog.text
 
 
+def test_callbacks_find_none_of_openssl_s_errors_of_others(node: Node) -> None:
+    """In their threads handshakes and records of other callers have failed before."""
+    onlookers = queue.SimpleQueue[Onlooker]()
+    for _ in range(8):  # made here: to make one throws such errors away
+        onlookers.put(Onlooker(node.authority))
+    seen: list[BaseException | None] = []
+
+    def look() -> None:
+        onlooker = onlookers.get(timeout=LONG_TIMEOUT)
+        try:
+            onlooker.look()
+        except BaseException as error:
+            seen.append(error)
+        else:
+            seen.append(None)
+        onlookers.put(onlooker)
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        look()
+        return True
+
+    process = node.raft.process
+    node.raft.process = lambda message: (look(), process(message))[1]  # type: ignore[method-assign]
+    node.listen(allow_member=allow)
+    urls = [ANY, "http://127.0.0.1:0"]
+    with Listener(node.handlers, urls, node.config, node.credentials) as node.listener:
+        good = node.call()
+        plain = dial(node.listener.urls[1])
+        good.sendall(GOOD)
+        assert read_status(good) == 204
+        for _ in range(5):
+            with dial(node.listener.urls[0]) as no_tls:
+                no_tls.sendall(GOOD)
+                assert no_tls.recv(65536).startswith(b"HTTP/1.0 400 ")
+            good.sendall(ODD)
+            assert read_status(good) == 204
+            raw = raw_of(node.call())
+            raw.sendall(b"\x17\x03\x03\x00\x10" + bytes(16))
+            assert raw.recv(65536)
+            raw.close()
+            plain.sendall(GOOD)
+            assert read_status(plain) == 204
+        good.close()
+        plain.close()
+    assert len(seen) >= 10
+    assert set(seen) == {None}
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_head_accepted_of_one_caller_lets_no_other_past(node: Node, scheme: str) -> None:
     """The same bytes, from whoever has not shown that member's certificate."""
@@ -731,7 +780,7 @@ def test_what_tls_adds_to_a_body_does_not_make_up_for_its_rate(node: Node, frami
 
 
 def test_thousands_of_tiny_records_are_a_message_all_the_same(node: Node) -> None:
-    """It takes many turns of the thread that deciphers them."""
+    """It takes many turns of the thread that decrypts them."""
     node.listen()
     message = append_of(5000)
     body = message.marshal()

@@ -11,6 +11,7 @@ import ssl
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from pipeline import TLSInfo
-from pipeline.tls import Session
+from pipeline.tls._engine import Session
 
 DAY = datetime.timedelta(days=1)
 
@@ -192,6 +193,31 @@ def shake(*ends: Session | ssl.SSLSocket) -> None:
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
                 pending.remove(end)
+
+
+class Onlooker:
+    """Somebody who uses Python's ``ssl``, and OpenSSL with it, in the same thread as we do."""
+
+    def __init__(self, authority: Authority) -> None:
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        certificate = authority.issue("onlooker", "onlooker.test")
+        self._client = authority.client(*certificate).wrap_bio(
+            to_client, to_server, server_hostname="onlooker.test"
+        )
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(*certificate)
+        # Kept for as long as it is looked: its end would be one of the connection.
+        self._server = server.wrap_bio(to_server, to_client, server_side=True)
+        for end in (self._client, self._server, self._client, self._server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+
+    def look(self) -> None:
+        """Fail if OpenSSL has errors for this thread that are somebody else's."""
+        assert ctypes.CDLL("libcrypto.so.3").ERR_peek_error() == 0
+        # To wait for the other side's goodbye would fail with them.
+        with pytest.raises(ssl.SSLWantReadError):
+            self._client.unwrap()
 
 
 class PostHandshake:

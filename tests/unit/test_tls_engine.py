@@ -26,11 +26,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from pipeline.errors import UsageError
 from pipeline.net._sockets import open_socket
-from pipeline.tls import Context, Credentials, Session, TLSError
-from tests.support import MIB
+from pipeline.tls._engine import Context, Session, TLSError
+from pipeline.tls.credentials import Credentials
+from tests.support import LONG_TIMEOUT, MIB
 from tests.support.openssl import RawClient
-from tests.support.tls import DAY, Authority, Pair, shake
+from tests.support.tls import DAY, Authority, Onlooker, Pair, shake
 
 HOST = "127.0.0.1"
 A_MOMENT_S = 0.1
@@ -77,7 +79,7 @@ def test_without_openssl_tls_is_an_error_that_says_what_to_install(
     info = authority.info()
     program = (
         "import sys; from pipeline import TLSInfo, Message, UsageError\n"
-        "from pipeline.tls import Credentials\n"
+        "from pipeline.tls.credentials import Credentials\n"
         "Message(type=0).marshal()\n"
         "try: Credentials(TLSInfo(cert_file=sys.argv[1], key_file=sys.argv[2],"
         " trusted_ca_file=sys.argv[3]))\n"
@@ -297,13 +299,14 @@ def test_what_is_no_plain_text_has_its_turn_and_no_more(
     sender.join()
     buffer, turns = bytearray(100), 0
     while True:
-        assert select.select([ours], [], [], 0)[0]
+        assert select.select([ours], [], [], LONG_TIMEOUT)[0]
         try:
             assert buffer[: session.recv_into(buffer)] == b"text"
             break
         except BlockingIOError:
             turns += 1
-    assert turns == 2
+    # One call reads 64 KiB of them and a bit; more calls if the kernel holds some back.
+    assert turns >= 2
     caller.close()
     ours.close()
 
@@ -368,6 +371,29 @@ def test_what_cannot_go_on_is_given_up_in_time(way: str, wants_to_write: bool) -
             getattr(sock, way)(bytearray(1))
         sock.close()
     assert wants_to_write or stuck.attempts <= 3
+
+
+def test_a_socket_reads_no_more_than_it_is_asked_for(credentials: Credentials) -> None:
+    with socket.create_server((HOST, 0)) as listening:
+        ours = open_socket(socket.AF_INET, socket.SOCK_STREAM, 0)
+        ours.settimeout(LONG_TIMEOUT)
+        ours.connect(listening.getsockname())
+        theirs, _ = listening.accept()
+    theirs.setblocking(False)
+    ours.tls = credentials.client_context.session(ours.fileno(), HOST)
+    server = credentials.server_context.session(theirs.fileno())
+    shake(ours.tls, server)
+    assert server.send(b"abcdef") == 6
+    buffer = bytearray(6)
+    assert ours.recv_into(buffer, 2) == 2
+    assert buffer == b"ab\0\0\0\0"
+    for count in (-1, 7):
+        with pytest.raises(ValueError, match=f"recv_into: nbytes {count} is not in 0..6"):
+            ours.recv_into(buffer, count)
+    assert ours.recv_into(buffer) == 4
+    assert buffer == b"cdef\0\0"
+    ours.close()
+    theirs.close()
 
 
 # Ends
@@ -517,3 +543,111 @@ def test_a_certificate_that_has_expired_lets_nobody_in(
     other = pair.python(authority.client(*old), server_hostname=HOST)
     with pytest.raises(TLSError, match="certificate verify failed: certificate has expired"):
         shake(session, other)
+
+
+# What others in the same thread see
+
+
+def a_whole_connection(authority: Authority, pair: Pair) -> None:
+    credentials = Credentials(authority.info(crl_file=authority.revoke()))
+    client, server = connect(pair, credentials)
+    assert client.send(b"x") == 1
+    assert server.recv_into(bytearray(8)) == 1
+    assert client.certificate is not None
+    with pytest.raises(BlockingIOError):
+        server.recv_into(bytearray(8))
+    assert client.end()
+    assert server.recv_into(bytearray(8)) == 0
+
+
+def a_handshake_with_garbage(authority: Authority, pair: Pair) -> None:
+    session = Credentials(authority.info()).server_context.session(pair.ours.fileno())
+    pair.theirs.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    with pytest.raises(TLSError):
+        session.shake()
+
+
+def a_server_of_strangers(authority: Authority, pair: Pair) -> None:
+    other = Authority(authority.directory / "strangers")
+    session = Credentials(other.info()).client_context.session(pair.ours.fileno(), HOST)
+    server = pair.python(authority.server(), server_side=True)
+    with pytest.raises((TLSError, ssl.SSLError)):
+        shake(session, server)
+    assert not session.is_established
+
+
+def a_record_of_garbage(authority: Authority, pair: Pair) -> None:
+    _, server = connect(pair, Credentials(authority.info()))
+    pair.ours.sendall(b"\x17\x03\x03\x00\x10" + bytes(16))
+    with pytest.raises(TLSError):
+        server.recv_into(bytearray(8))
+
+
+def garbage_while_it_is_idle(authority: Authority, pair: Pair) -> None:
+    _, server = connect(pair, Credentials(authority.info()))
+    pair.ours.sendall(b"\x17\x03\x03\x00\x10" + bytes(16))
+    assert not server.is_silent()
+
+
+def a_socket_that_is_gone(authority: Authority, pair: Pair) -> None:
+    client, _ = connect(pair, Credentials(authority.info()))
+    pair.theirs.close()
+    with pytest.raises(OSError, match="Broken pipe"):
+        client.send(b"x")
+
+
+def a_name_that_is_too_long(authority: Authority, pair: Pair) -> None:
+    context = Credentials(authority.info()).client_context
+    with pytest.raises(TLSError, match="is not a name"):
+        context.session(pair.ours.fileno(), ".".join(["a" * 60] * 5))
+
+
+def a_certificate_that_is_no_text(authority: Authority, pair: Pair) -> None:
+    files = authority.issue("odd", HOST, "xx-odd.test")
+    authority.rename(files[0], b"xx-odd", b"\xff\xfe-odd")
+    context = authority.server()
+    context.load_cert_chain(*files)
+    session = Credentials(authority.info()).client_context.session(pair.ours.fileno(), HOST)
+    shake(session, pair.python(context, server_side=True))
+    with pytest.raises(TLSError, match="it cannot be read"):
+        _ = session.certificate
+
+
+def files_that_are_none(authority: Authority, pair: Pair) -> None:
+    garbage = authority.directory / "garbage"
+    garbage.write_bytes(b"-----BEGIN CERTIFICATE-----\n!\n")
+    _, others_key = authority.issue("other")
+    for files in (
+        {"cert_file": garbage},
+        {"key_file": garbage},
+        {"key_file": others_key},
+        {"trusted_ca_file": garbage},
+        {"crl_file": garbage},
+        {"crl_file": authority.ca_file},
+    ):
+        with pytest.raises(UsageError, match=r"^tls: "):
+            Credentials(authority.info(**files))
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        a_whole_connection,
+        a_handshake_with_garbage,
+        a_server_of_strangers,
+        a_record_of_garbage,
+        garbage_while_it_is_idle,
+        a_socket_that_is_gone,
+        a_name_that_is_too_long,
+        a_certificate_that_is_no_text,
+        files_that_are_none,
+    ],
+    ids=lambda do: do.__name__,
+)
+def test_openssl_s_errors_of_ours_are_not_left_to_the_thread(
+    authority: Authority, pair: Pair, do: Callable[[Authority, Pair], None]
+) -> None:
+    """Python's ssl would take them for its own; an application's callback may be next."""
+    onlooker = Onlooker(authority)
+    do(authority, pair)
+    onlooker.look()
