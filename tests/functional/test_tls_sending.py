@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +29,8 @@ from pipeline import (
     TransportConfig,
     UsageError,
 )
-from pipeline.tls import Credentials
+from pipeline.net.dialling import Dialer
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.raft import FakeRaft
 from tests.support.senders import (
@@ -695,6 +698,83 @@ def test_a_rotation_retires_connections(
         eventually(lambda: transport.stats()[PEER].sent == 3)
         assert names[-1] == "rotated"
         assert set(names[:-1]) == {""}
+
+
+def at_work(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Semaphore, Callable[[], None]]:
+    """Have handshakes keep the thread that shakes them: what tells of one, and what ends it."""
+    begun, gate, shake = threading.Semaphore(0), threading.Event(), Dialer._shake
+
+    def slow(*args: Any) -> None:
+        begun.release()
+        gate.wait(LONG_TIMEOUT)
+        shake(*args)
+
+    monkeypatch.setattr(Dialer, "_shake", slow)
+    return begun, gate.set
+
+
+def not_answered(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Semaphore, Callable[[], None]]:
+    """Have handshakes not begin, as if peers did not answer them."""
+    begun, gate, shake = threading.Semaphore(0), threading.Event(), Dialer._shake
+    held: list[tuple[Any, ...]] = []
+
+    def silent(*args: Any) -> None:
+        if gate.is_set():
+            shake(*args)
+        else:
+            held.append(args)
+            begun.release()
+
+    def go_on() -> None:
+        gate.set()
+        for args in held:
+            args[0]._poller.ask(partial(shake, *args))
+
+    monkeypatch.setattr(Dialer, "_shake", silent)
+    return begun, go_on
+
+
+@pytest.mark.parametrize(("hold", "count"), [(at_work, 1), (not_answered, 4 * 16)])
+def test_a_rotation_of_many_peers_holds_up_no_message_to_another(
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+    hold: Callable[[pytest.MonkeyPatch], tuple[threading.Semaphore, Callable[[], None]]],
+    count: int,
+) -> None:
+    """All of their workers wait for handshakes; one peer's connection is made anew before."""
+    others = range(PEER + 1, PEER + 17)
+    with (
+        ScriptedServer(tls=authority.server()) as server,
+        ScriptedServer(tls=authority.server()) as lone,
+        transport_of(authority.info()) as transport,
+    ):
+        server.script = server.hold  # so that a peer's four messages take its four workers
+        for peer in others:
+            transport.add_peer(peer, [server.url])
+        transport.add_peer(PEER, [lone.url])
+        transport.send([message(to=peer) for peer in others for _ in range(4)])
+        server.wait_requests(4 * 16)
+        server.release.set()
+        eventually(lambda: all(transport.stats()[peer].sent == 4 for peer in others))
+        assert transport.reload_tls()
+        transport.send([message(HEARTBEAT)])
+        eventually(lambda: transport.stats()[PEER].sent == 1)
+
+        begun, go_on = hold(monkeypatch)
+        server.release.clear()
+        transport.send([message(to=peer) for peer in others for _ in range(4)])
+        for _ in range(count):
+            assert begun.acquire(timeout=LONG_TIMEOUT)
+        for sent in range(2, 52):
+            transport.send([message(HEARTBEAT)])
+            eventually(lambda sent=sent: transport.stats()[PEER].sent == sent)  # type: ignore[misc]
+        assert len(server.requests) == 4 * 16
+        assert {request.connection for request in lone.requests} == {0}
+        go_on()
+        server.wait_requests(8 * 16)
+        server.release.set()
+        eventually(lambda: all(transport.stats()[peer].sent == 8 for peer in others))
+        assert transport.stats()[PEER].sent == 51
 
 
 def test_a_broken_rotation_retires_nothing(authority: Authority) -> None:
