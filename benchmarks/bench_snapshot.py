@@ -2,7 +2,7 @@
 
 ``make bench-snapshot`` prints a table and writes results/snapshot.json. Each measurement has a
 sending process and a reading one of its own; the subjects take turns within a round, and a ratio is
-taken within it. The reader receives into 1 MiB and forgets, and answers 204; over TLS it deciphers.
+taken within it. The reader receives into 1 MiB and forgets, and answers 204; over TLS it decrypts.
 The file has been written just before, so it is read from memory, not from a disk.
 
 bare      a blocking socket and ``os.sendfile``; over TLS ``read`` and ``sendall``

@@ -48,7 +48,7 @@ from harness import (
     tls_flags,
 )
 
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 
 REFERENCE = HERE / "reference.json"
 TOLERANCE = 0.05

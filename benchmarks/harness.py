@@ -25,7 +25,7 @@ from typing import Any, Self
 import pipeline
 from pipeline import MessageType, PipelineConfig, SendResult, TLSInfo
 from pipeline.examples.certificates import Certificates
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 
 HERE = Path(__file__).resolve().parent
 BIN = HERE / "bin"

@@ -48,7 +48,7 @@ from pipeline import (
 )
 from pipeline.identity import Identity
 from pipeline.receive.handlers import Handlers
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 
 #: How many messages a node takes at most, and how long it waits for the first: a tick.
 BATCH, TICK_S = 256, 0.1

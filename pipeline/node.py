@@ -49,7 +49,8 @@ from pipeline.stats import (
     leader_stats,
 )
 from pipeline.threads import Once, require_real_threads
-from pipeline.tls import Credentials, TLSInfo
+from pipeline.tls import TLSInfo
+from pipeline.tls.credentials import Credentials
 from pipeline.types import ACCEPTED, APP
 from pipeline.wire.protocol import format_id
 from pipeline.wire.urls import parse_peer_urls

@@ -106,10 +106,14 @@ class OwnSocket(socket.socket):
         return bytes(memoryview(buffer)[:n])
 
     def recv_into(self, buffer, nbytes=0, flags=0):
-        """As ``socket.recv_into``."""
+        """As ``socket.recv_into``; with TLS there are no flags."""
         if self.tls is None:
             return super().recv_into(buffer, nbytes, flags)
-        return self._wait_for(POLLIN, self.tls.recv_into, buffer)
+        with memoryview(buffer) as view, view.cast("B") as into:
+            if nbytes < 0 or nbytes > len(into):
+                raise ValueError(f"recv_into: nbytes {nbytes} is not in 0..{len(into)}")
+            with into[:nbytes or None] as part:
+                return self._wait_for(POLLIN, self.tls.recv_into, part)
 
     def send(self, data, flags=0, /):
         """As ``socket.send``; with TLS what was not taken has to come first the next time."""

@@ -31,7 +31,8 @@ from pipeline.names import literal_address, show_address
 from pipeline.net._sockets import OwnSocket, open_socket
 from pipeline.net.poller import READABLE, WRITABLE, Poller
 from pipeline.threads import LibraryThread
-from pipeline.tls import HANDSHAKE_TIMEOUT_S, Credentials, TLSError
+from pipeline.tls._engine import TLSError
+from pipeline.tls.credentials import HANDSHAKE_TIMEOUT_S, Credentials
 
 __all__ = ["Dial", "DialError", "Dialer"]
 

@@ -18,7 +18,7 @@ from pipeline.errors import UsageError
 from pipeline.locks import lock_of
 from pipeline.net._sockets import OwnSocket
 from pipeline.net.dialling import Dial
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from pipeline.wire.odd_answer import OddAnswer
 
 __all__ = ["Pool", "PooledConnection"]

@@ -10,7 +10,7 @@ from pipeline.config import ReceiverConfig
 from pipeline.net._sockets import OwnSocket
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.handlers import Handlers
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 
 __all__ = ["LINGER_S", "Receiver", "ReceiverStats", "match_post", "recognise_post"]
 

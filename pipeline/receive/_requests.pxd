@@ -606,7 +606,7 @@ cdef inline void caller_hear(caller_t* caller) noexcept nogil:
 
 cdef inline void caller_discard(caller_t* caller) noexcept nogil:
     """Throw away one step of what a refused peer still sends, which is neither copied nor
-    deciphered.
+    decrypted.
     """
     cdef server_t* server = caller.server
     cdef ssize_t n

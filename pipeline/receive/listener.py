@@ -26,7 +26,7 @@ from pipeline.net._sockets import OwnSocket, open_socket
 from pipeline.receive._receiver import Receiver, ReceiverStats
 from pipeline.receive.handlers import Connections, Handlers
 from pipeline.threads import LibraryThread, require_real_threads
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from pipeline.wire.urls import parse_urls
 
 __all__ = ["Listener"]

@@ -41,7 +41,7 @@ from pipeline.send.picker import URLPicker
 from pipeline.send.reports import Reports
 from pipeline.send.status import PeerStatus
 from pipeline.threads import Once, require_real_threads
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from pipeline.types import MessageType
 from pipeline.wire import protocol
 from pipeline.wire.odd_answer import TEXT_TIMEOUT_S

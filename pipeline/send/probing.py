@@ -22,7 +22,7 @@ from pipeline.net.poller import READABLE, Poller
 from pipeline.net.pool import Pool, PooledConnection
 from pipeline.send.picker import URLPicker
 from pipeline.stats import Histogram
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from pipeline.wire.protocol import format_id, probe_head
 from pipeline.wire.versions import Versions
 

@@ -21,7 +21,7 @@ from pipeline.net._sockets import OwnSocket, link_is_dead
 from pipeline.net.dialling import Dial, Dialer, DialError
 from pipeline.net.pool import Pool
 from pipeline.snapshot.source import FileSource
-from pipeline.tls import TLSError
+from pipeline.tls._engine import TLSError
 from pipeline.wire.odd_answer import TEXT_TIMEOUT_S, OddAnswer, PeerAnswer
 from pipeline.wire.protocol import TELLING_STATUS
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.send.pipeline import PeerPipeline
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.fault.test_answers import *  # noqa: F403
 from tests.fault.test_large import *  # noqa: F403
 from tests.fault.test_stale_connections import *  # noqa: F403

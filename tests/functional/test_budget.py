@@ -22,7 +22,7 @@ from pipeline import Entry, Message, MessageType, ReceiverConfig, Snapshot, Snap
 from pipeline.receive.asgi import asgi_app
 from pipeline.receive.listener import Listener
 from pipeline.receive.wsgi import wsgi_app
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import GOOD, dial, raw_head, read_status

@@ -1561,7 +1561,7 @@ class Dribble:
 def test_over_tls_the_stall_timeout_counts_from_write_to_write(
     raft: FakeRaft, authority: Authority, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What moves is not stalled, however many writes an enciphered piece takes."""
+    """What moves is not stalled, however many writes an encrypted piece takes."""
     deadlines: list[float] = []
     dial, wait = SnapshotLink.dial, SnapshotLink._wait
 

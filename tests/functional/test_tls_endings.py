@@ -20,7 +20,8 @@ import pytest
 from pipeline import MessageType, Transport, TransportConfig
 from pipeline.net._sockets import OwnSocket, open_socket
 from pipeline.send.probing import TICKETS_S
-from pipeline.tls import Credentials, TLSError
+from pipeline.tls._engine import TLSError
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import CLUSTER, MEMBER, PEER, message

@@ -19,7 +19,8 @@ import ssl
 import tempfile
 from pathlib import Path
 
-from pipeline.tls import Context, Credentials, Session
+from pipeline.tls._engine import Context, Session
+from pipeline.tls.credentials import Credentials
 from tests.support.tls import Authority, Pair
 
 HOST = "127.0.0.1"

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline import Entry, Message, MessageType
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import post_heartbeat
 from tests.support.listening import GOOD, dial, is_closed, listen, post, raw_head, read_status

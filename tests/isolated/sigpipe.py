@@ -33,7 +33,8 @@ from pipeline.snapshot.connections import _Receiving
 from pipeline.snapshot.link import Ending, SnapshotLink
 from pipeline.snapshot.source import FileSource
 from pipeline.stats import Histogram
-from pipeline.tls import Credentials, TLSError
+from pipeline.tls._engine import TLSError
+from pipeline.tls.credentials import Credentials
 from pipeline.wire.answers import Answer
 from tests.support.http import handlers_of
 from tests.support.listening import raw_head

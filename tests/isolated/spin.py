@@ -16,7 +16,7 @@ import threading
 import time
 
 from pipeline import Entry, Message, Pipeline, PipelineConfig, TLSInfo
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from pipeline.types import MessageType
 from tests.support import LONG_TIMEOUT
 

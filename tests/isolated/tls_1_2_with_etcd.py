@@ -6,7 +6,7 @@ import ssl
 import sys
 from pathlib import Path
 
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.interop.test_etcd_tls import exchange
 from tests.support.etcd import Cluster
 from tests.support.listening import dial

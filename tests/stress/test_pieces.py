@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import Entry, Message, MessageType, ReceiverConfig
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, peer_headers
 from tests.support.listening import GOOD, dial, listen, post, raw_head

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from pipeline.config import ReceiverConfig
 from pipeline.raft import Raft
 from pipeline.receive.listener import Listener
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, Reply, handlers_of, peer_headers, reply_of_socket
 from tests.support.waiting import eventually

@@ -23,7 +23,7 @@ from pipeline.peer import Peer
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
 from pipeline.snapshot.sender import RateLimiter, SnapshotSender
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.server import Connection, Request, Script, ScriptedServer

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import ReceiverConfig
 from pipeline.receive.listener import Listener
-from pipeline.tls import Credentials
+from pipeline.tls.credentials import Credentials
 from tests.support.http import handlers_of
 from tests.support.listening import dial
 from tests.support.raft import FakeRaft

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline import TLSInfo, UsageError
-from pipeline.tls import Context, Credentials, Session, TLSError
+from pipeline.tls._engine import Context, Session, TLSError
+from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT
 from tests.support.logs import handler_that_raises
 from tests.support.tls import DAY, Authority, Pair, shake
