@@ -2,7 +2,7 @@
  *
  * With -DTLS both sides show a certificate and speak TLS 1.3 with one cipher suite, so that no
  * figure depends on which suite two programs like best. A small request is one record; a large body
- * is enciphered from where it lies; what was read ahead of a record is not read again. Any of these
+ * is encrypted from where it lies; what was read ahead of a record is not read again. Any of these
  * functions returns -1 with errno EAGAIN where it would have to wait.
  */
 #include <errno.h>
