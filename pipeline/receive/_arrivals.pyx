@@ -312,14 +312,20 @@ cdef class Arrivals:
         return 0
 
     def forget_after_fork(self):
-        """In a forked child, which has no loop of ours: touch nothing that is the parent's."""
+        """In a forked child, which has no loop of ours: touch nothing that is the parent's.
+
+        It begins empty: the lists may be in the middle of a change, and what is in them is not
+        freed either.
+        """
+        cdef inbox_t empty
+        memset(&empty, 0, sizeof(inbox_t))
+        empty.max_messages = self.c.max_messages
+        empty.max_bytes = self.c.max_bytes
+        empty.is_closed = self.c.is_closed
+        empty.eventfd = -1
+        self.c = empty
         pthread_mutex_init(&self.c.lock, NULL)
         cond_init_monotonic(&self.c.changed)
-        store_int(&self.c.eventfd, -1)
-        # The lists may be in the middle of a change, so what is in them is not freed either.
-        self.c.first = self.c.spare = NULL
-        self.c.readers = NULL
-        self.c.n_threads = 0
 
 
 @cython.no_gc_clear             # close needs the arrivals

@@ -493,7 +493,7 @@ def test_messages_come_over_tls_and_what_is_held_is_answered_when_it_is_taken(
     authority = Authority(tmp_path)
     inbox = Inbox(max_messages=2)
     info = authority.info()
-    with receiving(inbox, tls=info, url="https://127.0.0.1:0") as (_, listener):
+    with receiving(inbox, tls=info, url="https://127.0.0.1:0", peers=[1]) as (_, listener):
         context = authority.client(*authority.issue("caller"))
         with Caller(listener.url, tls=context) as one, Caller(listener.url, tls=context) as two:
             for index, size in enumerate((0, 100_000)):
@@ -507,6 +507,7 @@ def test_messages_come_over_tls_and_what_is_held_is_answered_when_it_is_taken(
             assert (one.status(), two.status()) == (204, 204)
             one.post(APP, 4)
             assert one.status() == 204
+            assert listener.stats().general_requests == 2  # the first of each connection
     assert inbox.stats()[:3] == (5, 4, 1)
 
 
@@ -515,7 +516,7 @@ def test_a_sender_with_the_certificate_of_another_reaches_no_inbox(tmp_path: Any
     inbox = Inbox()
     allowed = {7}
     info = authority.info(allow_member=lambda certificate, member: member in allowed)
-    with receiving(inbox, tls=info, url="https://127.0.0.1:0") as (_, listener):
+    with receiving(inbox, tls=info, url="https://127.0.0.1:0", peers=[7, 8]) as (_, listener):
         context = authority.client(*authority.issue("caller"))
         with (
             Caller(listener.url, 7, tls=context) as good,
@@ -533,6 +534,7 @@ def test_a_sender_with_the_certificate_of_another_reaches_no_inbox(tmp_path: Any
             allowed.clear()
             for kind, size in ((APP, 0), (APP, 100_000), (PROP, 0)):
                 assert good.ask(kind, size=size) == 412
+            assert listener.stats().fast_requests >= 7
     assert inbox.stats().received == 7
     assert_books(inbox)
 
@@ -541,7 +543,8 @@ def test_credentials_are_replaced_under_traffic_and_nothing_is_lost(tmp_path: An
     authority = Authority(tmp_path)
     inbox = Inbox()
     info = authority.info()
-    with receiving(inbox, tls=info, url="https://127.0.0.1:0") as (transport, listener):
+    url = "https://127.0.0.1:0"
+    with receiving(inbox, tls=info, url=url, peers=[1]) as (transport, listener):
         context = authority.client(*authority.issue("caller"))
         with Caller(listener.url, tls=context) as held, Caller(listener.url, tls=context) as idle:
             assert idle.ask(APP, 0) == 204

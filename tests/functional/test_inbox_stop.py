@@ -139,7 +139,8 @@ def test_stop_ends_everything_in_every_state(state: State, scheme: str, tmp_path
     if scheme == "https":
         authority = Authority(tmp_path)
         tls, context = authority.info(), authority.client(*authority.issue("caller"))
-    with receiving(inbox, url=f"{scheme}://127.0.0.1:0", tls=tls) as (transport, listener):
+    url = f"{scheme}://127.0.0.1:0"
+    with receiving(inbox, url=url, tls=tls, peers=[1, 3]) as (transport, listener):
         connect = functools.partial(Caller, listener.url, tls=context)
         with state(inbox, connect) as (left, statuses):
             transport.stop()

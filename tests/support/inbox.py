@@ -7,7 +7,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pipeline import Entry, Inbox, Message, MessageType, Transport, TransportConfig
@@ -94,10 +94,19 @@ class Caller:
 
 @contextlib.contextmanager
 def receiving(
-    inbox: Inbox[Any], config: TransportConfig | None = None, url: str = ANY, **settings: Any
+    inbox: Inbox[Any],
+    config: TransportConfig | None = None,
+    url: str = ANY,
+    peers: Iterable[int] = (),
+    **settings: Any,
 ) -> Iterator[tuple[Transport, Listener]]:
-    """Run a node that receives into an inbox; settings are Transport's."""
+    """Run a node that receives into an inbox; settings are Transport's.
+
+    With TLS only the heads of peers are the core's: who is no peer may want to be a remote.
+    """
     with Transport(2, CLUSTER_ID, Reports(), inbox=inbox, config=config, **settings) as transport:
+        for peer in peers:
+            transport.add_peer(peer, ["http://127.0.0.1:9"])
         yield transport, transport.listen(url)
 
 
