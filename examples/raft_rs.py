@@ -12,7 +12,7 @@ nothing: ``Entry.context``, ``Message.commit_term``, ``priority`` and more. Thei
 as they are, out as ``EncodedMessage`` and in with ``Inbox(encoded=True)``. The program
 proposes entries that have a context, and looks whether every member has each with its own.
 
-Glue: 47 lines, those of the class ``Member`` without blank lines, comments and docstrings.
+Glue: 46 lines, those of the class ``Member`` without blank lines, comments and docstrings.
 """
 
 from __future__ import annotations

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.util
-import inspect
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
@@ -167,18 +164,6 @@ def test_the_node_hears_of_time_and_of_who_is_unreachable() -> None:
         one.send([Encoded(eraftpb())])
         assert one.core.unreachable.get(timeout=LONG_TIMEOUT) == 2
         one.core.ticks.get(timeout=LONG_TIMEOUT)
-
-
-def test_the_lines_of_glue_are_as_many_as_the_program_says() -> None:
-    tree = ast.parse(inspect.getsource(Member))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            del node.body[0]
-    # unparse writes a statement on one line, and an empty line before each definition.
-    lines = len([line for line in ast.unparse(tree).splitlines() if line])
-    assert f"Glue: {lines} lines" in (raft_rs.__doc__ or "")
-    page = Path(__file__).parents[2] / "docs" / "raft-rs.md"
-    assert f"the class `Member` there, {lines} lines" in page.read_text()
 
 
 def test_the_program_says_what_it_needs(

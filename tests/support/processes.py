@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +54,74 @@ def assert_nothing_is_left(directory: Path) -> None:
     """Neither files nor a process that was started with one of them."""
     assert list(directory.iterdir()) == []
     assert list(commands_with(directory)) == []
+
+
+class Program:
+    """A module that runs as a process of its own, its output read as it comes.
+
+    Attributes
+    ----------
+    lines : list of str
+        What it has written so far, to either output.
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self._has_ended = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            bufsize=1,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill it if it runs; nothing of it is left."""
+        self.process.kill()
+        self._reader.join()  # it reads until nobody can write
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+    def write(self, text: str) -> None:
+        """Give it input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text)
+
+    def wait_line(self, pattern: str, after: int = 0) -> re.Match[str]:
+        """Wait for a line that a pattern is found in, of those from ``after`` on."""
+        found: list[re.Match[str]] = []
+
+        def is_there() -> bool:
+            found[:] = filter(None, (re.search(pattern, line) for line in self.lines[after:]))
+            return bool(found) or self._has_ended
+
+        with self._news:
+            self._news.wait_for(is_there, TIMEOUT_S)
+        assert found, f"no {pattern!r} in\n" + "\n".join(self.lines)
+        return found[0]
+
+    def terminate(self) -> int:
+        """Ask it to end, and wait until it has; how it ended."""
+        self.process.terminate()
+        return self.process.wait(TIMEOUT_S)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            for line in output:
+                with self._news:
+                    self.lines.append(line.rstrip("\n"))
+                    self._news.notify_all()
+        with self._news:
+            self._has_ended = True
+            self._news.notify_all()

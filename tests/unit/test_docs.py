@@ -6,10 +6,12 @@ import ast
 import dataclasses
 import errno
 import functools
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,54 @@ def test_a_program_of_the_readme_runs(tmp_path: Path, index: int) -> None:
 @pytest.mark.parametrize("name", pipeline.__all__)
 def test_the_readme_names_every_public_name(name: str) -> None:
     assert re.search(rf"\b{name}\b", README.read_text())
+
+
+GLUE = re.compile(r"Glue: (\d+) lines, those of (.*?) without blank lines", re.DOTALL)
+
+
+def lines_of_code(path: Path) -> set[int]:
+    """Number the lines that hold more than a comment or a docstring."""
+    text = path.read_text()
+    prose = set[int]()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                prose.update(range(node.lineno, (node.end_lineno or 0) + 1))
+    space = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    code = set[int]()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in space | {tokenize.ENDMARKER}:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return code - prose
+
+
+def test_the_lines_of_glue_are_as_many_as_each_program_says() -> None:
+    counted = 0
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        if (said := GLUE.search(ast.get_docstring(tree) or "")) is None:
+            continue
+        counted += 1
+        parts = {
+            node.name: node
+            for node in tree.body
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+        code = lines_of_code(path)
+        lines = sum(
+            len(code.intersection(range(parts[name].lineno, (parts[name].end_lineno or 0) + 1)))
+            for name in re.findall(r"``(\w+)``", said[2])
+        )
+        assert lines == int(said[1]), path.name
+    assert counted >= 5
+
+
+def test_every_program_of_the_examples_is_explained() -> None:
+    """But for those that are parts of others."""
+    text = (ROOT / "docs" / "examples.md").read_text()
+    for path in (ROOT / "examples").glob("*.py"):
+        if '__name__ == "__main__"' in path.read_text():
+            assert f"](../examples/{path.name})" in text, path.name
 
 
 def shown(name: str, value: object) -> str:
