@@ -19,6 +19,7 @@ from pipeline.config import TransportConfig
 from pipeline.errors import MemberRemovedError, UsageError
 from pipeline.logs import get_logger
 from pipeline.node import Node, NodeSettings
+from pipeline.peer import Peer
 from pipeline.remote import RemotePolicy
 from pipeline.send.changes import PeerChange
 from pipeline.send.sendable import Sendable
@@ -258,13 +259,22 @@ class Transport(Node):
         Waits for reports that run, at most ``config.stop_timeout_s``; not for the one it is
         called from.
         """
-        self._deliveries.let_go(is_stop=False)
+        self._let_go_of(peer for peer in tuple(self._peers.values()) if peer.peer_id == peer_id)
         return await in_thread(self._remove_peer, peer_id)
 
     async def remove_all_peers(self) -> int:
         """Remove every peer, as :meth:`remove_peer`; the number of messages dropped."""
-        self._deliveries.let_go(is_stop=False)
+        self._let_go_of(tuple(self._peers.values()))
         return await in_thread(self._remove_all_peers)
+
+    def _let_go_of(self, peers: Iterable[Peer]) -> None:
+        """Have the threads of peers that are to be removed wait for no callback that does it.
+
+        The one that tells of changes would go on to the next, to be told after the removal.
+        """
+        for peer in peers:
+            peer.pipeline.tell_no_change()
+        self._deliveries.let_go(is_stop=False)
 
     async def reload_tls(self) -> bool:
         """Load the TLS files again, off the loop. As ``pipeline.Transport.reload_tls``."""

@@ -79,7 +79,8 @@ class PeerPipeline(Sender):
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when the peer answers 403.
     on_peer_change : callable, optional
-        Called with a ``PeerChange`` when the peer becomes something else, until ``stop_begin``.
+        Called with a ``PeerChange`` when the peer becomes something else, until
+        ``tell_no_change``.
     credentials : Credentials, optional
         For ``https`` URLs. Who gives them calls ``retire_connections`` after each rotation.
     callbacks : Callbacks, optional
@@ -207,11 +208,15 @@ class PeerPipeline(Sender):
         self.stop_end(deadline)
         return dropped
 
+    def tell_no_change(self) -> None:
+        """Tell nobody any more what becomes of the peer."""
+        if self.status.changes is not None:
+            self.status.changes.close()
+
     def stop_begin(self) -> int:
         """The part of :meth:`stop` that does not wait; ``Transport`` stops all peers at once."""
         self._ending.take()
-        if self.status.changes is not None:
-            self.status.changes.close()  # what fails from now on is our doing
+        self.tell_no_change()  # what fails from now on is our doing
         dropped = self.begin_stop()
         for worker in self.workers:
             if (dial := worker.connection.dial) is not None:

@@ -458,6 +458,38 @@ def test_what_is_to_be_told_next_does_not_hold_up_who_ends_the_peer_from_a_callb
     run(main())
 
 
+@pytest.mark.parametrize("removes", ["remove_peer", "remove_all_peers"])
+def test_a_change_that_waits_is_not_told_of_a_peer_that_was_removed(
+    run: Callable[[Main], None], removes: str
+) -> None:
+    """The thread that tells goes on when the callback removes the peer, before that has ended."""
+
+    async def main() -> None:
+        told: list[PeerState] = []
+        returned = asyncio.Event()
+
+        async def changed(change: PeerChange) -> None:
+            told.append(change.state)
+            if len(told) > 1:
+                return
+            await eventually_async(lambda: transport.active_peers() == 0)  # the next one waits
+            await (transport.remove_peer(5) if removes == "remove_peer" else remove_all())
+            returned.set()
+
+        with ScriptedServer(in_turn(OK, ERROR)) as server:
+            transport = transport_of(Node(), on_peer_change=changed, config=FOREVER)
+            remove_all = transport.remove_all_peers
+            async with transport:
+                transport.add_peer(5, [server.url])
+                transport.send([message(to=5)])
+                await eventually_async(lambda: told != [])
+                transport.send([message(to=5)])
+                await asyncio.wait_for(returned.wait(), LONG_TIMEOUT)
+        assert told == [PeerState.ACTIVE]
+
+    run(main())
+
+
 def test_stop_from_a_callback_waits_for_none_of_its_member_s_calls(
     run: Callable[[Main], None],
 ) -> None:
