@@ -268,9 +268,10 @@ def test_what_we_end_is_no_change(ends: str) -> None:
         "remove_all_peers": lambda transport: transport.remove_all_peers(),
     }
     raft = FakeRaft()
+    config = TransportConfig(stop_timeout_s=LONG_TIMEOUT, probe_interval_s=0)
     with (
         ScriptedServer() as server,
-        Transport(1, 1, raft, config=QUIET, on_peer_change=changes) as transport,
+        Transport(1, 1, raft, config=config, on_peer_change=changes) as transport,
     ):
         transport.add_peer(2, [server.url])
         transport.send([message()])

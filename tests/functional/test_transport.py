@@ -221,7 +221,8 @@ def test_its_repr_says_that_it_stops_and_does_not_raise_for_one_half_made() -> N
     class Derived(Transport):
         pass
 
-    with ScriptedServer() as server, Derived(1, 0x77, Looking()) as transport:
+    config = TransportConfig(stop_timeout_s=LONG_TIMEOUT)  # for the callback
+    with ScriptedServer() as server, Derived(1, 0x77, Looking(), config=config) as transport:
         server.script = server.hold
         transport.add_peer(2, [server.url])
         transport.send([message()])
