@@ -118,7 +118,7 @@ class ReceiverConfig:
     #: WSGI applications and the messages of snapshots are refused with 503. Up to 64 KiB, as many
     #: as connections have a room of their own.
     max_buffered_bytes: int = 1024 * MIB
-    #: Without a request, a connection is closed after this long.
+    #: Without a request, a connection is closed after this long, but for a refused stream's.
     idle_timeout_s: float = 60.0
     #: From the first byte of a request, or the connection, to the end of its head.
     head_timeout_s: float = 5.0
