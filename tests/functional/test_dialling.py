@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -26,6 +27,8 @@ from pipeline import (
 from pipeline.net import dialling as module
 from pipeline.net.dialling import Dial, Dialer, DialError
 from pipeline.net.poller import Poller
+from pipeline.net.pool import PooledConnection
+from pipeline.send.picker import URLPicker
 from pipeline.snapshot import link as link_module
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT, ipv6
 from tests.support.descriptors import assert_all_closed, copies_of_sockets, open_descriptors
@@ -381,6 +384,54 @@ def test_a_resolver_s_error_is_a_failure_like_another(
         names.of["node.test"] = [(HERE, server.port)]
         eventually(lambda: outcome(channel, transport) == "")
     assert "internal error" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "patched",
+    [
+        pytest.param((URLPicker, "pick"), id="before the dial"),
+        pytest.param((PooledConnection, "open"), id="after it"),
+    ],
+)
+def test_a_fault_of_ours_is_a_failure_like_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patched: tuple[type, str]
+) -> None:
+    """It costs the message, and neither the worker nor the thread that dials."""
+    faults = [RuntimeError("a fault")]
+    real = getattr(*patched)
+
+    def faulty(self: object) -> object:
+        if faults:
+            raise faults.pop()
+        return real(self)
+
+    monkeypatch.setattr(*patched, faulty)
+    raft = FakeRaft()
+    with ScriptedServer() as server, Transport(1, 1, raft, config=config()) as transport:
+        transport.add_peer(PEER, [server.url])
+        assert "internal error: RuntimeError('a fault')" in outcome("message", transport)
+        assert raft.wait_unreachable(1) == [PEER]
+        assert outcome("message", transport) == ""
+    assert "internal error, please report: a dial" in caplog.text
+
+
+def test_callbacks_that_block_hold_up_no_dial() -> None:
+    """Even if they have every dispatcher thread there is."""
+    raft = FakeRaft(gate=threading.Event())
+    made = dataclasses.replace(config(), dispatchers=1)
+    with (
+        refused_port() as refused,
+        ScriptedServer() as server,
+        Transport(1, 1, raft, config=made) as transport,
+    ):
+        assert raft.gate is not None
+        transport.add_peer(PEER, [f"http://127.0.0.1:{refused}"])
+        transport.add_peer(OTHER, [server.url])
+        transport.send([message(to=PEER)])
+        raft.wait_unreachable(1)
+        transport.send([message(to=OTHER)])
+        server.wait_requests(1)
+        raft.gate.set()
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
