@@ -8,17 +8,24 @@ by ``build.py``, with the headers of the package that is installed: tests only.
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc
 
+from pipeline.net._memory cimport body_resident
 from pipeline.receive._caller cimport (
-    CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, QUEUE_STRANGERS, answer_204_t, caller_t, handler_t,
-    listening_t, server_t,
+    CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, QUEUE_STRANGERS, answer_204_t, caller_of_turn,
+    caller_t, handler_t, listening_t, server_t,
+)
+from pipeline.receive._inbox cimport (
+    arrival_t, inbox_has_room, inbox_t, reader_join, reader_leave,
 )
 from pipeline.receive._queues cimport (
     server_add_handler, server_remove_handler, server_signal_handlers, server_take,
+    server_take_beside,
 )
 from pipeline.receive._server cimport server_end, server_listen, server_resume_accept, server_turn
 from pipeline.receive._receiver cimport Receiver
-from pipeline._system cimport clock_ns, store_int
-from pipeline.receive._turns cimport LANES
+from pipeline._system cimport (
+    clock_ns, load_int, pthread_mutex_lock, pthread_mutex_unlock, store_int,
+)
+from pipeline.receive._turns cimport LANES, turn_t, turns_next, turns_wait
 
 cdef extern from * nogil:
     """
@@ -82,6 +89,7 @@ cdef class Machine:
     cdef int depth              # handler threads that are in ``serve``
     cdef bint is_odd_busy
     cdef answer_204_t answer
+    cdef public bint is_taking  # what the application takes from the inbox is not with it yet
 
     def __init__(self, Receiver receiver not None, int listening, int handlers):
         cdef server_t* server = &receiver.server
@@ -101,6 +109,11 @@ cdef class Machine:
             self.handlers[i].is_waiting = True
         self.answer = server.answer_204
         self.answer.second = 0
+        if server.inbox is not NULL:
+            receiver.source.open()
+            receiver.source.arrivals.add(&server.reader, receiver)
+            server.reader.loop = &server.loop
+            reader_join(server.inbox, &server.reader)
         server_resume_accept(server)
 
     def turn(self):
@@ -135,7 +148,12 @@ cdef class Machine:
         cdef caller_t* caller
         if self.is_odd_busy if is_odd else self.depth == self.n_handlers:
             return False
-        caller = server_take(server, is_odd)
+        if is_odd and server.inbox is not NULL:
+            pthread_mutex_lock(&server.lock)
+            caller = server_take_beside(server)
+            pthread_mutex_unlock(&server.lock)
+        else:
+            caller = server_take(server, is_odd)
         if caller is NULL and is_odd and server.queues[QUEUE_STRANGERS].head is not NULL:
             self.advance(max(server.strangers_at_ns - clock_ns(), 0))   # as their thread waits
             caller = server_take(server, is_odd)
@@ -168,6 +186,9 @@ cdef class Machine:
         self.stop(2)
         while self.turn():
             pass
+        if server.inbox is not NULL:
+            reader_leave(server.inbox, &server.reader)
+            self.receiver.source.arrivals.remove(&server.reader)
         for i in range(self.n_handlers):
             server_remove_handler(server, &self.handlers[i])
         for connection in list(self.receiver.odd_requests):     # as ``serve`` does at its end
@@ -184,6 +205,8 @@ cdef class Machine:
         cdef caller_t* previous = NULL
         cdef int64_t reading = 0, handled = 0
         cdef int listed = 0, connected = 0
+        if server.inbox is not NULL:
+            self.check_inbox()
         if server.is_ended:
             return
         while caller is not NULL:
@@ -205,6 +228,58 @@ cdef class Machine:
         assert handled == server.handled
         assert reading == server.reading, (reading, server.reading)
         assert <int>server.counts.connections <= server.limits.max_connections
+
+    def check_inbox(self):
+        """See that the books of the inbox are right, and that nobody waits who need not."""
+        cdef server_t* server = &self.receiver.server
+        cdef inbox_t* inbox = server.inbox
+        cdef arrival_t* arrival = inbox.first
+        cdef int64_t bytes_in_lane[LANES]
+        cdef size_t in_lane[LANES]
+        cdef int64_t queued = 0, waiting = 0
+        cdef turn_t* host
+        cdef turn_t* member
+        cdef turn_t* request
+        cdef caller_t* caller
+        cdef int lane
+        for lane in range(LANES):
+            in_lane[lane] = bytes_in_lane[lane] = 0
+        while arrival is not NULL:
+            assert arrival.source is server.source and not server.source.is_closed
+            queued += 1
+            in_lane[arrival.lane] += 1
+            bytes_in_lane[arrival.lane] += arrival.bytes
+            if arrival.holder is not NULL:
+                waiting += 1
+                assert arrival.reader is &server.reader and not arrival.reader.has_left
+            assert arrival.next is not NULL or arrival is inbox.last
+            arrival = arrival.next
+        for lane in range(LANES):
+            assert in_lane[lane] == inbox.in_lane[lane] <= inbox.max_messages
+            assert bytes_in_lane[lane] == inbox.bytes_in_lane[lane]
+            assert in_lane[lane] <= 1 or bytes_in_lane[lane] <= inbox.max_bytes
+            host = server.turns.lanes[lane].head
+            while host is not NULL:
+                member = host.head
+                while member is not NULL:
+                    request = member.head
+                    while request is not NULL:
+                        waiting += 1
+                        request = request.next
+                    member = member.next
+                host = host.next
+            if not server.is_ended and not load_int(&server.reader.has_news) \
+                    and turns_wait(&server.turns, lane):
+                caller = caller_of_turn(turns_next(&server.turns, lane))
+                assert caller.request.lane == lane
+                assert server.reader.is_waiting
+                assert not inbox_has_room(inbox, lane, body_resident(&caller.request.body))
+        assert queued == <int64_t>inbox.queued
+        assert inbox.received == inbox.taken + inbox.queued + inbox.dropped
+        if self.is_taking:          # the holders of what is being taken are told behind it
+            assert waiting <= load_int(&inbox.waiting)
+        else:
+            assert waiting == load_int(&inbox.waiting), (waiting, load_int(&inbox.waiting))
 
     @property
     def is_quiet(self):

@@ -81,7 +81,7 @@ def libfuzzer(target: str, *arguments: str) -> int:
         ":malloc_context_size=10:quarantine_size_mb=64",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # A parser is given memory of Python's. A receiver has its own, and Python's is faster.
-        "PYTHONMALLOC": "pymalloc" if target == "receiver" else "malloc",
+        "PYTHONMALLOC": "pymalloc" if target in ("receiver", "inbox") else "malloc",
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": f"{SITE}:{ROOT}",
     }

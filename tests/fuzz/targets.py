@@ -19,7 +19,14 @@ from tests.fuzz import oracles, receiver, tls
 HERE = Path(__file__).parent
 
 #: Bytes of an input at most: a longer one finds nothing that these do not, and is slower.
-MAX_LENGTHS = {"message": 1024, "answer": 512, "request": 1024, "receiver": 512, "tls": 512}
+MAX_LENGTHS = {
+    "message": 1024,
+    "answer": 512,
+    "request": 1024,
+    "receiver": 512,
+    "inbox": 512,
+    "tls": 512,
+}
 NAMES = tuple(MAX_LENGTHS)
 
 
@@ -29,12 +36,13 @@ def check_request(data: bytes) -> None:
 
 
 def load(name: str, machine_type: Any = None) -> Callable[[bytes], object]:
-    """Return the target of this name; that of the receiver needs a machine (``build.py``)."""
+    """Return the target of this name; those of a receiver need a machine (``build.py``)."""
     return {
         "message": oracles.check_message,
         "answer": oracles.check_answer,
         "request": check_request,
         "receiver": lambda data: receiver.run(machine_type, data),
+        "inbox": lambda data: receiver.run(machine_type, data, has_inbox=True),
         "tls": tls.run,
     }[name]
 
@@ -43,7 +51,7 @@ def main() -> None:
     """Hand the process to libFuzzer, which calls the target."""
     name = sys.argv[1]
     machine_type = None
-    if name == "receiver":
+    if name in ("receiver", "inbox"):
         import _machine  # type: ignore[import-not-found]
 
         machine_type = _machine.Machine

@@ -57,6 +57,12 @@ def test_the_receiver_keeps_its_invariants_on_every_kept_script(machine_type: An
     replay(targets.HERE / "corpus" / "receiver", "receiver", machine_type)
 
 
+def test_the_receiver_with_an_inbox_keeps_its_invariants_on_every_kept_script(
+    machine_type: Any,
+) -> None:
+    replay(targets.HERE / "corpus" / "inbox", "inbox", machine_type)
+
+
 def test_a_tls_session_keeps_its_word_on_every_kept_script() -> None:
     replay(targets.HERE / "corpus" / "tls", "tls")
 
@@ -69,7 +75,7 @@ def test_what_once_broke_something_does_not_any_more(
     path: Path, request: pytest.FixtureRequest
 ) -> None:
     target = path.parent.name
-    is_receiver = target == "receiver"
+    is_receiver = target in ("receiver", "inbox")
     machine_type = request.getfixturevalue("machine_type") if is_receiver else None
     targets.load(target, machine_type)(path.read_bytes())
 
