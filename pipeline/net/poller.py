@@ -185,6 +185,7 @@ class Poller:
         while not self._is_stopping:
             if not logger.survive("the poller fails", self._turn):
                 time.sleep(FAULT_PAUSE_S)
+                self._wake_up()  # what woke it may not have been seen to, and is not told again
         self._do_what_is_asked()
         for client in self._clients:
             logger.survive("a client of the poller did not end", client.end)
