@@ -1,4 +1,7 @@
-"""Poller: what wakes it is seen to, whatever a client of it does. How it dials: functional/test_dialling.py."""
+"""Poller: what wakes it is seen to, whatever a client of it does.
+
+How it dials: tests/functional/test_dialling.py.
+"""
 
 from __future__ import annotations
 
