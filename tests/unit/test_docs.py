@@ -33,6 +33,7 @@ from tests.support.processes import TIMEOUT_S
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 EXAMPLES = [ROOT / "examples" / name for name in ("two_transports.py", "asyncio_nodes.py")]
+EXPLAINED = ROOT / "docs" / "examples.md"
 SECURITY = ROOT / "docs" / "security.md"
 TESTS = ROOT / "tests" / "README.md"
 DOCUMENTS = sorted(
@@ -123,12 +124,13 @@ def test_the_lines_of_glue_are_as_many_as_each_program_says() -> None:
             for name in re.findall(r"``(\w+)``", said[2])
         )
         assert lines == int(said[1]), path.name
+        assert re.search(rf"\.\./examples/{path.name}\).*\| {lines}\b", EXPLAINED.read_text())
     assert counted >= 5
 
 
 def test_every_program_of_the_examples_is_explained() -> None:
     """But for those that are parts of others."""
-    text = (ROOT / "docs" / "examples.md").read_text()
+    text = EXPLAINED.read_text()
     for path in (ROOT / "examples").glob("*.py"):
         if '__name__ == "__main__"' in path.read_text():
             assert f"](../examples/{path.name})" in text, path.name
