@@ -134,6 +134,7 @@ setup(
                 "send._jobs",
                 "net._budget",
                 "wire._chunks",
+                "wire._frames",
                 "net._sockets",
                 "_core",
                 "receive._arrivals",

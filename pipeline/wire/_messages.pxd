@@ -108,14 +108,15 @@ cdef void message_gather(
     PyObject** owners,
 ) noexcept
 
-# Make the Message of what wire_decode read, once. Payloads are copied out of the input; with a
-# `body`, an object whose buffer is the input, large ones are views of it instead. The GIL is let go
-# of now and then when there are many entries.
+# Make the Message of what wire_decode or frames_read read, once. Payloads are copied out of the
+# input; with a `body`, an object whose buffer the input is in, large ones are views of it instead.
+# The GIL is let go of now and then when there are many entries.
 cdef Message message_from_decoded(wire_decoded_t* decoded, object body)
 
 # The same without a look at what is in it: its bytes as they came, copied out of the input or, when
-# they are many, a view of ``body``.
-cdef EncodedMessage encoded_from_decoded(const wire_decoded_t* decoded, object body)
+# they are many, a view of ``body``. Of a frame that stands for a message they are made, for nobody
+# has sent them.
+cdef EncodedMessage encoded_from_decoded(wire_decoded_t* decoded, object body)
 
 # Make the exception for what stopped wire_decode.
 cdef object decode_error(const wire_decoded_t* decoded)

@@ -33,8 +33,11 @@ cdef extern from "Python.h":
     void PyObject_GC_UnTrack(void*)
 
 from pipeline.wire._raftpb cimport (
+    WIRE_EMPTY_SNAPSHOT_SIZE,
     WIRE_END_GROUP,
     WIRE_FIELD_NUMBER,
+    WIRE_FRAME_KIND,
+    WIRE_FRAME_LIMIT,
     WIRE_GROUP_DEPTH,
     WIRE_MAX_BYTES,
     WIRE_MAX_ENTRIES,
@@ -58,14 +61,17 @@ from pipeline.wire._raftpb cimport (
     wire_decoded_t,
     wire_entry_size,
     wire_field_size,
+    wire_frame_size,
     wire_has_ids,
     wire_head_size,
     wire_ids_free,
     wire_ids_reserve,
     wire_ids_t,
     wire_next_entry,
+    wire_put_empty_snapshot,
     wire_put_entry,
     wire_put_field,
+    wire_put_frame,
     wire_put_head,
     wire_put_length,
     wire_put_metadata,
@@ -122,12 +128,9 @@ cdef dict REASONS = {
     WIRE_GROUP_DEPTH: f"more than {WIRE_MAX_GROUP_DEPTH} nested groups",
     WIRE_TOO_MANY_ENTRIES: f"more than {WIRE_MAX_ENTRIES} entries",
     WIRE_TOO_MANY_IDS: f"more than {WIRE_MAX_IDS} ids",
+    WIRE_FRAME_KIND: "a kind of frame that does not exist",
+    WIRE_FRAME_LIMIT: "a frame above the limit",
 }
-
-# An absent snapshot as 3.4 and 3.5 send it: field 9 with empty metadata and ConfState inside.
-cdef const char* EMPTY_SNAPSHOT = b"\x4a\x0a\x12\x08\x0a\x02\x28\x00\x10\x00\x18\x00"
-cdef enum:
-    EMPTY_SNAPSHOT_SIZE = 12
 
 # repr shows this many bytes of a payload, and this many entries and ids.
 cdef enum:
@@ -1194,7 +1197,8 @@ cdef class EncodedMessage:
         """
         cdef wire_decoded_t decoded
         owner = decode_buffer(data, &decoded)
-        return encoded_of(&decoded, owner, decoded.input)
+        return encoded_of(
+            &decoded, owner, decoded.input, <size_t>(decoded.end - decoded.input))
 
     def __len__(self):
         return self.size
@@ -1215,17 +1219,16 @@ cdef class EncodedMessage:
 
 
 cdef EncodedMessage encoded_of(
-    const wire_decoded_t* decoded, object owner, const uint8_t* payload
+    const wire_decoded_t* decoded, object owner, const uint8_t* payload, size_t size
 ):
-    """Make the EncodedMessage of what wire_decode read, whose bytes ``owner`` keeps at ``payload``.
-    """
+    """Make the EncodedMessage of what was read, whose bytes ``owner`` keeps at ``payload``."""
     cdef EncodedMessage message = EncodedMessage.__new__(EncodedMessage)
     message._type = decoded.message.type
     message._to = decoded.message.to
     message._from = decoded.message.from_
     message._term = decoded.message.term
     message.payload = payload
-    message.size = <size_t>(decoded.end - decoded.input)
+    message.size = size
     message.owner = owner
     return message
 
@@ -1273,8 +1276,7 @@ cdef void sink_snapshot(sink_t* sink, Snapshot snapshot, int profile) noexcept:
     cdef bint sparse = profile == WIRE_PROFILE_37
     if is_empty_snapshot(snapshot):
         if profile == WIRE_PROFILE_35:
-            memcpy(sink.out, EMPTY_SNAPSHOT, EMPTY_SNAPSHOT_SIZE)
-            sink.out += EMPTY_SNAPSHOT_SIZE
+            sink.out = wire_put_empty_snapshot(sink.out)
         return
     view = snapshot_view(snapshot)
     wire_snapshot_measure(&view, sparse, &sizes)
@@ -1310,7 +1312,7 @@ cdef size_t snapshot_size(Snapshot snapshot, int profile) noexcept:
     cdef wire_snapshot_t view
     cdef wire_snapshot_sizes_t sizes
     if is_empty_snapshot(snapshot):
-        return EMPTY_SNAPSHOT_SIZE if profile == WIRE_PROFILE_35 else 0
+        return WIRE_EMPTY_SNAPSHOT_SIZE if profile == WIRE_PROFILE_35 else 0
     view = snapshot_view(snapshot)
     wire_snapshot_measure(&view, profile == WIRE_PROFILE_37, &sizes)
     return wire_span_size(sizes.snapshot)
@@ -1463,7 +1465,7 @@ cdef const uint8_t* bytes_address(object payload) noexcept:
 
 
 cdef object payload_of(
-    const uint8_t* data, size_t size, const uint8_t* input, object body, const uint8_t** address
+    const uint8_t* data, size_t size, object body, const uint8_t** address
 ):
     """Make the owner of a decoded payload: a copy, or a view of ``body`` for a large one."""
     cdef Py_ssize_t start
@@ -1471,7 +1473,7 @@ cdef object payload_of(
         owner = payload_bytes(data, size)
         address[0] = bytes_address(owner)
         return owner
-    start = data - input
+    start = data - hold_buffer(body).data
     return as_owner(memoryview(body)[start:start + <Py_ssize_t>size], "data", address, &size)
 
 
@@ -1489,8 +1491,7 @@ cdef tuple entries_from_decoded(wire_decoded_t* decoded, object body):
         if wire_next_entry(decoded, &at, &entry.c) != WIRE_OK:
             entry.c.data = NULL
             raise decode_error(decoded)
-        entry.owner = payload_of(
-            entry.c.data, entry.c.data_len, decoded.input, body, &entry.c.data)
+        entry.owner = payload_of(entry.c.data, entry.c.data_len, body, &entry.c.data)
         if entry.owner is None or type(entry.owner) is bytes:
             # It refers to nothing that could refer to it: the collector, which would look at it
             # again and again while others are made, need not know of it.
@@ -1511,8 +1512,7 @@ cdef Snapshot snapshot_from_decoded(wire_decoded_t* decoded, object body):
     memset(&read.conf_state, 0, sizeof(read.conf_state))
     if code != WIRE_OK:
         raise decode_error(decoded)
-    snapshot.owner = payload_of(
-        read.data, read.data_len, decoded.input, body, &snapshot.payload)
+    snapshot.owner = payload_of(read.data, read.data_len, body, &snapshot.payload)
     snapshot.payload_len = read.data_len
     metadata._index = read.index
     metadata._term = read.term
@@ -1533,13 +1533,26 @@ cdef Message message_from_decoded(wire_decoded_t* decoded, object body):
     return message
 
 
-cdef EncodedMessage encoded_from_decoded(const wire_decoded_t* decoded, object body):
+cdef bytes frame_bytes(wire_decoded_t* decoded):
+    """Encode the message that a stream's frame stands for."""
+    cdef size_t size = 0
+    if wire_frame_size(decoded, &size) != WIRE_OK:
+        raise decode_error(decoded)
+    encoded = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+    wire_put_frame(decoded, <uint8_t*>PyBytes_AS_STRING(encoded))
+    return encoded
+
+
+cdef EncodedMessage encoded_from_decoded(wire_decoded_t* decoded, object body):
     cdef size_t size = <size_t>(decoded.end - decoded.input)
     cdef const uint8_t* payload = decoded.input
+    if decoded.is_frame:
+        owner = frame_bytes(decoded)
+        return encoded_of(decoded, owner, bytes_address(owner), <size_t>len(owner))
     if payload == NULL:     # a body of nothing need not have an address
         payload = <const uint8_t*><const char*>b""
-    owner = payload_of(payload, size, payload, body, &payload)
-    return encoded_of(decoded, owner, payload)
+    owner = payload_of(payload, size, body, &payload)
+    return encoded_of(decoded, owner, payload, size)
 
 
 cdef object decode_buffer(object data, wire_decoded_t* decoded):
@@ -1608,7 +1621,8 @@ def decode(data, *, encoded=False):
     owner = decode_buffer(data, &decoded)
     index = decoded.snapshot.index
     if encoded and PyBytes_Check(owner):
-        message = encoded_of(&decoded, owner, decoded.input)
+        message = encoded_of(
+            &decoded, owner, decoded.input, <size_t>(decoded.end - decoded.input))
     elif encoded:
         message = encoded_from_decoded(&decoded, owner)
     else:

@@ -17,11 +17,16 @@ The decoder trusts nothing. Rules and bounds are those of docs/wire.md (spec sec
 
 from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 
 cdef extern from * nogil:
     int __builtin_clzll(unsigned long long value)
+
+
+cdef extern from "<endian.h>" nogil:
+    uint64_t be64toh(uint64_t value)
+    uint64_t htobe64(uint64_t value)
 
 
 # Which generation of etcd reads what we write. The decoder takes all of them.
@@ -44,6 +49,8 @@ cdef enum wire_code:
     WIRE_TOO_MANY_ENTRIES
     WIRE_TOO_MANY_IDS
     WIRE_NO_MEMORY
+    WIRE_FRAME_KIND         # of a stream's frame: its first byte is none that etcd knows
+    WIRE_FRAME_LIMIT        # a stream's frame is, or says that it is, longer than it may be
 
 
 # Where an error was found; with a field number it makes the dotted name in UnmarshalError.
@@ -65,6 +72,8 @@ cdef enum wire_limits:
     WIRE_MAX_GROUP_DEPTH = 100
     # Of a message that is sent: protobuf cannot encode more.
     WIRE_MAX_BYTES = 0x7fffffff
+    # An absent snapshot as 3.4 and 3.5 send it.
+    WIRE_EMPTY_SNAPSHOT_SIZE = 12
 
 
 cdef struct wire_message_t:
@@ -128,12 +137,18 @@ cdef struct wire_error_t:
 # A whole message, checked and read but for its lists, of which only the lengths are known: while it
 # waits it holds nothing but its bytes, of which the lists may be forty times as much. They are read
 # from the input when they are needed, entry by entry. Its pointers live as long as the input does.
+#
+# The input is a message as it is encoded, or a frame of a msgapp stream that stands for one
+# (``_frames.pxd``), in which each entry comes after its length in eight bytes instead of a tag.
 cdef struct wire_decoded_t:
     const uint8_t* input        # borrowed
     const uint8_t* end          # of the input
     wire_message_t message
-    const uint8_t* entries      # the tag of the first; NULL while there is none
+    const uint8_t* entries      # the tag, or the length, of the first; NULL while there is none
     size_t entries_len
+    size_t entries_bytes        # of them all, without what tells their lengths
+    uint64_t last_index         # of the last of them
+    bint is_frame               # the input is such a frame
     wire_snapshot_t snapshot    # all zero when there was none
     const uint8_t* snapshots    # the tag of its first piece; NULL while there is none
     bint keeps_ids              # the lists of the ConfState are filled, not counted only
@@ -308,6 +323,34 @@ cdef inline uint8_t* wire_put_metadata(
         out = wire_put_field(out, 0x28, state.auto_leave, sparse)
     out = wire_put_field(out, 0x10, snapshot.index, sparse)
     return wire_put_field(out, 0x18, snapshot.term, sparse)
+
+
+cdef inline bint wire_is_empty_snapshot(const uint8_t* field) noexcept nogil:
+    """Tell whether the WIRE_EMPTY_SNAPSHOT_SIZE bytes of a field are those of an absent snapshot.
+    """
+    return memcmp(field, b"\x4a\x0a\x12\x08\x0a\x02\x28\x00\x10\x00\x18\x00",
+                  WIRE_EMPTY_SNAPSHOT_SIZE) == 0
+
+
+cdef inline uint8_t* wire_put_empty_snapshot(uint8_t* out) noexcept nogil:
+    """Write field 9 with empty metadata and an empty ConfState inside."""
+    memcpy(out, b"\x4a\x0a\x12\x08\x0a\x02\x28\x00\x10\x00\x18\x00",
+           WIRE_EMPTY_SNAPSHOT_SIZE)
+    return out + WIRE_EMPTY_SNAPSHOT_SIZE
+
+
+# The integers of a stream's frames: eight bytes, big-endian.
+
+cdef inline uint64_t wire_get_u64(const uint8_t* at) noexcept nogil:
+    cdef uint64_t value
+    memcpy(&value, at, sizeof(value))
+    return be64toh(value)
+
+
+cdef inline uint8_t* wire_put_u64(uint8_t* out, uint64_t value) noexcept nogil:
+    value = htobe64(value)
+    memcpy(out, &value, sizeof(value))
+    return out + sizeof(value)
 
 
 # Arrays that grow with what has arrived, never with a number that was read.
@@ -676,6 +719,8 @@ cdef inline int wire_decode(
             if decoded.entries is NULL:
                 decoded.entries = start
             decoded.entries_len += 1
+            decoded.entries_bytes += length
+            decoded.last_index = entry.index
         elif tag == 0x40:
             code = wire_get_value(decoded, WIRE_MESSAGE, tag, &at, end, &message.commit)
         elif tag == 0x4A:
@@ -729,16 +774,51 @@ cdef inline int wire_find(
             return code
 
 
+cdef inline int wire_find_entry(
+    wire_decoded_t* decoded, const uint8_t** at, const uint8_t** data, size_t* length
+) noexcept nogil:
+    """Go on from ``at`` to the bytes of the next entry, behind what tells their length."""
+    cdef uint64_t size
+    if not decoded.is_frame:
+        return wire_find(decoded, 0x3A, at, data, length)
+    # As in wire_find: this fails only if somebody has changed the input.
+    if decoded.end - at[0] < 8:
+        return wire_fail(decoded, WIRE_TRUNCATED, WIRE_MESSAGE, 7, at[0])
+    size = wire_get_u64(at[0])
+    at[0] += 8
+    if size > <uint64_t>(decoded.end - at[0]):
+        return wire_fail(decoded, WIRE_OVERRUN, WIRE_MESSAGE, 7, at[0] - 8)
+    data[0] = at[0]
+    length[0] = <size_t>size
+    at[0] += size
+    return WIRE_OK
+
+
 cdef inline int wire_next_entry(
     wire_decoded_t* decoded, const uint8_t** at, wire_entry_t* entry
 ) noexcept nogil:
     """Read the next entry, ``entries_len`` times in all; ``at`` begins at ``decoded.entries``."""
     cdef const uint8_t* data = NULL
     cdef size_t length = 0
-    cdef int code = wire_find(decoded, 0x3A, at, &data, &length)
+    cdef int code = wire_find_entry(decoded, at, &data, &length)
     if code == WIRE_OK:
         code = wire_get_entry(decoded, data, data + length, entry)
     return code
+
+
+cdef inline void wire_move(wire_decoded_t* decoded, const uint8_t* to) noexcept nogil:
+    """The input has been copied to ``to``: point there."""
+    cdef const uint8_t* input = decoded.input
+    decoded.input = to
+    decoded.end = to + (decoded.end - input)
+    if decoded.message.context is not NULL:
+        decoded.message.context = to + (decoded.message.context - input)
+    if decoded.entries is not NULL:
+        decoded.entries = to + (decoded.entries - input)
+    if decoded.snapshot.data is not NULL:
+        decoded.snapshot.data = to + (decoded.snapshot.data - input)
+    if decoded.snapshots is not NULL:
+        decoded.snapshots = to + (decoded.snapshots - input)
 
 
 cdef inline bint wire_has_ids(const wire_conf_state_t* state) noexcept nogil:
@@ -781,3 +861,36 @@ cdef inline int wire_read_ids(wire_decoded_t* decoded) noexcept nogil:
     snapshot.term = read.term
     snapshot.conf_state.auto_leave = read.conf_state.auto_leave
     return code
+
+
+# A frame as the message that it stands for, which nobody has encoded: each entry as it came, and
+# besides them only what is not zero, which every etcd reads.
+
+cdef inline int wire_frame_size(wire_decoded_t* decoded, size_t* size) noexcept nogil:
+    """Measure that message."""
+    cdef const uint8_t* at = decoded.entries
+    cdef const uint8_t* data = NULL
+    cdef size_t length = 0, left = decoded.entries_len
+    size[0] = wire_head_size(&decoded.message, True) \
+        + wire_field_size(decoded.message.commit, True)
+    while left > 0:
+        if wire_find_entry(decoded, &at, &data, &length) != WIRE_OK:
+            return decoded.error.code
+        size[0] += wire_span_size(length)
+        left -= 1
+    return WIRE_OK
+
+
+cdef inline uint8_t* wire_put_frame(wire_decoded_t* decoded, uint8_t* out) noexcept nogil:
+    """Encode it, once it has been measured, of an input that nobody else may change."""
+    cdef const uint8_t* at = decoded.entries
+    cdef const uint8_t* data = NULL
+    cdef size_t length = 0, left = decoded.entries_len
+    out = wire_put_head(out, &decoded.message, True)
+    while left > 0:
+        wire_find_entry(decoded, &at, &data, &length)
+        out = wire_put_length(out, 0x3A, length)
+        memcpy(out, data, length)
+        out += length
+        left -= 1
+    return wire_put_field(out, 0x40, decoded.message.commit, True)

@@ -25,14 +25,17 @@ from pipeline.errors import UnmarshalError
 from pipeline.raftpb import raft_pb2
 from pipeline.receive._receiver import recognise_post
 from pipeline.receive.odd_request import OddRequest, Then
+from pipeline.wire._frames import FrameReader, FrameWriter
 from pipeline.wire._messages import (
     ConfState,
+    EncodedMessage,
     Entry,
     Message,
     Snapshot,
     SnapshotMetadata,
     decode,
 )
+from tests.support.frames import ModelReader, ModelWriter, plain
 from tests.support.http import handlers_of
 from tests.support.raft import FakeRaft
 
@@ -316,3 +319,57 @@ def is_let_through(data: bytes) -> bool:
     odd = OddRequest(handlers, config, "test", learn)
     out, then = odd.feed(data)
     return bool(heads and then is Then.NEXT) or out.startswith((b"HTTP/1.1 412", b"HTTP/1.1 413"))
+
+
+def _read_frames(
+    reader: FrameReader, data: bytes, piece: int
+) -> tuple[list[Message | EncodedMessage], str | None, int]:
+    """Read all there is in pieces of so many bytes; why it went no further, and what is left."""
+    found: list[Message | EncodedMessage] = []
+    for at in range(0, len(data), piece):
+        reader.feed(exact(data[at : at + piece]))
+        try:
+            while (message := reader.read()) is not None:
+                found.append(message)
+        except UnmarshalError as error:
+            return found, error.reason, reader.pending + len(data[at + piece :])
+        assert reader.needed > reader.pending
+    return found, None, reader.pending
+
+
+def check_frames(stream: str, data: bytes, piece: int) -> None:
+    """Read a stream's bytes in pieces, as messages and as bytes, and write again what was read.
+
+    Held to the model of ``support/frames.py``.
+    """
+    ends = {"from_": 1, "to": 2}
+    expected = ModelReader(stream, 1, 2).read_all(data)
+    messages, _, _ = expected
+    assert _read_frames(FrameReader(stream, **ends), data, piece) == expected
+    encoded, *rest = _read_frames(FrameReader(stream, **ends, encoded=True), data, piece)
+    assert [plain(message) for message in encoded] == messages
+    assert rest == list(expected[1:])
+    # Each frame that was read is written so that the same is read; of our encoders' as the model
+    # writes it, of anybody's so that no byte of a message is lost.
+    for profile in PROFILES:
+        writer = FrameWriter(stream, **ends, profile=profile)
+        model = ModelWriter(stream, 1, 2, profile)
+        written = [writer.write(message) for message in messages]
+        assert written == [model.write(message) for message in messages]
+        assert ModelReader(stream, 1, 2).read_all(b"".join(written)) == (messages, None, 0)
+    writer = FrameWriter(stream, **ends)
+    again = b"".join(writer.write(message) for message in encoded)
+    back, reason, left = _read_frames(
+        FrameReader(stream, **ends, encoded=True), again, len(again) or 1
+    )
+    assert (reason, left) == (None, 0)
+    for one, other in zip(encoded, back, strict=True):
+        assert plain(one) == plain(other)
+    # As a message, wherever it is from: written if it is one, and then it is in the frame.
+    message, error = unmarshal(data)
+    try:
+        frame = FrameWriter(stream, **ends).write(EncodedMessage(data, type=0, to=0))
+    except UnmarshalError:
+        assert error is not None
+    else:
+        assert ModelReader(stream, 1, 2).read_all(frame) == ([message], None, 0)

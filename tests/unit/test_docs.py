@@ -218,7 +218,7 @@ def test_every_upstream_test_has_a_row() -> None:
 def test_an_upstream_test_is_found_under_its_name(name: str, ours: str) -> None:
     """That what is named exists is checked for every document."""
     named = re.findall(r"\w+\.py::(\w+)", ours)
-    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z]+", name)
+    words = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z][a-z]+", name)
     under_its_name = "_".join(words).lower()
     assert named[0] == under_its_name or name.startswith("Benchmark")
     assert all(test.startswith(under_its_name) for test in named[1:])
