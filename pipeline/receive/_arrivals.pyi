@@ -1,6 +1,7 @@
 """The typed face of ``_arrivals.pyx``; checked by stubtest."""
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
@@ -27,4 +28,7 @@ class Source:
         cls, arrivals: Arrivals, on_taken: Callable[[int, int, int, bool, int], None]
     ) -> Source: ...
     def close(self) -> None: ...
-    def deliver(self, data: ReadableBuffer) -> bool: ...
+    @overload
+    def deliver(self, data: ReadableBuffer, may_wait: Literal[True] = True) -> bool: ...
+    @overload
+    def deliver(self, data: ReadableBuffer, may_wait: bool) -> bool | None: ...

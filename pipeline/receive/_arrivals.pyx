@@ -368,11 +368,12 @@ cdef class Source:
             pthread_mutex_unlock(&self.arrivals.c.lock)
         self.arrivals.remove(&self.c)
 
-    def deliver(self, const uint8_t[::1] data not None):
+    def deliver(self, const uint8_t[::1] data not None, bint may_wait=True):
         """Put a message in, in a thread of Python's: whether it is there, or was taken.
 
-        Waits while there is no room, and a MsgProp and a MsgSnap until they are taken. False when
-        it was dropped, or is not taken in any more. Raises ``UnmarshalError`` if it is none.
+        Waits while there is no room, and a MsgProp and a MsgSnap until they are taken; if it may
+        not, it does nothing with these and returns None. False when it was dropped, or is not taken
+        in any more. Raises ``UnmarshalError`` if it is none.
         """
         cdef body_t body
         cdef wire_decoded_t decoded
@@ -380,6 +381,7 @@ cdef class Source:
         cdef holder_t* holder = NULL
         cdef int result = INBOX_FULL
         cdef bint is_taken_in = False
+        cdef int lane
         cdef inbox_t* inbox = &self.arrivals.c
         self.open()
         if not body_init(&body, data.shape[0]):
@@ -393,20 +395,31 @@ cdef class Source:
                 result = wire_decode(body.data, body.len, &decoded)
             if result != WIRE_OK:
                 raise decode_error(&decoded)
+            result = INBOX_FULL
             thread.holder.tell = thread_told
             thread.is_told = thread.is_taken = False
             if message_is_held(&decoded):
                 holder = &thread.holder
+                if not may_wait:
+                    return None
+            lane = message_lane(&decoded)
             lock_with_gil(&inbox.lock)
             try:
                 while True:
-                    result = inbox_put_locked(
-                        inbox, &self.c, NULL, message_lane(&decoded), &body, &decoded, holder)
+                    if may_wait or inbox.threads_in_lane[lane] == 0:
+                        result = inbox_put_locked(
+                            inbox, &self.c, NULL, lane, &body, &decoded, holder)
                     if result != INBOX_FULL:
                         inbox_show(inbox)
                         break
-                    self.wait_locked()
-                    self.look_for_signals_locked()
+                    if not may_wait:
+                        return None
+                    inbox.threads_in_lane[lane] += 1
+                    try:
+                        self.wait_locked()
+                        self.look_for_signals_locked()
+                    finally:
+                        inbox.threads_in_lane[lane] -= 1
                 is_taken_in = result == INBOX_TAKEN_IN
                 while is_taken_in and holder is not NULL and not thread.is_told:
                     self.wait_locked()

@@ -82,6 +82,7 @@ cdef struct inbox_t:
     int64_t queued_bytes
     int waiting             # atomic: connections and threads held up, for room or until it is taken
     int n_threads           # of Python's, that wait for ``changed``
+    int threads_in_lane[LANES]      # those of them that wait for room
     reader_t* readers
     arrival_t* spare
     int n_spare

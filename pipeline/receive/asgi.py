@@ -53,7 +53,8 @@ class App:
         (``root_path``).
     config : ReceiverConfig
         ``handlers`` calls of ``raft.process`` run at once, each on a thread of its own, never on
-        the loop. Bodies are limited by ``max_body_bytes``, ``stall_timeout_s`` and
+        the loop. With an inbox the threads have what waits; a small message that there is room for
+        needs none. Bodies are limited by ``max_body_bytes``, ``stall_timeout_s`` and
         ``min_body_rate``.
 
     Notes
@@ -102,7 +103,11 @@ class App:
         try:
             if answer is None:
                 body = await _read_body(receive, self._config, share)
-                answer = await self._threads.run(partial(self._deliver, request, body, share))
+                answer = self._handlers.deliver_at_once(request, body)
+                if answer is not None:
+                    share.close()
+                else:
+                    answer = await self._threads.run(partial(self._deliver, request, body, share))
         except _NoRoomError:
             answer = handlers.overloaded(request.remote)
         except _BodyTooLargeError:

@@ -269,6 +269,26 @@ class Handlers:
             self.lost_fields(message.from_, request.remote)
         return self.process(message, len(body), request.remote) or self.no_content()
 
+    def deliver_at_once(
+        self, request: Request, body: bytes | bytearray | memoryview
+    ) -> Answer | None:
+        """Put a small message into the inbox without waiting; None if it is for ``deliver``.
+
+        What waits in a few threads keeps nothing of another lane waiting that way.
+        """
+        if self.source is None or len(body) > SMALL_BODY_BYTES:
+            return None
+        try:
+            message, _, _ = decode(body, encoded=True)
+            if not self._is_for_raft(message.type):
+                return None
+            is_in = self.source.deliver(body, may_wait=False)
+        except UnmarshalError:
+            return None
+        if is_in is None:
+            return None
+        return self.no_content() if is_in else self.shutting_down()
+
     def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
         """Answer a body that is no message."""
         self._warn("failed to unmarshal Raft message from %s: %s", remote, error)

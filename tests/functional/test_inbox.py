@@ -471,6 +471,22 @@ def test_a_full_lane_withholds_the_answer_whichever_way_it_comes(way: Way) -> No
         assert_books(inbox)
 
 
+def test_an_asgi_server_keeps_no_heartbeat_waiting_for_what_its_threads_wait_for() -> None:
+    inbox = Inbox(max_messages=4)
+    with receiving(inbox) as (transport, _), by_asgi(transport) as send:
+        for index in range(4):
+            assert send(body_of(APP, index)) == 204
+        sending = [Running(send, body_of(PROP, 10 + n)) for n in range(4)]
+        wait_until_waiting(inbox, 4)  # as many as there are threads
+        sending += [Running(send, body_of(APP, 20 + n)) for n in range(4)]
+        for index in range(4):
+            assert send(body_of(HEARTBEAT, 30 + index)) == 204
+        assert all(each.is_running for each in sending)
+        assert len(take_exactly(inbox, 16)) == 16
+        assert [each.join() for each in sending] == [204] * 8
+        assert_books(inbox)
+
+
 @each_way
 @pytest.mark.parametrize("kind", [PROP, APP], ids=["MsgProp", "MsgApp"])
 def test_what_waits_is_answered_503_when_the_node_stops(way: Way, kind: int) -> None:
