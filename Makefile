@@ -193,7 +193,7 @@ tsan: build $(VENV)/.builders
 # one each time.
 FUZZ_SECONDS ?= 600
 FUZZ_SEED ?= 0
-FUZZ_TARGETS := message answer request receiver inbox tls
+FUZZ_TARGETS := message answer request receiver inbox tls stream_message stream_msgapp
 FUZZ_SOURCES := $(wildcard pipeline/*.py pipeline/*/*.py tests/fuzz/*.py tests/fuzz/*.pyx)
 
 .PHONY: fuzz fuzz-merge $(FUZZ_TARGETS:%=fuzz-%)

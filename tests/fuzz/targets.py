@@ -26,6 +26,8 @@ MAX_LENGTHS = {
     "receiver": 512,
     "inbox": 512,
     "tls": 512,
+    "stream_message": 512,
+    "stream_msgapp": 512,
 }
 NAMES = tuple(MAX_LENGTHS)
 
@@ -33,6 +35,12 @@ NAMES = tuple(MAX_LENGTHS)
 def check_request(data: bytes) -> None:
     if data and oracles.check_request(data):
         assert oracles.is_let_through(data)
+
+
+def check_frames(stream: str, data: bytes) -> None:
+    """The first byte says in which pieces the others come."""
+    if data:
+        oracles.check_frames(stream, data[1:], 1 + data[0] % 64)
 
 
 def load(name: str, machine_type: Any = None) -> Callable[[bytes], object]:
@@ -44,6 +52,8 @@ def load(name: str, machine_type: Any = None) -> Callable[[bytes], object]:
         "receiver": lambda data: receiver.run(machine_type, data),
         "inbox": lambda data: receiver.run(machine_type, data, has_inbox=True),
         "tls": tls.run,
+        "stream_message": lambda data: check_frames("message", data),
+        "stream_msgapp": lambda data: check_frames("msgapp", data),
     }[name]
 
 

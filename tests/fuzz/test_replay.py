@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import UnmarshalError
+from pipeline.wire._frames import FrameReader, FrameWriter
+from pipeline.wire._messages import EncodedMessage, Message
 from tests.fuzz import build, oracles, receiver, targets, tls
 
 
@@ -45,7 +47,7 @@ def replay(folder: Path, target: str, machine_type: Any = None) -> None:
             raise
 
 
-PARSERS = ["message", "answer", "request"]
+PARSERS = ["message", "answer", "request", "stream_message", "stream_msgapp"]
 
 
 @pytest.mark.parametrize("target", PARSERS)
@@ -122,6 +124,40 @@ def test_a_recogniser_of_requests_that_ignores_chunks_is_noticed(
     )
     with pytest.raises(AssertionError):
         oracles.check_request(data)
+
+
+class ReaderWithAFault(FrameReader):
+    """Forgets which commit a message has."""
+
+    def read(self) -> Message | EncodedMessage | None:
+        message = super().read()
+        if isinstance(message, Message):
+            message.commit = 0
+        return message
+
+
+class WriterWithAFault(FrameWriter):
+    """Writes each message as if it were the stream's first."""
+
+    def write(self, message: Message | EncodedMessage, *, borrow_min: int = 0) -> bytes:
+        return FrameWriter("msgapp", from_=1, to=2).write(message, borrow_min=borrow_min)
+
+
+APPS = bytes.fromhex(
+    "3f 01 0000000000000001 0000000000000002 1801 0000000000000001"
+) + bytes.fromhex("01 0000000000000000 0000000000000001")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("FrameReader", ReaderWithAFault), ("FrameWriter", WriterWithAFault)]
+)
+def test_an_end_of_a_stream_that_forgets_is_noticed(
+    name: str, fault: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets.load("stream_msgapp")(APPS)
+    monkeypatch.setattr(oracles, name, fault)
+    with pytest.raises(AssertionError):
+        targets.load("stream_msgapp")(APPS)
 
 
 def test_a_session_that_reads_what_was_not_written_is_noticed(
