@@ -132,6 +132,7 @@ def take_until_told(inbox: Inbox, raft: CountingRaft, *, spins: bool, is_late: b
             messages = inbox.take(BATCH, TICK_S)
         raft.messages += len(messages)
         is_last = is_told_already and not messages
+        del messages  # not to be held while the next are waited for
 
 
 @contextmanager
@@ -162,6 +163,7 @@ async def await_until_told(inbox: aio.Inbox, raft: CountingRaft) -> None:
     async def consume() -> None:
         async for messages in inbox:
             raft.messages += len(messages)
+            del messages
 
     consumer = asyncio.create_task(consume())
     await asyncio.to_thread(sys.stdin.read)

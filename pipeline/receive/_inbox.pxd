@@ -27,6 +27,8 @@ from pipeline.wire._raftpb cimport wire_decoded_t
 cdef enum:
     # The memory of so many arrivals is kept for further ones.
     ARRIVAL_SPARES = 256
+    # How long a loop that is kept busy waits with telling consumers, which costs a thread switch.
+    SHOW_NS = 100000
 
 # What became of something offered.
 cdef enum:
@@ -42,6 +44,7 @@ cdef struct reader_t:
     int has_news            # atomic: there may be room
     bint is_waiting         # for room
     bint has_put            # of the loop: something of which consumers are not told yet
+    int64_t put_ns          # then: since when
     bint has_left           # it has ended, and its connections are to be freed, not answered
     # Takes back the memory of a large body.
     void (*recycle)(reader_t* reader, body_t* body) noexcept nogil
@@ -175,18 +178,25 @@ cdef inline int inbox_put(
     """Put a message in for a loop; it has the body then, and nobody else.
 
     If it is full, the loop is told once when there may be room. Consumers that wait are told by
-    ``reader_show``, once for all that a turn of the loop puts in.
+    ``reader_show``, once for all that comes in SHOW_NS without a pause.
     """
     cdef int result
     pthread_mutex_lock(&inbox.lock)
     result = inbox_put_locked(inbox, source, reader, lane, body, decoded, holder)
     pthread_mutex_unlock(&inbox.lock)
-    reader.has_put = True
+    if not reader.has_put:
+        reader.has_put = True
+        reader.put_ns = reader.loop.now_ns
     return result
 
 
+cdef inline bint reader_is_due(const reader_t* reader) noexcept nogil:
+    """Tell whether consumers are to be told although more is coming."""
+    return reader.has_put and reader.loop.now_ns - reader.put_ns >= SHOW_NS
+
+
 cdef inline void reader_show(inbox_t* inbox, reader_t* reader) noexcept nogil:
-    """Tell consumers of what a loop has put in. The loop does so before it waits."""
+    """Tell consumers of what a loop has put in. The loop does so before it sleeps."""
     if reader.has_put:
         reader.has_put = False
         pthread_mutex_lock(&inbox.lock)

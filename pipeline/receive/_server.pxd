@@ -20,7 +20,7 @@ from pipeline.net._descriptors cimport (
     descriptors_add, descriptors_close, descriptors_shut, descriptors_t,
 )
 from pipeline.receive._heads cimport heads_free
-from pipeline.receive._inbox cimport reader_leave, reader_show
+from pipeline.receive._inbox cimport reader_is_due, reader_leave, reader_show
 from pipeline.net._memory cimport SPARE_NEW, SPARE_NONE, body_free, body_t, spares_take
 from pipeline.net._loop cimport (
     IO_TURN, LOOP_EDGES, io_t, loop_add, loop_close, loop_init, loop_is_due, loop_look_at,
@@ -317,7 +317,6 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         server_admit(server)
     if server.in_budget.is_waiting and budget_left(server.budget) > 0:
         server_resume(server)
-    reader_show(server.inbox, &server.reader)
     if server.accept_at_ns > 0 and server.loop.now_ns >= server.accept_at_ns \
             and not server.has_begun_stop:
         server_resume_accept(server)
@@ -332,7 +331,8 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
         # What is answered without waking us is to be idle from some time on.
         loop_look_at(&server.loop, server.loop.now_ns + server.limits.idle_timeout_ns)
     timeout_ms = 0
-    if server.bulk.head is NULL and not server.has_queued:
+    # Consumers of the inbox are told when nothing more is there to be put in with it.
+    if server.bulk.head is NULL and not server.has_queued and not server.reader.has_put:
         timeout_ms = loop_timeout_ms(&server.loop, 0)
     if timeout_ms != 0:
         # Who is to stop waits for nothing else.
@@ -350,7 +350,8 @@ cdef inline bint server_turn(server_t* server) noexcept nogil:
     # Before the events: what was answered is idle again, and can make room for a caller.
     server_run_returned(server)
     loop_run_events(&server.loop)
-    reader_show(server.inbox, &server.reader)
+    if server.loop.n_events <= 0 or reader_is_due(&server.reader):
+        reader_show(server.inbox, &server.reader)
     if loop_is_due(&server.loop):
         server_check_deadlines(server)
     return True
@@ -368,6 +369,7 @@ cdef inline void server_end(server_t* server) noexcept nogil:
     cdef io_t* next_io
     cdef body_t body
     cdef int i
+    reader_show(server.inbox, &server.reader)
     pthread_mutex_lock(&server.lock)
     server.is_ended = True
     while caller is not NULL:
