@@ -378,6 +378,34 @@ def test_a_take_that_is_interrupted_puts_back_what_it_had(
     assert_books(inbox)
 
 
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("size", [0, 100_000, 3 * MIB], ids=["small", "100 kB", "3 MiB"])
+def test_a_take_without_memory_at_any_point_loses_nothing(size: int, encoded: bool) -> None:
+    testcapi = pytest.importorskip("_testcapi", reason="this Python has no _testcapi")
+    make: Any = Inbox
+    inbox = make(encoded=encoded)
+    source = inbox.open_source(lambda *_: None)
+    bodies = [body_of(APP, index, size=size) for index in range(3)]
+    for body in bodies:
+        assert source.deliver(body)
+    before = inbox.stats()
+    messages: list[Any] = []
+    for failing in range(1000):
+        testcapi.set_nomemory(failing, failing + 1)
+        try:
+            messages = inbox.take()
+        except MemoryError:
+            pass
+        finally:
+            testcapi.remove_mem_hooks()
+        if messages:
+            break
+        assert inbox.stats() == before
+    assert failing > 5
+    assert [m.data if encoded else m.marshal() for m in messages] == bodies
+    assert_books(inbox)
+
+
 def test_what_comes_while_a_take_is_interrupted_is_behind_what_it_puts_back(
     inbox: Inbox[Any], source: Source, told: Told
 ) -> None:
