@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ReceiverConfig
+from pipeline.receive.handlers import Handlers
 from pipeline.receive.listener import Listener
+from pipeline.wire.answers import Answer, Request
+from pipeline.wire.protocol import STREAM_PREFIX
 from tests.support.http import peer_headers
 from tests.support.listening import (
     GOOD,
@@ -135,6 +138,37 @@ def test_the_connection_ends_when_the_caller(go: Callable[[socket.socket], None]
         assert listener.stats().connections == 1
         go(sock)
         eventually(lambda: listener.stats().connections == 0)
+
+
+@pytest.mark.parametrize(
+    "go",
+    [
+        pytest.param(lambda sock: sock.shutdown(socket.SHUT_WR), id="ends its side"),
+        pytest.param(lambda sock: sock.sendall(b"x"), id="says something"),
+    ],
+)
+def test_what_the_loop_hears_while_it_is_refused_ends_it(
+    monkeypatch: pytest.MonkeyPatch, go: Callable[[socket.socket], None]
+) -> None:
+    check = Handlers.check
+    with (
+        listen(FakeRaft()) as listener,
+        dial(listener.url) as other,
+        dial(listener.url) as sock,
+    ):
+
+        def check_late(self: Handlers, request: Request, **settings: bool) -> Answer | None:
+            if request.path.startswith(STREAM_PREFIX):
+                go(sock)
+                other.sendall(GOOD)
+                assert read_status(other) == 204  # so the loop has looked at the other as well
+            return check(self, request, **settings)
+
+        monkeypatch.setattr(Handlers, "check", check_late)
+        other.sendall(GOOD)
+        assert read_status(other) == 204
+        sock.sendall(DIAL)
+        eventually(lambda: listener.stats().connections == 1)
 
 
 def test_who_sends_ahead_is_answered_to_the_end() -> None:
