@@ -11,8 +11,8 @@ from libc.string cimport memcpy, memmove
 from pipeline.net._budget cimport BODY_SMALL, budget_add, budget_left, budget_wait
 from pipeline.receive._caller cimport (
     ANSWER_204_MAX, CALLER_BODY, CALLER_CLOSED, CALLER_HANDLED, CALLER_HEAD, CALLER_LINGERING,
-    CALLER_ENDLESS, CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, ENDLESS_NS, LINGER_NS,
-    REQUEST_BROKEN, REQUEST_GONE, REQUEST_CHECK, REQUEST_HANDSHAKE, REQUEST_LARGE,
+    CALLER_ENDLESS, CALLER_ODD, CALLER_SHAKING, CALLER_WRITING, ENDLESS_NS, ENDLESS_TICK_NS,
+    LINGER_NS, REQUEST_BROKEN, REQUEST_GONE, REQUEST_CHECK, REQUEST_HANDSHAKE, REQUEST_LARGE,
     REQUEST_MALFORMED, REQUEST_MESSAGE, REQUEST_ODD, REQUEST_PROPOSAL, REQUEST_REFUSED,
     REQUEST_TAKEN, SERVER_SCRATCH, SERVER_STEP_BYTES, THEN_CLOSE, THEN_DELIVER, THEN_DETACH,
     THEN_ENDLESS, THEN_FREE, THEN_NEXT, THEN_OFFER, THEN_READ_BODY, THEN_REFUSED, THEN_SHAKE,
@@ -565,6 +565,12 @@ cdef inline void caller_linger(caller_t* caller) noexcept nogil:
     caller_add_runnable(caller)
 
 
+cdef inline void caller_await_byte(caller_t* caller) noexcept nogil:
+    """Set the time of the next byte of an answer that does not end."""
+    cdef int64_t at_ns = caller.server.loop.now_ns + ENDLESS_NS
+    caller_set_deadline(caller, at_ns - at_ns % ENDLESS_TICK_NS)
+
+
 cdef inline void caller_answer_on(caller_t* caller) noexcept nogil:
     """What there is of an answer that does not end is out: wait, while the caller does.
 
@@ -577,7 +583,7 @@ cdef inline void caller_answer_on(caller_t* caller) noexcept nogil:
     caller_set_state(caller, CALLER_ENDLESS)
     caller_unlink(caller)
     caller_append(caller)
-    caller_set_deadline(caller, server.loop.now_ns + ENDLESS_NS)
+    caller_await_byte(caller)
     if server.accept_at_ns < 0:
         server.accept_at_ns = server.loop.now_ns     # it can make room
     if caller.has_event:
@@ -590,7 +596,7 @@ cdef inline void caller_send_byte(caller_t* caller) noexcept nogil:
     if conn_send(&caller.conn, chunk, 6) != 6:      # whoever has no room for that reads nothing
         caller_close(caller)
         return
-    caller_set_deadline(caller, caller.server.loop.now_ns + ENDLESS_NS)
+    caller_await_byte(caller)
 
 
 cdef inline void caller_hear(caller_t* caller) noexcept nogil:

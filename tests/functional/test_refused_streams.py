@@ -6,6 +6,8 @@ How an etcd takes it: tests/interop/test_etcd.py.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,6 +85,25 @@ def test_a_byte_comes_now_and_then_however_long_it_is_idle() -> None:
     with listen(FakeRaft(), config=config) as listener, refused(listener) as sock:
         assert read_exactly(sock, 2 * len(BYTE)) == 2 * BYTE
         assert listener.stats().connections == 1
+
+
+def sleeps() -> int:
+    """Count how often the threads of this process, but for the main one, have gone to sleep."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    text = "".join((task / "status").read_text() for task in tasks)
+    return sum(map(int, re.findall(r"^voluntary_ctxt_switches:\t(\d+)$", text, re.MULTILINE)))
+
+
+def test_the_loop_is_woken_for_many_bytes_at_once() -> None:
+    """To look for whose time has come takes a look at all connections."""
+    with listen(FakeRaft()) as listener:
+        held = [refused(listener) for _ in range(300)]
+        before = sleeps()
+        for sock in held:
+            assert read_exactly(sock, len(BYTE)) == BYTE
+        assert sleeps() - before < 30
+        for sock in held:
+            sock.close()
 
 
 @pytest.mark.parametrize(
