@@ -16,6 +16,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -185,12 +186,10 @@ def publish(results: Sequence[Row], run: Row, args: argparse.Namespace) -> None:
     (args.out / "peers.md").write_text(f"{head}\n\n{table(results)}\n\n{tail}\n")
     print(f"{head}\n\n{table(results)}\n\n{tail}")
     if args.readme:
+        shown = os.path.relpath(args.out / "peers.svg", args.readme.parent)
         small = [each for each in results if each["size_bytes"] in (SMALL, LARGE)]
-        text = (
-            f"\n{head}\n\n![CPU per message](benchmarks/results/peers.svg)\n\n"
-            f"{table(small)}\n\n{tail}\n"
-        )
-        put_into(args.readme, text, "bench-peers")
+        text = f"\n{head}\n\n![CPU per message]({shown})\n\n{table(small)}\n\n{tail}\n"
+        put_into(args.readme, text, args.mark)
 
 
 def sides_of(words: str) -> list[str]:
@@ -212,6 +211,7 @@ def main() -> None:
     parser.add_argument("--sides", default="tls,plain", help="only these, or a half, by commas")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--readme", type=Path, help="put the short table into this file as well")
+    parser.add_argument("--mark", default="bench-peers", help="where in it")
     parser.add_argument("--report", action="store_true", help="of the files there are; no run")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

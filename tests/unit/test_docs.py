@@ -159,6 +159,8 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
 
 def test_the_readme_has_one_place_for_each_table_of_figures() -> None:
     assert re.findall(r"<!-- ([\w-]+:\w+) -->", README.read_text()) == [
+        "bench-peers-tls:begin",
+        "bench-peers-tls:end",
         "bench-peers:begin",
         "bench-peers:end",
         "bench:begin",
