@@ -384,6 +384,7 @@ class Run:
         try:
             messages = self.inbox.take(n)
         except KeyboardInterrupt:
+            self.machine.has_put_back = True
             return True
         finally:
             self.machine.is_taking = False
