@@ -41,6 +41,7 @@ from tests.support.listening import (
     is_closed,
     listen,
     listener_threads,
+    post,
     read_status,
 )
 from tests.support.processes import TIMEOUT_S
@@ -532,3 +533,16 @@ def test_close_is_heard_of_whoever_has_a_copy_of_a_socket(sent: bytes) -> None:
             with pytest.raises(ConnectionRefusedError):
                 dial(listener.url)
             listen(FakeRaft(), listener.url).close()
+
+
+def test_a_caller_is_shown_although_another_library_has_broken_socket(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PySyncObj replaces this function for the whole process by one that fails on Linux."""
+    monkeypatch.setattr(socket, "inet_ntop", lambda: None)
+    with listen(FakeRaft()) as listener, dial(listener.url) as sock:
+        host, port = sock.getsockname()
+        sock.sendall(post(b"no message"))
+        assert read_status(sock) == 400
+    text = f"failed to unmarshal Raft message from {host}:{port}: "
+    assert any(record.getMessage().startswith(text) for record in caplog.records)
