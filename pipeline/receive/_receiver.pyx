@@ -138,8 +138,8 @@ cdef class CallerAddress:
 
     def __str__(self):
         cdef const uint8_t* raw = <const uint8_t*>&self.address
-        # sockaddr_in and sockaddr_in6: port at 2, address at 4 and at 8, in network order. PySyncObj
-        # replaces socket.inet_ntop by one that fails on Linux, and each line of the log would.
+        # sockaddr_in and sockaddr_in6: port at 2, address at 4 and at 8, in network order.
+        # PySyncObj replaces socket.inet_ntop by one that fails on Linux.
         cdef int family = (<const unsigned short*>raw)[0]
         port = raw[2] << 8 | raw[3]
         if family == socket.AF_INET:
