@@ -52,21 +52,26 @@ three-nodes: build
 demo-all: build
 	$(BIN)/python tools/demo_all.py $(DEMO_ALL)
 
-# In two sessions at a time: most tests wait longer than they work, and a busy machine breaks none.
+# Two sessions at a time: most tests wait longer than they work, and a busy machine breaks none.
 # make test TEST_ARGS='-x -k name'
 test: build
-	$(MAKE) --no-print-directory -j2 tests-functional tests-others TEST_ARGS="-m 'not slow' $(TEST_ARGS)"
+	$(MAKE) --no-print-directory -j2 $(TEST_SESSIONS) TEST_ARGS="-m 'not slow' $(TEST_ARGS)"
 
 # The slow ones, too, and ten times as many examples of hypothesis.
 test-all: build
-	HYPOTHESIS_PROFILE=ci $(MAKE) --no-print-directory -j2 tests-functional tests-others
+	HYPOTHESIS_PROFILE=ci $(MAKE) --no-print-directory -j2 $(TEST_SESSIONS)
 
-.PHONY: tests-functional tests-others
+TEST_SESSIONS := tests-fault tests-functional tests-others
+.PHONY: $(TEST_SESSIONS)
+tests-fault:
+	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/fault $(TEST_ARGS) tests/fault
+
 tests-functional:
 	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/functional $(TEST_ARGS) tests/functional
 
 tests-others:
-	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/others $(TEST_ARGS) --ignore=tests/functional
+	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/others $(TEST_ARGS) --ignore=tests/functional \
+		--ignore=tests/fault
 
 # A real etcd and two members of ours, killed, stopped and cut off from one another for ten minutes.
 # make chaos CHAOS='--duration 3600 --ours 1 --tls --etcd PATH'
