@@ -61,7 +61,8 @@ test: build
 test-all: build
 	HYPOTHESIS_PROFILE=ci $(MAKE) --no-print-directory -j2 $(TEST_SESSIONS)
 
-TEST_SESSIONS := tests-fault tests-functional tests-others
+# The longest first.
+TEST_SESSIONS := tests-others tests-fault tests-functional
 .PHONY: $(TEST_SESSIONS)
 tests-fault:
 	$(BIN)/python -m pytest -q -o cache_dir=.pytest_cache/fault $(TEST_ARGS) tests/fault

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -213,8 +215,20 @@ def test_etcd_and_we_reach_one_another_through_it(
 
 
 def descriptors_besides_tls() -> int:
-    """Count the descriptors open but for those of TLS connections, each end of which has one."""
-    return len(open_descriptors()) - session_count()
+    """Count the descriptors open but for those of TLS connections, each end of which has one.
+
+    Nor does a name count by which this process has taken a block of ports (``free_port``).
+    """
+    return sum(not is_name(int(number)) for number in open_descriptors()) - session_count()
+
+
+def is_name(descriptor: int) -> bool:
+    """Tell whether a descriptor is a socket that has a name among processes of this machine."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            return sock.family == socket.AF_UNIX
+    except OSError:  # no socket, or closed meanwhile
+        return False
 
 
 def settled(count: Callable[[], int]) -> int:
