@@ -82,6 +82,8 @@ class Inbox(Generic[Taken]):
         ------
         asyncio.CancelledError
             Nothing is taken then, and nothing lost.
+        UsageError, OSError
+            As ``pipeline.Inbox.take`` raises them.
         """
         if timeout is not None:
             require_number("timeout", timeout, 0.0, 1e9)

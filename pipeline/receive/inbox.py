@@ -65,8 +65,11 @@ class Inbox(Generic[Taken]):
     When a lane is full nothing is dropped: the answer is withheld, and so the connection is not
     read; other connections and lanes go on, and members take turns when there is room again.
     Acknowledging before the node has a message changes what 204 means, which is fine for what Raft
-    sends again. A MsgProp and a MsgSnap are answered when they are taken. ``TransportStats`` counts
-    bytes received as they are taken.
+    sends again. A MsgProp and a MsgSnap are answered when they are taken. Received bytes, the
+    MsgApp of ``server_stats`` and ``unknown_fields`` are counted as messages are taken.
+
+    Source: etcd rafthttp/peer.go, ``recvc`` and ``propc``, of 4,096 messages each. Differs from
+    etcd: there only streams use them, and what they have no room for is dropped.
     """
 
     @overload
@@ -113,6 +116,13 @@ class Inbox(Generic[Taken]):
         -------
         list of Message, or of EncodedMessage
             Empty when nothing came in time, and always once the inbox is closed.
+
+        Raises
+        ------
+        UsageError
+            If an argument is not valid. Nothing is taken.
+        OSError
+            If it has to wait, for the first time, and there are no descriptors left.
         """
         require_whole("max_messages", max_messages, 1, 1 << 30)
         if timeout is not None:
@@ -124,7 +134,7 @@ class Inbox(Generic[Taken]):
         """Return a descriptor that is readable while there is something to take, and when closed.
 
         For ``selectors``, ``asyncio``'s ``add_reader``, trio's ``wait_readable``, epoll. It is the
-        same one each time; do not read or close it.
+        same one each time; do not read or close it. ``OSError`` if there are no descriptors left.
         """
         return self._arrivals.fileno()
 
