@@ -37,6 +37,7 @@ from pipeline.aio.deliveries import Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
 from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat
+from tests.support.loops import LOOPS, loop_factory
 from tests.support.processes import TIMEOUT_S
 from tests.support.senders import message
 from tests.support.server import (
@@ -103,13 +104,10 @@ def transport_of(node: Node, **changes: Any) -> Transport:
     return Transport(2, CLUSTER_ID, node, on_critical_error=node.removed, **changes)
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture(params=LOOPS)
 def run(request: pytest.FixtureRequest) -> Callable[[Main], None]:
     """Run a test's coroutine on a loop of its own, as ``asyncio.run`` does."""
-    factory = None
-    if request.param == "uvloop":
-        uvloop = pytest.importorskip("uvloop", reason="no uvloop for this Python")
-        factory = uvloop.new_event_loop
+    factory = loop_factory(request.param)
 
     def run(main: Main) -> None:
         with asyncio.Runner(loop_factory=factory) as runner:

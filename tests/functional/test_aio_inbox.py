@@ -30,19 +30,17 @@ from tests.support.inbox import (
     receiving,
     wait_until_waiting,
 )
+from tests.support.loops import LOOPS, loop_factory
 from tests.support.processes import TIMEOUT_S
 from tests.support.waiting import eventually_async
 
 Main = Callable[[], Awaitable[None]]
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture(params=LOOPS)
 def run(request: pytest.FixtureRequest) -> Callable[[Any], None]:
     """Run a test's coroutine on a loop of its own, as ``asyncio.run`` does."""
-    factory = None
-    if request.param == "uvloop":
-        uvloop = pytest.importorskip("uvloop", reason="no uvloop for this Python")
-        factory = uvloop.new_event_loop
+    factory = loop_factory(request.param)
 
     def run(main: Any) -> None:
         with asyncio.Runner(loop_factory=factory) as runner:
