@@ -260,7 +260,9 @@ class Handlers:
         room, and until a MsgProp or MsgSnap is taken.
         """
         try:
-            message, has_unknown_fields, _ = decode(body, encoded=self.is_encoded)
+            # The inbox decodes it itself; here it is only looked at.
+            is_only_looked_at = self.source is not None or self.is_encoded
+            message, has_unknown_fields, _ = decode(body, encoded=is_only_looked_at)
         except UnmarshalError as error:
             return self.undecodable(request.remote, error)
         if self.source is not None and self._is_for_raft(message.type):
@@ -295,13 +297,13 @@ class Handlers:
         self.received.count_failure(remote)
         return self._answer(400, "error unmarshalling raft message")
 
-    def lost_fields(self, sender: int, remote: object) -> None:
-        """Count a message that was decoded without some of its fields; the log hears once of each
+    def lost_fields(self, sender: int, remote: object, messages: int = 1) -> None:
+        """Count messages that were decoded without some of their fields; the log hears once of each
         member.
 
         It is of a raft with another schema, whose replicas would come to differ without a word.
         """
-        if self.received.count_unknown_fields(sender):
+        if self.received.count_unknown_fields(sender, messages):
             logger.warning(
                 "Raft message from member %s at %s has fields that raftpb does not have: they are "
                 "lost, as in all of its messages; encoded=True, of ReceiverConfig or of the Inbox, "
@@ -345,8 +347,8 @@ class Handlers:
         ``lossy`` of them were taken without some of their fields.
         """
         self.received.count_bytes(sender, size_bytes)
-        for _ in range(lossy):
-            self.lost_fields(sender, "an address that the inbox does not keep")
+        if lossy:
+            self.lost_fields(sender, "an address that the inbox does not keep", lossy)
         if is_append and self._on_append is not None:
             self._on_append(sender, size_bytes, messages)
 

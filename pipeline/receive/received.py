@@ -101,13 +101,13 @@ class Received:
                 self._unknown_types.add(kind)
         return is_news
 
-    def count_unknown_fields(self, sender: int) -> bool:
-        """Count a message of which fields are lost; whether the log is to hear of its sender.
+    def count_unknown_fields(self, sender: int, messages: int) -> bool:
+        """Count messages of which fields are lost; whether the log is to hear of their sender.
 
         A stranger can make up members, too: past the first 128 the log hears of no more.
         """
         with self._lock:
-            self.unknown_fields += 1
+            self.unknown_fields += messages
             is_news = (
                 sender not in self._losing_senders and len(self._losing_senders) < _MAX_SENDERS
             )
