@@ -13,9 +13,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from pipeline.net._budget cimport budget_join
-from pipeline.receive._caller cimport (
-    QUEUE_STRANGERS, caller_t, handler_t, reader_recycle, server_t,
-)
+from pipeline.receive._caller cimport QUEUE_STRANGERS, caller_t, handler_t, server_t
 from pipeline.receive._inbox cimport reader_join
 from pipeline.receive._queues cimport server_signal_handlers, server_take, server_take_beside
 from pipeline.receive._server cimport server_end, server_resume_accept, server_turn
@@ -146,6 +144,5 @@ cdef inline int server_start(server_t* server) noexcept nogil:
     budget_join(server.budget, &server.in_budget)
     if server.inbox is not NULL:
         server.reader.loop = &server.loop
-        server.reader.recycle = reader_recycle
         reader_join(server.inbox, &server.reader)
     return thread_start(&server.thread, server_main, server, b"pipeline-serve")

@@ -70,10 +70,9 @@ cdef inline int request_lane(const request_t* request) noexcept nogil:
 
 
 cdef inline void caller_to_lane(caller_t* caller) noexcept nogil:
-    """Let a whole message wait for its turn; nobody else looks at its connection meanwhile."""
+    """Let a whole message wait in its lane; nobody else looks at its connection meanwhile."""
     cdef server_t* server = caller.server
     pthread_mutex_lock(&server.lock)
-    caller.request.lane = request_lane(&caller.request)
     turns_push(&server.turns, caller.request.lane, caller.member, &caller.turn)
     pthread_mutex_unlock(&server.lock)
 
@@ -94,6 +93,7 @@ cdef inline void caller_to_handler(caller_t* caller, int kind) noexcept nogil:
     caller.request.kind = kind
     caller.is_shaking = kind == REQUEST_HANDSHAKE
     if kind <= REQUEST_MALFORMED and server.inbox is NULL:
+        caller.request.lane = request_lane(&caller.request)
         caller_to_lane(caller)
         server.has_queued = True    # server_signal_handlers, once for all of this turn
         return

@@ -305,8 +305,7 @@ class OddRequest:
         return Then.READ_BODY
 
     def _send_answer(self, answer: Answer, *, close: bool) -> Then:
-        wants_the_end = "close" in self.request.headers.get("connection", "").lower()
-        if close or wants_the_end or self._http.their_http_version != b"1.1":
+        if answer.is_endless and (close or not self._may_be_endless()):
             answer = replace(answer, is_endless=False)
         if not self._is_in(h11.IDLE, h11.SEND_RESPONSE):
             return Then.CLOSE  # answered already
@@ -318,15 +317,19 @@ class OddRequest:
         self._send(response)
         if answer.body and answer.status not in BODILESS and self.request.method != "HEAD":
             self._send(h11.Data(data=answer.body))
-        if not answer.is_endless:
-            self._send(h11.EndOfMessage())
         if answer.is_endless:
             return Then.ENDLESS
+        self._send(h11.EndOfMessage())
         if close or not self._is_in(h11.DONE):  # the caller wants no more
             return Then.CLOSE
         assert self.framing is not None
         self.rest = self.framing.rest
         return Then.NEXT
+
+    def _may_be_endless(self) -> bool:
+        """Tell whether an answer to this request can be told from one that is cut short."""
+        wants_the_end = "close" in self.request.headers.get("connection", "").lower()
+        return self._http.their_http_version == b"1.1" and not wants_the_end
 
     def _is_in(self, *states: object) -> bool:
         return self._http.our_state in states
