@@ -314,5 +314,5 @@ def test_the_send_buffer_to_a_near_peer_does_not_grow() -> None:
                 (size,) = send_buffers_to(port)
             return size == MIB
 
-        # A handshake may be slow on a busy machine; not each time.
-        assert any(is_bounded() for _ in range(5))
+        # A handshake may be slow on a busy machine, many times over; not always.
+        assert any(is_bounded() for _ in range(50))
