@@ -104,7 +104,7 @@ typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
-	$(BIN)/python -m mypy.stubtest pipeline.tls._engine pipeline.net._budget pipeline.wire._chunks pipeline.wire._frames pipeline._core pipeline.wire._messages pipeline.receive._arrivals pipeline.receive._receiver pipeline.net._sockets
+	$(BIN)/python -m mypy.stubtest pipeline.tls._engine pipeline.net._budget pipeline.wire._chunks pipeline.wire._frames pipeline._core pipeline.wire._messages pipeline.receive._arrivals pipeline.receive._receiver pipeline.net._sockets pipeline.stream._streams
 
 benchmarks/bin/%: benchmarks/c/%.c $(wildcard benchmarks/c/*.h)
 	mkdir -p $(@D)

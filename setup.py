@@ -138,6 +138,7 @@ setup(
                 "net._sockets",
                 "_core",
                 "receive._arrivals",
+                "stream._streams",
                 "receive._receiver",
             )
         ],

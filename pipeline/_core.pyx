@@ -5,7 +5,7 @@
 messages. Here are the calls a dispatcher thread makes for a worker, and the Python owners of the C
 structs:
 
-    IOLoop      owns a sending_t; keeps every Sender alive that has a live worker
+    IOLoop      owns a sending_t; keeps every Sender alive that has a live worker, and every stream
     Sender      owns a pipe_t; the base of ``pipeline.Pipeline``
     ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
 """
@@ -33,7 +33,7 @@ from pipeline.send._pipe cimport (
     EVENT_ANSWER, EVENT_CLOSED, EVENT_CONNECT, EVENT_FAILED, EVENT_NOT_DIALLED, EVENT_SUCCEEDED,
     EVENT_TASKS, GIVEN_NOT, GIVEN_RETIRED, GIVEN_TO_LOOP, WORKER_IDLE, WORKER_JOINED_MAX,
     WORKER_PYTHON, WORKER_READING, WORKER_RETIRED, WORKER_WRITING, event_t, limits_t,
-    pipe_begin_stop, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections, pipe_t,
+    pipe_begin_stop, pipe_count, pipe_free, pipe_init, pipe_offer, pipe_retire_connections,
     sending_queue_tasks, sending_t, worker_t,
 )
 from pipeline.send._sending cimport sending_free, sending_init, sending_start, sending_stop
@@ -136,8 +136,6 @@ cdef class ActiveFlag:
     Thread-safe; never waits.
     """
 
-    cdef int value
-
     def get(self):
         """Tell whether the flag is set."""
         return load_int(&self.value) != 0
@@ -145,6 +143,17 @@ cdef class ActiveFlag:
     def set(self, bint value):
         """Set or clear the flag."""
         store_int(&self.value, value)
+
+
+cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL:
+    """Make the job of a message; see ``_core.pxd``."""
+    if not list_is_empty(&loop.sending.finished):
+        loop.drop_finished()
+    if isinstance(message, Message):
+        return job_from_message(<Message>message, profile)
+    if isinstance(message, EncodedMessage):
+        return job_from_encoded(<EncodedMessage>message)
+    return job_from_protobuf(message)
 
 
 cdef class Channel:
@@ -211,12 +220,6 @@ cdef class IOLoop:
     Thread-safe. The thread takes no GIL and handles no signals.
     """
 
-    cdef sending_t sending
-    cdef bint is_made
-    cdef bint is_running
-    # Senders with a live worker. Events carry borrowed pointers to them: this keeps them alive.
-    cdef readonly set senders
-
     def __cinit__(self, int64_t queue_bytes, str name="pipeline-io"):
         cdef bytes comm = name.encode()[:15]
         cdef int error = sending_init(&self.sending, queue_bytes)
@@ -225,6 +228,7 @@ cdef class IOLoop:
             raise OSError(error, error_text(error))
         self.is_made = True
         self.senders = set()
+        self.streams = set()
 
     def __dealloc__(self):
         # Running loops are kept alive by dispatcher.py; a stopped one has no thread and no pipe.
@@ -287,8 +291,9 @@ cdef class IOLoop:
 
         Returns
         -------
-        (Worker, Event, error) or None
-            The worker is None when there are only tasks to run or payloads to release; None when
+        (subject, kind, error) or None
+            A Worker or one end of a stream, whose ``handle`` is to be called with the other two.
+            The subject is None when there are only tasks to run or payloads to release; None when
             the queue is closed and empty.
         """
         cdef sending_t* sending = &self.sending
@@ -314,28 +319,24 @@ cdef class IOLoop:
             store_int(&sending.tasks_queued, 0)
             self.drop_finished()
             return (None, None, 0)
-        return ((<Sender>taken.worker.pipe.owner).workers[taken.worker.index], EVENTS[taken.kind],
-                taken.error)
+        return (<object>taken.subject, taken.kind, taken.error)
 
     def take_connects(self):
-        """Return, for the poller, the workers that need a connection dialled or closed.
+        """Return, for the poller, who needs a connection dialled or closed.
 
         Returns
         -------
-        list of (Worker, Event)
-            The event is CONNECT or CLOSED. They are the caller's until it gives them back.
+        list of (subject, kind)
+            Workers and ends of streams, whose ``dial`` is to be called with the kind of event.
         """
         cdef event_t* event
-        cdef worker_t* worker
         cdef list taken = []
         lock_with_gil(&self.sending.event_lock)
         event = self.sending.connect_head
         self.sending.connect_head = self.sending.connect_tail = NULL
         pthread_mutex_unlock(&self.sending.event_lock)
         while event is not NULL:
-            worker = event.worker
-            taken.append((
-                (<Sender>worker.pipe.owner).workers[worker.index], EVENTS[event.kind]))
+            taken.append((<object>event.subject, event.kind))
             event = event.next
         return taken
 
@@ -369,6 +370,9 @@ cdef class IOLoop:
         Locks may have been held by threads that do not exist here, so they are made anew.
         """
         cdef Sender sender
+        for stream in self.streams:
+            stream.forget_after_fork()
+        self.streams.clear()
         pthread_mutex_init(&self.sending.event_lock, NULL)
         cond_init_monotonic(&self.sending.event_cond)
         self.sending.events_closed = True
@@ -395,13 +399,6 @@ cdef class Sender:
     workers : tuple of Worker
         Empty before ``open``.
     """
-
-    cdef pipe_t pipe
-    cdef readonly tuple workers
-    cdef IOLoop loop
-    cdef ActiveFlag active      # pipe.active points into it
-    cdef int profile
-    cdef bint is_open
 
     def __dealloc__(self):
         cdef int i
@@ -464,6 +461,7 @@ cdef class Sender:
         for i in range(self.pipe.n_workers):
             worker = made[i]
             worker.c = &self.pipe.workers[i]
+            worker.c.event.subject = <void*>worker
         self.workers = made
         self.is_open = True
         loop.senders.add(self)
@@ -497,18 +495,18 @@ cdef class Sender:
         -----
         Thread-safe; never waits. Source: etcd rafthttp/peer.go ``send``, pipeline.go ``msgc``.
         """
-        cdef job_t* job
-        cdef int rc
+        cdef job_t* job = self.make_job(message)
+        return <object>RESULTS[self.offer(job)]
+
+    cdef job_t* make_job(self, object message) except NULL:
+        """Make the job of a message; UsageError if nothing can be offered yet."""
         if not self.is_open:
             raise UsageError("send: the pipeline was not started")
-        if not list_is_empty(&self.loop.sending.finished):
-            self.loop.drop_finished()
-        if isinstance(message, Message):
-            job = job_from_message(<Message>message, self.profile)
-        elif isinstance(message, EncodedMessage):
-            job = job_from_encoded(<EncodedMessage>message)
-        else:
-            job = job_from_protobuf(message)
+        return job_of(self.loop, message, self.profile)
+
+    cdef int offer(self, job_t* job) noexcept:
+        """Offer a job, which is not the caller's any more; OFFER_*."""
+        cdef int rc
         if try_lock(&self.pipe.lock):
             rc = pipe_offer(&self.pipe, job)
         else:
@@ -519,7 +517,7 @@ cdef class Sender:
                 rc = pipe_offer(&self.pipe, job)
         if rc != OFFER_ACCEPTED:
             job_free(job)
-        return <object>RESULTS[rc]
+        return rc
 
     def stats(self):
         """Return the books at one instant: PipelineStats. Thread-safe."""
@@ -689,6 +687,14 @@ cdef class Worker:
 
     def __init__(self):
         raise TypeError("a Worker is its Sender's: Sender.open makes it")
+
+    def handle(self, int kind, int error):
+        """Have the sender handle an event of this worker, in a dispatcher thread."""
+        self.sender.on_event(self, EVENTS[kind], error)
+
+    def dial(self, int kind):
+        """Have the sender dial for this worker, or close what it has, in the poller's thread."""
+        self.sender.on_connect(self, EVENTS[kind])
 
     def job(self):
         """Return (type, to, encoded size in bytes) of the worker's message."""

@@ -72,11 +72,22 @@ cdef struct io_t:
     # Called by whoever runs the loop, with flags of epoll's or with IO_TURN. It may remove its io,
     # and any other, but frees none.
     void (*ready)(io_t* io, uint32_t flags) noexcept nogil
+    # Called when it was handed over, where a loop has several kinds (``loop_run_returned``).
+    void (*returned)(io_t* io) noexcept nogil
 
 # What is to be looked at again in the next turn, or when there is time, in this order.
 cdef struct runnable_t:
     io_t* head
     io_t* tail              # of no meaning without a head
+
+# What has a deadline of its own: the first part of a struct, or a part that leads to it.
+cdef struct due_t:
+    due_t* next
+    due_t* previous
+    int64_t at_ns           # 0 is none
+    # Called by whoever runs the loop, once ``at_ns`` has passed, with that cleared. It may have
+    # itself taken out, but no other.
+    void (*due)(due_t* due) noexcept nogil
 
 cdef struct loop_t:
     int epfd
@@ -89,6 +100,7 @@ cdef struct loop_t:
     runnable_t runnable
     int64_t now_ns          # when it last woke
     int64_t next_deadline_ns        # no deadline is earlier; 0 is none
+    due_t* dues             # borrowed: all that have deadlines of their own
     int n_events            # that were waited for, and not seen to yet
     epoll_event events[LOOP_EVENTS]
 
@@ -162,6 +174,46 @@ cdef inline int loop_timeout_ms(const loop_t* loop, int64_t due_ns) noexcept nog
     return <int>due_ns if due_ns < 3600000 else 3600000
 
 
+cdef inline void loop_join(loop_t* loop, due_t* due) noexcept nogil:
+    """Look at a deadline from now on."""
+    due.previous = NULL
+    due.next = loop.dues
+    if due.next is not NULL:
+        due.next.previous = due
+    loop.dues = due
+    loop_look_at(loop, due.at_ns)
+
+
+cdef inline void loop_leave(loop_t* loop, due_t* due) noexcept nogil:
+    """Look at it no more."""
+    if due.previous is not NULL:
+        due.previous.next = due.next
+    else:
+        loop.dues = due.next
+    if due.next is not NULL:
+        due.next.previous = due.previous
+
+
+cdef inline void loop_set_due(loop_t* loop, due_t* due, int64_t at_ns) noexcept nogil:
+    """Set the deadline of what is looked at; 0 is none."""
+    due.at_ns = at_ns
+    loop_look_at(loop, at_ns)
+
+
+cdef inline void loop_check_dues(loop_t* loop) noexcept nogil:
+    """Call what is overdue, and see to it that the next deadline is looked at."""
+    cdef due_t* due = loop.dues
+    cdef due_t* following
+    while due is not NULL:
+        following = due.next
+        if due.at_ns and due.at_ns <= loop.now_ns:
+            due.at_ns = 0
+            due.due(due)
+        else:
+            loop_look_at(loop, due.at_ns)
+        due = following
+
+
 # -- what is watched
 
 cdef inline int loop_add(loop_t* loop, io_t* io, uint32_t events,
@@ -233,6 +285,16 @@ cdef inline void loop_return(loop_t* loop, io_t* io) noexcept nogil:
 cdef inline io_t* loop_take_returned(loop_t* loop) noexcept nogil:
     """Take what was handed over, linked by ``next_returned``, the last first."""
     return <io_t*>list_take(&loop.returned)
+
+
+cdef inline void loop_run_returned(loop_t* loop) noexcept nogil:
+    """Have what was handed over seen to."""
+    cdef io_t* io = loop_take_returned(loop)
+    cdef io_t* following
+    while io is not NULL:
+        following = io.next_returned
+        io.returned(io)
+        io = following
 
 
 cdef inline void loop_wake(loop_t* loop) noexcept nogil:

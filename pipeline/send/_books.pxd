@@ -15,6 +15,7 @@ from pipeline._system cimport invariant
 cdef enum:
     OUTCOME_SENT
     OUTCOME_FAILED
+    OUTCOME_DROPPED     # its peer is being stopped
 
 
 cdef struct books_t:
@@ -60,15 +61,30 @@ cdef inline void books_take(books_t* books, size_t size_bytes) noexcept nogil:
     books.in_flight += 1
 
 
+cdef inline void books_take_run(books_t* books, uint64_t n, size_t size_bytes) noexcept nogil:
+    """So many queued messages, of so many bytes together, are in flight."""
+    books.queued -= n
+    books.queued_bytes -= size_bytes
+    books.in_flight += n
+
+
+cdef inline void books_settle_run(
+        books_t* books, uint64_t n, size_t size_bytes, int outcome) noexcept nogil:
+    """So many messages in flight have the same outcome: OUTCOME_*."""
+    books.in_flight -= n
+    if outcome == OUTCOME_SENT:
+        books.sent += n
+        books.sent_bytes += size_bytes
+    elif outcome == OUTCOME_FAILED:
+        books.failed += n
+    else:
+        books.dropped += n
+    books_check(books)
+
+
 cdef inline void books_settle(books_t* books, size_t size_bytes, int outcome) noexcept nogil:
     """A message in flight has its outcome: OUTCOME_*."""
-    books.in_flight -= 1
-    if outcome == OUTCOME_SENT:
-        books.sent += 1
-        books.sent_bytes += size_bytes
-    else:
-        books.failed += 1
-    books_check(books)
+    books_settle_run(books, 1, size_bytes, outcome)
 
 
 cdef inline void books_drop(books_t* books) noexcept nogil:

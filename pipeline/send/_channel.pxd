@@ -12,6 +12,7 @@ from posix.uio cimport iovec
 
 from pipeline.send._books cimport (
     books_accept, books_drop, books_offer, books_refuse, books_settle, books_t, books_take,
+    books_take_run,
 )
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push,
@@ -149,6 +150,36 @@ cdef inline job_t* channel_take(channel_t* channel, bint with_large) noexcept no
     if job is not NULL:
         channel_count_taken(channel, job)
     return job
+
+
+cdef inline job_t* channel_take_run(
+        channel_t* channel, uint32_t n_max, size_t bytes_max, job_t** last) noexcept nogil:
+    """Move the oldest small jobs into flight: a list, the oldest first, or NULL.
+
+    So many at most, and no more than it takes to have so many bytes. Producers want the lock
+    meanwhile, so what can be done once is.
+    """
+    cdef ring_t* ring = &channel.msgc
+    cdef job_t* first = NULL
+    cdef job_t* job
+    cdef uint32_t n = 0
+    cdef size_t size = 0
+    while n < n_max and size < bytes_max:
+        job = <job_t*>ring_try_pop(ring)
+        if job is NULL:
+            break
+        if first is NULL:
+            first = job
+        else:
+            last[0].next = job
+        last[0] = job
+        n += 1
+        size += job.size_bytes
+    if first is not NULL:
+        last[0].next = NULL
+        add_i64(&channel.budget.bytes, -<int64_t>size)
+        books_take_run(&channel.books, n, size)
+    return first
 
 
 cdef inline bint channel_expire(channel_t* channel, int64_t now_ns) noexcept nogil:

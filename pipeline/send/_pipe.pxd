@@ -67,6 +67,7 @@ cdef enum:
     WORKER_PYTHON           # an event is queued or being handled: hands off
     WORKER_RETIRED          # stopped; never used again
 
+# What Python is wanted for. Those of streams are ``stream/_streams.pxd``'s.
 cdef enum:
     EVENT_NONE = 0
     EVENT_CONNECT           # a job needs a connection; one still held must be closed first
@@ -75,7 +76,9 @@ cdef enum:
     EVENT_FAILED            # error says why
     EVENT_SUCCEEDED         # 204, and Python has to hear of it
     EVENT_CLOSED            # no job; the idle connection was closed by the peer
-    EVENT_TASKS             # no worker; there are tasks for Python, releasing payloads among them
+    EVENT_TASKS             # nobody's; there are tasks for Python, releasing payloads among them
+    EVENT_HEAD              # a stream: the answer to its dial has come
+    EVENT_LOST              # a stream has ended
 
 # Causes of failure that have no errno.
 cdef enum:
@@ -92,7 +95,9 @@ cdef enum:
 
 cdef struct event_t:
     event_t* next
-    worker_t* worker        # NULL for EVENT_TASKS
+    # Borrowed PyObject*: whose it is, a Worker or one end of a stream, kept alive by the loop's
+    # registry; NULL for EVENT_TASKS.
+    void* subject
     int kind
     int error
 
@@ -157,9 +162,18 @@ cdef struct pipe_t:
     sending_t* sending      # outlives the pipe
     void* owner             # borrowed PyObject*: the Sender; held by the loop's registry while live
 
+# What else a sending loop runs: the streams of its node.
+cdef struct guest_t:
+    # Called once a turn, after what has happened was seen to.
+    void (*turn)(guest_t* guest) noexcept nogil
+    # Asked once the loop has said that it sleeps: whether it has not been told anything before.
+    bint (*may_sleep)(guest_t* guest) noexcept nogil
+    bint is_busy            # the loop is not to sleep, but to look for what has come
+
 # A node's sending loop: whose it is to run, and the lists it goes through between two waits.
 cdef struct sending_t:
     loop_t loop
+    guest_t* guest          # borrowed, set before the thread starts; NULL is none
     char name[16]
     pthread_t thread
     int is_stopping         # atomic

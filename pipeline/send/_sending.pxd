@@ -11,13 +11,13 @@ from libc.string cimport memset
 from pipeline.send._channel cimport channel_take, job_t
 from pipeline.net._descriptors cimport descriptors_t
 from pipeline.net._loop cimport (
-    io_t, loop_close, loop_init, loop_is_due, loop_may_sleep, loop_open, loop_remove,
-    loop_run_events, loop_run_runnable, loop_take_returned, loop_timeout_ms, loop_wait, loop_wake,
+    loop_check_dues, loop_close, loop_init, loop_is_due, loop_may_sleep, loop_open, loop_remove,
+    loop_run_events, loop_run_returned, loop_run_runnable, loop_timeout_ms, loop_wait, loop_wake,
     runnable_remove,
 )
 from pipeline.send._pipe cimport (
     ERROR_STOPPED, EVENT_CLOSED, EVENT_FAILED, SEND_BUFFER_NEAR, WORKER_IDLE, WORKER_PYTHON,
-    pipe_check_age, pipe_expire, pipe_t, sending_queue_tasks, sending_t, worker_t,
+    guest_t, pipe_check_age, pipe_expire, pipe_t, sending_queue_tasks, sending_t, worker_t,
 )
 from pipeline._system cimport (
     AF_INET, EAGAIN, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, SO_SNDBUF, close, cond_init_monotonic,
@@ -26,8 +26,7 @@ from pipeline._system cimport (
     socket, socklen_t, store_int, thread_start,
 )
 from pipeline.send._worker cimport (
-    worker_check_deadline, worker_look_at_state, worker_retire, worker_returned, worker_start,
-    worker_to_python,
+    worker_check_deadline, worker_look_at_state, worker_retire, worker_start, worker_to_python,
 )
 
 
@@ -78,15 +77,6 @@ cdef inline void sending_run_ready(sending_t* sending, pipe_t* pipe) noexcept no
         pipe = following
 
 
-cdef inline void sending_run_returned(sending_t* sending) noexcept nogil:
-    cdef io_t* io = loop_take_returned(&sending.loop)
-    cdef io_t* following
-    while io is not NULL:
-        following = io.next_returned
-        worker_returned(<worker_t*>io)
-        io = following
-
-
 cdef inline void sending_detach(sending_t* sending, pipe_t* pipe) noexcept nogil:
     """Forget a pipe that stops: idle workers retire, busy ones fail with ERROR_STOPPED."""
     cdef pipe_t** link = &sending.attached
@@ -123,19 +113,21 @@ cdef inline void sending_check_deadlines(sending_t* sending) noexcept nogil:
             worker_check_deadline(&pipe.workers[i], sending.loop.now_ns)
         pipe_check_age(pipe, sending.loop.now_ns)
         pipe = pipe.next_attached
+    loop_check_dues(&sending.loop)
 
 
 cdef inline void* sending_main(void* argument) noexcept nogil:
-    """The thread. Ends when it is told to and no pipe is attached any more."""
+    """The thread. Ends when it is told to, and no pipe is attached any more and no stream runs."""
     cdef sending_t* sending = <sending_t*>argument
     cdef pipe_t* detached
     cdef pipe_t* following
+    cdef guest_t* guest = sending.guest
     cdef int timeout_ms
     while True:
         # Detached is taken before ready and returned: what a pipe's owner pushed there before
         # it stopped the pipe is then seen before the pipe is forgotten.
         detached = <pipe_t*>list_take(&sending.detached)
-        sending_run_returned(sending)
+        loop_run_returned(&sending.loop)
         sending_run_ready(sending, <pipe_t*>list_take(&sending.ready))
         while detached is not NULL:
             following = detached.next_detached
@@ -144,14 +136,19 @@ cdef inline void* sending_main(void* argument) noexcept nogil:
         loop_run_runnable(&sending.loop)
 
         timeout_ms = loop_timeout_ms(&sending.loop, sending.release_due_ns)
+        if guest is not NULL and guest.is_busy:
+            timeout_ms = 0
         if timeout_ms != 0:
             if not loop_may_sleep(&sending.loop) \
                     or not list_is_empty(&sending.ready) \
                     or not list_is_empty(&sending.detached) \
-                    or load_int(&sending.is_stopping):
+                    or load_int(&sending.is_stopping) \
+                    or (guest is not NULL and not guest.may_sleep(guest)):
                 timeout_ms = 0
         loop_wait(&sending.loop, timeout_ms)
         loop_run_events(&sending.loop)
+        if guest is not NULL:
+            guest.turn(guest)
         if loop_is_due(&sending.loop):
             sending_check_deadlines(sending)
         if sending.release_due_ns and sending.loop.now_ns >= sending.release_due_ns:
@@ -159,7 +156,7 @@ cdef inline void* sending_main(void* argument) noexcept nogil:
             if load_i64(&sending.finished_jobs) > 0:       # a send may have been quicker
                 sending_queue_tasks(sending)
         if load_int(&sending.is_stopping) and sending.attached is NULL \
-                and list_is_empty(&sending.detached) \
+                and sending.loop.dues is NULL and list_is_empty(&sending.detached) \
                 and list_is_empty(&sending.loop.returned):
             return NULL
 

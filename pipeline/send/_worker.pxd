@@ -83,7 +83,6 @@ cdef inline void worker_to_python(worker_t* worker, int kind, int error) noexcep
     worker.deadline_ns = 0
     worker.event.kind = kind
     worker.event.error = error
-    worker.event.worker = worker
     if kind == EVENT_CONNECT or kind == EVENT_CLOSED:
         sending_queue_connect(worker.pipe.sending, &worker.event)
     else:
@@ -383,8 +382,9 @@ cdef inline void worker_ready(io_t* io, uint32_t flags) noexcept nogil:
             worker_idle_closed(worker)
 
 
-cdef inline void worker_returned(worker_t* worker) noexcept nogil:
+cdef inline void worker_returned(io_t* io) noexcept nogil:
     """Go on with a worker that Python gives back: with a job to send, or with the next one."""
+    cdef worker_t* worker = <worker_t*>io
     cdef pipe_t* pipe = worker.pipe
     cdef int error
     if pipe.is_detached:
@@ -440,6 +440,7 @@ cdef inline int worker_give_back(worker_t* worker) noexcept nogil:
     cdef int given = GIVEN_TO_LOOP
     pthread_mutex_lock(&pipe.lock)
     if not pipe.is_detached:
+        worker.conn.io.returned = worker_returned
         loop_return(&sending.loop, &worker.conn.io)
     elif worker.job is NULL:
         worker_retire(worker)

@@ -117,6 +117,8 @@ class Dispatcher:
             # One that is being removed at this moment may not have got to it.
             for sender in tuple(self.loop.senders):
                 sender.begin_stop()
+            for stream in tuple(self.loop.streams):
+                stream.begin_stop()
             self.loop.stop()
             # After the loop, which wakes it, and before the events are closed, for each dial that
             # fails is one.
@@ -163,14 +165,14 @@ class Dispatcher:
             # Before an event that may block: let another thread wait for the next one.
             if len(self._threads) < self._max_threads and not self.loop.has_waiter():
                 self._try_add_thread()
-            if event[0] is None:
+            subject, kind, error = event
+            if subject is None:
                 self._run_tasks()
             else:
-                worker, kind, error = event
-                handle = worker.sender.on_event
-                logger.survive("an event was not handled", handle, worker, kind, error)
-                del worker, handle  # keep nothing alive while waiting
-            del event
+                handle = subject.handle
+                logger.survive("an event was not handled", handle, kind, error)
+                del handle
+            del event, subject  # keep nothing alive while waiting
         self._run_tasks()
 
     def _run_tasks(self) -> None:
@@ -191,7 +193,7 @@ class Dispatcher:
 
 
 class _Connects:
-    """Has the loop's workers dialled for, and their connections closed: a client of the poller."""
+    """Has the loop's workers and streams dialled for: a client of the poller."""
 
     def __init__(self, loop: IOLoop) -> None:
         self._loop = loop
@@ -201,9 +203,9 @@ class _Connects:
         return math.inf
 
     def check_time(self, now: float) -> None:
-        """See to the workers that need it."""
-        for worker, event in self._loop.take_connects():
-            worker.sender.on_connect(worker, event)
+        """See to those that need it."""
+        for subject, kind in self._loop.take_connects():
+            subject.dial(kind)
 
     def end(self) -> None:
         """See to them once more: the dialler, which has ended, fails the dials."""

@@ -24,10 +24,11 @@ MAY_KNOW: dict[str, set[str]] = {
     "send": {"wire", "tls", "net"},
     "receive": {"wire", "tls", "net"},
     "snapshot": {"wire", "tls", "net", "send", "receive"},
+    "stream": {"wire", "tls", "net", "send", "receive"},
     # peer.py, remote.py, node.py, and the face on it that waits in the caller's thread.
-    "": {"raftpb", "wire", "tls", "net", "send", "receive", "snapshot"},
+    "": {"raftpb", "wire", "tls", "net", "send", "receive", "snapshot", "stream"},
     # The face on node.py that is awaited; nothing at the root knows it.
-    "aio": {"", "wire", "tls", "send", "receive", "snapshot"},
+    "aio": {"", "wire", "tls", "send", "receive", "snapshot", "stream"},
 }
 #: Modules at the root that know no folder, so that every folder may know them.
 KNOWN_TO_ALL = {

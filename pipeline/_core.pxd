@@ -1,0 +1,36 @@
+"""The classes of sending's core, for what stands on it: the streams share its loop and its jobs."""
+
+from pipeline.send._channel cimport job_t
+from pipeline.send._pipe cimport pipe_t, sending_t
+
+
+cdef class ActiveFlag:
+    cdef int value
+
+
+cdef class IOLoop:
+    cdef sending_t sending
+    cdef bint is_made
+    cdef bint is_running
+    # Senders with a live worker, and ends of streams that the loop has. Events carry borrowed
+    # pointers to them: this keeps them alive.
+    cdef readonly set senders
+    cdef readonly set streams
+
+    cdef void drop_finished(self) noexcept
+
+
+cdef class Sender:
+    cdef pipe_t pipe
+    cdef readonly tuple workers
+    cdef IOLoop loop
+    cdef ActiveFlag active      # pipe.active points into it
+    cdef int profile
+    cdef bint is_open
+
+    cdef job_t* make_job(self, object message) except NULL
+    cdef int offer(self, job_t* job) noexcept
+
+
+# Make the job of a message, in a profile's encoding. ``loop`` lets go of what is finished.
+cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL

@@ -1,0 +1,725 @@
+# cython: auto_pickle=False
+"""The core of streams: where Python meets both ends of them.
+
+``_writer`` and ``_reader`` hold what runs in the sending loop without the GIL. Here are their
+Python owners, and the one call that takes a message to the channel it is for:
+
+    Streams     owns a streams_t: what the streams of a node share
+    Writer      owns a writer_t; the base of ``writer.StreamWriter``
+    Reader      owns a stream_reader_t; the base of ``reader.StreamReader``
+    Channels    picks: a stream, or the pipeline
+
+An end is the loop's from its first use on. The loop's registry keeps it alive until it has been let
+go of and no event points to it.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from pipeline._core cimport IOLoop, Sender
+from pipeline._system cimport (
+    clock_ns, cond_init_monotonic, count_get, deadline_timespec, load_int,
+    pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock, timespec,
+)
+from pipeline.net._budget cimport BodyBudget, budget_join, budget_leave
+from pipeline.net._descriptors cimport descriptors_shut, descriptors_t
+from pipeline.net._gil cimport lock_with_gil, try_lock
+from pipeline.net._loop cimport loop_wake
+from pipeline.net._memory cimport body_free, body_t
+from pipeline.net._sockets cimport own_descriptors
+from pipeline.receive._arrivals cimport Source
+from pipeline.receive._inbox cimport reader_join, reader_leave, reader_t
+from pipeline.send._books cimport books_t, follower_stddev_ms, follower_t
+from pipeline.send._channel cimport (
+    OFFER_ACCEPTED, OFFER_FULL, channel_free, channel_init, channel_limits_t, job_t,
+)
+from pipeline.send._jobs cimport job_free, jobs_free
+from pipeline.send._pipe cimport EVENT_HEAD, EVENT_LOST
+from pipeline.stream._reader cimport (
+    READER_ASKING, READER_DIALLING, READER_DOWN, READER_JUDGED, READER_REFUSED, READER_UP,
+    VERDICT_ACCEPT, VERDICT_REFUSE, reader_due, reader_returned, stream_reader_t, streams_may_sleep,
+    streams_turn,
+)
+from pipeline.stream._stream cimport (
+    ERROR_CHUNKS, ERROR_FRAME, ERROR_HEAD, ERROR_SILENT, end_begin_stop, end_t, end_wake,
+    streams_t,
+)
+from pipeline.stream._writer cimport (
+    writer_begin_stop, writer_due, writer_offer, writer_returned, writer_t,
+)
+from pipeline.tls._engine cimport Session, tls_free
+from pipeline.tls._tls cimport tls_t
+from pipeline.wire._frames cimport FRAME_LIMIT, STREAM_MESSAGE, STREAM_MSGAPP, frames_init
+from pipeline.wire._messages cimport Message, profile_index
+from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
+from pipeline.wire._types cimport TYPE_APP, TYPE_SNAP
+
+import enum
+import socket
+
+from pipeline._core import error_text as sending_error_text
+from pipeline.errors import UsageError
+from pipeline.stats import FollowerStats, PipelineStats
+from pipeline.types import SendResult
+
+__all__ = ["Channels", "Reader", "StreamEvent", "Streams", "Writer", "error_text"]
+
+cdef enum:
+    # A larger message never goes on a message stream: heartbeats would have to wait for it.
+    MESSAGE_STREAM_MAX = 64 * 1024
+
+cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
+
+cdef dict KINDS = {"message": STREAM_MESSAGE, "msgapp": STREAM_MSGAPP}
+
+cdef dict REASONS = {
+    ERROR_CHUNKS: "unexpected EOF",
+    ERROR_FRAME: "a frame that is none",
+    ERROR_HEAD: "the head of the answer does not end",
+    ERROR_SILENT: "i/o timeout",
+}
+
+# What a reader is at, in the words of ``Reader.state``.
+cdef dict STATES = {
+    READER_DOWN: "down",
+    READER_DIALLING: "dialling",
+    READER_ASKING: "asking",
+    READER_JUDGED: "judged",
+    READER_UP: "up",
+    READER_REFUSED: "refused",
+}
+
+
+class StreamEvent(enum.IntEnum):
+    """What Python hears of one end of a stream (``send/_pipe.pxd``, EVENT_*)."""
+
+    HEAD = EVENT_HEAD
+    LOST = EVENT_LOST
+
+
+def error_text(int error):
+    """Tell in words why a stream has ended, or its answer did not come; 0 is in good order."""
+    if error == 0:
+        return "EOF"
+    return REASONS[error] if error in REASONS else sending_error_text(error)
+
+
+cdef void recycle(reader_t* reader, body_t* body) noexcept nogil:
+    """Take back the memory of a large frame, of which none is kept."""
+    body_free(body)
+
+
+cdef class Streams:
+    """What the streams of a node share; the guest of its sending loop.
+
+    Parameters
+    ----------
+    loop : IOLoop
+        One that has not been started.
+    budget : BodyBudget
+        What frames that are being read count in.
+    source : Source
+        What messages are put into an inbox with.
+    proposals : Source
+        The same for MsgProp: of the same inbox, or of another.
+    delivered_types : int
+        The types of messages that are for Raft, as bits; the last of 64 is for all from there on.
+    max_bytes : int
+        Of a received message.
+    drops_proposals : bool
+        Whether a MsgProp for which there is no room is dropped, as by etcd, or waits.
+    """
+
+    cdef streams_t* c
+    cdef IOLoop loop
+    cdef BodyBudget budget
+    cdef Source source
+    cdef Source proposals
+    cdef bint is_joined
+
+    def __cinit__(self, IOLoop loop not None, BodyBudget budget not None, Source source not None,
+                  Source proposals not None, *, uint64_t delivered_types, uint64_t max_bytes,
+                  bint drops_proposals):
+        cdef streams_t* streams
+        self.c = streams = <streams_t*>malloc(sizeof(streams_t))
+        if streams is NULL:
+            raise MemoryError
+        memset(streams, 0, sizeof(streams_t))
+        self.loop = loop
+        self.budget = budget
+        self.source = source
+        self.proposals = proposals
+        streams.sending = &loop.sending
+        streams.inbox = &source.arrivals.c
+        streams.source = &source.c
+        streams.proposals = &proposals.arrivals.c
+        streams.proposals_source = &proposals.c
+        streams.reader.loop = streams.proposals_reader.loop = &loop.sending.loop
+        streams.reader.recycle = streams.proposals_reader.recycle = recycle
+        streams.delivered = delivered_types
+        streams.max_bytes = min(max_bytes, <uint64_t>FRAME_LIMIT)
+        streams.drops_proposals = drops_proposals
+        streams.budget = &budget.c
+        streams.in_budget.loop = &loop.sending.loop
+        streams.guest.turn = streams_turn
+        streams.guest.may_sleep = streams_may_sleep
+
+    def open(self):
+        """Let the loop, which has not been started, have streams. Once."""
+        self.is_joined = True
+        self.source.open()
+        self.source.arrivals.add(&self.c.reader, self)
+        reader_join(self.c.inbox, &self.c.reader)
+        if self.c.proposals is not self.c.inbox:
+            self.proposals.open()
+            self.proposals.arrivals.add(&self.c.proposals_reader, self)
+            reader_join(self.c.proposals, &self.c.proposals_reader)
+        budget_join(self.c.budget, &self.c.in_budget)
+        self.loop.sending.guest = &self.c.guest
+
+    def close(self):
+        """Let nobody tell the loop any more, which has ended. Any number of times."""
+        if not self.is_joined:
+            return
+        self.is_joined = False
+        with nogil:
+            # Only C state is touched.
+            budget_leave(self.c.budget, &self.c.in_budget)
+            reader_leave(self.c.inbox, &self.c.reader)
+            if self.c.proposals is not self.c.inbox:
+                reader_leave(self.c.proposals, &self.c.proposals_reader)
+        self.source.arrivals.remove(&self.c.reader)
+        if self.c.proposals is not self.c.inbox:
+            self.proposals.arrivals.remove(&self.c.proposals_reader)
+
+    def forget_after_fork(self):
+        """In a forked child, which has no loop of ours: touch nothing that is the parent's."""
+        self.is_joined = False
+        self.budget.forget_after_fork()
+
+    def __dealloc__(self):
+        free(self.c)
+
+
+cdef tls_t* tls_of(object sock) except? NULL:
+    """Take the TLS out of a socket, if it has any; the caller's."""
+    cdef Session session = sock.tls
+    cdef tls_t* tls
+    if session is None:
+        return NULL
+    tls = session.c
+    session.c = NULL
+    sock.tls = None
+    return tls
+
+
+cdef class End:
+    """One end of a stream: what Python may want of it, and how Python hears of it.
+
+    Attributes
+    ----------
+    kind : str
+        "msgapp" or "message".
+    """
+
+    cdef object __weakref__
+    cdef end_t* c           # owned by the subclass; NULL when it could not be made
+    cdef Streams streams
+    cdef readonly str kind
+    cdef bint is_foreign    # of the parent of this process
+
+    cdef int init(self, Streams streams, str kind, uint64_t writes, uint64_t reads) except -1:
+        self.streams = streams
+        self.kind = kind
+        if kind not in KINDS:
+            raise UsageError(f"kind: {kind!r} is not one of {sorted(KINDS)}")
+        self.c.streams = streams.c
+        self.c.conn.io.fd = -1
+        self.c.event.subject = self.c.connect_event.subject = <void*>self
+        frames_init(&self.c.frames, KINDS[kind], writes, reads)
+        if pthread_mutex_init(&self.c.lock, NULL) != 0 \
+                or cond_init_monotonic(&self.c.ended) != 0:
+            raise MemoryError
+        return 0
+
+    cdef int open(self) except -1:
+        """See to it that this is there as long as the loop has it."""
+        cdef IOLoop loop = self.streams.loop
+        cdef bint is_open, was_open
+        loop.streams.add(self)          # first: from there on the loop may tell of it
+        lock_with_gil(&self.c.lock)
+        was_open = self.c.is_open
+        if loop.is_running and not self.c.is_stopping:
+            self.c.is_open = True
+        is_open = self.c.is_open
+        pthread_mutex_unlock(&self.c.lock)
+        if not is_open:
+            loop.streams.discard(self)
+            raise UsageError(f"a stream of a node that is not running: {self.kind}")
+        if was_open:
+            self.forget()               # if it has ended meanwhile
+        return 0
+
+    cdef bint hand_over(self, object sock, bytes first, bint is_chunked) except -1:
+        """Have the loop take over a connection, and write ``first`` on it; False when stopping.
+
+        The connection is not the caller's any more, whatever comes of it.
+        """
+        cdef size_t n = PyBytes_GET_SIZE(first)
+        cdef uint8_t* copy
+        cdef tls_t* tls
+        cdef int fd
+        try:
+            self.open()
+            copy = <uint8_t*>malloc(n if n > 0 else 1)
+            if copy is NULL:
+                raise MemoryError
+        except BaseException:
+            sock.close()
+            if self.c.is_stopping:
+                return False
+            raise
+        memcpy(copy, PyBytes_AS_STRING(first), n)
+        tls = tls_of(sock)
+        fd = socket.socket.detach(sock)
+        with nogil:
+            # The loop may hold the lock for a moment. Only C state is touched.
+            pthread_mutex_lock(&self.c.lock)
+            if self.c.is_stopping or self.c.has_next:
+                # Of two that come at once the later one counts.
+                end_close_connection(self.c, fd if self.c.is_stopping else self.c.next_fd,
+                                     tls if self.c.is_stopping else self.c.next_tls)
+            if self.c.is_stopping:
+                pthread_mutex_unlock(&self.c.lock)
+                free(copy)
+                fd = -1
+            else:
+                free(self.c.next_head)
+                self.c.has_next = True
+                self.c.next_fd = fd
+                self.c.next_tls = tls
+                self.c.next_head = copy
+                self.c.next_head_len = n
+                self.c.next_is_chunked = is_chunked
+                end_wake(self.c)
+        return fd >= 0
+
+    def renew(self):
+        """Have the stream, if it is up, end in good order. Thread-safe; never waits."""
+        if not self.is_foreign:
+            with nogil:
+                # Only C state is touched.
+                pthread_mutex_lock(&self.c.lock)
+                if self.c.is_open:
+                    self.c.is_renewing = True
+                    end_wake(self.c)
+                else:
+                    pthread_mutex_unlock(&self.c.lock)
+
+    def wait_stopped(self, double timeout_s):
+        """Wait, after ``begin_stop``, until the loop has let go of it; whether it has."""
+        cdef int64_t deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
+        cdef timespec at = deadline_timespec(deadline_ns)
+        cdef bint is_ended = True
+        if not self.is_foreign:
+            with nogil:
+                # Only C state is touched.
+                pthread_mutex_lock(&self.c.lock)
+                while not self.c.is_ended and clock_ns() < deadline_ns:
+                    pthread_cond_timedwait(&self.c.ended, &self.c.lock, &at)
+                is_ended = self.c.is_ended
+                pthread_mutex_unlock(&self.c.lock)
+            self.forget()
+        return is_ended
+
+    cdef int forget(self) except -1:
+        """Keep it alive no longer than it is needed."""
+        cdef bint is_needed
+        lock_with_gil(&self.c.lock)
+        is_needed = not self.c.is_ended or self.c.is_told or self.c.is_asked
+        pthread_mutex_unlock(&self.c.lock)
+        if not is_needed:
+            self.streams.loop.streams.discard(self)
+        return 0
+
+    def handle(self, int kind, int error):
+        """Have the subclass hear of an event, in a dispatcher thread."""
+        lock_with_gil(&self.c.lock)
+        error = self.c.error
+        kind = self.c.event.kind
+        self.c.is_told = False
+        self.note_event()
+        pthread_mutex_unlock(&self.c.lock)
+        self.forget()
+        self.on_event(StreamEvent(kind), error)
+
+    cdef void note_event(self) noexcept:
+        """Keep what the event is about. The caller holds the lock."""
+
+    def dial(self, int kind):
+        """Have the subclass dial, in the poller's thread."""
+        lock_with_gil(&self.c.lock)
+        self.c.is_asked = False
+        pthread_mutex_unlock(&self.c.lock)
+        self.forget()
+        self.on_connect()
+
+    def on_event(self, event, int error):
+        """Hear of what has become of it; the subclass does, in a dispatcher thread."""
+        raise NotImplementedError
+
+    def on_connect(self):
+        """Dial, and ``connect`` or ``dial_after``; the subclass does, in the poller's thread."""
+        raise NotImplementedError
+
+    def forget_after_fork(self):
+        """In a forked child, which has no loop of ours: touch nothing that is the parent's."""
+        self.is_foreign = True
+        self.c.is_stopping = self.c.is_ended = True
+        pthread_mutex_init(&self.c.lock, NULL)
+        cond_init_monotonic(&self.c.ended)
+
+
+cdef descriptors_t* descriptors = own_descriptors()
+
+
+cdef void end_close_connection(end_t* end, int fd, tls_t* tls) noexcept nogil:
+    """Close a connection that the loop never had."""
+    descriptors_shut(descriptors, fd)
+    tls_free(tls)
+
+
+cdef class Writer(End):
+    """The end at which messages to a peer are sent; the peer has dialled.
+
+    Parameters
+    ----------
+    streams : Streams
+    kind : str
+        "msgapp" or "message".
+    member_id, peer_id : int
+    profile : str
+        Encoding on the wire; see ``PipelineConfig``.
+    queue_length, queue_bytes : int
+        What its channel holds.
+
+    Notes
+    -----
+    Thread-safe. Nothing here waits but ``wait_stopped``.
+    Source: etcd rafthttp/stream.go, streamWriter.
+    """
+
+    cdef writer_t w
+    cdef uint64_t n_lost
+    cdef bint is_made
+
+    def __cinit__(self, Streams streams not None, str kind not None, uint64_t member_id,
+                  uint64_t peer_id, *, profile, uint32_t queue_length, int64_t queue_bytes):
+        cdef channel_limits_t limits
+        self.c = &self.w.end
+        self.init(streams, kind, member_id, peer_id)
+        limits.messages = queue_length
+        limits.bytes = queue_bytes
+        limits.large_min = <size_t>-1       # in the order in which they came
+        limits.max_age_ns = 0
+        self.w.profile = profile_index(profile)
+        if channel_init(&self.w.channel, &limits, &streams.loop.sending.budget) != 0:
+            raise MemoryError
+        self.is_made = True
+        self.c.conn.io.returned = writer_returned
+        self.c.due.due = writer_due
+
+    def __dealloc__(self):
+        if not self.is_made or self.is_foreign:
+            return
+        free(self.c.next_head)
+        channel_free(&self.w.channel)
+        pthread_cond_destroy(&self.c.ended)
+        pthread_mutex_destroy(&self.c.lock)
+
+    @property
+    def working(self):
+        """Whether it takes messages: a connection is attached, and was not seen to break."""
+        return load_int(&self.w.working) != 0
+
+    def attach(self, sock not None, bytes head not None, *, bint is_chunked):
+        """Send on a connection on which the peer has asked for the stream.
+
+        Parameters
+        ----------
+        sock : OwnSocket
+            It and its TLS are the loop's from here on.
+        head : bytes
+            The head of the answer.
+        is_chunked : bool
+            Whether what follows is in chunks; otherwise it ends with the connection.
+
+        Returns
+        -------
+        bool
+            False when it is being stopped; the connection is closed then. A stream that is up is
+            ended for it, in good order.
+        """
+        return self.hand_over(sock, head, is_chunked)
+
+    cdef int offer_job(self, job_t* job) noexcept:
+        """Offer a job, which is the caller's unless it is accepted; OFFER_*."""
+        cdef bint is_needed = False
+        cdef int rc
+        if try_lock(&self.c.lock):
+            rc = writer_offer(&self.w, job, &is_needed)
+        else:
+            with nogil:
+                # The lock's owner was preempted. Only C state is touched.
+                pthread_mutex_lock(&self.c.lock)
+                rc = writer_offer(&self.w, job, &is_needed)
+        if is_needed:
+            loop_wake(&self.streams.loop.sending.loop)
+        return rc
+
+    def stats(self):
+        """Return the books at one instant: PipelineStats."""
+        cdef books_t books
+        lock_with_gil(&self.c.lock)
+        books = self.w.channel.books
+        pthread_mutex_unlock(&self.c.lock)
+        return PipelineStats(
+            books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
+            books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
+
+    def follower_stats(self):
+        """Return what became of MsgApp messages: FollowerStats."""
+        cdef follower_t follower
+        lock_with_gil(&self.c.lock)
+        follower = self.w.follower
+        pthread_mutex_unlock(&self.c.lock)
+        return FollowerStats(
+            follower.success, follower.fail, follower.current_ms, follower.mean_ms,
+            follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
+
+    cdef void note_event(self) noexcept:
+        self.n_lost += self.w.n_lost
+        self.w.n_lost = 0
+
+    def take_lost(self):
+        """Return how many messages have failed with the stream since the last call: when LOST."""
+        cdef uint64_t lost = self.n_lost
+        self.n_lost = 0
+        return lost
+
+    def begin_stop(self):
+        """Take nothing any more and end the stream; how many queued messages were dropped."""
+        cdef job_t* job
+        cdef job_t* first
+        cdef bint is_needed = False
+        cdef int dropped = 0
+        if self.is_foreign:
+            return 0
+        with nogil:
+            # Only C state is touched.
+            pthread_mutex_lock(&self.c.lock)
+            first = writer_begin_stop(&self.w, &is_needed)
+            pthread_mutex_unlock(&self.c.lock)
+            if is_needed:
+                loop_wake(&self.streams.loop.sending.loop)
+        job = first
+        while job is not NULL:
+            dropped += 1
+            job = job.next
+        jobs_free(first)
+        return dropped
+
+
+cdef class Reader(End):
+    """The end at which messages of a peer arrive; we dial.
+
+    Parameters
+    ----------
+    streams : Streams
+    kind : str
+        "msgapp" or "message".
+    member_id, peer_id : int
+
+    Notes
+    -----
+    Thread-safe. Nothing here waits but ``wait_stopped``.
+    Source: etcd rafthttp/stream.go, streamReader.
+    """
+
+    cdef stream_reader_t r
+    cdef bint is_made
+
+    def __cinit__(self, Streams streams not None, str kind not None, uint64_t member_id,
+                  uint64_t peer_id):
+        self.c = &self.r.end
+        self.init(streams, kind, peer_id, member_id)
+        self.is_made = True
+        self.c.conn.io.returned = reader_returned
+        self.c.due.due = reader_due
+
+    def __dealloc__(self):
+        if not self.is_made or self.is_foreign:
+            return
+        free(self.c.next_head)
+        pthread_cond_destroy(&self.c.ended)
+        pthread_mutex_destroy(&self.c.lock)
+
+    @property
+    def state(self):
+        """What it is at, for tests: down, dialling, asking, judged, up or refused."""
+        return STATES[load_int(&self.r.state)]
+
+    def dial_after(self, double seconds):
+        """Have ``on_connect`` called in so many seconds, unless the stream is up or stops."""
+        cdef int64_t at_ns = clock_ns() + <int64_t>(seconds * 1e9)
+        if self.c.is_stopping:
+            return
+        self.open()
+        with nogil:
+            # Only C state is touched.
+            pthread_mutex_lock(&self.c.lock)
+            self.r.wants_dial = True
+            self.r.dial_ns = at_ns
+            end_wake(self.c)
+
+    def connect(self, sock not None, bytes request not None):
+        """Ask for the stream on a connection that was dialled; the event HEAD follows.
+
+        ``sock``, an OwnSocket, and its TLS are the loop's from here on. False when it stops.
+        """
+        return self.hand_over(sock, request, False)
+
+    def head(self):
+        """Return what has come in answer, up to 16 KiB: bytes. Between HEAD and the verdict."""
+        cdef bytes head = b""
+        lock_with_gil(&self.c.lock)
+        try:        # the loop lets go of it when it stops, for which it takes the lock before
+            if not self.c.is_stopping and self.r.kept is not NULL:
+                head = PyBytes_FromStringAndSize(<char*>self.r.kept, self.r.kept_len)
+        finally:
+            pthread_mutex_unlock(&self.c.lock)
+        return head
+
+    def accept(self, size_t head_len, *, bint is_chunked):
+        """Take what follows the first ``head_len`` bytes of the answer for the stream."""
+        self.give_verdict(VERDICT_ACCEPT, head_len, is_chunked, 0.0)
+
+    def refuse(self, *, double wait_s):
+        """Do without the stream.
+
+        Throw away what comes until the connection ends, for so long at most, and have
+        ``on_connect`` called then; with 0 close it now, and nothing follows.
+        """
+        self.give_verdict(VERDICT_REFUSE, 0, False, wait_s)
+
+    cdef int give_verdict(
+            self, int verdict, size_t head_len, bint is_chunked, double wait_s) except -1:
+        if self.is_foreign:
+            return 0
+        with nogil:
+            # Only C state is touched.
+            pthread_mutex_lock(&self.c.lock)
+            self.r.verdict = verdict
+            self.r.head_len = head_len
+            self.c.next_is_chunked = is_chunked
+            self.r.wait_ns = <int64_t>(wait_s * 1e9)
+            end_wake(self.c)
+        return 0
+
+    def stats(self):
+        """Return (messages, bytes, since, ignored, dropped).
+
+        What has come by it ever, of which were of types that are not for Raft, or proposals without
+        room; and when it came up, in seconds of ``time.monotonic``, 0.0 while it is down.
+        """
+        return (count_get(&self.r.messages), count_get(&self.r.bytes),
+                <double>count_get(&self.r.since_ns) / 1e9, count_get(&self.r.ignored),
+                count_get(&self.r.dropped))
+
+    def begin_stop(self):
+        """End the stream and do not dial any more; 0, as the number of messages dropped."""
+        cdef bint is_needed
+        if self.is_foreign:
+            return 0
+        with nogil:
+            # Only C state is touched.
+            pthread_mutex_lock(&self.c.lock)
+            is_needed = end_begin_stop(self.c)
+            pthread_mutex_unlock(&self.c.lock)
+            if is_needed:
+                loop_wake(&self.streams.loop.sending.loop)
+        return 0
+
+
+cdef class Channels:
+    """Takes each message to the channel that carries it; etcd rafthttp/peer.go ``pick``.
+
+    Parameters
+    ----------
+    pipeline : Sender
+    msgapp, message : Writer or None
+
+    Notes
+    -----
+    Thread-safe; never waits. A MsgApp goes by the first of msgapp, message and the pipeline that is
+    working; a MsgSnap by the pipeline; all others by message, or the pipeline. Differs from etcd:
+    what is larger than 64 KiB is never on a message stream, for heartbeats would wait for it.
+    """
+
+    cdef Sender pipeline
+    cdef Writer msgapp
+    cdef Writer message
+
+    def __cinit__(self, Sender pipeline not None, Writer msgapp, Writer message):
+        self.pipeline = pipeline
+        self.msgapp = msgapp
+        self.message = message
+
+    cdef Writer pick(self, int type, size_t size):
+        """Return the stream for a message of a type and an encoded size; None is the pipeline."""
+        if type == TYPE_SNAP:
+            return None
+        if type == TYPE_APP and self.msgapp is not None and load_int(&self.msgapp.w.working) \
+                and size <= FRAME_LIMIT:
+            return self.msgapp
+        if self.message is not None and load_int(&self.message.w.working) \
+                and size <= MESSAGE_STREAM_MAX:
+            return self.message
+        return None
+
+    def send(self, message):
+        """Offer a message; as ``Sender.send``."""
+        cdef job_t* job = self.pipeline.make_job(message)
+        cdef Writer writer = self.pick(job.type, job.size_bytes)
+        cdef int rc
+        if writer is not None and (isinstance(message, Message) or job_is_plain(job)):
+            rc = writer.offer_job(job)
+            if rc == OFFER_ACCEPTED:
+                return <object>RESULTS[rc]
+            if rc == OFFER_FULL:
+                job_free(job)
+                return <object>RESULTS[rc]
+        return <object>RESULTS[self.pipeline.offer(job)]
+
+    def name_for(self, message):
+        """Return which would carry a message now: "msgapp", "message" or "pipeline"."""
+        cdef job_t* job = self.pipeline.make_job(message)
+        cdef Writer writer = self.pick(job.type, job.size_bytes)
+        if writer is not None and not (isinstance(message, Message) or job_is_plain(job)):
+            writer = None
+        job_free(job)
+        return "pipeline" if writer is None else writer.kind
+
+
+cdef bint job_is_plain(const job_t* job) noexcept:
+    """Tell whether bytes that others have encoded are a message that a frame may carry.
+
+    An etcd ends itself at a frame of a msgapp stream with no message in it; to an older one a field
+    that has not the type we know is none either. A post of either is only refused.
+    """
+    cdef wire_decoded_t decoded
+    return wire_decode(<const uint8_t*>job.segments[1].iov_base, job.segments[1].iov_len,
+                       &decoded) == WIRE_OK and not decoded.has_unknown
