@@ -16,7 +16,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import TypeVar
 import urllib3
 
 from pipeline import Entry, EntryType, TLSInfo, TransportConfig
+from pipeline.examples.bolt import pairs
 
 T = TypeVar("T")
 
@@ -184,6 +184,8 @@ class EtcdMember:
         are always plain.
     more_urls : sequence of str
         Peer URLs of further members, one each.
+    peer_url : str, optional
+        Where it listens; by default at a free port of loopback.
 
     Attributes
     ----------
@@ -211,6 +213,7 @@ class EtcdMember:
         flags: Sequence[str] = (),
         tls: TLSInfo | None = None,
         more_urls: Sequence[str] = (),
+        peer_url: str | None = None,
     ) -> None:
         self.binary = binary
         self.version = version_of(binary)
@@ -218,7 +221,8 @@ class EtcdMember:
         self.other_url = other_url
         self.token = token
         self.flags = (*flags, *([] if tls is None else _tls_flags(tls)))
-        self.peer_url = f"{'http' if tls is None else 'https'}://127.0.0.1:{free_port()}"
+        scheme = "http" if tls is None else "https"
+        self.peer_url = peer_url or f"{scheme}://127.0.0.1:{free_port()}"
         self.client_url = f"http://127.0.0.1:{free_port()}"
         self.id = member_id([self.peer_url], token)
         self.other_id = member_id([other_url], token)
@@ -474,28 +478,9 @@ def _varint(number: int) -> bytes:
 def puts_in(database: Path) -> set[tuple[bytes, bytes]]:
     """Return key and value of each put that an etcd database has, of all revisions.
 
-    For a database as etcd sends it, of a little-endian machine. It is bbolt's B+ tree: a page has
-    a header of 16 bytes (flags at 8, number of elements at 10), 16 bytes for each element, and what
-    these point to. Page 0 says how large a page is and where the root is. The bucket ``key`` has a
-    protobuf ``KeyValue`` for each revision: key (1), value (5).
+    The bucket ``key`` has a protobuf ``KeyValue`` for each revision: key (1), value (5).
     """
-    data = database.read_bytes()
-    page_bytes, root = struct.unpack_from("<8xI4xQ", data, 16)
-
-    def elements(pages: bytes, start: int) -> Iterator[tuple[bytes, bytes]]:
-        flags, count = struct.unpack_from("<8xHH", pages, start)
-        for at in range(start + 16, start + 16 + 16 * count, 16):
-            if flags & 1:  # a branch: its elements are pages
-                yield from elements(data, struct.unpack_from("<8xQ", pages, at)[0] * page_bytes)
-            else:
-                offset, key_bytes, value_bytes = struct.unpack_from("<4xIII", pages, at)
-                middle = at + offset + key_bytes
-                yield pages[at + offset : middle], pages[middle : middle + value_bytes]
-
-    bucket = dict(elements(data, root * page_bytes))[b"key"]
-    (root,) = struct.unpack_from("<Q", bucket)
-    # A small bucket has its only page behind its header of 16 bytes.
-    revisions = elements(data, root * page_bytes) if root else elements(bucket, 16)
+    revisions = pairs(database.read_bytes(), b"key")
     puts = (dict(_fields(value)) for _, value in revisions)
     return {(bytes(put[1]), bytes(put.get(5, b""))) for put in puts}
 
