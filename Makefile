@@ -155,7 +155,7 @@ raftpb:
 	$(PYTHON) -m venv build/raftpb
 	build/raftpb/bin/python -m pip install --quiet 'grpcio-tools==1.72.2'
 	build/raftpb/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
-		pipeline/raftpb/raft.proto
+		pipeline/raftpb/raft.proto examples/etcd_log.proto
 
 # Address and undefined-behaviour sanitizers, preloaded into CPython. The build is a copy of its
 # own; -P keeps the tree's modules away. Leaks are the isolated tests' business: the interpreter

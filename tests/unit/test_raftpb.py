@@ -4,39 +4,35 @@ import importlib.util
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from google.protobuf import descriptor_pb2
 
+from pipeline.examples import etcd_log_pb2
 from pipeline.raftpb import raft_pb2
 from pipeline.types import EntryType, MessageType
-from tests.support.processes import TIMEOUT_S
+from tests.support.processes import ROOT, TIMEOUT_S
 
-PACKAGE = Path(raft_pb2.__file__).parent
-PROTO = "pipeline/raftpb/raft.proto"
 GENERATOR_LINE = "# Protobuf Python Version: "
 
+#: The generated modules, each with its .proto and the folder that this is named from.
+each_module = pytest.mark.parametrize(
+    ("module", "proto", "root"),
+    [
+        (raft_pb2, "pipeline/raftpb/raft.proto", Path(raft_pb2.__file__).parents[2]),
+        (etcd_log_pb2, "examples/etcd_log.proto", ROOT),
+    ],
+    ids=["raft", "etcd_log"],
+)
 
-def generate(directory: Path) -> dict[str, str]:
-    """Compile the .proto next to the classes into ``directory``; text by file name."""
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "grpc_tools.protoc",
-            f"-I{PACKAGE.parent.parent}",
-            f"--python_out={directory}",
-            f"--pyi_out={directory}",
-            f"--descriptor_set_out={directory}/set",
-            PROTO,
-        ],
-        check=True,
-        capture_output=True,
-        timeout=TIMEOUT_S,
-    )
-    written = directory / "pipeline" / "raftpb"
-    return {name: (written / name).read_text() for name in ("raft_pb2.py", "raft_pb2.pyi")}
+
+def checked_in(module: ModuleType) -> dict[str, str]:
+    """Text by file name, of the classes and of their types."""
+    path = Path(str(module.__file__))
+    return {each.name: each.read_text() for each in (path, path.with_suffix(".pyi"))}
 
 
 def generator_of(text: str) -> str:
@@ -44,29 +40,51 @@ def generator_of(text: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(GENERATOR_LINE))
 
 
+def clear_json_names(messages: Iterable[descriptor_pb2.DescriptorProto]) -> None:
+    """Of what one output of the compiler has and the other has not."""
+    for message in messages:
+        for field in message.field:
+            field.ClearField("json_name")
+        clear_json_names(message.nested_type)
+
+
+@each_module
 @pytest.mark.skipif(
     importlib.util.find_spec("grpc_tools") is None,
     reason="grpcio-tools, which has the protobuf compiler, is not installed",
 )
-def test_the_checked_in_classes_are_what_the_proto_says(tmp_path: Path) -> None:
-    fresh = generate(tmp_path)
-    ours = {name: (PACKAGE / name).read_text() for name in fresh}
-    described = descriptor_pb2.FileDescriptorSet.FromString((tmp_path / "set").read_bytes())
-    checked_in = descriptor_pb2.FileDescriptorProto()
-    raft_pb2.DESCRIPTOR.CopyToProto(checked_in)
-    (from_proto,) = described.file
-    for message in from_proto.message_type:
-        for field in message.field:
-            # Filled in by this output of the compiler only; the same in either case.
-            field.ClearField("json_name")
-    assert checked_in == from_proto
-    if generator_of(fresh["raft_pb2.py"]) == generator_of(ours["raft_pb2.py"]):
-        assert fresh == ours
+def test_the_checked_in_classes_are_what_the_proto_says(
+    tmp_path: Path, module: ModuleType, proto: str, root: Path
+) -> None:
+    outputs = [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi")]
+    outputs.append(f"--descriptor_set_out={tmp_path}/set")
+    subprocess.run(
+        [sys.executable, "-m", "grpc_tools.protoc", f"-I{root}", *outputs, proto],
+        check=True,
+        capture_output=True,
+        timeout=TIMEOUT_S,
+    )
+    (from_proto,) = descriptor_pb2.FileDescriptorSet.FromString(
+        (tmp_path / "set").read_bytes()
+    ).file
+    clear_json_names(from_proto.message_type)
+    ours = descriptor_pb2.FileDescriptorProto()
+    module.DESCRIPTOR.CopyToProto(ours)
+    assert ours == from_proto
+    texts = checked_in(module)
+    written = (tmp_path / proto).parent
+    fresh = {name: (written / name).read_text() for name in texts}
+    classes = f"{module.__name__.rpartition('.')[2]}.py"
+    if generator_of(fresh[classes]) == generator_of(texts[classes]):
+        assert fresh == texts
 
 
-def test_the_classes_load_on_the_oldest_protobuf_we_allow() -> None:
+@each_module
+def test_the_classes_load_on_the_oldest_protobuf_we_allow(
+    module: ModuleType, proto: str, root: Path
+) -> None:
     # pyproject.toml asks for 6.31; a runtime refuses classes newer than itself.
-    text = generator_of((PACKAGE / "raft_pb2.py").read_text())
+    text = generator_of(Path(str(module.__file__)).read_text())
     version = tuple(int(part) for part in text.removeprefix(GENERATOR_LINE).split("."))
     assert version <= (6, 31, 0)
 
