@@ -166,6 +166,13 @@ class TransportConfig:
 
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
+    #: Whether small and frequent messages go over streams, as between etcd's members: two
+    #: connections in each direction, for as long as they last. False is posts only; who dials us
+    #: for a stream is refused so that it stays quiet.
+    streams: bool = False
+    #: Messages that wait for one stream, of ``PipelineConfig.queue_bytes`` at most; etcd
+    #: ``streamBufSize``.
+    stream_queue_length: int = 4096
     #: Bytes queued for all peers together.
     queue_bytes: int = 512 * MIB
     #: The etcd version we claim, in X-Server-Version and to ``GET /version``: ``X.Y.0`` of the
@@ -189,6 +196,8 @@ class TransportConfig:
         require_instance("pipeline", self.pipeline, PipelineConfig)
         require_instance("receiver", self.receiver, ReceiverConfig)
         require_whole("queue_bytes", self.queue_bytes, 1, 1 << 50)
+        require_bool("streams", self.streams)
+        require_whole("stream_queue_length", self.stream_queue_length, 1, 1 << 16)
         require_whole("dispatchers", self.dispatchers, 1, 256)
         require_versions(self.server_version, self.min_cluster_version)
         _require_time_or_zero("probe_interval_s", self.probe_interval_s)

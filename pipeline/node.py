@@ -48,6 +48,7 @@ from pipeline.stats import (
     TransportStats,
     leader_stats,
 )
+from pipeline.stream.streams import NodeStreams, PeerStreams
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import TLSInfo
 from pipeline.tls.credentials import Credentials
@@ -206,6 +207,12 @@ class Node:
             versions=self._versions,
             inbox=inbox,
         )
+        self._streams: NodeStreams | None = None
+        if self.config.streams:
+            self._streams = NodeStreams(
+                self.handlers, self._dispatcher, self.config, self._find_streams
+            )
+        self.handlers.streams = self._streams
         self._snapshots = SnapshotReceiver(raft, self.handlers, self.config.receiver)
         self.handlers.snapshots = self._snapshots
         self._prober: Prober | None = None
@@ -258,6 +265,8 @@ class Node:
         if self._is_stopped or not self._beginning.take():
             raise UsageError("start: a transport can be started once")
         try:
+            if self._streams is not None:
+                self._streams.start()
             self._dispatcher.start()
             self._remotes.open()
             if self.credentials is not None:
@@ -286,6 +295,8 @@ class Node:
         dropped += sum(peer.stop_begin() for peer in peers)
         if self._inbox is not None and self.handlers.source is not None:
             self._inbox.close_source(self.handlers.source)
+        if self._streams is not None:
+            self._streams.stop_begin()
         if not is_first and (self._dispatcher.is_current_thread() or is_transfer_thread()):
             return dropped  # the first call may be waiting for the callback we are in
         for listener in tuple(self._listeners):
@@ -302,6 +313,8 @@ class Node:
         if self.credentials is not None:
             self.credentials.stop(deadline)
         self._dispatcher.stop(deadline)
+        if self._streams is not None:
+            self._streams.stop_end(deadline)
         for app in tuple(self._asgi_apps):
             app.wait_closed(deadline)
         atexit.unregister(self._stop)
@@ -571,9 +584,7 @@ class Node:
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
-        return {
-            peer_id: peer.pipeline.follower_stats() for peer_id, peer in tuple(self._peers.items())
-        }
+        return {peer_id: peer.follower_stats() for peer_id, peer in tuple(self._peers.items())}
 
     def snapshot(self) -> NodeSnapshot:
         """Return everything that is counted, for metrics. Calls nothing of the application."""
@@ -721,7 +732,12 @@ class Node:
             answer_timeout_s=self.config.snapshot_answer_timeout_s,
             limiter=self._limiter,
         )
-        return Peer(pipeline, snapshots, self._dispatcher)
+        streams = None if self._streams is None else self._streams.make_peer(pipeline)
+        return Peer(pipeline, snapshots, self._dispatcher, streams)
+
+    def _find_streams(self, peer_id: int) -> PeerStreams | None:
+        peer = self._peers.get(peer_id)
+        return None if peer is None else peer.streams
 
     def _make_pipeline(
         self,
@@ -770,7 +786,7 @@ class Node:
     def _retire_connections(self) -> None:
         """Follow a rotation: what was made with the old set is replaced."""
         for peer in tuple(self._peers.values()):
-            peer.pipeline.retire_connections()
+            peer.retire_connections()
         self._remotes.retire_connections()
         if self._prober is not None:
             self._prober.retire_connections()
@@ -784,6 +800,8 @@ class Node:
         if self.credentials is not None:
             self.credentials.forget_after_fork()
         self.handlers.forget_after_fork(is_foreign=is_running)
+        if self._streams is not None:
+            self._streams.forget_after_fork()
         if is_running:
             atexit.unregister(self._stop)
             if self._inbox is not None:

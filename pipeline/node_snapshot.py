@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pipeline.receive.received import ReceivedCounts
     from pipeline.snapshot.receiver import SnapshotCounts
     from pipeline.snapshot.sender import SnapshotSendCounts
-    from pipeline.stats import Histogram, InboxStats, PipelineStats
+    from pipeline.stats import Histogram, InboxStats, PipelineStats, StreamStats
 
 __all__ = ["NodeSnapshot", "PeerSnapshot"]
 
@@ -27,6 +27,8 @@ class PeerSnapshot(NamedTuple):
     snapshots: SnapshotSendCounts
     #: Calls of the application on its behalf that raised.
     callback_errors: int
+    #: Its streams; empty without any.
+    streams: tuple[StreamStats, ...]
 
 
 class NodeSnapshot(NamedTuple):

@@ -5,7 +5,7 @@ Source: etcd rafthttp/peer.go.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
@@ -15,19 +15,14 @@ from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.sendable import Sendable
 from pipeline.send.status import LastError
 from pipeline.snapshot.sender import SnapshotSender
+from pipeline.stats import FollowerStats, StreamStats
+from pipeline.stream.streams import PeerStreams
 from pipeline.types import ACCEPTED, MessageType, SendResult
 from pipeline.wire.protocol import format_id
 
 __all__ = ["Peer", "PeerStats"]
 
 logger = get_logger(__name__)
-
-
-class Channel(Protocol):
-    """What carries messages: the pipeline, and one day the two streams."""
-
-    def send(self, message: Sendable) -> SendResult:
-        """Take the message or refuse it, without waiting."""
 
 
 class PeerStats(NamedTuple):
@@ -46,6 +41,8 @@ class PeerStats(NamedTuple):
     last_error: LastError | None
     #: The etcd version it claims, with what it sends or answers; None before it has said so.
     server_version: str | None = None
+    #: Its streams, in both directions, up or down; empty with ``TransportConfig(streams=False)``.
+    streams: tuple[StreamStats, ...] = ()
 
 
 class Peer:
@@ -59,6 +56,8 @@ class Peer:
         Carries its databases.
     dispatcher : Dispatcher
         Tells Raft of what was refused.
+    streams : PeerStreams or None
+        Its streams; without them the pipeline carries everything.
 
     Notes
     -----
@@ -71,13 +70,19 @@ class Peer:
     """
 
     def __init__(
-        self, pipeline: PeerPipeline, snapshots: SnapshotSender, dispatcher: Dispatcher
+        self,
+        pipeline: PeerPipeline,
+        snapshots: SnapshotSender,
+        dispatcher: Dispatcher,
+        streams: PeerStreams | None = None,
     ) -> None:
         self.peer_id = pipeline.peer_id
         self.picker = pipeline.picker
         self.status = pipeline.status
         self.pipeline = pipeline
         self.snapshots = snapshots
+        self.streams = streams
+        self._channel = pipeline if streams is None else streams.channels
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
         self._lock = lock_of(self)  # guards what follows
@@ -90,13 +95,8 @@ class Peer:
     def start(self) -> None:
         """Start the channels. Once."""
         self.pipeline.start()
-
-    def pick(self, message: Sendable) -> tuple[Channel, str]:
-        """Choose the channel for a message, and its name (spec section 4.1).
-
-        No stream is ever attached yet, so every message takes the pipeline.
-        """
-        return self.pipeline, "pipeline"
+        if self.streams is not None:
+            self.streams.start()
 
     def send(self, message: Sendable) -> SendResult | None:
         """Offer a message to its channel without waiting; None if it was dropped while paused.
@@ -110,10 +110,9 @@ class Peer:
             with self._lock:
                 self._paused_drops += 1
             return None
-        channel, name = self.pick(message)
-        result = channel.send(message)
+        result = self._channel.send(message)
         if result is not ACCEPTED and result is SendResult.QUEUE_FULL:
-            self._note_full(message, name)
+            self._note_full(message)
         return result
 
     def pause(self) -> None:
@@ -134,6 +133,7 @@ class Peer:
                 self._is_paused,
                 self._paused_drops,
                 status.last_error,
+                streams=() if self.streams is None else self.streams.stats(),
             )
 
     def snapshot(self) -> PeerSnapshot:
@@ -145,7 +145,21 @@ class Peer:
             self.pipeline.stats(),
             self.snapshots.counts(),
             self.pipeline.callback_errors,
+            () if self.streams is None else self.streams.stats(),
         )
+
+    def follower_stats(self) -> FollowerStats:
+        """Return what became of MsgApp messages, whatever carried them."""
+        stats = self.pipeline.follower_stats()
+        for other in () if self.streams is None else self.streams.follower_stats():
+            stats = stats.merged(other)
+        return stats
+
+    def retire_connections(self) -> None:
+        """Replace connections that were made with credentials that are replaced."""
+        self.pipeline.retire_connections()
+        if self.streams is not None:
+            self.streams.renew()
 
     def forget_after_fork(self) -> None:
         """In a forked child: let go of the snapshots that the parent sends."""
@@ -156,15 +170,19 @@ class Peer:
         self.is_stopping = True
         # First, for from then on no change of the peer is told: a snapshot that is ended fails.
         dropped = self.pipeline.stop_begin()
+        if self.streams is not None:
+            dropped += self.streams.stop_begin()
         self.snapshots.stop_begin()
         return dropped
 
     def stop_end(self, deadline: float) -> None:
         """Wait until ``deadline`` (``time.monotonic()``) for what :meth:`stop_begin` ended."""
+        if self.streams is not None:
+            self.streams.stop_end(deadline)
         self.pipeline.stop_end(deadline)
         self.snapshots.stop_end(deadline)
 
-    def _note_full(self, message: Sendable, name: str) -> None:
+    def _note_full(self, message: Sendable) -> None:
         with self._lock:
             is_first = self._refused == 0
             self._refused += 1
@@ -176,7 +194,7 @@ class Peer:
             "(overloaded network): type %s, to %s, channel %s",
             message.type,
             format_id(self.peer_id),
-            name,
+            "pipeline" if self.streams is None else self.streams.channels.name_for(message),
         )
 
     def _report_full(self) -> None:

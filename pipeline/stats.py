@@ -18,6 +18,7 @@ __all__ = [
     "InboxStats",
     "PipelineStats",
     "ServerStats",
+    "StreamStats",
     "TransportStats",
     "leader_stats",
 ]
@@ -55,6 +56,23 @@ class PipelineStats(NamedTuple):
     sent_bytes: int
     #: Protobuf bytes waiting in msgc.
     queued_bytes: int
+
+
+class StreamStats(NamedTuple):
+    """One end of a stream of a peer."""
+
+    #: "msgapp" or "message".
+    kind: str
+    #: "out": we send on it, and the peer has dialled; "in": we have dialled, and receive.
+    direction: str
+    #: When it came up, seconds since the epoch; None while it is down.
+    since: float | None
+    #: Messages that have gone, or come, over it ever.
+    messages: int
+    #: Their bytes; of those that have come with what is around them in their frames.
+    bytes: int
+    #: The books of what was offered to it; None of one that we receive on.
+    books: PipelineStats | None
 
 
 class InboxStats(NamedTuple):
@@ -150,6 +168,31 @@ class FollowerStats(NamedTuple):
     latency_stddev_ms: float
     latency_minimum_ms: float
     latency_maximum_ms: float
+
+    def merged(self, other: FollowerStats) -> FollowerStats:
+        """Return both together; of the two current latencies the other one's, if it has any."""
+        if not other.success or not self.success:
+            counted = other if other.success else self
+            return counted._replace(
+                success=self.success + other.success, fail=self.fail + other.fail
+            )
+        success = self.success + other.success
+        share = other.success / success
+        distance = other.latency_average_ms - self.latency_average_ms
+        variance = (
+            (1 - share) * self.latency_stddev_ms**2
+            + share * other.latency_stddev_ms**2
+            + share * (1 - share) * distance**2
+        )
+        return FollowerStats(
+            success,
+            self.fail + other.fail,
+            other.latency_current_ms,
+            self.latency_average_ms + share * distance,
+            variance**0.5,
+            min(self.latency_minimum_ms, other.latency_minimum_ms),
+            max(self.latency_maximum_ms, other.latency_maximum_ms),
+        )
 
 
 def leader_stats(leader: str, followers: Mapping[str, FollowerStats]) -> dict[str, object]:

@@ -8,7 +8,7 @@ from typing_extensions import disjoint_base
 
 from pipeline.config import ReceiverConfig
 from pipeline.net._sockets import OwnSocket
-from pipeline.receive.detached import BegunRequest, Connection
+from pipeline.receive.detached import BegunRequest
 from pipeline.receive.handlers import Handlers
 from pipeline.tls.credentials import Credentials
 
@@ -41,7 +41,7 @@ class Receiver:
         handlers: Handlers,
         config: ReceiverConfig,
         cluster_header: bytes,
-        take: Callable[[Connection, BegunRequest], None] | None,
+        take: Callable[[OwnSocket, BegunRequest], None] | None,
         credentials: Credentials | None = None,
     ) -> Receiver: ...
     def start(self, plain: list[OwnSocket], encrypted: list[OwnSocket]) -> None: ...

@@ -160,8 +160,8 @@ cdef class Receiver:
         The header lines every 204 carries, each with its CRLF.
     take : callable or None
         Called with a non-blocking socket, which it owns from then on, and the ``OddRequest`` that
-        has read the head, when a connection leaves the loop. It must not block. None where nobody
-        receives snapshots: then no connection leaves.
+        has read the head, when a connection leaves the loop for a snapshot or a stream. It must not
+        block. None where nobody takes them: then no connection leaves.
     credentials : Credentials or None
         What https listening sockets are served with. Each connection takes those in force.
 

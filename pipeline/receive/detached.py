@@ -36,5 +36,8 @@ class BegunRequest(Protocol):
     #: What has come behind the head, and ``framing`` has not seen.
     early: bytes
 
+    #: Whether the caller knows chunks.
+    is_http_1_1: bool
+
     def move_place(self) -> Place:
         """Hand over the place that was taken for it. Once."""

@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
-from pipeline.errors import RequestRejected, UnmarshalError
+from pipeline.errors import RequestRejected, UnmarshalError, UsageError
 from pipeline.identity import Identity, Version
 from pipeline.logs import Throttle, get_logger
 from pipeline.net._budget import SMALL_BODY_BYTES, BodyBudget
+from pipeline.net._sockets import OwnSocket
 from pipeline.raft import AnyRaft
 from pipeline.receive.detached import BegunRequest, Connection
 from pipeline.receive.inbox import Inbox
@@ -33,7 +34,9 @@ from pipeline.wire.protocol import (
     PEER_URLS,
     PROBING_PATH,
     RAFT_PATH,
+    RAFT_TO,
     SERVER_FROM,
+    SERVER_VERSION,
     SNAPSHOT_PATH,
     STREAM_KINDS,
     STREAM_PREFIX,
@@ -41,6 +44,7 @@ from pipeline.wire.protocol import (
     check_version_compatibility,
     format_id,
     min_cluster_version,
+    parse_stream_path,
     server_version,
 )
 from pipeline.wire.versions import Versions
@@ -125,6 +129,16 @@ class Snapshots(Protocol):
         """Drop what was counted for a member that is one no more."""
 
 
+class PeerStreams(Protocol):
+    """Who has the streams to the peers: ``stream.streams.NodeStreams``."""
+
+    def has_peer(self, peer_id: int) -> bool:
+        """Tell whether a stream to a member would have messages to carry."""
+
+    def take(self, connection: OwnSocket, begun: BegunRequest) -> None:
+        """Take over a connection on which a peer has asked for a stream. Does not block."""
+
+
 class Handlers:
     """Everything a node serves on its peer port.
 
@@ -163,6 +177,11 @@ class Handlers:
         The types of messages that go there, as bits; the last of 64 is for all from there on.
     is_encoded : bool
         Whether Raft reads messages itself.
+    streams : PeerStreams or None
+        Has the streams to the peers. Without it, as at first, who asks for one is refused, in a way
+        that has him neither take us for unreachable nor ask again.
+    stream_headers : tuple of (str, str)
+        Header lines of every answer to who asks for a stream.
     snapshots : Snapshots or None
         Does ``POST /raft/snapshot`` from the body on. Without it, as at first, every snapshot is
         answered 501.
@@ -198,12 +217,14 @@ class Handlers:
             self.config.max_buffered_bytes, self.config.max_connections * SMALL_BODY_BYTES
         )
         self.received = Received()
-        self.source = None if inbox is None else inbox.open_source(self._count_taken)
+        self.source = None if inbox is None else inbox.open_source(self.count_taken)
         self.is_encoded = self.config.encoded if inbox is None else inbox.encoded
         self.delivered_types = _DELIVERED_BITS | (_LATER_BITS if self.is_encoded else 0)
         self.snapshots: Snapshots | None = None
+        self.streams: PeerStreams | None = None
         self._raft: Any = raft  # what its process returns is looked at, whatever it is declared as
         self._cluster_id = format_id(identity.cluster_id)
+        self._member_id = format_id(identity.member_id)
         self._local = Version.parse(identity.server_version)
         self._local_min = Version.parse(identity.min_cluster_version)
         # An etcd leader asks every member, and raises the cluster's version to the lowest answer.
@@ -211,6 +232,10 @@ class Handlers:
         answer = f'{{"etcdserver":"{self._local}","etcdcluster":"{self._local_min}"}}'
         self._version = Answer(200, (("Content-Type", "application/json"),), answer.encode())
         self._cluster_header = ((CLUSTER_ID, self._cluster_id),)
+        self.stream_headers = (
+            *self._cluster_header,
+            (SERVER_VERSION, identity.server_version),
+        )
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
         self._warn = Throttle(logger).warning
@@ -237,7 +262,7 @@ class Handlers:
         if path == SNAPSHOT_PATH:
             return self._check_snapshot(request, can_detach=can_detach)
         if path == VERSION_PATH or path.startswith(STREAM_PREFIX):
-            return self._get(request) if request.method == "GET" else _not_allowed("GET")
+            return self._get(request, can_detach=can_detach)
         return text_answer(404, "404 page not found")
 
     def is_learnable(self, request: Request) -> bool:
@@ -325,12 +350,18 @@ class Handlers:
         self.received.count_bytes(sender, size_bytes)
         if kind == APP and self._on_append is not None:
             self._on_append(sender, size_bytes)
+        return self.call_raft(message, remote)
+
+    def call_raft(
+        self, message: Message | EncodedMessage, remote: object = "a stream"
+    ) -> Answer | None:
+        """Have Raft process a message that is counted; None is the plain 204. Blocks as it does."""
         try:
             result = self._raft.process(message)
             if result is not None:  # a coroutine has not processed anything
                 require_no_awaitable("process", result)
         except BaseException as error:  # whatever a node raises, its listener goes on
-            return self._not_processed(error, sender, remote)
+            return self._not_processed(error, message.from_, remote)
         return None
 
     def _is_for_raft(self, kind: int) -> bool:
@@ -339,10 +370,10 @@ class Handlers:
         """
         return kind >= 0 and bool(self.delivered_types >> min(kind, 63) & 1)
 
-    def _count_taken(
+    def count_taken(
         self, sender: int, messages: int, size_bytes: int, is_append: bool, lossy: int
     ) -> None:
-        """Hear of messages of a member that the node has taken from the inbox.
+        """Hear of messages of a member that were taken from the inbox.
 
         ``lossy`` of them were taken without some of their fields.
         """
@@ -441,10 +472,53 @@ class Handlers:
         """Answer a request that will not be waited for; its message may have been processed."""
         return self._answer(503, "shutting down", close=True)
 
-    def _get(self, request: Request) -> Answer:
+    def _get(self, request: Request, *, can_detach: bool) -> Answer | None:
+        if request.method != "GET":
+            return _not_allowed("GET")
         if request.path == VERSION_PATH:
             return self._version
-        # A stream. Without X-Server-Version etcd takes us for a member from before streams and
+        return self._check_stream(request, can_detach=can_detach)
+
+    def _check_stream(self, request: Request, *, can_detach: bool) -> Answer | None:
+        """Do what etcd does for a stream (spec section 8.2); None if it is to be had.
+
+        Who cannot detach a connection has none to give.
+        """
+        if self.streams is None or not can_detach:
+            return self._refuse_stream(request)
+        refusal = self._check_sender(request)
+        if refusal is None:
+            refusal = self._check_dialler(request, self.streams)
+        if refusal is None:
+            return None
+        version = self.stream_headers[1:]
+        return replace(refusal, headers=(*version, *refusal.headers))
+
+    def _check_dialler(self, request: Request, streams: PeerStreams) -> Answer | None:
+        try:
+            _, sender = parse_stream_path(request.path)
+        except UsageError as error:
+            return self._answer(404, str(error))
+        about = format_id(sender)
+        if self.binds_members and request.certificate and sender != sender_of(request):
+            # Differs from etcd: what is for one member is not given to another.
+            self._warn("refused stream of %s from %s: it says it is another", about, request.remote)
+            return self._answer(412, "certificate not allowed for this member")
+        if self._callbacks.ask("is_id_removed", about, self._raft.is_id_removed, sender):
+            self._warn("refused stream of %s from %s: it was removed", about, request.remote)
+            return self._answer(410, "removed member")
+        if not streams.has_peer(sender):
+            self._show_sender(request, sender)
+            self._warn("refused stream of %s from %s: it is no peer", about, request.remote)
+            return self._answer(404, "error sender not found")
+        to = request.headers.get(RAFT_TO.lower(), "")
+        if to != self._member_id:
+            self._warn("refused stream of %s: it is for %r, we are not", about, to[:64])
+            return self._answer(412, "to field mismatch")
+        return None
+
+    def _refuse_stream(self, request: Request) -> Answer:
+        # Without X-Server-Version etcd takes us for a member from before streams and
         # keeps the peer active; with it, every dial would deactivate the peer (spec section 13.2).
         answer = text_answer(404, "404 page not found")
         if request.headers.get(CLUSTER_ID.lower()) != self._cluster_id:
@@ -457,8 +531,10 @@ class Handlers:
 
     def _check_post(self, request: Request) -> Answer | None:
         """Do what etcd does before it reads a body; None if all is well."""
-        if request.method != "POST":
-            return _not_allowed("POST")
+        return _not_allowed("POST") if request.method != "POST" else self._check_sender(request)
+
+    def _check_sender(self, request: Request) -> Answer | None:
+        """Refuse a sender of another cluster, one that does not suit us, and an impostor."""
         headers = request.headers
         server, min_cluster = server_version(headers), min_cluster_version(headers)
         reason = check_version_compatibility(
@@ -539,16 +615,21 @@ class Handlers:
             self._versions.note(sender, request.headers)
 
     def _note_sender(self, request: Request) -> Answer | None:
-        """Show who sends to who wants to know, and go on; source: etcd addRemoteFromRequest."""
+        """Show who sends to who wants to know, and go on."""
+        if (sender := sender_of(request)) is not None:
+            self._show_sender(request, sender)
+        return self._check_body(request)
+
+    def _show_sender(self, request: Request, sender: int) -> None:
+        """Source: etcd ``addRemoteFromRequest``."""
         urls = request.headers.get(PEER_URLS.lower(), "")
-        if self._senders is not None and urls and (sender := sender_of(request)) is not None:
+        if self._senders is not None and urls:
             self._senders.note(
                 sender,
                 tuple(urls.split(",")),
                 request.remote,
                 is_authenticated=request.certificate is not None,
             )
-        return self._check_body(request)
 
     def _check_body(self, request: Request) -> Answer | None:
         """Refuse a body that would be refused once it had arrived.

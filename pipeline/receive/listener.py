@@ -24,9 +24,11 @@ from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
 from pipeline.net._sockets import OwnSocket, open_socket
 from pipeline.receive._receiver import Receiver, ReceiverStats
+from pipeline.receive.detached import BegunRequest
 from pipeline.receive.handlers import Connections, Handlers
 from pipeline.threads import LibraryThread, require_real_threads
 from pipeline.tls.credentials import Credentials
+from pipeline.wire.protocol import SNAPSHOT_PATH
 from pipeline.wire.urls import parse_urls
 
 __all__ = ["Listener"]
@@ -102,13 +104,14 @@ class Listener:
                 raise UsageError(f"url: {url!r}: only http and https can be listened on")
             if url.startswith("https://") and credentials is None:
                 raise UsageError(f"url: {url!r}: https needs a TLSInfo")
-        take = None
+        self._handlers = handlers
         self._snapshots: Connections | None = None
         if handlers.snapshots is not None:
             handlers.snapshots.prepare()
             self._snapshots = handlers.snapshots.connections()
-            take = self._snapshots.take
-        self._receiver = Receiver(handlers, config, handlers.cluster_header, take, credentials)
+        self._receiver = Receiver(
+            handlers, config, handlers.cluster_header, self._take, credentials
+        )
         bound = _bind(given, config.max_connections)
         ports = [sockets[0].getsockname()[1] for sockets in bound]
         if self._snapshots is not None:
@@ -200,6 +203,15 @@ class Listener:
             with contextlib.suppress(ValueError):  # a signal's handler came in between
                 self._listeners.remove(self)
             self._is_over = True
+
+    def _take(self, connection: OwnSocket, begun: BegunRequest) -> None:
+        """Hand on a connection that has left the loop. Does not block."""
+        if begun.request.path != SNAPSHOT_PATH:
+            assert self._handlers.streams is not None  # or it would have been refused
+            self._handlers.streams.take(connection, begun)
+        else:
+            assert self._snapshots is not None
+            self._snapshots.take(connection, begun)
 
     def _close_again(self) -> None:
         self._is_over = False

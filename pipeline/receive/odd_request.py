@@ -28,7 +28,7 @@ from pipeline.wire.answers import (
     sender_of,
     text_answer,
 )
-from pipeline.wire.protocol import SNAPSHOT_PATH, reason_phrase
+from pipeline.wire.protocol import SNAPSHOT_PATH, STREAM_PREFIX, reason_phrase
 
 __all__ = ["OddRequest", "Then"]
 
@@ -57,7 +57,8 @@ class Then(enum.IntEnum):
     READ_BODY = 3
     #: A whole body: have it decoded and processed, then call ``OddRequest.answer``.
     DELIVER = 4
-    #: The connection leaves the loop, with ``OddRequest.request`` and ``OddRequest.framing``.
+    #: The connection leaves the loop, for a snapshot or a stream, with ``OddRequest.request`` and
+    #: ``OddRequest.framing``.
     DETACH = 5
     #: There is more to do of what has come. Others have their turn, strangers among them; then
     #: call ``feed`` with nothing.
@@ -188,6 +189,11 @@ class OddRequest:
         assert place is not None
         return place
 
+    @property
+    def is_http_1_1(self) -> bool:
+        """Whether the caller knows chunks."""
+        return self._http.their_http_version == b"1.1"
+
     def close(self) -> None:
         """Let go of the body, of its share of the budget, and of a place that nobody took over."""
         self.share.close()
@@ -257,7 +263,7 @@ class OddRequest:
         if answer is not None:
             return self._answer_at_once(answer, self.framing, data)
         self.is_member = True
-        if path == SNAPSHOT_PATH:
+        if path == SNAPSHOT_PATH or path.startswith(STREAM_PREFIX):
             self.early = data
             return Then.DETACH
         if self._handlers.is_learnable(self.request) and self._learn(head, self.sender):
@@ -329,7 +335,7 @@ class OddRequest:
     def _may_be_endless(self) -> bool:
         """Tell whether an answer to this request can be told from one that is cut short."""
         wants_the_end = "close" in self.request.headers.get("connection", "").lower()
-        return self._http.their_http_version == b"1.1" and not wants_the_end
+        return self.is_http_1_1 and not wants_the_end
 
     def _is_in(self, *states: object) -> bool:
         return self._http.our_state in states

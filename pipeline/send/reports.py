@@ -103,6 +103,29 @@ class Reports:
         for _ in range(snapshots):
             self._tell_snapshot(to, SnapshotStatus.FAILURE)
 
+    # -- a stream
+
+    def stream_up(self) -> None:
+        """Tell of a stream that has come up, in either direction."""
+        self._status.activate()
+        self._tell_changes()
+
+    def stream_refused(self, error: PostError, *, source: str) -> None:
+        """Tell of a member that cannot be dialled for its stream, or does not give it."""
+        self._picker.unreachable(error.url)
+        self._tell_critical(error)
+        self.stream_down("dial", error.reason, source=source)
+
+    def stream_down(self, action: str, reason: str, *, source: str, messages: int = 0) -> None:
+        """Tell that there is no stream, or not any more.
+
+        Of the ``messages`` that failed with it Raft hears as of one, as in etcd.
+        """
+        is_news = self._status.deactivate(source, action, reason)
+        self._tell_changes()
+        if messages:
+            self._tell_unreachable(self._peer_id, is_news=is_news)
+
     # -- a snapshot with its database
 
     def snapshot_delivered(self) -> None:

@@ -37,7 +37,7 @@ from pipeline.send._channel cimport (
     OFFER_ACCEPTED, OFFER_FULL, channel_free, channel_init, channel_limits_t, job_t,
 )
 from pipeline.send._jobs cimport job_free, jobs_free
-from pipeline.send._pipe cimport EVENT_HEAD, EVENT_LOST
+from pipeline.send._pipe cimport ERROR_CLOSED, EVENT_HEAD, EVENT_LOST
 from pipeline.stream._reader cimport (
     READER_ASKING, READER_DIALLING, READER_DOWN, READER_JUDGED, READER_REFUSED, READER_UP,
     VERDICT_ACCEPT, VERDICT_REFUSE, reader_due, reader_returned, stream_reader_t, streams_may_sleep,
@@ -76,7 +76,8 @@ cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STO
 cdef dict KINDS = {"message": STREAM_MESSAGE, "msgapp": STREAM_MSGAPP}
 
 cdef dict REASONS = {
-    ERROR_CHUNKS: "unexpected EOF",
+    ERROR_CHUNKS: "what was read is no chunk",
+    ERROR_CLOSED: "unexpected EOF",
     ERROR_FRAME: "a frame that is none",
     ERROR_HEAD: "the head of the answer does not end",
     ERROR_SILENT: "i/o timeout",

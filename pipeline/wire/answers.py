@@ -10,7 +10,15 @@ from typing import Any
 from pipeline.errors import UsageError
 from pipeline.wire.protocol import SERVER_FROM, parse_id, reason_phrase
 
-__all__ = ["Answer", "Request", "header_lines", "render", "sender_of", "text_answer"]
+__all__ = [
+    "Answer",
+    "Request",
+    "header_lines",
+    "render",
+    "sender_of",
+    "stream_answer",
+    "text_answer",
+]
 
 #: Statuses of answers that have no body (RFC 9110 section 6.4.1).
 BODILESS = (204, 304)
@@ -78,6 +86,18 @@ def render(answer: Answer) -> bytes:
     lines += [f"{name}: {value}" for name, value in header_lines(answer, close=answer.close)]
     body = b"" if answer.status in BODILESS else answer.body
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def stream_answer(headers: tuple[tuple[str, str], ...], *, is_chunked: bool) -> bytes:
+    """Write the head of a stream, which the frames follow.
+
+    Without chunks, for a caller that speaks HTTP/1.0, it ends with its connection.
+    """
+    framing = ("Transfer-Encoding", "chunked") if is_chunked else ("Connection", "close")
+    lines = ["HTTP/1.1 200 OK"]
+    for name, value in (*headers, ("Date", formatdate(usegmt=True)), framing):
+        lines.append(f"{name}: {value}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 def sender_of(request: Request) -> int | None:

@@ -30,16 +30,20 @@ __all__ = [
     "SNAPSHOT_PATH",
     "STREAM_PREFIX",
     "VERSION_PATH",
+    "StreamNotSupportedError",
     "check_answer",
+    "check_stream_answer",
     "check_version_compatibility",
     "format_id",
     "min_cluster_version",
     "parse_id",
+    "parse_stream_path",
     "post_url",
     "probe_head",
     "reason_phrase",
     "request_head",
     "server_version",
+    "stream_head",
 ]
 
 RAFT_PATH = "/raft"
@@ -59,6 +63,9 @@ SERVER_VERSION = "X-Server-Version"
 
 #: The status of a POST whose text means something: which of two refusals it is.
 TELLING_STATUS = 412
+
+#: The member that a stream is asked of: its ID, as it writes it.
+RAFT_TO = "X-Raft-To"
 
 CONTENT_TYPE = "application/protobuf"
 
@@ -134,6 +141,7 @@ def parse_id(text: str, /) -> int:
 
 # What a peer that does not say is taken for: etcd 2.0 had no version headers.
 _UNSTATED = Version(2, 0, "2.0.0")
+_FIRST_WITH_STREAMS = Version(2, 1, "2.1.0")
 
 
 def server_version(headers: Mapping[str, str]) -> Version | None:
@@ -237,6 +245,87 @@ def request_head(
         "Content-Length: ",
     ]
     return "\r\n".join(lines).encode("ascii")
+
+
+def parse_stream_path(path: str) -> tuple[str, int]:
+    """Return the kind of stream that a path asks for, and the member that does.
+
+    ``UsageError``, with what an etcd answers, if it is no such path. Source: etcd
+    ``rafthttp/http.go`` ``streamHandler``, which looks at the last element and what is before it.
+    """
+    before, _, member = path.rpartition("/")
+    if before not in [STREAM_PREFIX + kind for kind in STREAM_KINDS]:
+        raise UsageError("invalid path")
+    try:
+        return before.removeprefix(STREAM_PREFIX), parse_id(member)
+    except UsageError:
+        raise UsageError("invalid from") from None
+
+
+class StreamNotSupportedError(PostError):
+    """A member from before streams, or one that wants to be taken for such: it says no version."""
+
+
+def stream_head(identity: Identity, url: str, kind: str, peer_id: int) -> bytes:
+    """Build the whole request for a stream, at an ``http`` or ``https`` URL of a peer.
+
+    Source: etcd ``rafthttp/stream.go`` ``streamReader.dial``.
+    """
+    (checked,) = parse_peer_urls((url,))
+    lines = [
+        f"GET {STREAM_PREFIX}{kind}/{format_id(identity.member_id)} HTTP/1.1",
+        f"Host: {zoneless(checked).partition('://')[2]}",
+        f"User-Agent: {PRODUCT}",
+        f"{CLUSTER_ID}: {format_id(identity.cluster_id)}",
+        f"{MIN_CLUSTER}: {identity.min_cluster_version}",
+    ]
+    if identity.peer_urls:
+        urls = map(zoneless, parse_peer_urls(identity.peer_urls))
+        lines.append(f"{PEER_URLS}: {','.join(urls)}")
+    lines += [
+        f"{RAFT_TO}: {format_id(peer_id)}",
+        f"{SERVER_FROM}: {format_id(identity.member_id)}",
+        f"{SERVER_VERSION}: {identity.server_version}",
+        "Accept-Encoding: identity",
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode("ascii")
+
+
+def check_stream_answer(
+    status: int,
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    local: Version,
+    peer_id: int,
+    url: str,
+) -> PostError | None:
+    """Judge the answer to a request for a stream: None if what follows its head is one.
+
+    Parameters are those of :func:`check_answer`; ``local`` is our version. Not raised. A
+    ``StreamNotSupportedError`` says nothing of whether the peer can be reached.
+
+    Source: etcd ``rafthttp/stream.go`` ``streamReader.dial``.
+    """
+    remote = server_version(headers)
+    if remote is None or (
+        compare_major_minor(remote, local) < 0
+        and compare_major_minor(remote, _FIRST_WITH_STREAMS) < 0
+    ):
+        return StreamNotSupportedError("unsupported stream type", peer_id=peer_id, url=url)
+    if status == 200:
+        return None
+    if status == 410:
+        return MemberRemovedError(MEMBER_REMOVED, peer_id=peer_id, url=url, status=status)
+    if status == 412:
+        return check_answer(status, body, headers, peer_id=peer_id, url=url)
+    if status == 404:
+        reason = f"peer {format_id(peer_id)} failed to find local node"
+    else:
+        reason = f"unhandled http status {reason_phrase(status)}"
+    return UnexpectedStatusError(reason, peer_id=peer_id, url=url, status=status)
 
 
 def probe_head(url: str) -> bytes:
