@@ -39,7 +39,7 @@ from pipeline import (
     TransportConfig,
 )
 from pipeline.examples.etcd import config_beside
-from pipeline.examples.etcd_log import Line, keys_of, line_of
+from pipeline.examples.etcd_log import Line, keys_of, line_of, members_of
 from pipeline.raftpb.raft_pb2 import ConfChange, ConfChangeType
 
 __all__ = ["FeedError", "Learner", "main"]
@@ -159,14 +159,23 @@ class Learner:
         change = ConfChange.FromString(data)
         peer_id, kind = change.node_id, ConfChangeType.Name(change.type)
         urls = json.loads(change.context or b"{}").get("peerURLs") or []
-        if peer_id == self.id and kind == "ConfChangeRemoveNode":
-            self.is_removed = True
-        elif kind == "ConfChangeRemoveNode":
-            self.transport.remove_peer(peer_id)
-        elif peer_id != self.id and urls:
+        if kind == "ConfChangeRemoveNode":
+            self.forget(peer_id)
+        elif urls:
+            self.follow(peer_id, urls)
+        return {"kind": kind, "member": f"{peer_id:x}", "peer_urls": urls}
+
+    def follow(self, peer_id: int, urls: list[str]) -> None:
+        """Know where a member is: it may be the next leader."""
+        if peer_id != self.id:
             self.transport.add_peer(peer_id, urls)
             self.transport.update_peer(peer_id, urls)
-        return {"kind": kind, "member": f"{peer_id:x}", "peer_urls": urls}
+
+    def forget(self, peer_id: int) -> None:
+        if peer_id == self.id:
+            self.is_removed = True
+        else:
+            self.transport.remove_peer(peer_id)
 
     def restore(self, message: Message) -> None:
         """Print all keys, of a snapshot. The line with its index comes last, when all are there."""
@@ -182,6 +191,11 @@ class Learner:
             tell({"index": metadata.index, "term": metadata.term, "kind": "snapshot_end"})
             self.index = metadata.index
             self.pending.clear()
+            members = members_of(database)
+            for gone in self.transport.stats().keys() - members.keys():
+                self.forget(gone)
+            for peer_id, urls in members.items():
+                self.follow(peer_id, urls)
         database.unlink()
 
 

@@ -1,4 +1,4 @@
-"""What etcd's log and its databases say, as lines of JSON: of requests, and of keys.
+"""What etcd's log and its databases say: requests and keys as lines of JSON, and the members.
 
 The schema is ``etcd_log.proto``; ``make raftpb`` makes ``etcd_log_pb2.py`` of it.
 """
@@ -6,6 +6,7 @@ The schema is ``etcd_log.proto``; ``make raftpb`` makes ``etcd_log_pb2.py`` of i
 from __future__ import annotations
 
 import base64
+import json
 import mmap
 from collections.abc import Iterator, MutableSequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from pipeline.examples.bolt import pairs
 from pipeline.examples.etcd_log_pb2 import InternalRaftRequest, KeyValue
 
-__all__ = ["Line", "keys_of", "line_of"]
+__all__ = ["Line", "keys_of", "line_of", "members_of"]
 
 #: What ``json.dumps`` makes one of.
 Line = dict[str, Any]
@@ -44,7 +45,7 @@ def keys_of(database: Path) -> Iterator[Line]:
 
     Held in memory are the keys, not the values.
     """
-    with database.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+    with _opened(database) as pages:
         newest: dict[bytes, bytes] = {}  # key to revision
         for revision, value in pairs(pages, b"key"):
             key = KeyValue.FromString(value).key
@@ -56,6 +57,18 @@ def keys_of(database: Path) -> Iterator[Line]:
             found = KeyValue.FromString(value)
             if newest.get(found.key) == revision:
                 yield {"kind": "key", **_shown(found)}
+
+
+def members_of(database: Path) -> dict[int, list[str]]:
+    """Return the peer URLs of the members that a database knows, by their IDs."""
+    with _opened(database) as pages:
+        members = [json.loads(member) for _, member in pairs(pages, b"members")]
+    return {member["id"]: member["peerURLs"] for member in members}
+
+
+def _opened(database: Path) -> mmap.mmap:
+    with database.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
 
 
 def _shown(message: Message) -> Line:

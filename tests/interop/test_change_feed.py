@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -249,6 +251,29 @@ def test_a_feed_that_is_killed_goes_on_where_it_was_and_nothing_is_missing(
     lines += feed.told
     assert [line["index"] for line in lines] == [*range(1, lines[-1]["index"] + 1)]
     assert replay(lines) == held(etcds)
+
+
+def test_a_reader_that_is_slow_holds_up_nobody_and_misses_nothing(etcds: Etcds, url: str) -> None:
+    clients = [member.client_url for member in etcds.members]
+    module = "pipeline.examples.change_feed"
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", module, "--listen", url, *clients],
+        stdout=subprocess.PIPE,
+    ) as feed:
+        assert feed.stdout is not None
+        try:
+            first = json.loads(feed.stdout.readline())
+            value = bytes(1000)  # all together they are much more than a pipe holds
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda n: etcds.one.put(b"%d" % n, value), range(2000)))
+            indexes, keys = [first["index"]], set()
+            while len(keys) < 2000:
+                line = json.loads(feed.stdout.readline())
+                indexes.append(line["index"])
+                keys |= {line["key"]} if line["kind"] == "put" else set()
+        finally:
+            feed.terminate()
+    assert indexes == [*range(1, len(indexes) + 1)]
 
 
 def test_a_feed_that_is_left_behind_is_given_all_keys(

@@ -166,8 +166,16 @@ def test_what_is_not_for_a_learner_is_not_answered(feed: Feed, kind: MessageType
 class Peers:
     """What the learner has its transport do."""
 
-    def __init__(self) -> None:
+    def __init__(self, database: Path | None = None) -> None:
+        self.database = database
+        self.peers: dict[int, object] = {}
         self.done: list[tuple[Any, ...]] = []
+
+    def snapshot_path(self, index: int) -> Path | None:
+        return self.database
+
+    def stats(self) -> dict[int, object]:
+        return self.peers
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments: self.done.append((name, *arguments))
@@ -220,11 +228,19 @@ def leaf(*pairs: tuple[bytes, bytes]) -> bytes:
     return bytes(10) + len(pairs).to_bytes(2, "little") + bytes(4) + elements + data
 
 
-def write_database(path: Path, revisions: list[tuple[bytes, bytes]]) -> None:
-    """Write a database of etcd with these revisions of keys, in a bucket inside its parent."""
+def write_database(
+    path: Path, revisions: list[tuple[bytes, bytes]], members: dict[int, str] | None = None
+) -> None:
+    """Write a database of etcd with revisions of keys and members, in buckets inside its root."""
     page = 4096
     meta = bytes(24) + page.to_bytes(8, "little") + (1).to_bytes(8, "little")
-    path.write_bytes(meta.ljust(page, b"\0") + leaf((b"key", bytes(16) + leaf(*revisions))))
+    known = [
+        (b"%x" % id_, json.dumps({"id": id_, "peerURLs": [url]}).encode())
+        for id_, url in (members or {}).items()
+    ]
+    buckets = ((b"key", revisions), (b"members", known))
+    root = leaf(*((name, bytes(16) + leaf(*pairs)) for name, pairs in buckets))
+    path.write_bytes(meta.ljust(page, b"\0") + root)
 
 
 def revision(main: int, key: bytes, value: bytes | None) -> tuple[bytes, bytes]:
@@ -280,6 +296,27 @@ def test_a_snapshot_becomes_the_lines_of_all_keys_and_goes_on_behind_it(
     assert feed.lines[-1] == {"index": 9, "term": 2, "kind": "snapshot_end"}
     feed.append(9, [*log_of(9), put(10, "behind", term=2)], commit=10, term=2, log_term=2)
     assert feed.lines[-1]["key"] == "behind"
+
+
+def test_the_members_are_those_of_the_snapshot(
+    feed: Feed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those of before may all be gone."""
+    peers = Peers(tmp_path / "db")
+    peers.peers = {LEADER: None, OTHER: None}
+    monkeypatch.setattr(feed.learner, "transport", peers)
+    urls = {id_: f"http://{id_}:2380" for id_ in (LEADER, US, 4)}
+    write_database(tmp_path / "db", REVISIONS, urls)
+    metadata = SnapshotMetadata(index=9, term=2)
+    feed.step(MessageType.SNAP, term=2, snapshot=Snapshot(metadata=metadata))
+    assert peers.done == [
+        ("remove_peer", OTHER),
+        ("add_peer", LEADER, [urls[LEADER]]),
+        ("update_peer", LEADER, [urls[LEADER]]),
+        ("add_peer", 4, [urls[4]]),
+        ("update_peer", 4, [urls[4]]),
+    ]
+    assert not feed.learner.is_removed
 
 
 def test_a_snapshot_without_its_database_is_not_acknowledged(
