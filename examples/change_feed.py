@@ -37,6 +37,7 @@ from pipeline import (
     TLSInfo,
     Transport,
     TransportConfig,
+    UsageError,
 )
 from pipeline.examples.etcd import config_beside
 from pipeline.examples.etcd_log import Line, keys_of, line_of, members_of
@@ -98,10 +99,12 @@ class Learner:
                 self.transport.add_peer(member_id, urls)
             self.transport.listen()
             while not self.is_removed:
-                messages = self.inbox.take(timeout=1.0)
-                answers = [answer for each in messages if (answer := self.step(each))]
+                answers = {}  # of several of a kind the last one says all
+                for message in self.inbox.take(timeout=1.0):
+                    if answer := self.step(message):
+                        answers[answer.to, answer.type, answer.reject] = answer
                 sys.stdout.flush()
-                self.transport.send(answers)
+                self.transport.send(answers.values())
         raise FeedError("this member was removed from the cluster")
 
     def step(self, message: Message) -> Message | None:
@@ -286,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tls=tls,
                 config=config_beside(status["version"], config),
             ).run({int(member["ID"]): member["peerURLs"] for member in others})
-    except FeedError as error:
+    except (FeedError, UsageError, OSError) as error:
         print(error, file=sys.stderr)
     return 1
 

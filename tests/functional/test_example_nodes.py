@@ -1,4 +1,4 @@
-"""The nodes of ``examples/`` as a user runs them: on ``selectors``, trio, FastAPI."""
+"""The nodes of ``examples/`` as a user runs them: on ``selectors``, trio, FastAPI, beside etcd."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import urllib3
 
 from pipeline.examples.etcd import free_port
 from tests.support.processes import TIMEOUT_S, Program
+from tests.support.server import refused_port
 from tests.support.waiting import eventually
 
 EXAMPLES = "pipeline.examples."
@@ -136,4 +137,18 @@ def test_what_is_written_to_the_service_is_read_from_every_node(
     assert put(one, "colour", "white") == (200, 24)
     for program in (one, two, three):
         assert program.terminate() in (0, -signal.SIGTERM)
+        assert "Traceback" not in "\n".join(program.lines)
+
+
+# -- a learner of an etcd, which tests/interop has
+
+
+def test_a_feed_that_finds_no_etcd_says_where_it_has_looked() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with refused_port() as one, refused_port() as two:
+        clients = [f"http://127.0.0.1:{port}" for port in (one, two)]
+        with Program(f"{EXAMPLES}change_feed", "--listen", url, *clients) as program:
+            assert program.process.wait(TIMEOUT_S) == 1
+            for client in clients:
+                program.wait_line(f"^{client}: .*refused")
         assert "Traceback" not in "\n".join(program.lines)
