@@ -44,7 +44,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.raft import Raft, RaftReports
-from pipeline.stats import FollowerStats, InboxStats, PipelineStats, TransportStats
+from pipeline.stats import FollowerStats, InboxStats, PipelineStats, StreamStats, TransportStats
 from pipeline.types import EntryType, MessageType, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ __all__ = [
     "SnapshotSourceError",
     "SnapshotStatus",
     "SnapshotTransfer",
+    "StreamStats",
     "TLSInfo",
     "Transport",
     "TransportConfig",

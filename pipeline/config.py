@@ -169,7 +169,7 @@ class TransportConfig:
     #: Whether small and frequent messages go over streams, as between etcd's members: two
     #: connections in each direction, for as long as they last. False is posts only; who dials us
     #: for a stream is refused so that it stays quiet.
-    streams: bool = False
+    streams: bool = True
     #: Messages that wait for one stream, of ``PipelineConfig.queue_bytes`` at most; etcd
     #: ``streamBufSize``.
     stream_queue_length: int = 4096

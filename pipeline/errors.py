@@ -150,7 +150,10 @@ class ClusterIDMismatchError(PostError):
 
 
 class MemberRemovedError(PostError):
-    """403: we have been removed from the cluster. Also given to the critical-error callback."""
+    """We have been removed from the cluster: 403 to a post, 410 to the dial of a stream.
+
+    Also given to the critical-error callback.
+    """
 
 
 class MemberNotFoundError(PipelineError):

@@ -45,6 +45,7 @@ DAY_S = 86400.0
 
 _LISTENER = ("Local", "Listener")
 _PEER = ("Local", "To")
+_STREAM = (*_PEER, "Kind", "Direction")
 
 # Name: type, labels, help. To a counter's name prometheus_client adds _total where it is missing;
 # etcd's counters that do not end so are "unknown", which is exposed as untyped.
@@ -121,12 +122,34 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_offered_messages_total": ("counter", _PEER, "Messages given to send."),
     "raft_pipeline_accepted_messages_total": ("counter", _PEER, "Messages taken."),
     "raft_pipeline_refused_messages_total": ("counter", _PEER, "Messages turned away by send."),
-    "raft_pipeline_sent_messages_total": ("counter", _PEER, "Messages answered 204."),
-    "raft_pipeline_failed_messages_total": ("counter", _PEER, "Messages not answered 204."),
+    "raft_pipeline_sent_messages_total": (
+        "counter",
+        _PEER,
+        "Messages answered 204, or written whole to a stream.",
+    ),
+    "raft_pipeline_failed_messages_total": (
+        "counter",
+        _PEER,
+        "Messages not answered 204, or lost with a stream.",
+    ),
     "raft_pipeline_dropped_messages_total": ("counter", _PEER, "Messages queued at a stop."),
-    "raft_pipeline_queued_messages": ("gauge", _PEER, "Messages that wait for a worker."),
-    "raft_pipeline_in_flight_messages": ("gauge", _PEER, "Messages with a worker."),
-    "raft_pipeline_queued_bytes": ("gauge", _PEER, "Bytes that wait for a worker."),
+    "raft_pipeline_queued_messages": (
+        "gauge",
+        _PEER,
+        "Messages that wait for a worker, or a stream.",
+    ),
+    "raft_pipeline_in_flight_messages": ("gauge", _PEER, "Messages that are being sent."),
+    "raft_pipeline_queued_bytes": ("gauge", _PEER, "Bytes that wait for a worker, or a stream."),
+    "raft_pipeline_stream_up": (
+        "gauge",
+        _STREAM,
+        "Whether a stream is up: out, on which we send, or in, on which we receive.",
+    ),
+    "raft_pipeline_stream_messages_total": (
+        "counter",
+        _STREAM,
+        "Messages that have gone, or come, over a stream.",
+    ),
     "raft_pipeline_callback_errors_total": (
         "counter",
         _PEER,
@@ -377,7 +400,14 @@ def _samples(node: Node) -> Iterator[Sample]:
 
 
 def _peer_samples(local: str, peer: PeerSnapshot) -> Iterator[Sample]:
-    to, books, snapshots = format_id(peer.peer_id), peer.books, peer.snapshots
+    to, snapshots = format_id(peer.peer_id), peer.snapshots
+    books = peer.books
+    for stream in peer.streams:
+        labels = (local, to, stream.kind, stream.direction)
+        yield "raft_pipeline_stream_up", labels, stream.since is not None
+        yield "raft_pipeline_stream_messages_total", labels, stream.messages
+        if stream.books is not None:
+            books = books.merged(stream.books)
     yield "etcd_network_active_peers", (local, to), peer.is_active
     yield "etcd_network_disconnected_peers_total", (local, to), peer.disconnects
     yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes + snapshots.sent_bytes

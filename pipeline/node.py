@@ -285,6 +285,8 @@ class Node:
         deadline = time.monotonic() + self.config.stop_timeout_s
         self._is_stopped = True
         is_first = self._ending.take()
+        if self._streams is not None:
+            self._streams.stop_begin()  # who dials from now on is not told that he is no peer
         peers = tuple(self._live_peers)
         self._peers.clear()
         if self._prober is not None:
@@ -295,8 +297,6 @@ class Node:
         dropped += sum(peer.stop_begin() for peer in peers)
         if self._inbox is not None and self.handlers.source is not None:
             self._inbox.close_source(self.handlers.source)
-        if self._streams is not None:
-            self._streams.stop_begin()
         if not is_first and (self._dispatcher.is_current_thread() or is_transfer_thread()):
             return dropped  # the first call may be waiting for the callback we are in
         for listener in tuple(self._listeners):

@@ -34,9 +34,9 @@ class RaftReports(Protocol):
     def is_id_removed(self, member_id: int) -> bool:
         """Tell whether the member was removed from the cluster for good.
 
-        Nothing calls it yet. etcd asks when a member dials a stream, and this node refuses
-        streams to all alike; a POST is not checked. What a removed member sends is for
-        ``process`` to reject.
+        Asked when a member dials a stream: one that was removed is answered 410, which tells it
+        so, and ends it if it is an etcd. The thread that asks lets callers in, so be quick. A POST
+        is not checked. What a removed member sends is for ``process`` to reject.
         """
 
     def report_unreachable(self, member_id: int) -> None:

@@ -30,7 +30,7 @@ RATE_STALE_S = 1.0
 
 
 class PipelineStats(NamedTuple):
-    """The books of one pipeline at one instant.
+    """The books of one pipeline, or of one stream, at one instant.
 
     ``offered == accepted + refused`` and ``accepted == sent + failed + dropped + queued +
     in_flight`` hold in every value.
@@ -42,9 +42,10 @@ class PipelineStats(NamedTuple):
     accepted: int
     #: Messages turned away at ``send``: msgc full, or stopped.
     refused: int
-    #: Answered 204.
+    #: Answered 204; of a stream: written whole.
     sent: int
-    #: Not answered 204, or too old to be sent (``max_queue_age``); Raft was told.
+    #: Not answered 204, or too old to be sent (``max_queue_age``), or lost with its stream; Raft
+    #: was told.
     failed: int
     #: Still queued when the pipeline was stopped.
     dropped: int
@@ -56,6 +57,10 @@ class PipelineStats(NamedTuple):
     sent_bytes: int
     #: Protobuf bytes waiting in msgc.
     queued_bytes: int
+
+    def merged(self, other: PipelineStats) -> PipelineStats:
+        """Return the books of two channels as those of one."""
+        return PipelineStats(*map(sum, zip(self, other, strict=True)))
 
 
 class StreamStats(NamedTuple):

@@ -37,7 +37,8 @@ class Transport(Node):
         second, and connections made with an old set are replaced.
     config : TransportConfig, optional
     on_critical_error : callable, optional
-        Called with a ``MemberRemovedError`` when a peer answers 403. Stopping the node is the
+        Called with a ``MemberRemovedError`` when a peer answers 403 to a post, or 410 to the dial
+        of a stream. Stopping the node is the
         application's decision.
     on_peer_change : callable, optional
         Called with a ``PeerChange`` when a peer becomes active, inactive, mismatched or removed

@@ -132,6 +132,9 @@ class Snapshots(Protocol):
 class PeerStreams(Protocol):
     """Who has the streams to the peers: ``stream.streams.NodeStreams``."""
 
+    #: Whether they are all about to end.
+    is_stopping: bool
+
     def has_peer(self, peer_id: int) -> bool:
         """Tell whether a stream to a member would have messages to carry."""
 
@@ -486,6 +489,8 @@ class Handlers:
         """
         if self.streams is None or not can_detach:
             return self._refuse_stream(request)
+        if self.streams.is_stopping:
+            return self.shutting_down()
         refusal = self._check_sender(request)
         if refusal is None:
             refusal = self._check_dialler(request, self.streams)

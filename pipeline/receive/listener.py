@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from urllib3.util import parse_url
@@ -104,14 +105,13 @@ class Listener:
                 raise UsageError(f"url: {url!r}: only http and https can be listened on")
             if url.startswith("https://") and credentials is None:
                 raise UsageError(f"url: {url!r}: https needs a TLSInfo")
-        self._handlers = handlers
         self._snapshots: Connections | None = None
         if handlers.snapshots is not None:
             handlers.snapshots.prepare()
             self._snapshots = handlers.snapshots.connections()
-        self._receiver = Receiver(
-            handlers, config, handlers.cluster_header, self._take, credentials
-        )
+        # Not a method: the receiver is to go with the listener, also when that cannot be made.
+        take = partial(_take, handlers, self._snapshots)
+        self._receiver = Receiver(handlers, config, handlers.cluster_header, take, credentials)
         bound = _bind(given, config.max_connections)
         ports = [sockets[0].getsockname()[1] for sockets in bound]
         if self._snapshots is not None:
@@ -204,15 +204,6 @@ class Listener:
                 self._listeners.remove(self)
             self._is_over = True
 
-    def _take(self, connection: OwnSocket, begun: BegunRequest) -> None:
-        """Hand on a connection that has left the loop. Does not block."""
-        if begun.request.path != SNAPSHOT_PATH:
-            assert self._handlers.streams is not None  # or it would have been refused
-            self._handlers.streams.take(connection, begun)
-        else:
-            assert self._snapshots is not None
-            self._snapshots.take(connection, begun)
-
     def _close_again(self) -> None:
         self._is_over = False
         self.close(0.0)
@@ -237,6 +228,21 @@ class Listener:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _take(
+    handlers: Handlers,
+    snapshots: Connections | None,
+    connection: OwnSocket,
+    begun: BegunRequest,
+) -> None:
+    """Hand on a connection that has left the loop. Does not block."""
+    if begun.request.path != SNAPSHOT_PATH:
+        assert handlers.streams is not None  # or it would have been refused
+        handlers.streams.take(connection, begun)
+    else:
+        assert snapshots is not None
+        snapshots.take(connection, begun)
 
 
 def _bind(urls: Iterable[str], backlog: int) -> list[list[OwnSocket]]:

@@ -121,6 +121,11 @@ class NodeStreams:
     find : callable
         Returns the streams of a peer by its ID; None of a member that is no peer.
 
+    Attributes
+    ----------
+    is_stopping : bool
+        Whether ``stop_begin`` was called.
+
     Notes
     -----
     Thread-safe. Without an inbox what comes goes into two of our own, of each of which one thread
@@ -141,6 +146,7 @@ class NodeStreams:
         self._find = find
         self._inboxes: tuple[Inbox[Any], ...] = ()
         self._threads: list[LibraryThread] = []
+        self.is_stopping = False
         if handlers.source is not None:
             self._sources = (handlers.source, handlers.source)
         else:
@@ -188,6 +194,7 @@ class NodeStreams:
 
     def stop_begin(self) -> None:
         """Let nothing come any more; what a thread is at goes on."""
+        self.is_stopping = True
         for inbox, source in zip(self._inboxes, self._sources, strict=False):
             inbox.close_source(source)
 

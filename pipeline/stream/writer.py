@@ -105,14 +105,21 @@ class StreamWriter(Writer):
         """Tell that the stream is over, and of the messages that have failed with it."""
         lost = self.take_lost()
         reason = error_text(error)
-        logger.warning(
-            "%s TCP streaming connection with remote peer %s: %s (%s), %d messages not sent",
-            "lost" if error else "closed",
-            self._peer,
-            SOURCES[self.kind],
-            reason,
-            lost,
-        )
+        if error:
+            logger.warning(
+                "lost TCP streaming connection with remote peer %s: %s (%s), %d messages not sent",
+                self._peer,
+                SOURCES[self.kind],
+                reason,
+                lost,
+            )
+        else:
+            logger.warning(
+                "closed TCP streaming connection with remote peer %s: %s, %d messages not sent",
+                self._peer,
+                SOURCES[self.kind],
+                lost,
+            )
         reports = self._pipeline.reports
         if error:
             reports.stream_down("write", reason, source=SOURCES[self.kind], messages=lost)

@@ -272,6 +272,8 @@ CONSTRUCTORS: dict[Callable[..., object], tuple[type, Table]] = {
         {
             "pipeline": (None, *NOT_CONFIG, ReceiverConfig()),
             "receiver": (None, *NOT_CONFIG, PipelineConfig()),
+            "streams": NOT_A_BOOL,
+            "stream_queue_length": (*NOT_A_COUNT, 0, 1 << 17),
             "queue_bytes": (*NOT_A_COUNT, 0),
             "server_version": (None, *NOT_A_VERSION),
             "min_cluster_version": (None, *NOT_A_VERSION, "3.9.0"),

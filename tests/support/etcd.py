@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipeline import Message, PipelineStats, Transport, TransportConfig
+from pipeline import MemberRemovedError, Message, PipelineStats, Transport, TransportConfig
 from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port, put_of
 from pipeline.examples.follower import Follower, Role
 from tests.support import LONG_TIMEOUT
@@ -95,6 +95,7 @@ class Cluster:
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config_beside(self.etcd.version, config)
         self.transport: Transport | None = None
+        self.on_critical_error: Callable[[MemberRemovedError], None] | None = None
 
     def start(self) -> None:
         """Start both members and wait until etcd leads."""
@@ -123,6 +124,7 @@ class Cluster:
             peer_urls=[self.our_url],
             tls=self.tls,
             config=self.config,
+            on_critical_error=self.on_critical_error,
         )
         self.transport.start()
         self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])

@@ -146,6 +146,7 @@ def shown(name: str, value: object) -> str:
     return f"{value:g} s" if name.endswith("_s") else str(value)
 
 
+@pytest.mark.streams
 def test_the_readme_has_every_setting_with_its_default() -> None:
     rows = re.findall(r"^\| `(\w+Config\.\w+)` \| ([^|]+) \|", README.read_text(), re.MULTILINE)
     defaults = [

@@ -1,0 +1,198 @@
+"""A real etcd and our Transport, joined by streams in both directions."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import MemberRemovedError, MessageType, ReceiverConfig, StreamStats, TransportConfig
+from tests.support import LONG_TIMEOUT
+from tests.support.etcd import (
+    Cluster,
+    assert_balanced,
+    left_behind,
+    move_leadership_to_us,
+    puts_in_our_log,
+)
+from tests.support.tls import Authority
+from tests.support.waiting import eventually
+
+pytestmark = [pytest.mark.etcd, pytest.mark.streams]
+
+
+def streams(cluster: Cluster) -> dict[tuple[str, str], StreamStats]:
+    """Our four ends, by kind and direction."""
+    assert cluster.transport is not None
+    peer = cluster.transport.peer_stats()[cluster.etcd.id]
+    return {(end.kind, end.direction): end for end in peer.streams}
+
+
+def wait_for_streams(cluster: Cluster) -> None:
+    eventually(
+        lambda: all(end.since is not None for end in streams(cluster).values()),
+        "all streams are up",
+    )
+
+
+@pytest.fixture(params=["plain", "TLS"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    """Both members running, etcd leading, all four streams up; the books are checked at the end."""
+    authority = Authority(tmp_path / "certs") if request.param == "TLS" else None
+    cluster = Cluster(tmp_path, authority=authority)
+    try:
+        cluster.start()
+        wait_for_streams(cluster)
+        yield cluster
+        if cluster.transport is not None:
+            for end in streams(cluster).values():
+                if end.books is not None:
+                    assert_balanced(end.books)
+    finally:
+        cluster.stop()
+
+
+def lines_about_us(cluster: Cluster) -> list[str]:
+    """What etcd has logged of us at warn and above."""
+    us = f"{cluster.follower.member_id:x}"
+    return [
+        line
+        for line in cluster.etcd.log_tail(100_000).splitlines()
+        if us in line and any(f'"level":"{level}"' in line for level in ("warn", "error"))
+    ]
+
+
+def test_in_the_steady_state_nothing_is_posted_dialled_or_complained_of(cluster: Cluster) -> None:
+    follower = cluster.follower
+    cluster.etcd.put(b"first", b"0")
+    posts, logged = cluster.stats(), lines_about_us(cluster)
+    accepted = cluster.listener.stats().accepted
+    written = {b"key %d" % i: b"value %d" % i for i in range(100)}
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(lambda put: cluster.etcd.put(*put), written.items()):
+            pass
+    heartbeats = follower.received[MessageType.HEARTBEAT]
+    eventually(
+        lambda: follower.received[MessageType.HEARTBEAT] >= heartbeats + 30,
+        "thirty heartbeats, one each tenth of a second",
+    )
+    assert puts_in_our_log(cluster) == {b"first": b"0", **written}
+
+    assert cluster.stats() == posts
+    assert cluster.listener.stats().accepted - accepted <= 2  # etcd's probes, if they dial anew
+    assert lines_about_us(cluster) == logged
+    ends = streams(cluster)
+    assert ends["msgapp", "in"].messages >= len(written)
+    assert ends["message", "in"].messages >= 30
+    assert ends["message", "out"].messages >= len(written)
+    between = f'{{Local="{cluster.etcd.id:x}",Remote="{follower.member_id:x}"}}'
+    assert cluster.etcd.metric(f"etcd_network_active_peers{between}") == 1
+
+
+def test_the_leadership_goes_to_us_and_back(cluster: Cluster) -> None:
+    cluster.etcd.put(b"under etcd", b"1")
+    move_leadership_to_us(cluster)
+    cluster.etcd.put(b"under us", b"2")
+    assert cluster.etcd.get(b"under us") == b"2"
+    assert streams(cluster)["msgapp", "out"].messages > 0
+    eventually(cluster.follower.transfer_leadership, "etcd holds our whole log")
+    assert cluster.follower.wait_for(lambda s: s.leader == cluster.etcd.id, LONG_TIMEOUT)
+    cluster.etcd.put(b"under etcd again", b"3")
+    assert puts_in_our_log(cluster) == {
+        b"under etcd": b"1",
+        b"under us": b"2",
+        b"under etcd again": b"3",
+    }
+
+
+@pytest.mark.parametrize("leader", ["etcd", "us"])
+def test_a_value_of_one_mebibyte_goes_through(cluster: Cluster, leader: str) -> None:
+    if leader == "us":
+        move_leadership_to_us(cluster)
+    value = bytes(range(256)) * 4096
+    cluster.etcd.put(b"large", value)
+    assert cluster.etcd.get(b"large") == value
+    assert puts_in_our_log(cluster) == {b"large": value}
+    direction = "out" if leader == "us" else "in"
+    assert streams(cluster)["msgapp", direction].bytes > len(value)
+
+
+@pytest.mark.parametrize("leader", ["etcd", "us"])
+def test_streams_come_back_when_etcd_is_killed_and_started_again(
+    cluster: Cluster, leader: str
+) -> None:
+    cluster.etcd.put(b"before", b"1")
+    if leader == "us":
+        move_leadership_to_us(cluster)
+    cluster.etcd.commit_database()
+    cluster.etcd.stop()
+    eventually(lambda: all(end.since is None for end in streams(cluster).values()), "all are down")
+    cluster.etcd.start()
+    cluster.etcd.wait_ready()
+    cluster.etcd.put(b"after", b"2")
+    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+    wait_for_streams(cluster)
+
+
+def test_streams_come_back_when_our_transport_is_replaced(cluster: Cluster) -> None:
+    cluster.etcd.put(b"before", b"1")
+    cluster.stop_ours()
+    cluster.start_ours()
+    cluster.etcd.wait_ready()
+    cluster.etcd.put(b"after", b"2")
+    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+    wait_for_streams(cluster)
+
+
+@pytest.mark.slow  # the five seconds of silence that end a stream
+def test_an_etcd_that_stands_still_is_found_and_comes_back(cluster: Cluster) -> None:
+    cluster.etcd.put(b"before", b"1")
+    cluster.etcd.send_signal(signal.SIGSTOP)
+    try:
+        eventually(
+            lambda: (
+                streams(cluster)["msgapp", "in"].since is None
+                and streams(cluster)["message", "in"].since is None
+            ),
+            "both streams from it are given up",
+        )
+    finally:
+        cluster.etcd.send_signal(signal.SIGCONT)
+    cluster.etcd.wait_ready()
+    cluster.etcd.put(b"after", b"2")
+    wait_for_streams(cluster)
+    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+
+
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_who_is_removed_is_told(tmp_path: Path, has_tls: bool) -> None:
+    told: list[MemberRemovedError] = []
+    authority = Authority(tmp_path / "certs") if has_tls else None
+    flags = ("--strict-reconfig-check=false",)  # or it would have to be five seconds old
+    cluster = Cluster(tmp_path, flags=flags, authority=authority)
+    cluster.on_critical_error = told.append
+    try:
+        cluster.start()
+        wait_for_streams(cluster)
+        cluster.etcd.call("/v3/cluster/member/remove", {"ID": str(cluster.follower.member_id)})
+        eventually(lambda: len(told) == 2, "the dials that follow are answered 410, of each kind")
+        assert {(error.peer_id, error.status) for error in told} == {(cluster.etcd.id, 410)}
+    finally:
+        cluster.stop()
+
+
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_a_snapshot_comes_while_streams_are_up(tmp_path: Path, has_tls: bool) -> None:
+    config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=tmp_path / "ours"))
+    authority = Authority(tmp_path / "certs") if has_tls else None
+    with left_behind(tmp_path, config, takes_snapshots=True, authority=authority) as cluster:
+        follower = cluster.follower
+        assert follower.wait_for(lambda s: s.commit > 0, LONG_TIMEOUT)
+        assert [m.type for m in follower.messages if m.type == MessageType.SNAP]
+        cluster.etcd.wait_ready()
+        wait_for_streams(cluster)
+        cluster.etcd.put(b"after", b"1")
+        assert follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT)
