@@ -31,7 +31,7 @@ from peers.clients import SUBJECTS as CLIENTS
 from peers.clients import missing
 from quiet import PATIENCE_HELP, PAUSE_S, Watch, remark, was_alone, was_apart, watched
 from report import put_into
-from sides import LARGE, SIDES, SMALL, TLS_SIDES, label
+from sides import GROUPS, LARGE, SIDES, SMALL, TLS_SIDES, label
 from verdicts import TARGETS, chart, judge, summary, table, verdict_table, while_apart
 
 RESULTS = HERE / "results"
@@ -193,11 +193,10 @@ def publish(results: Sequence[Row], run: Row, args: argparse.Namespace) -> None:
 
 
 def sides_of(words: str) -> list[str]:
-    """The sides that ``--sides`` names, in their order; "tls" and "plain" are halves of them."""
-    halves = {"tls": TLS_SIDES, "plain": tuple(side for side in SIDES if side not in TLS_SIDES)}
-    named = {side for word in words.split(",") for side in halves.get(word, (word,))}
+    """The sides that ``--sides`` names, by themselves or a group at once, in their order."""
+    named = {side for word in words.split(",") for side in GROUPS.get(word, (word,))}
     if unknown := named - SIDES.keys():
-        raise ValueError(f"no such side: {unknown}; there are {[*halves, *SIDES]}")
+        raise ValueError(f"no such side: {unknown}; there are {[*GROUPS, *SIDES]}")
     return [side for side in SIDES if side in named]
 
 
@@ -208,7 +207,11 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=900.0, help=PATIENCE_HELP)
     parser.add_argument("--subjects", default="", help="only these, by commas")
     parser.add_argument("--sizes", default="", help="only these, in bytes, by commas")
-    parser.add_argument("--sides", default="tls,plain", help="only these, or a half, by commas")
+    parser.add_argument(
+        "--sides",
+        default=",".join(GROUPS),
+        help=f"only these, or groups ({', '.join(GROUPS)}), by commas",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--readme", type=Path, help="put the short table into this file as well")
     parser.add_argument("--mark", default="bench-peers", help="where in it")
@@ -225,7 +228,7 @@ def main() -> None:
             sides = sides_of(args.sides)
         except ValueError as error:
             parser.error(str(error))
-        chosen = wanted or known
+        chosen = (wanted or known) & {who for side in sides for who in SIDES[side].subjects}
         skipped = {name: why for name in sorted(chosen) if (why := why_skipped(name))}
         skipped |= {side: why for side in sides if (why := why_side_skipped(side))}
         for name, why in skipped.items():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from harness import (
     BIN,
     HERE,
+    RUN_TIMEOUT_S,
     SNAPSHOT_BYTES,
     Listening,
     Sink,
@@ -27,6 +30,7 @@ from peers.clients import SUBJECTS as CLIENTS
 Row = dict[str, Any]
 
 CLIENTS_PY = HERE / "peers" / "clients.py"
+STREAMS_PY = HERE / "streams.py"
 OURS, ETCD, BARE, BARE_THREADS = "ours", "etcd", "bare-c", "bare-c-threads"
 #: As ``ours``, but with a new ``Message`` for each ``send``. The Go program offers one message
 #: again and again, as everyone else here does, so ``ours`` is what is compared with it.
@@ -34,7 +38,18 @@ OURS_ANEW = "ours-anew"
 #: Receiving, ``ours`` calls ``process``; here the main thread, or a task of its loop, takes from
 #: an inbox.
 INBOXES = INBOX, INBOX_ASYNCIO, INBOX_UVLOOP = ("inbox", "inbox-asyncio", "inbox-uvloop")
-FIGURES = ("msgs_per_s", "cpu_us_per_msg", "p50_us", "p99_us", "rss_above_payload_mb")
+#: By streams: ``EncodedMessage``s of bytes that are there already.
+OURS_ENCODED = "ours-encoded"
+#: The same while another process computes, and not the main thread of the one that receives.
+BESIDE = "beside-a-process"
+FIGURES = (
+    "msgs_per_s",
+    "cpu_us_per_msg",
+    "receiver_cpu_us_per_msg",
+    "p50_us",
+    "p99_us",
+    "rss_above_payload_mb",
+)
 
 
 def lone_messages(size: int) -> int:
@@ -73,7 +88,7 @@ def expect(subject: str, sent: int, counters: Row) -> None:
 
 
 def from_go(result: Row) -> Row:
-    return {figure: result[figure] for figure in (*FIGURES, "messages")}
+    return {figure: result[figure] for figure in (*FIGURES, "messages") if figure in result}
 
 
 def go_sender(port: int, size: int, *, tls: bool) -> list[object]:
@@ -198,3 +213,77 @@ def run_receive_spinning(subject: str, size: int, seconds: float, *, tls: bool) 
         sent = run_json(*post, "--seconds", seconds, "--warmup", warmup(size))
     expect(subject, sent["total"], listening.counters)
     return {"msgs_per_s": sent["messages_per_s"], "messages": sent["messages"]}
+
+
+# Streams: two members in two processes, each of which listens and dials the other.
+
+
+def lead(follower: Listening, command: Sequence[object], url: str) -> Row:
+    """Run a leader beside a started follower, and tell each where the other is."""
+    words = [str(word) for word in (*command, "--peer", url.format(follower.port))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as leader:
+        assert leader.stdout is not None
+        try:
+            if line := leader.stdout.readline():
+                follower.tell(url.format(int(line.removeprefix("listening "))))
+            out, _ = leader.communicate(timeout=RUN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            leader.kill()
+            raise SystemExit(f"not done after {RUN_TIMEOUT_S} s: {' '.join(words)}") from None
+    if leader.returncode:
+        raise SystemExit(f"failed with {leader.returncode}: {' '.join(words)}")
+    result: Row = json.loads(out)
+    return result
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Have a process beside that computes all the time."""
+    with subprocess.Popen([sys.executable, STREAMS_PY, "compute"], stdin=subprocess.PIPE) as beside:
+        yield
+        beside.communicate()
+
+
+def run_streams(
+    subject: str,
+    size: int,
+    seconds: float,
+    *,
+    kind: str = "msgapp",
+    tls: bool = False,
+    spins: bool = False,
+) -> Row:
+    """Exchange small messages by streams. CPU is the leader's, and the follower's by itself; the
+    latencies are of lone messages, from the offer to the receipt.
+    """
+    program = [BIN / "etcd"] if subject == ETCD else [sys.executable, STREAMS_PY]
+    flags = tls_flags() if tls else []
+    if subject in (OURS_ENCODED, BESIDE):
+        flags.append("--encoded")
+    spin = ["--spin"] if spins and subject != BESIDE else []
+    command = [*program, "lead", "--kind", kind, "--size", size, "--seconds", seconds, *flags]
+    url = f"{'https' if tls else 'http'}://127.0.0.1:{{}}"
+    with (
+        computing() if subject == BESIDE else nullcontext(),
+        Listening(*program, "follow", *flags, *spin) as follower,
+    ):
+        sent = lead(follower, command, url)
+    received = follower.counters
+    if (
+        received["total"] != sent["total"]
+        or received["messages"] != sent["messages"]
+        or received["out_of_order"]
+        or sent.get("posts")
+        or received.get("posts")
+    ):
+        raise SystemExit(f"{subject}: {sent} sent, the other side counted {received}")
+    result = {"msgs_per_s": sent["msgs_per_s"], "messages": sent["messages"]}
+    if spins:  # that CPU would be in the process's
+        return result
+    return {
+        **result,
+        "cpu_us_per_msg": sent["cpu_us_per_msg"],
+        "receiver_cpu_us_per_msg": received["cpu_us_per_msg"],
+        "p50_us": received["p50_us"],
+        "p99_us": received["p99_us"],
+    }

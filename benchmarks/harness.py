@@ -125,6 +125,12 @@ class Listening:
         self.port = int(line.removeprefix("listening "))
         return self
 
+    def tell(self, line: str) -> None:
+        """Write a line to its stdin."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
     def __exit__(self, kind: object, *exc: object) -> None:
         out, _ = self._process.communicate()
         if kind is None:

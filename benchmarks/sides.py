@@ -9,30 +9,36 @@ from functools import partial
 from exchange import (
     BARE,
     BARE_THREADS,
+    BESIDE,
     ETCD,
     INBOX,
     INBOXES,
     OURS,
     OURS_ANEW,
+    OURS_ENCODED,
     Row,
     run_both,
     run_receive,
     run_receive_spinning,
     run_send,
     run_send_spinning,
+    run_streams,
 )
 from handshakes import OPENSSL, run_accept, run_dial, run_flood, run_rotation
 from peers.clients import SUBJECTS as CLIENTS
 
 SMALL, LARGE = 128, 64 << 20
 SIZES = (SMALL, 1 << 10, 16 << 10, 1 << 20, LARGE)
+#: The reference of what is done over TLS by streams: the same subject without it.
+PLAIN = "plain"
 
 
 @dataclass(frozen=True)
 class Side:
     """One kind of work, and the subjects that do it.
 
-    ``reference`` is the subject in C; ``counted`` is what there are so many of in a second.
+    ``reference`` is the subject in C, or what else ours is held to; ``counted`` is what there are
+    so many of in a second.
     """
 
     title: str
@@ -122,8 +128,48 @@ SIDES = {
         (SMALL,),
         counted="connections",
     ),
+    "stream-msgapp": Side(
+        "By streams, MsgApps, into a node of the same kind",
+        (ETCD, OURS_ANEW, OURS_ENCODED),
+        run_streams,
+        (SMALL,),
+    ),
+    "stream-message": Side(
+        "By streams, heartbeats with a context, into a node of the same kind",
+        (ETCD, OURS_ANEW, OURS_ENCODED),
+        partial(run_streams, kind="message"),
+        (SMALL,),
+    ),
+    "tls-stream-msgapp": Side(
+        "The MsgApps over mutual TLS",
+        (ETCD, OURS_ANEW, OURS_ENCODED),
+        partial(run_streams, tls=True),
+        (SMALL,),
+        reference=PLAIN,
+    ),
+    "tls-stream-message": Side(
+        "The heartbeats over mutual TLS",
+        (ETCD, OURS_ANEW, OURS_ENCODED),
+        partial(run_streams, kind="message", tls=True),
+        (SMALL,),
+        reference=PLAIN,
+    ),
+    "stream-spinning": Side(
+        "By streams, MsgApps, while the receiver's main thread computes in Python",
+        (OURS_ENCODED, BESIDE),
+        partial(run_streams, spins=True),
+        (SMALL,),
+        reference=BESIDE,
+    ),
 }
-TLS_SIDES = tuple(name for name in SIDES if name.startswith("tls-"))
+STREAM_SIDES = tuple(name for name in SIDES if "stream-" in name)
+TLS_SIDES = tuple(name for name in SIDES if name.startswith("tls-") and name not in STREAM_SIDES)
+#: What can be named at once.
+GROUPS = {
+    "tls": TLS_SIDES,
+    "plain": tuple(name for name in SIDES if name not in TLS_SIDES + STREAM_SIDES),
+    "streams": STREAM_SIDES,
+}
 
 
 def label(size: int) -> str:

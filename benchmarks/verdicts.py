@@ -7,18 +7,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import svg
-from exchange import BARE, ETCD, FIGURES, INBOX, INBOX_ASYNCIO, INBOX_UVLOOP, OURS, Row
+from exchange import (
+    BARE,
+    BESIDE,
+    ETCD,
+    FIGURES,
+    INBOX,
+    INBOX_ASYNCIO,
+    INBOX_UVLOOP,
+    OURS,
+    OURS_ANEW,
+    OURS_ENCODED,
+    Row,
+)
 from handshakes import OPENSSL
-from sides import LARGE, SIDES, SMALL, Side, label
+from sides import LARGE, PLAIN, SIDES, SMALL, Side, label
 
 FIGURE_NAMES = {
     "cpu_us_per_msg": "CPU, us",
+    "receiver_cpu_us_per_msg": "receiver's CPU, us",
     "msgs_per_s": "rate",
+    "p50_us": "p50, us",
     "p99_us": "p99, us",
     "rss_above_payload_mb": "memory above the payload, MB",
 }
 #: What is taken as a ratio within each round.
-RATIOS = ("cpu_us_per_msg", "msgs_per_s")
+RATIOS = ("cpu_us_per_msg", "receiver_cpu_us_per_msg", "msgs_per_s", "p50_us")
+#: How the tables call a reference; a ratio to bare C, the most frequent, has no name.
+REFERENCE_NAMES = {
+    BARE: "bare C's",
+    OPENSSL: "OpenSSL's",
+    PLAIN: "plain's",
+    BESIDE: "its own beside a process",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,26 @@ TARGETS = (
     Target("P3", "send", LARGE, reference=1.15, etcd=0.35),
     Target("P6", "receive", SMALL, reference=1.5, etcd=0.4),
     Target("P7", "receive", LARGE, etcd=0.25),
+    *(
+        Target("S1", "stream-msgapp", SMALL, figure, etcd=bound, subject=subject)
+        for subject, cpu in ((OURS_ANEW, 1.0), (OURS_ENCODED, 0.6))
+        for figure, bound in (
+            ("cpu_us_per_msg", cpu),
+            ("receiver_cpu_us_per_msg", cpu),
+            ("msgs_per_s", 1.0),
+        )
+    ),
+    *(
+        Target("S2", "tls-stream-msgapp", SMALL, figure, reference=1.15, subject=subject)
+        for subject in (OURS_ANEW, OURS_ENCODED)
+        for figure in ("cpu_us_per_msg", "receiver_cpu_us_per_msg")
+    ),
+    *(
+        Target("S3", f"{tls}stream-{kind}", SMALL, "p50_us", etcd=1.0, subject=OURS_ANEW)
+        for tls in ("", "tls-")
+        for kind in ("msgapp", "message")
+    ),
+    Target("S4", "stream-spinning", SMALL, "msgs_per_s", reference=0.8, subject=OURS_ENCODED),
 )
 
 
@@ -80,13 +121,18 @@ def ratio_key(subject: str) -> str:
 
 
 def add_ratios(results: Sequence[Row]) -> None:
-    """Adds to every object what it is to etcd, to bare C and to OpenSSL in each round, by figure:
-    ``ratio_to_etcd``, ``ratio_to_bare_c``, ``ratio_to_openssl``.
+    """Adds to every object what it is to etcd and to the reference of its side in each round, by
+    figure: ``ratio_to_etcd``, ``ratio_to_bare_c``, ``ratio_to_openssl``, ``ratio_to_plain`` (the
+    same subject without TLS) and so on.
     """
     rounds = {(each["case"], each["subject"]): each["rounds"] for each in results}
     for each in results:
-        for subject in (ETCD, BARE, OPENSSL):
-            theirs = rounds.get((each["case"], subject))
+        case, reference = each["case"], SIDES[each["side"]].reference
+        held_to = {ETCD: (case, ETCD), reference: (case, reference)}
+        if reference == PLAIN:
+            held_to[PLAIN] = case.removeprefix("tls-"), each["subject"]
+        for subject, its_case in held_to.items():
+            theirs = rounds.get(its_case)
             if theirs is None:
                 continue
             pairs = list(zip(each["rounds"], theirs, strict=True))
@@ -167,13 +213,17 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def cells(figure: str, held: Row | None) -> str:
-    """Two cells: a ratio with those of its rounds, and its bound with whether it is met."""
+def cells(figure: str, held: Row | None, reference: str = BARE) -> str:
+    """Two cells: a ratio with those of its rounds, and its bound with whether it is met. A
+    reference that is not the program in C is named.
+    """
     if held is None:
         return " | "
     ratio = ""
     if "median" in held:
         ratio = f"{held['median']:.2f} ({' '.join(f'{one:.2f}' for one in held['rounds'])})"
+        if reference != BARE:
+            ratio += f" of {REFERENCE_NAMES[reference]}"
     if "bound" not in held:
         return f"{ratio} | "
     sign = ">=" if figure == "msgs_per_s" else "<="
@@ -195,11 +245,12 @@ def verdict_table(verdicts: Sequence[Row]) -> str:
     ]
     for each in verdicts:
         figure, side = each["figure"], SIDES[each["side"]]
+        to_reference = cells(figure, each.get(side.reference), side.reference)
         _, in_itself = cells(figure, each.get("itself")).split(" | ")
         lines.append(
             f"| {each['target']} {what_of(each['side'], each['size_bytes'], each['subject'])}: "
             f"{FIGURE_NAMES[figure]} | {amount(each['ours'])} "
-            f"| {cells(figure, each.get(side.reference))} | {cells(figure, each.get(ETCD))} "
+            f"| {to_reference} | {cells(figure, each.get(ETCD))} "
             f"| {in_itself} |"
         )
     return "\n".join(lines)
@@ -234,10 +285,12 @@ def table(results: Sequence[Row]) -> str:
         of_side = [each for each in results if each["side"] == name]
         if not of_side:
             continue
-        in_c = "OpenSSL's" if side.reference == OPENSSL else "bare C's"
+        theirs = REFERENCE_NAMES[side.reference]
         header = [
             *(side.title, "subject", f"{side.counted}/s", f"CPU us/{side.counted[:-1]}"),
-            *(f"of {in_c} CPU", f"of {in_c} rate", "of etcd's CPU", "of etcd's rate"),
+            "receiver's CPU",
+            *(f"of {theirs} CPU", f"of {theirs} receiver's CPU", f"of {theirs} rate"),
+            *("of etcd's CPU", "of etcd's receiver's CPU", "of etcd's rate"),
             *("p50 us", "p99 us", "memory above payload, MB"),
         ]
         ordered = sorted(of_side, key=lambda each: int(each["size_bytes"]))
@@ -252,16 +305,16 @@ def table(results: Sequence[Row]) -> str:
 
 def row_of(side: Side, each: Row) -> list[str]:
     """The cells of one subject and size; empty where nothing was measured."""
-    rate, cpu, p50, p99, memory = (each.get(key) for key in FIGURES)
+    rate, cpu, receiver_cpu, p50, p99, memory = (each.get(key) for key in FIGURES)
     ratios = [
         each.get(ratio_key(subject), {}).get(key)
         for subject in (side.reference, ETCD)
-        for key in RATIOS
+        for key in ("cpu_us_per_msg", "receiver_cpu_us_per_msg", "msgs_per_s")
     ]
     return [
         label(each["size_bytes"]),
         each["subject"],
-        *("" if value is None else amount(value) for value in (rate, cpu)),
+        *("" if value is None else amount(value) for value in (rate, cpu, receiver_cpu)),
         *(f"{statistics.median(rounds):.2f}" if rounds else "" for rounds in ratios),
         *("" if value is None else amount(value) for value in (p50, p99)),
         "" if memory is None else f"{memory:.1f}",

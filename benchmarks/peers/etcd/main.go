@@ -2,6 +2,8 @@
 //
 //	etcd send --url URL --body BYTES [--seconds S] [--warmup S] [--window 64] [--lone N] [--cert FILE --ca FILE]
 //	etcd receive [--cert FILE --ca FILE]
+//	etcd lead --peer URL [--kind msgapp] [--size 128] [--seconds S] [--warmup S] [--lone N] [--cert FILE --ca FILE]
+//	etcd follow [--cert FILE --ca FILE]
 //	etcd version
 //
 // send posts MsgSnap messages, which always take the pipeline (rafthttp/peer.go, pick), and learns from
@@ -10,6 +12,8 @@
 // gives the time from Send to ReportSnapshot.
 //
 // receive serves Transport.Handler() to a Raft that does nothing, until stdin ends.
+//
+// lead and follow are the two ends of streams (streams.go).
 //
 // With --cert, a certificate and its key in one file, and --ca, which signed the other side's, both speak mutual TLS
 // as etcd sets it up: rafthttp by its TLSInfo, the listener as embed does.
@@ -92,18 +96,20 @@ func tlsFlags(flags *flag.FlagSet) func() *transport.TLSInfo {
 	}
 }
 
-func newTransport(r rafthttp.Raft, tls *transport.TLSInfo) *rafthttp.Transport {
+// noStreams is how often the stream readers dial a sink, which has no streams, after the first time: not during the
+// run, where it would be charged to the pipeline.
+var noStreams = rate.Every(time.Hour)
+
+func newTransport(id types.ID, r rafthttp.Raft, tls *transport.TLSInfo, dials rate.Limit) *rafthttp.Transport {
 	tr := &rafthttp.Transport{
 		// A logger that writes nothing is the cheapest one there can be.
-		Logger: zap.NewNop(),
-		// The stream readers dial at once; the sink has no streams. They are not to try again
-		// during the run, which would be charged to the pipeline.
-		DialRetryFrequency: rate.Every(time.Hour),
-		ID:                 memberID,
+		Logger:             zap.NewNop(),
+		DialRetryFrequency: dials,
+		ID:                 id,
 		ClusterID:          clusterID,
 		Raft:               r,
 		ServerStats:        stats.NewServerStats("", ""),
-		LeaderStats:        stats.NewLeaderStats(zap.NewNop(), memberID.String()),
+		LeaderStats:        stats.NewLeaderStats(zap.NewNop(), id.String()),
 		ErrorC:             make(chan error, 1),
 	}
 	if tls != nil {
@@ -199,7 +205,7 @@ func send(args []string) any {
 	check(flags.Parse(args))
 
 	r := &quietRaft{finished: make(chan raft.SnapshotStatus, 128)}
-	s := &sender{tr: newTransport(r, tls()), raft: r, batch: []raftpb.Message{snapshotOf(*body)}}
+	s := &sender{tr: newTransport(memberID, r, tls(), noStreams), raft: r, batch: []raftpb.Message{snapshotOf(*body)}}
 	s.tr.AddPeer(peerID, []string{*url})
 	runtime.GC()
 	time.Sleep(50 * time.Millisecond) // the streams' refused dials are over
@@ -239,26 +245,31 @@ func send(args []string) any {
 	}
 }
 
+// listen serves a handler at a port of the kernel's choice, as embed does, until the process ends.
+func listen(handler http.Handler, tls *transport.TLSInfo) int {
+	scheme := "http"
+	if tls != nil {
+		scheme = "https"
+	}
+	listener, err := transport.NewListener("127.0.0.1:0", scheme, tls)
+	check(err)
+	go func() { _ = (&http.Server{Handler: handler}).Serve(listener) }()
+	return listener.Addr().(*net.TCPAddr).Port
+}
+
 func receive(args []string) any {
 	flags := flag.NewFlagSet("receive", flag.ExitOnError)
 	tls := tlsFlags(flags)
 	check(flags.Parse(args))
 
 	r := &quietRaft{}
-	tr := newTransport(r, tls())
-	scheme := "http"
-	if tls() != nil {
-		scheme = "https"
-	}
-	listener, err := transport.NewListener("127.0.0.1:0", scheme, tls())
-	check(err)
-	server := &http.Server{Handler: tr.Handler()}
-	go func() { _ = server.Serve(listener) }() // ended by the end of the process
+	tr := newTransport(memberID, r, tls(), noStreams)
+	port := listen(tr.Handler(), tls())
 	runtime.GC()
 	rss, startCPU := statusKiB("VmRSS"), cpuSeconds()
 	forgetPeak()
-	fmt.Println("listening", listener.Addr().(*net.TCPAddr).Port)
-	_, err = io.Copy(io.Discard, os.Stdin)
+	fmt.Println("listening", port)
+	_, err := io.Copy(io.Discard, os.Stdin)
 	check(err)
 	total := r.processed.Load()
 	return map[string]any{
@@ -275,10 +286,14 @@ func main() {
 		result = send(os.Args[2:])
 	case len(os.Args) > 1 && os.Args[1] == "receive":
 		result = receive(os.Args[2:])
+	case len(os.Args) > 1 && os.Args[1] == "lead":
+		result = lead(os.Args[2:])
+	case len(os.Args) > 1 && os.Args[1] == "follow":
+		result = follow(os.Args[2:])
 	case len(os.Args) == 2 && os.Args[1] == "version":
 		result = map[string]any{"go": runtime.Version()}
 	default:
-		fmt.Fprintln(os.Stderr, "usage: etcd send --url URL ... | etcd receive ... | etcd version")
+		fmt.Fprintln(os.Stderr, "usage: etcd send --url URL ... | receive ... | lead --peer URL ... | follow ... | version")
 		os.Exit(2)
 	}
 	check(json.NewEncoder(os.Stdout).Encode(result))
