@@ -173,7 +173,7 @@ def send(subject: str, directory: Path, port: int, *, is_tls: bool) -> dict[str,
         if subject == "bare":
             run = send_bare(directory, port, is_tls=is_tls)
         else:
-            config = TransportConfig(probe_interval_s=0)
+            config = TransportConfig(streams=False, probe_interval_s=0)
             transport = Transport(MEMBER_ID, CLUSTER_ID, raft, tls=info, config=config)
             stack.enter_context(transport)
             transport.add_peer(PEER_ID, [f"http{'s' * is_tls}://127.0.0.1:{port}"])

@@ -101,7 +101,11 @@ def url(port: int, tls: TLSInfo | None) -> str:
 def started(peers: int, port: int, tls: TLSInfo | None = None) -> Transport:
     """A Transport with peers 1 to ``peers``, all of them the sink; without probes."""
     transport = Transport(
-        MEMBER_ID, CLUSTER_ID, QuietRaft(), config=TransportConfig(probe_interval_s=0), tls=tls
+        MEMBER_ID,
+        CLUSTER_ID,
+        QuietRaft(),
+        config=TransportConfig(streams=False, probe_interval_s=0),
+        tls=tls,
     )
     transport.start()
     for peer in range(1, peers + 1):

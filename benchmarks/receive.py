@@ -240,8 +240,8 @@ def serve(args: argparse.Namespace, raft: CountingRaft) -> AbstractContextManage
         return serve_uvicorn(handlers)
     if args.subject == "recv":
         return serve_recv(raft)
-    # The sender is a peer of the node, who is not asked how far away it is.
-    config = TransportConfig(receiver=PATIENT, probe_interval_s=0)
+    # The sender is a peer of the node, who has no streams and is not asked how far away it is.
+    config = TransportConfig(receiver=PATIENT, streams=False, probe_interval_s=0)
     node = {"member_id": PEER_ID, "cluster_id": CLUSTER_ID, "raft": raft, "config": config}
     node["tls"] = tls_of(args)
     url = f"{'https' if args.cert else 'http'}://127.0.0.1:0"

@@ -37,7 +37,7 @@ def main() -> None:
     add_tls_options(parser)
     args = parser.parse_args()
     raft, clock = QuietRaft(), time.perf_counter_ns
-    config = TransportConfig(probe_interval_s=0)
+    config = TransportConfig(streams=False, probe_interval_s=0)
     others = range(1, OTHERS + 1)
     beats = [Message(type=MessageType.HEARTBEAT, to=peer, from_=MEMBER_ID) for peer in others]
     message, times_ns = snapshots("core", 128)(1), []
