@@ -48,11 +48,12 @@ from pipeline.stats import (
     TransportStats,
     leader_stats,
 )
+from pipeline.stream._streams import Appends, send_all
 from pipeline.stream.streams import NodeStreams, PeerStreams
 from pipeline.threads import Once, require_real_threads
 from pipeline.tls import TLSInfo
 from pipeline.tls.credentials import Credentials
-from pipeline.types import ACCEPTED, APP
+from pipeline.types import ACCEPTED
 from pipeline.wire.protocol import format_id
 from pipeline.wire.urls import parse_peer_urls
 from pipeline.wire.versions import Versions
@@ -165,7 +166,8 @@ class Node:
         self.peer_urls = parse_peer_urls(peer_urls, "peer_urls", may_be_empty=True)
         #: What ``tls`` is made of; handed to everything that speaks TLS.
         self.credentials = None if tls is None else Credentials(tls)
-        self._server_stats = ServerStats(member_id)
+        self._appends = Appends()
+        self._server_stats = ServerStats(member_id, self._appends)
         self._identity = Identity(
             member_id,
             cluster_id,
@@ -207,12 +209,11 @@ class Node:
             versions=self._versions,
             inbox=inbox,
         )
-        self._streams: NodeStreams | None = None
-        if self.config.streams:
-            self._streams = NodeStreams(
-                self.handlers, self._dispatcher, self.config, self._find_streams
-            )
-        self.handlers.streams = self._streams
+        self.handlers.streams = self._streams = (
+            NodeStreams(self.handlers, self._dispatcher, self.config, self._find_streams)
+            if self.config.streams
+            else None
+        )
         self._snapshots = SnapshotReceiver(raft, self.handlers, self.config.receiver)
         self.handlers.snapshots = self._snapshots
         self._prober: Prober | None = None
@@ -354,32 +355,28 @@ class Node:
         """
         if self._refusal is not None:
             raise UsageError(f"send: {self._refusal}")
-        peers, remotes = self._peers, self._remotes
-        not_queued = 0
         try:
             given = iter(messages)
         except TypeError:
             raise UsageError(f"messages: {show(messages)} is not a list of messages") from None
-        for message in given:
-            try:
-                to = message.to
-                peer = peers.get(to)
-            except (AttributeError, TypeError):  # an ID can be looked up
-                raise UsageError(f"messages: {show(message)} is not a message") from None
-            if peer is not None:
-                if peer.send(message) is not ACCEPTED:
-                    not_queued += 1
-                if message.type == APP:
-                    self._server_stats.sent_append()
-            elif to and (remote := remotes.get(to)) is not None:
-                if remote.send(message) is not ACCEPTED:
-                    not_queued += 1
-            elif not isinstance(to, int):
-                raise UsageError(f"messages: {show(message)} is not a message")
-            elif to:
-                not_queued += 1
-                logger.debug("ignored message to unknown member %s", format_id(to))
-        return not_queued
+        return send_all(
+            self._peers, given, self._send_other, self._appends, self._server_stats.lead
+        )
+
+    def _send_other(self, message: Sendable) -> bool:
+        """Hand a message to the remote it is for; whether it was queued, or is not to be sent."""
+        try:
+            to = message.to
+            remote = self._remotes.get(to) if to else None
+        except (AttributeError, TypeError):  # an ID can be looked up
+            raise UsageError(f"messages: {show(message)} is not a message") from None
+        if remote is not None:
+            return remote.send(message) is ACCEPTED
+        if not isinstance(to, int):
+            raise UsageError(f"messages: {show(message)} is not a message")
+        if to:
+            logger.debug("ignored message to unknown member %s", format_id(to))
+        return not to
 
     def _send_snapshot(
         self,
@@ -800,6 +797,7 @@ class Node:
         if self.credentials is not None:
             self.credentials.forget_after_fork()
         self.handlers.forget_after_fork(is_foreign=is_running)
+        self._appends.forget_after_fork()
         if self._streams is not None:
             self._streams.forget_after_fork()
         if is_running:

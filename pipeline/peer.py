@@ -16,8 +16,9 @@ from pipeline.send.sendable import Sendable
 from pipeline.send.status import LastError
 from pipeline.snapshot.sender import SnapshotSender
 from pipeline.stats import FollowerStats, StreamStats
+from pipeline.stream._streams import Channels
 from pipeline.stream.streams import PeerStreams
-from pipeline.types import ACCEPTED, MessageType, SendResult
+from pipeline.types import MessageType, SendResult
 from pipeline.wire.protocol import format_id
 
 __all__ = ["Peer", "PeerStats"]
@@ -82,14 +83,16 @@ class Peer:
         self.pipeline = pipeline
         self.snapshots = snapshots
         self.streams = streams
-        self._channel = pipeline if streams is None else streams.channels
+        writers = {} if streams is None else streams.writers
+        #: Takes a message to what carries it: a stream, or the pipeline.
+        self.channels = Channels(
+            pipeline, writers.get("msgapp"), writers.get("message"), self._note_full
+        )
         self._dispatcher = dispatcher
         self._throttle = Throttle(logger)
         self._lock = lock_of(self)  # guards what follows
         self._refused = 0  # messages, not told to Raft yet
         self._refused_snapshots = 0
-        self._is_paused = False
-        self._paused_drops = 0
         self.is_stopping = False
 
     def start(self) -> None:
@@ -106,35 +109,27 @@ class Peer:
         what is dropped while paused: to it, as in etcd, such a message is lost on the network.
         Source: etcd ``peer.send``.
         """
-        if self._is_paused:
-            with self._lock:
-                self._paused_drops += 1
-            return None
-        result = self._channel.send(message)
-        if result is not ACCEPTED and result is SendResult.QUEUE_FULL:
-            self._note_full(message)
-        return result
+        return self.channels.send(message)
 
     def pause(self) -> None:
         """Drop what is sent from now on; what was queued before still goes. Twice is once."""
-        self._is_paused = True
+        self.channels.is_paused = True
 
     def resume(self) -> None:
         """Undo :meth:`pause`, however often it was called."""
-        self._is_paused = False
+        self.channels.is_paused = False
 
     def stats(self) -> PeerStats:
         """Return what there is to tell besides ``pipeline.stats()``."""
         status = self.status
-        with self._lock:
-            return PeerStats(
-                status.active_since,
-                status.disconnects,
-                self._is_paused,
-                self._paused_drops,
-                status.last_error,
-                streams=() if self.streams is None else self.streams.stats(),
-            )
+        return PeerStats(
+            status.active_since,
+            status.disconnects,
+            self.channels.is_paused,
+            self.channels.paused_drops,
+            status.last_error,
+            streams=() if self.streams is None else self.streams.stats(),
+        )
 
     def snapshot(self) -> PeerSnapshot:
         """Return what is counted of it, for metrics."""
@@ -194,7 +189,7 @@ class Peer:
             "(overloaded network): type %s, to %s, channel %s",
             message.type,
             format_id(self.peer_id),
-            "pipeline" if self.streams is None else self.streams.channels.name_for(message),
+            self.channels.name_for(message),
         )
 
     def _report_full(self) -> None:

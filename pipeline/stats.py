@@ -5,9 +5,9 @@ from __future__ import annotations
 import bisect
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from pipeline.locks import lock_of
 
@@ -220,6 +220,16 @@ def leader_stats(leader: str, followers: Mapping[str, FollowerStats]) -> dict[st
     }
 
 
+class SentAppends(Protocol):
+    """How many MsgApp were sent, and when the last ones were (``stream._streams.Appends``)."""
+
+    #: Whether it is known that we lead.
+    is_leading: bool
+
+    def read(self) -> tuple[int, list[float]]:
+        """Return how many there were, and when the last ones were, in monotonic seconds."""
+
+
 class ServerStats:
     """MsgApp sent and received by a node, and what they say about who leads.
 
@@ -227,6 +237,8 @@ class ServerStats:
     ----------
     member_id : int
         Ours.
+    sent : SentAppends
+        Counts the MsgApp that are sent; ``sent`` as an attribute as well.
 
     Notes
     -----
@@ -234,25 +246,22 @@ class ServerStats:
     nothing but MsgApp, too: who sends one leads.
     """
 
-    def __init__(self, member_id: int) -> None:
+    def __init__(self, member_id: int, sent: SentAppends) -> None:
         self._id = member_id
+        self.sent = sent
         self._start_time = datetime.now(UTC)
         self._lock = lock_of(self)  # guards what follows
         self._leader: int | None = None
         self._leader_since = self._start_time
-        self._sent = 0
         self._received = 0
-        # monotonic seconds, and bytes where they are known
-        self._sent_last: deque[tuple[float, int]] = deque(maxlen=RATE_SAMPLES)
+        # Monotonic seconds, and bytes.
         self._received_last: deque[tuple[float, int]] = deque(maxlen=RATE_SAMPLES)
 
-    def sent_append(self) -> None:
-        """Count a MsgApp handed to a peer, whatever becomes of it."""
+    def lead(self) -> None:
+        """Hear that we have sent a MsgApp, although it was not known that we lead."""
         with self._lock:
-            if self._leader != self._id:
-                self._lead(self._id)
-            self._sent += 1
-            self._sent_last.append((time.monotonic(), 0))
+            self._lead(self._id)
+            self.sent.is_leading = True
 
     def received_append(self, leader: int, size_bytes: int, messages: int = 1) -> None:
         """Count a MsgApp that ``leader`` sent us, or several, of so many bytes together."""
@@ -260,6 +269,7 @@ class ServerStats:
         with self._lock:
             if self._leader != leader:
                 self._lead(leader)
+                self.sent.is_leading = leader == self._id
             self._received += messages
             for _ in range(min(messages, RATE_SAMPLES)):
                 self._received_last.append((now_s, size_bytes // messages))
@@ -267,13 +277,14 @@ class ServerStats:
     def to_dict(self) -> dict[str, object]:
         """Return the shape of etcd's ``/v2/stats/self``."""
         now, now_s = datetime.now(UTC), time.monotonic()
+        sent, sent_last = self.sent.read()
         with self._lock:
             stats: dict[str, object] = {
                 "id": f"{self._id:x}",
                 "state": "StateLeader" if self._leader == self._id else "StateFollower",
                 "startTime": _format_time(self._start_time),
                 "recvAppendRequestCnt": self._received,
-                "sendAppendRequestCnt": self._sent,
+                "sendAppendRequestCnt": sent,
             }
             if self._leader is not None:
                 stats["leaderInfo"] = {
@@ -281,8 +292,9 @@ class ServerStats:
                     "uptime": _format_duration((now - self._leader_since).total_seconds()),
                     "startTime": _format_time(self._leader_since),
                 }
-            received_rate, received_bytes_rate = _rates(self._received_last, now_s)
-            sent_rate, _ = _rates(self._sent_last, now_s)
+            received = tuple(self._received_last)
+        received_rate, received_bytes_rate = _rates(received, now_s)
+        sent_rate, _ = _rates([(at_s, 0) for at_s in sent_last], now_s)
         # As etcd: a rate of zero is left out.
         if received_rate:
             stats["recvPkgRate"] = received_rate
@@ -296,12 +308,13 @@ class ServerStats:
         self._leader_since = datetime.now(UTC)
 
 
-def _rates(last: deque[tuple[float, int]], now_s: float) -> tuple[float, float]:
+def _rates(samples: Sequence[tuple[float, int]], now_s: float) -> tuple[float, float]:
     """Messages and bytes per second over the last messages; source: etcd ``statsQueue.Rate``."""
-    samples = tuple(last)  # at one instant: a signal's handler may add, or ask as well
-    if samples and now_s - samples[-1][0] > RATE_STALE_S:
-        last.clear()
-        return 0.0, 0.0
+    first, next_s = len(samples), now_s
+    while first > 0 and next_s - samples[first - 1][0] <= RATE_STALE_S:
+        first -= 1
+        next_s = samples[first][0]
+    samples = samples[first:]  # those since the last that was followed by none for so long
     if len(samples) < 2 or samples[-1][0] <= samples[0][0]:
         return 0.0, 0.0
     duration_s = samples[-1][0] - samples[0][0]

@@ -10,20 +10,14 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pipeline.config import TransportConfig
 from pipeline.send import probing
-from tests.support import LONG_TIMEOUT, tls_use
+from tests.support import DEFAULTS, LONG_TIMEOUT, tls_use
 
 tls_use.watch()
 
 # What answers a probe has a second to. Who answers on a machine so busy that it takes longer is
 # there all the same.
 probing.STEP_TIMEOUT_S = LONG_TIMEOUT
-
-# Most tests are about posts, and their nodes do nothing else. Those about streams are marked so.
-_DEFAULTS = getattr(TransportConfig.__init__, "__kwdefaults__")  # noqa: B009
-assert _DEFAULTS["streams"] is True
-_DEFAULTS["streams"] = False
 
 # The same examples everywhere, every time: what is new comes from `make fuzz`. A busy machine makes
 # a deadline per example meaningless, and how long it takes to make one. HYPOTHESIS_PROFILE=ci takes
@@ -71,9 +65,9 @@ def no_tls_shared() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def streams_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the nodes of a test that is marked ``streams`` have them, as by the library's default."""
+    """Let the nodes of a test that is marked ``streams`` have them, as is the library's default."""
     if request.node.get_closest_marker("streams") is not None:
-        monkeypatch.setitem(_DEFAULTS, "streams", True)
+        monkeypatch.setitem(DEFAULTS, "streams", True)
 
 
 @pytest.fixture

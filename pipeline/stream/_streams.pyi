@@ -1,7 +1,8 @@
 """The typed face of ``_streams.pyx``; checked by stubtest."""
 
 import enum
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol, Self
 
 from typing_extensions import disjoint_base
 
@@ -13,7 +14,20 @@ from pipeline.send.sendable import Sendable
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
-__all__ = ["Channels", "Reader", "StreamEvent", "Streams", "Writer", "error_text"]
+__all__ = [
+    "Appends",
+    "Channels",
+    "Reader",
+    "StreamEvent",
+    "Streams",
+    "Writer",
+    "error_text",
+    "send_all",
+]
+
+class _Peer(Protocol):
+    @property
+    def channels(self) -> Channels: ...
 
 class StreamEvent(enum.IntEnum):
     HEAD = ...
@@ -85,9 +99,31 @@ class Reader(End):
     def begin_stop(self) -> int: ...
 
 @disjoint_base
+class Appends:
+    is_leading: bool
+    def add(self, messages: int = 1) -> None: ...
+    def read(self) -> tuple[int, list[float]]: ...
+    def forget_after_fork(self) -> None: ...
+
+@disjoint_base
 class Channels:
     def __new__(
-        cls, pipeline: Sender, msgapp: Writer | None, message: Writer | None
+        cls,
+        pipeline: Sender,
+        msgapp: Writer | None,
+        message: Writer | None,
+        on_full: Callable[[Sendable], object],
     ) -> Channels: ...
-    def send(self, message: Sendable) -> SendResult: ...
+    is_paused: bool
+    @property
+    def paused_drops(self) -> int: ...
+    def send(self, message: Sendable) -> SendResult | None: ...
     def name_for(self, message: Sendable) -> str: ...
+
+def send_all(
+    peers: Mapping[int, _Peer],
+    messages: Iterable[Sendable],
+    send_other: Callable[[Sendable], bool],
+    appends: Appends,
+    on_lead: Callable[[], object],
+) -> int: ...

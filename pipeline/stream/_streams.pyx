@@ -14,15 +14,15 @@ go of and no event points to it.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport int64_t, uint32_t, uint64_t, uint8_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from pipeline._core cimport IOLoop, Sender
 from pipeline._system cimport (
-    clock_ns, cond_init_monotonic, count_get, deadline_timespec, load_int,
+    add_i64, clock_ns, cond_init_monotonic, count_get, deadline_timespec, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_unlock, timespec,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec,
 )
 from pipeline.net._budget cimport BodyBudget, budget_join, budget_leave
 from pipeline.net._descriptors cimport descriptors_shut, descriptors_t
@@ -48,12 +48,12 @@ from pipeline.stream._stream cimport (
     streams_t,
 )
 from pipeline.stream._writer cimport (
-    writer_begin_stop, writer_due, writer_offer, writer_returned, writer_t,
+    OFFER_NOT_WORKING, writer_begin_stop, writer_due, writer_offer, writer_returned, writer_t,
 )
 from pipeline.tls._engine cimport Session, tls_free
 from pipeline.tls._tls cimport tls_t
 from pipeline.wire._frames cimport FRAME_LIMIT, STREAM_MESSAGE, STREAM_MSGAPP, frames_init
-from pipeline.wire._messages cimport Message, profile_index
+from pipeline.wire._messages cimport EncodedMessage, Message, profile_index
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
 from pipeline.wire._types cimport TYPE_APP, TYPE_SNAP
 
@@ -65,11 +65,15 @@ from pipeline.errors import UsageError
 from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
-__all__ = ["Channels", "Reader", "StreamEvent", "Streams", "Writer", "error_text"]
+__all__ = [
+    "Appends", "Channels", "Reader", "StreamEvent", "Streams", "Writer", "error_text", "send_all",
+]
 
 cdef enum:
     # A larger message never goes on a message stream: heartbeats would have to wait for it.
     MESSAGE_STREAM_MAX = 64 * 1024
+    # Of so many the rate is told; etcd ``queueCapacity``.
+    APPEND_SAMPLES = 200
 
 cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
 
@@ -656,12 +660,19 @@ cdef class Reader(End):
 
 
 cdef class Channels:
-    """Takes each message to the channel that carries it; etcd rafthttp/peer.go ``pick``.
+    """Takes each message to the channel that carries it; etcd rafthttp/peer.go ``pick``, ``send``.
 
     Parameters
     ----------
     pipeline : Sender
     msgapp, message : Writer or None
+    on_full : callable
+        Called with a message that its full channel has refused. It must not block.
+
+    Attributes
+    ----------
+    is_paused : bool
+        Whether messages are dropped instead, as if the network lost them.
 
     Notes
     -----
@@ -673,11 +684,20 @@ cdef class Channels:
     cdef Sender pipeline
     cdef Writer msgapp
     cdef Writer message
+    cdef object on_full
+    cdef int64_t n_paused       # atomic
+    cdef public bint is_paused
 
-    def __cinit__(self, Sender pipeline not None, Writer msgapp, Writer message):
+    def __cinit__(self, Sender pipeline not None, Writer msgapp, Writer message, on_full not None):
         self.pipeline = pipeline
         self.msgapp = msgapp
         self.message = message
+        self.on_full = on_full
+
+    @property
+    def paused_drops(self):
+        """Messages dropped while paused."""
+        return load_i64(&self.n_paused)
 
     cdef Writer pick(self, int type, size_t size):
         """Return the stream for a message of a type and an encoded size; None is the pipeline."""
@@ -691,19 +711,29 @@ cdef class Channels:
             return self.message
         return None
 
-    def send(self, message):
-        """Offer a message; as ``Sender.send``."""
+    cdef int offer(self, object message, int32_t* type) except -2:
+        """Offer a message, and tell of which type it is; OFFER_*."""
         cdef job_t* job = self.pipeline.make_job(message)
         cdef Writer writer = self.pick(job.type, job.size_bytes)
-        cdef int rc
+        cdef int rc = OFFER_NOT_WORKING
+        type[0] = job.type
         if writer is not None and (isinstance(message, Message) or job_is_plain(job)):
             rc = writer.offer_job(job)
-            if rc == OFFER_ACCEPTED:
-                return <object>RESULTS[rc]
-            if rc == OFFER_FULL:
-                job_free(job)
-                return <object>RESULTS[rc]
-        return <object>RESULTS[self.pipeline.offer(job)]
+        if rc == OFFER_FULL:
+            job_free(job)
+        elif rc != OFFER_ACCEPTED:
+            rc = self.pipeline.offer(job)
+        if rc == OFFER_FULL:
+            self.on_full(message)
+        return rc
+
+    def send(self, message):
+        """Offer a message: SendResult, as ``Sender.send``; None if it was dropped while paused."""
+        cdef int32_t type
+        if self.is_paused:
+            add_i64(&self.n_paused, 1)
+            return None
+        return <object>RESULTS[self.offer(message, &type)]
 
     def name_for(self, message):
         """Return which would carry a message now: "msgapp", "message" or "pipeline"."""
@@ -713,6 +743,110 @@ cdef class Channels:
             writer = None
         job_free(job)
         return "pipeline" if writer is None else writer.kind
+
+
+cdef class Appends:
+    """How many MsgApp were handed to peers, and when the last of them were: for ``ServerStats``.
+
+    Attributes
+    ----------
+    is_leading : bool
+        Whether whoever hears of it knows that we lead; cleared by him when he does not any more.
+    """
+
+    cdef pthread_mutex_t lock   # guards what follows
+    cdef uint64_t n
+    cdef int64_t at_ns[APPEND_SAMPLES]
+    cdef public bint is_leading
+
+    def __cinit__(self):
+        if pthread_mutex_init(&self.lock, NULL) != 0:
+            raise MemoryError
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.lock)
+
+    cpdef add(self, Py_ssize_t messages=1):
+        """Count some. Thread-safe."""
+        cdef int64_t now_ns = clock_ns()
+        cdef Py_ssize_t i
+        lock_with_gil(&self.lock)
+        self.n += messages
+        for i in range(min(messages, <Py_ssize_t>APPEND_SAMPLES)):
+            self.at_ns[(self.n - 1 - i) % APPEND_SAMPLES] = now_ns
+        pthread_mutex_unlock(&self.lock)
+
+    def read(self):
+        """Return how many there were, and when the last ones: (int, list of monotonic seconds)."""
+        cdef list last = []
+        cdef uint64_t i
+        lock_with_gil(&self.lock)
+        try:
+            for i in range(self.n - min(self.n, <uint64_t>APPEND_SAMPLES), self.n):
+                last.append(<double>self.at_ns[i % APPEND_SAMPLES] / 1e9)
+            return self.n, last
+        finally:
+            pthread_mutex_unlock(&self.lock)
+
+    def forget_after_fork(self):
+        """In a forked child: the lock may have been held."""
+        pthread_mutex_init(&self.lock, NULL)
+
+
+def send_all(dict peers not None, messages, send_other not None, Appends appends not None,
+             on_lead not None):
+    """Hand messages to the peers they are for; how many were not queued.
+
+    Parameters
+    ----------
+    peers : dict of int to Peer
+        By member ID; each has its ``channels``.
+    messages : iterable
+    send_other : callable
+        Called with a message that is for none of them, or is none; returns whether it was queued.
+    appends : Appends
+        Counts the MsgApp among those for peers.
+    on_lead : callable
+        Called after the first of them, if it is not known that we lead.
+
+    Notes
+    -----
+    Raises what ``Sender.send`` does, and what ``messages`` does; those before were handed on.
+    """
+    cdef Channels channels
+    cdef int32_t type
+    cdef uint64_t to
+    cdef Py_ssize_t not_queued = 0, n_appends = 0
+    try:
+        for message in messages:
+            if isinstance(message, Message):
+                to = (<Message>message).c.to
+                peer = peers.get(to)
+            elif isinstance(message, EncodedMessage):
+                to = (<EncodedMessage>message)._to
+                peer = peers.get(to)
+            else:
+                try:
+                    peer = peers.get(message.to)
+                except (AttributeError, TypeError):     # an ID can be looked up
+                    peer = None
+            if peer is None:
+                not_queued += not send_other(message)
+                continue
+            channels = peer.channels
+            if channels.is_paused:
+                add_i64(&channels.n_paused, 1)
+                not_queued += 1
+                n_appends += message.type == TYPE_APP
+                continue
+            not_queued += channels.offer(message, &type) != OFFER_ACCEPTED
+            n_appends += type == TYPE_APP
+    finally:
+        if n_appends > 0:
+            appends.add(n_appends)
+            if not appends.is_leading:
+                on_lead()
+    return not_queued
 
 
 cdef bint job_is_plain(const job_t* job) noexcept:

@@ -19,7 +19,7 @@ from pipeline.receive.inbox import Inbox
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
 from pipeline.stats import FollowerStats, StreamStats
-from pipeline.stream._streams import Channels, Streams
+from pipeline.stream._streams import Streams
 from pipeline.stream.reader import StreamReader
 from pipeline.stream.writer import StreamWriter
 from pipeline.threads import LibraryThread
@@ -35,18 +35,13 @@ BATCH = 256
 
 
 class PeerStreams:
-    """The four ends that a node has of the streams of a peer, and the choice among channels.
+    """The four ends that a node has of the streams of a peer.
 
     Parameters
     ----------
     node : NodeStreams
     pipeline : PeerPipeline
-        Carries what no stream does.
-
-    Attributes
-    ----------
-    channels : Channels
-        Takes a message to the stream, or the pipeline, that carries it.
+        The peer's.
 
     Notes
     -----
@@ -72,7 +67,6 @@ class PeerStreams:
             )
             for kind in STREAM_KINDS
         }
-        self.channels = Channels(pipeline, self.writers["msgapp"], self.writers["message"])
 
     def start(self) -> None:
         """Begin to dial."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from pipeline import Message, MessageType, Transport
 from pipeline import stats as stats_module
 from pipeline.stats import ServerStats
+from pipeline.stream._streams import Appends
 from tests.support.http import CLUSTER_ID, peer_headers, reply_of_handlers
 from tests.support.raft import FakeRaft
 from tests.support.senders import message
@@ -98,12 +100,36 @@ def test_server_stats_count_appends_received_and_follow_who_sent_them() -> None:
     assert stats["leaderInfo"]["leader"] == "b"
 
 
+class Sent:
+    """MsgApp that were sent, as the core counts them but by the test's clock."""
+
+    is_leading = False
+
+    def __init__(self) -> None:
+        self.last: list[float] = []
+
+    def read(self) -> tuple[int, list[float]]:
+        return len(self.last), self.last[-200:]
+
+
+def test_the_core_counts_appends_and_keeps_the_times_of_the_last_200() -> None:
+    appends = Appends()
+    assert appends.read() == (0, [])
+    before = time.monotonic()
+    appends.add()
+    appends.add(299)
+    count, last = appends.read()
+    assert (count, len(last)) == (300, 200)
+    assert before <= last[0] <= last[-1] <= time.monotonic()
+
+
 def test_rates_are_of_the_last_200_and_end_after_a_second(clock: Clock) -> None:
-    stats = ServerStats(0xA)
+    sent = Sent()
+    stats = ServerStats(0xA, sent)
     for _ in range(300):
         clock.now += 0.125
         stats.received_append(0xB, 100)
-        stats.sent_append()
+        sent.last.append(clock.now)
     told = stats.to_dict()
     rate = 200 / (199 * 0.125)
     assert told["recvPkgRate"] == told["sendPkgRate"] == pytest.approx(rate)
