@@ -342,6 +342,17 @@ def test_a_member_that_is_new_is_sent_what_the_one_before_it_had_and_lost(
     assert [line["key"] for line in feed.told if line["kind"] == "put"] == ["lost", "meanwhile"]
 
 
+def test_a_feed_whose_member_is_removed_says_so_and_ends(
+    stack: ExitStack, etcds: Etcds, url: str
+) -> None:
+    """The entry that says so may come too late, or not at all: a stream's dial is answered 410."""
+    feed = stack.enter_context(Feed(etcds, url))
+    member = feed.wait_line(f'"member":"(\\w+)","peer_urls":\\["{url}"\\]')[1]
+    etcds.one.call("/v3/cluster/member/remove", {"ID": str(int(member, 16))})
+    feed.wait_line("^this member was removed from the cluster$")
+    assert feed.process.wait(TIMEOUT_S) == 1
+
+
 def test_where_authentication_is_on_the_lines_say_who_has_asked(
     stack: ExitStack, etcds: Etcds, url: str
 ) -> None:
