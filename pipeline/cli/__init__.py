@@ -8,9 +8,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line. Click and rich come with the ``cli`` extra; say so without them."""
     try:
-        import click
-
-        from pipeline.cli.demo import demo
+        from pipeline.cli.commands import commands
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in ("click", "rich"):
@@ -19,10 +17,4 @@ def main() -> None:
             f"raft-pipeline needs {missing}: pip install 'raft-pipeline[cli]'"
         ) from None
 
-    group = click.Group(
-        "raft-pipeline",
-        commands=[demo],
-        help="The network half of a Raft node: etcd's rafthttp pipeline for Python.",
-    )
-    click.version_option(package_name="raft-pipeline")(group)
-    group()
+    commands()

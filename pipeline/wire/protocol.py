@@ -328,11 +328,11 @@ def check_stream_answer(
     return UnexpectedStatusError(reason, peer_id=peer_id, url=url, status=status)
 
 
-def probe_head(url: str) -> bytes:
+def probe_head(url: str, path: str = PROBING_PATH) -> bytes:
     """Build a whole probe: ``GET /raft/probing`` at an ``http`` or ``https`` peer URL."""
     (checked,) = parse_peer_urls((url,))
     lines = [
-        f"GET {PROBING_PATH} HTTP/1.1",
+        f"GET {path} HTTP/1.1",
         f"Host: {zoneless(checked).partition('://')[2]}",
         f"User-Agent: {PRODUCT}",
         "Accept-Encoding: identity",

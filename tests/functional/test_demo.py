@@ -183,7 +183,7 @@ def test_without_click_or_rich_one_line_names_the_extra(
     for name in [name for name in sys.modules if name.startswith(f"{missing}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "pipeline.cli.demo")
+    monkeypatch.delitem(sys.modules, "pipeline.cli.commands", raising=False)
     with pytest.raises(SystemExit) as exit_info:
         pipeline.cli.main()
     assert (
