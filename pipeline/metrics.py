@@ -400,14 +400,11 @@ def _samples(node: Node) -> Iterator[Sample]:
 
 
 def _peer_samples(local: str, peer: PeerSnapshot) -> Iterator[Sample]:
-    to, snapshots = format_id(peer.peer_id), peer.snapshots
-    books = peer.books
+    to, books, snapshots = format_id(peer.peer_id), peer.books, peer.snapshots
     for stream in peer.streams:
         labels = (local, to, stream.kind, stream.direction)
         yield "raft_pipeline_stream_up", labels, stream.since is not None
         yield "raft_pipeline_stream_messages_total", labels, stream.messages
-        if stream.books is not None:
-            books = books.merged(stream.books)
     yield "etcd_network_active_peers", (local, to), peer.is_active
     yield "etcd_network_disconnected_peers_total", (local, to), peer.disconnects
     yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes + snapshots.sent_bytes

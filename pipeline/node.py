@@ -547,8 +547,11 @@ class Node:
         return sum(peer.status.is_active for peer in tuple(self._peers.values()))
 
     def stats(self) -> dict[int, PipelineStats]:
-        """The books of every peer's pipeline, by member ID; each balances in itself."""
-        return {peer_id: peer.pipeline.stats() for peer_id, peer in tuple(self._peers.items())}
+        """The books of every peer, by member ID; each balances in itself.
+
+        Of its pipeline and its streams together; ``peer_stats`` has those of the streams alone.
+        """
+        return {peer_id: peer.books() for peer_id, peer in tuple(self._peers.items())}
 
     def transport_stats(self) -> TransportStats:
         """What there is to tell of the whole: callbacks that raised, what was not delivered."""

@@ -21,7 +21,7 @@ class PeerSnapshot(NamedTuple):
     is_active: bool
     #: Changes from active to inactive.
     disconnects: int
-    #: The books of its pipeline.
+    #: Its books, of all channels together.
     books: PipelineStats
     #: What its transfers of snapshots came to.
     snapshots: SnapshotSendCounts

@@ -15,7 +15,7 @@ from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.sendable import Sendable
 from pipeline.send.status import LastError
 from pipeline.snapshot.sender import SnapshotSender
-from pipeline.stats import FollowerStats, StreamStats
+from pipeline.stats import FollowerStats, PipelineStats, StreamStats
 from pipeline.stream._streams import Channels
 from pipeline.stream.streams import PeerStreams
 from pipeline.types import MessageType, SendResult
@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 
 class PeerStats(NamedTuple):
-    """What there is to tell of a peer besides the books of its pipeline."""
+    """What there is to tell of a peer besides its books."""
 
     #: When it last became active, seconds since the epoch; None while it is inactive.
     active_since: float | None
@@ -35,8 +35,8 @@ class PeerStats(NamedTuple):
     disconnects: int
     #: Whether messages to it are dropped (``Transport.pause``, ``cut_peer``).
     is_paused: bool
-    #: Messages dropped because it was paused. They are not in the books of the pipeline, which
-    #: was never offered them.
+    #: Messages dropped because it was paused. They are not in the books, for they were never
+    #: offered.
     paused_drops: int
     #: The last failure to send to it: why, when, and how often in a row. None before the first.
     last_error: LastError | None
@@ -120,7 +120,7 @@ class Peer:
         self.channels.is_paused = False
 
     def stats(self) -> PeerStats:
-        """Return what there is to tell besides ``pipeline.stats()``."""
+        """Return what there is to tell besides ``books()``."""
         status = self.status
         return PeerStats(
             status.active_since,
@@ -137,11 +137,18 @@ class Peer:
             self.peer_id,
             self.status.is_active,
             self.status.disconnects,
-            self.pipeline.stats(),
+            self.books(),
             self.snapshots.counts(),
             self.pipeline.callback_errors,
             () if self.streams is None else self.streams.stats(),
         )
+
+    def books(self) -> PipelineStats:
+        """Return the books of all its channels together; they balance, as those of each do."""
+        books = self.pipeline.stats()
+        for writer in () if self.streams is None else self.streams.writers.values():
+            books = books.merged(writer.stats())
+        return books
 
     def follower_stats(self) -> FollowerStats:
         """Return what became of MsgApp messages, whatever carried them."""

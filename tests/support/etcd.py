@@ -150,7 +150,7 @@ class Cluster:
         print(self.etcd.log_tail(100))
 
     def stats(self) -> PipelineStats:
-        """Return the books of the pipeline to etcd."""
+        """Return the books of what we send to etcd."""
         assert self.transport is not None
         return self.transport.stats()[self.etcd.id]
 
