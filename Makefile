@@ -9,11 +9,11 @@ ASAN_SITE := build/asan/site
 export PIP_RETRIES ?= 10
 export PIP_RESUME_RETRIES ?= 10
 
-.PHONY: build test test-all lint typecheck demo three-nodes bench bench-peers bench-growth bench-snapshot bench-check \
+.PHONY: build test test-all lint typecheck demo three-nodes bench bench-peers bench-cluster bench-growth bench-snapshot bench-check \
 	bench-reference asan clean raftpb help
 
 help:
-	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck bench bench-peers bench-growth bench-snapshot bench-check bench-reference asan tsan fuzz fuzz-merge build raftpb clean"
+	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck bench bench-peers bench-cluster bench-growth bench-snapshot bench-check bench-reference asan tsan fuzz fuzz-merge build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -121,6 +121,10 @@ bench: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/hando
 bench-snapshot: build benchmarks/bin/handover
 	$(BIN)/python benchmarks/bench_snapshot.py $(BENCH_ARGS)
 
+benchmarks/bin/clientv3: $(wildcard benchmarks/peers/clientv3/*.go benchmarks/peers/clientv3/go.*)
+	mkdir -p $(@D)
+	cd benchmarks/peers/clientv3 && go build -o ../../bin/clientv3 .
+
 benchmarks/bin/etcd: $(wildcard benchmarks/peers/etcd/*.go benchmarks/peers/etcd/go.*)
 	mkdir -p $(@D)
 	cd benchmarks/peers/etcd && go build -o ../../bin/etcd .
@@ -138,6 +142,13 @@ bench-peers: $(VENV)/.peers benchmarks/bin/sink benchmarks/bin/bare_sender bench
 	$(MAKE) --no-print-directory $(TLS_PROGRAMS) || echo 'no bare C over TLS to compare with' >&2
 	$(BIN)/python benchmarks/compare.py --rounds $(or $(BENCH_ROUNDS),5) \
 		--subjects '$(BENCH_SUBJECTS)' --sizes '$(BENCH_SIZES)' $(BENCH_ARGS)
+
+# An etcd that leads, with us as its second member or another etcd, written to by etcd's own client. The
+# etcd is built out of the Go module proxy; PIPELINE_ETCD=PATH takes another.
+CLUSTER_ETCD := $(shell sed -n 's|^require go.etcd.io/etcd/server/v3 v||p' tools/etcds/3.6/go.mod)
+bench-cluster: build benchmarks/bin/handover benchmarks/bin/clientv3
+	test -n "$$PIPELINE_ETCD" || $(BIN)/python tools/demo_all.py --fetch $(CLUSTER_ETCD)
+	PIPELINE_ETCD=$${PIPELINE_ETCD:-build/etcds/$(CLUSTER_ETCD)/etcd} $(BIN)/python benchmarks/cluster.py $(BENCH_ARGS)
 
 # 1 to 128 peers, 1 to 64 workers, 64 B to 64 MiB.
 bench-growth: build benchmarks/bin/sink benchmarks/bin/bare_sender benchmarks/bin/handover

@@ -125,6 +125,10 @@ class Listening:
         self.port = int(line.removeprefix("listening "))
         return self
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def tell(self, line: str) -> None:
         """Write a line to its stdin."""
         assert self._process.stdin is not None

@@ -313,6 +313,13 @@ class EtcdMember:
         if self._process is not None:
             self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """Of the process that runs. Raises EtcdError if none was started."""
+        if self._process is None:
+            raise EtcdError("etcd was not started")
+        return self._process.pid
+
     def is_running(self) -> bool:
         """Tell whether the process was started and has not ended."""
         return self._process is not None and self._process.poll() is None
