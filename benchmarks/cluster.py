@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import BIN, HERE, Listening, add_tls_options, machine, run_json, say, tls_of
+from harness import BIN, HERE, Listening, add_tls_options, machine, posted, run_json, say, tls_of
 from quiet import PATIENCE_HELP, TICKS_PER_S, Watch, remark
 from report import put_into
 
@@ -64,14 +64,14 @@ def member(args: argparse.Namespace) -> None:
         print(f"listening {args.url.rpartition(':')[2]}", flush=True)
         sys.stdin.read()
         follower.stop()
-        state, books = follower.state(), transport.stats()[args.peer_id]
+        state, posts = follower.state(), posted(transport, args.peer_id)
     print(
         json.dumps(
             {
                 "commit": state.commit,
                 "received": sum(follower.received.values()),
                 "sent": sum(follower.sent.values()),
-                "posts": books.sent,
+                "posts": posts,
             }
         )
     )

@@ -104,6 +104,12 @@ def bare_sender(*, tls: bool = False) -> list[object]:
     return [BIN / "bare_sender-tls", *tls_flags()] if tls else [BIN / "bare_sender"]
 
 
+def posted(transport: pipeline.Transport, peer_id: int) -> int:
+    """How many messages to a peer its pipeline has taken: what no stream carries."""
+    books = [each.books for each in transport.peer_stats()[peer_id].streams if each.books]
+    return transport.stats()[peer_id].accepted - sum(each.accepted for each in books)
+
+
 class Listening:
     """A process that prints "listening PORT", and one JSON object when its stdin ends.
 

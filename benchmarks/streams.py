@@ -36,6 +36,7 @@ from harness import (
     QuietRaft,
     add_tls_options,
     cpu_s,
+    posted,
     quantiles,
     tls_of,
 )
@@ -199,7 +200,7 @@ def lead(args: argparse.Namespace) -> dict[str, Any]:
         leader.mark(HELLO)
         leader.run(args.warmup, data)
         leader.mark(BEGIN)
-        posts = transport.stats()[PEER_ID].accepted
+        posts = posted(transport, PEER_ID)
         start, start_cpu, start_sent = time.perf_counter(), cpu_s(), leader.sent
         leader.run(args.seconds, data)
         took, took_cpu = time.perf_counter() - start, cpu_s() - start_cpu
@@ -208,7 +209,7 @@ def lead(args: argparse.Namespace) -> dict[str, Any]:
         leader.mark(LONE)
         leader.send_lone(args.lone, args.size)
         leader.mark(HELLO)
-        posts = transport.stats()[PEER_ID].accepted - posts
+        posts = posted(transport, PEER_ID) - posts
     return {
         "messages": messages,
         "seconds": took,
