@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pipeline import MessageType, PipelineStats, Transport
+from pipeline import PipelineStats, Transport
+from pipeline.cli.messages import name_of
 from pipeline.examples.certificates import Certificates, CertificatesError
 from pipeline.examples.etcd import (
     EtcdError,
@@ -277,11 +278,6 @@ def _for_each(
             raise
 
 
-def _name(kind: int) -> str:
-    """Return etcd's name of a message type: ``MsgAppResp`` of ``APP_RESP``."""
-    return "Msg" + MessageType(kind).name.title().replace("_", "")
-
-
 def _as_json(report: Report) -> dict[str, object]:
     return {
         "etcd_version": report.etcd_version,
@@ -298,8 +294,8 @@ def _as_json(report: Report) -> dict[str, object]:
             "p99": round(report.latency_ms(0.99), 3),
         },
         "messages": {
-            "in": {_name(kind): count for kind, count in sorted(report.received.items())},
-            "out": {_name(kind): count for kind, count in sorted(report.sent.items())},
+            "in": {name_of(kind): count for kind, count in sorted(report.received.items())},
+            "out": {name_of(kind): count for kind, count in sorted(report.sent.items())},
         },
         "books": report.books._asdict(),
         "books_balance": report.balances(),
@@ -313,7 +309,7 @@ def _print(report: Report, console: Console) -> None:
     table.add_column("in", justify="right")
     table.add_column("out", justify="right")
     for kind in sorted(report.received.keys() | report.sent.keys()):
-        table.add_row(_name(kind), f"{report.received[kind]:,}", f"{report.sent[kind]:,}")
+        table.add_row(name_of(kind), f"{report.received[kind]:,}", f"{report.sent[kind]:,}")
     console.print(table)
 
     books = report.books
