@@ -11,7 +11,7 @@ from click.shell_completion import get_completion_class
 __all__ = ["commands"]
 
 #: Those that have a module of their own, which has their name.
-MODULES = ("decode", "demo", "explain", "probe")
+MODULES = ("decode", "demo", "explain", "probe", "snapshot")
 
 
 class _Commands(click.Group):
