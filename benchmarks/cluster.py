@@ -29,7 +29,7 @@ from harness import BIN, HERE, Listening, add_tls_options, machine, posted, run_
 from quiet import PATIENCE_HELP, TICKS_PER_S, Watch, remark
 from report import put_into
 
-from pipeline import TLSInfo, Transport, TransportConfig
+from pipeline import Inbox, TLSInfo, Transport, TransportConfig
 from pipeline.examples.certificates import Certificates
 from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port
 from pipeline.examples.follower import Follower
@@ -49,6 +49,7 @@ def member(args: argparse.Namespace) -> None:
     """Be the second member of the cluster of one etcd, as the demo is."""
     follower = Follower(args.member_id, args.peer_id, campaigns=False)
     config = config_beside(args.etcd_version, TransportConfig(streams=not args.posts))
+    inbox = Inbox()
     transport = Transport(
         args.member_id,
         args.cluster_id,
@@ -56,11 +57,12 @@ def member(args: argparse.Namespace) -> None:
         peer_urls=[args.url],
         config=config,
         tls=tls_of(args),
+        inbox=inbox,
     )
     with transport:
         transport.add_peer(args.peer_id, [args.peer_url])
         transport.listen(args.url)
-        follower.start(transport.send)
+        follower.start(transport.send, inbox=inbox)
         print(f"listening {args.url.rpartition(':')[2]}", flush=True)
         sys.stdin.read()
         follower.stop()

@@ -13,12 +13,13 @@ import enum
 import logging
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline import Entry, Message, MessageType, RequestRejected, SnapshotStatus
+from pipeline import Entry, Inbox, Message, MessageType, RequestRejected, SnapshotStatus
 from pipeline.examples.storage import Storage
 
 __all__ = ["Follower", "Role", "State"]
@@ -94,7 +95,8 @@ class Read:
 
 
 class Follower:
-    """One member, its log in memory; implements ``pipeline.Raft``.
+    """One member, its log in memory; implements ``pipeline.Raft``, and needs no more of it than
+    ``pipeline.RaftReports`` when it takes from an inbox.
 
     State and log outlive a Transport, as they would on disk: ``stop``, replace it, ``start``.
 
@@ -120,9 +122,11 @@ class Follower:
 
     Notes
     -----
-    Thread-safe: ``process`` is called from several threads at once, and messages arrive out of
-    order. One lock guards all state; messages leave after it is released, so that nothing the
-    Transport calls back into can wait for it.
+    Thread-safe. With an inbox one thread takes what has come, a batch at a time, and lets time
+    pass; what all of a batch lead to is saved at once and leaves together. Without one ``process``
+    is called from several threads at once, and what is posted arrives out of order. One lock
+    guards all state; messages leave after it is released, so that nothing the Transport calls back
+    into can wait for it.
     """
 
     def __init__(
@@ -144,7 +148,7 @@ class Follower:
         self._changed = threading.Condition()  # guards everything below and the counters
         self._outbox: list[Message] = []
         self._send: Send | None = None
-        self._ticker: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
 
         self._role = Role.FOLLOWER
@@ -193,23 +197,32 @@ class Follower:
 
     # Life and what others may see of it.
 
-    def start(self, send: Send, heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S) -> None:
-        """Give messages to ``send`` (``Transport.send``) from now on."""
+    def start(
+        self,
+        send: Send,
+        heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S,
+        *,
+        inbox: Inbox[Message] | None = None,
+    ) -> None:
+        """Give messages to ``send`` (``Transport.send``) from now on, and take those that come from
+        the Transport's ``inbox``; by default it calls ``process`` with them."""
         with self._changed:
             self._send = send
             self._elapsed = 0
         self._stopping.clear()
-        self._ticker = threading.Thread(
-            target=self._tick_until_stopped, args=(heartbeat_interval_s,), name="follower-tick"
+        self._thread = threading.Thread(
+            target=self._tick_until_stopped if inbox is None else self._take_until_stopped,
+            args=(heartbeat_interval_s,) if inbox is None else (heartbeat_interval_s, inbox),
+            name="follower",
         )
-        self._ticker.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop sending. State and log stay."""
         self._stopping.set()
-        if self._ticker is not None:
-            self._ticker.join()
-            self._ticker = None
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         with self._changed:
             self._send = None
 
@@ -275,6 +288,24 @@ class Follower:
         while not self._stopping.wait(interval_s):
             self.tick()
 
+    def _take_until_stopped(self, interval_s: float, inbox: Inbox[Message]) -> None:
+        next_tick = time.monotonic() + interval_s
+        while not (self._stopping.is_set() or inbox.closed):
+            self._hear(inbox.take(timeout=max(0.0, next_tick - time.monotonic())))
+            if time.monotonic() >= next_tick:
+                self.tick()
+                next_tick = time.monotonic() + interval_s
+
+    def _hear(self, messages: Iterable[Message]) -> None:
+        """Take messages in the order they came in, and answer them together."""
+        with self._changed:
+            for message in messages:
+                self.received[message.type] += 1
+                if message.from_ in self._progress:
+                    self._step(message)
+            send, answers = self._leave()
+        self._deliver(send, answers)
+
     # pipeline.Raft
 
     def process(self, message: Message) -> None:
@@ -282,12 +313,7 @@ class Follower:
         if message.type == MessageType.SNAP and not self.takes_snapshots:
             logger.warning("refused a snapshot: there is no directory for its database")
             raise RequestRejected(501, b"this example member takes no snapshots\n")
-        with self._changed:
-            self.received[message.type] += 1
-            if message.from_ in self._progress:
-                self._step(message)
-            send, messages = self._leave()
-        self._deliver(send, messages)
+        self._hear([message])
 
     def is_id_removed(self, member_id: int) -> bool:
         """Nobody is ever removed from this cluster."""
@@ -413,7 +439,7 @@ class Follower:
         self._become_follower(message.term, message.from_)
         last = self._last
         if message.index < self._commit:  # late: what it carries is known to be here
-            self._emit(MessageType.APP_RESP, message.from_, index=self._commit)
+            self._acknowledge(message.from_, self._commit)
             return
         if message.index > last or self._term_at(message.index) != message.log_term:
             hint = min(message.index, last)
@@ -437,7 +463,18 @@ class Follower:
             self._log.append(entry)
         last_new = message.index + len(message.entries)
         self._commit = max(self._commit, min(message.commit, last_new))
-        self._emit(MessageType.APP_RESP, message.from_, index=last_new)
+        self._acknowledge(message.from_, last_new)
+
+    def _acknowledge(self, leader: int, index: int) -> None:
+        """Tell the leader that our log is its own up to ``index``. That goes for all before it,
+        too: of several such answers in a row, as to a batch, the furthest says everything."""
+        if self._outbox:
+            last = self._outbox[-1]
+            is_one = last.type == MessageType.APP_RESP and not last.reject
+            if is_one and (last.to, last.term) == (leader, self._term):
+                index = max(index, last.index)
+                self._outbox.pop()
+        self._emit(MessageType.APP_RESP, leader, index=index)
 
     def _on_heartbeat(self, message: Message) -> None:
         self._become_follower(message.term, message.from_)
@@ -449,6 +486,9 @@ class Follower:
         """Go on from behind a snapshot; raft.go ``restore``. A node would now open the database
         (``Transport.snapshot_path``), which is in place."""
         self._become_follower(message.term, message.from_)
+        if not self.takes_snapshots:  # of an inbox, where it is too late to refuse
+            logger.warning("ignored a snapshot: there is no directory for its database")
+            return
         assert message.snapshot is not None
         metadata = message.snapshot.metadata
         if metadata.index > self._commit:

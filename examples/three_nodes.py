@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from pipeline import ReceiverConfig, TLSInfo, Transport, TransportConfig
+from pipeline import Inbox, ReceiverConfig, TLSInfo, Transport, TransportConfig
 from pipeline.examples.certificates import Certificates, CertificatesError
 from pipeline.examples.etcd import (
     EtcdError,
@@ -92,6 +92,7 @@ class Node:
     def start(self) -> None:
         """Come to life, with the log it had."""
         receiver = ReceiverConfig(snapshot_dir=self.directory)
+        inbox = Inbox()
         self.transport = Transport(
             self.id,
             self.etcd.cluster_id,
@@ -99,12 +100,13 @@ class Node:
             peer_urls=[self.url],
             tls=self.tls,
             config=config_beside(self.etcd.version, TransportConfig(receiver=receiver)),
+            inbox=inbox,
         )
         self.transport.start()
         for peer_id, url in self.peers.items():
             self.transport.add_peer(peer_id, [url])
         self.listener = self.transport.listen()
-        self.follower.start(self.transport.send)
+        self.follower.start(self.transport.send, inbox=inbox)
 
     def stop(self) -> None:
         """Go away at once: what is on its way is lost. Nothing if it is away."""

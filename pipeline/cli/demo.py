@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pipeline import PipelineStats, Transport
+from pipeline import Inbox, PipelineStats, Transport
 from pipeline.cli.messages import name_of
 from pipeline.examples.certificates import Certificates, CertificatesError
 from pipeline.examples.etcd import (
@@ -178,8 +178,15 @@ def _run(
     # etcd leads, so that each write comes in as a MsgApp and is answered by a MsgAppResp.
     follower = Follower(etcd.other_id, etcd.id, campaigns=False)
     config = config_beside(etcd.version)
+    inbox = Inbox()
     transport = Transport(
-        etcd.other_id, etcd.cluster_id, follower, peer_urls=[our_url], config=config, tls=our_tls
+        etcd.other_id,
+        etcd.cluster_id,
+        follower,
+        peer_urls=[our_url],
+        config=config,
+        tls=our_tls,
+        inbox=inbox,
     )
     data = {b"demo/%07d" % i: b"value %d" % i for i in range(writes)}
 
@@ -189,7 +196,7 @@ def _run(
         transport.add_peer(etcd.id, [etcd.peer_url])
         listener = transport.listen(our_url)
         stack.callback(follower.stop)
-        follower.start(transport.send)
+        follower.start(transport.send, inbox=inbox)
         stack.callback(etcd.stop)
         etcd.start()
         with console.status("electing a leader"):

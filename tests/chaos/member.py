@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline import ReceiverConfig, TLSInfo, Transport, TransportConfig
+from pipeline import Inbox, ReceiverConfig, TLSInfo, Transport, TransportConfig
 from pipeline.examples.etcd import config_beside
 from pipeline.examples.follower import Follower
 from pipeline.examples.storage import Storage
@@ -78,6 +78,7 @@ def main(setting: Setting) -> None:
             state["role"] = state["role"].value
             print(json.dumps(state), flush=True)
 
+        inbox = Inbox()
         transport = Transport(
             setting.member_id,
             setting.cluster_id,
@@ -85,12 +86,13 @@ def main(setting: Setting) -> None:
             peer_urls=[setting.url],
             tls=tls,
             config=config,
+            inbox=inbox,
         )
         with transport:
             for peer_id, url in peers.items():
                 transport.add_peer(peer_id, [url])
             transport.listen(setting.listen_url)
-            follower.start(transport.send)
+            follower.start(transport.send, inbox=inbox)
             while not stopped.wait(REPORT_INTERVAL_S):
                 report(transport)
             follower.stop()

@@ -12,16 +12,31 @@ import pytest
 
 from pipeline import (
     Entry,
+    Inbox,
     Message,
     MessageType,
     RequestRejected,
     Snapshot,
     SnapshotMetadata,
+    SnapshotStatus,
+    Transport,
+    TransportConfig,
 )
 from pipeline.examples.follower import CAMPAIGN_TICKS, LEASE_TICKS, Follower, Role
 from pipeline.examples.storage import Storage
 
 US, PEER, THIRD = 1, 2, 3
+
+
+class QuietReports:
+    """Of a peer that is no member of ours: nothing is of interest to it."""
+
+    def is_id_removed(self, member_id: int) -> bool:
+        return False
+
+    def report_unreachable(self, member_id: int) -> None: ...
+
+    def report_snapshot(self, member_id: int, status: SnapshotStatus) -> None: ...
 
 
 class Bench:
@@ -55,6 +70,12 @@ class Bench:
         """Give it one message and return what it says to that."""
         self.out.clear()
         self.follower.process(Message(type=kind, to=US, from_=from_, **fields))
+        return list(self.out)
+
+    def hear(self, *messages: Message) -> list[Message]:
+        """Give it messages that came together and return what it says to all of them."""
+        self.out.clear()
+        self.follower._hear(messages)
         return list(self.out)
 
     def tick(self, times: int) -> list[Message]:
@@ -491,6 +512,86 @@ def test_nothing_is_said_of_what_is_not_on_disk(tmp_path: Path) -> None:
             follower.stop()
     assert on_disk[0] == (1, 0, 1)
     assert on_disk[-2:] == [(2, US, 1), (2, US, 2)]
+
+
+def append_of(index: int, term: int = 1, **fields: Any) -> Message:
+    """One entry behind ``index``."""
+    entry = Entry(term=term, index=index + 1, data=b"x")
+    fields = {"log_term": term if index else 0, "from_": PEER, **fields}
+    return Message(type=MessageType.APP, to=US, term=term, index=index, entries=[entry], **fields)
+
+
+def test_appends_that_come_together_are_acknowledged_once_with_the_furthest(bench: Bench) -> None:
+    (answer,) = bench.hear(append_of(0), append_of(1), append_of(2, commit=2))
+    assert (answer.type, answer.index, answer.reject) == (MessageType.APP_RESP, 3, False)
+    assert (bench.follower.state().last_index, bench.follower.state().commit) == (3, 2)
+    assert bench.follower.received[MessageType.APP] == 3
+
+
+def test_an_append_that_comes_twice_takes_nothing_back_of_what_is_acknowledged(
+    bench: Bench,
+) -> None:
+    (answer,) = bench.hear(append_of(0), append_of(1, commit=1), append_of(0))
+    assert answer.index == 2
+
+
+def test_a_rejection_between_acknowledgements_is_told_and_in_its_place(bench: Bench) -> None:
+    answers = bench.hear(append_of(0), append_of(5), append_of(1), append_of(2))
+    assert [(each.index, each.reject) for each in answers] == [(1, False), (5, True), (3, False)]
+
+
+def test_each_heartbeat_is_answered_with_its_own_context(bench: Bench) -> None:
+    beats = [
+        Message(type=MessageType.HEARTBEAT, to=US, from_=PEER, term=1, context=context)
+        for context in (b"a", b"b")
+    ]
+    answers = bench.hear(append_of(0), *beats, append_of(1))
+    assert [each.type for each in answers] == [
+        MessageType.APP_RESP,
+        MessageType.HEARTBEAT_RESP,
+        MessageType.HEARTBEAT_RESP,
+        MessageType.APP_RESP,
+    ]
+    assert [each.context for each in answers[1:3]] == [b"a", b"b"]
+
+
+def test_what_a_new_leader_is_told_is_not_what_the_old_one_was(three: Bench) -> None:
+    newer = append_of(1, term=2, log_term=1, from_=THIRD)
+    old, new = three.hear(append_of(0), newer)
+    assert [(each.to, each.term, each.index) for each in (old, new)] == [
+        (PEER, 1, 1),
+        (THIRD, 2, 2),
+    ]
+
+
+def test_with_an_inbox_a_snapshot_that_cannot_be_stored_is_ignored(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    snapshot = Snapshot(metadata=SnapshotMetadata(index=7, term=1))
+    message = Message(type=MessageType.SNAP, to=US, from_=PEER, term=1, snapshot=snapshot)
+    assert bench.hear(message) == []
+    assert bench.follower.state().commit == 0
+    assert "ignored a snapshot" in caplog.text
+
+
+def test_with_an_inbox_one_thread_takes_what_comes_and_lets_time_pass() -> None:
+    inbox: Inbox[Message] = Inbox()
+    follower, answers = Follower(US, PEER), Inbox()
+    config = TransportConfig(probe_interval_s=0)
+    with (
+        Transport(US, 9, follower, config=config, inbox=inbox) as ours,
+        Transport(PEER, 9, QuietReports(), config=config, inbox=answers) as theirs,
+    ):
+        ours.add_peer(PEER, [theirs.listen("http://127.0.0.1:0").url])
+        theirs.add_peer(US, [ours.listen("http://127.0.0.1:0").url])
+        follower.start(ours.send, heartbeat_interval_s=0.01, inbox=inbox)
+        theirs.send([append_of(0), append_of(1)])
+        assert follower.wait_for(lambda state: state.last_index == 2, 30.0)
+        said: list[Message] = []
+        while not any(each.type == MessageType.PRE_VOTE for each in said):  # for want of a leader
+            said += answers.take(timeout=30.0)
+        assert max(each.index for each in said if each.type == MessageType.APP_RESP) == 2
+        follower.stop()
 
 
 @pytest.mark.parametrize("cut", [1, 9, 20])
