@@ -376,6 +376,8 @@ cdef inline int reader_deliver(
     else:
         result = inbox_put(streams.inbox, streams.source, &streams.reader, lane, body, decoded,
                            NULL)
+    # Before the loop sleeps consumers hear of it, wherever in a turn it was read.
+    streams.guest.is_busy = True
     if result == INBOX_FULL and not (type == TYPE_PROP and streams.drops_proposals):
         if body is not &reader.held:
             reader.held = body[0]

@@ -363,6 +363,7 @@ cdef inline void writer_write(writer_t* writer) noexcept nogil:
             writer.is_large = not cursor_is_at_end(&writer.cursor)
         else:
             if budget == 0:
+                writer.stall_ns = 0         # all is written
                 runnable_add(&loop.runnable, &end.conn.io)
                 break
             if not writer_fill(writer):
