@@ -72,7 +72,7 @@ class Reports:
         """Tell of a message that was answered 204."""
         if not self._status.is_active:
             self._status.activate()
-            self._tell_changes()
+            self.tell_changes()
         if kind == MessageType.SNAP:
             self._tell_snapshot(to, SnapshotStatus.FINISH)
 
@@ -86,7 +86,7 @@ class Reports:
         self._picker.unreachable(url)
         self._tell_critical(error)
         is_news = self._status.deactivate("pipeline", "write", error.reason)
-        self._tell_changes()
+        self.tell_changes()
         count()
         self._tell_unreachable(to, is_news=is_news)
         if kind == MessageType.SNAP:
@@ -106,9 +106,11 @@ class Reports:
     # -- a stream
 
     def stream_up(self) -> None:
-        """Tell of a stream that has come up, in either direction."""
+        """Note that a stream comes up, in either direction, before anybody may tell of its end.
+
+        Calls nothing of the application's: :meth:`tell_changes` is to follow.
+        """
         self._status.activate()
-        self._tell_changes()
 
     def stream_refused(self, error: PostError, *, source: str) -> None:
         """Tell of a member that cannot be dialled for its stream, or does not give it."""
@@ -122,7 +124,7 @@ class Reports:
         Of the ``messages`` that failed with it Raft hears as of one, as in etcd.
         """
         is_news = self._status.deactivate(source, action, reason)
-        self._tell_changes()
+        self.tell_changes()
         if messages:
             self._tell_unreachable(self._peer_id, is_news=is_news)
 
@@ -131,7 +133,7 @@ class Reports:
     def snapshot_delivered(self) -> None:
         """Tell of a snapshot that was answered 204."""
         self._status.activate()
-        self._tell_changes()
+        self.tell_changes()
         self._tell_snapshot(self._peer_id, SnapshotStatus.FINISH)
 
     def snapshot_failed(self, error: PipelineError, url: str) -> None:
@@ -139,7 +141,7 @@ class Reports:
         self._tell_critical(error)
         self._picker.unreachable(url)
         is_news = self._status.deactivate("sendMsgSnap", "post", str(error))
-        self._tell_changes()
+        self.tell_changes()
         self._tell_unreachable(self._peer_id, is_news=is_news)
         self.snapshot_given_up()
 
@@ -153,7 +155,8 @@ class Reports:
         if isinstance(error, MemberRemovedError) and self._on_critical_error is not None:
             self.callbacks.call("on_critical_error", self._peer, self._on_critical_error, error)
 
-    def _tell_changes(self) -> None:
+    def tell_changes(self) -> None:
+        """Have the application hear of what was noted of the peer."""
         if self._status.changes is not None:
             self._status.changes.tell()
 

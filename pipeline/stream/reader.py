@@ -201,13 +201,15 @@ class StreamReader(Reader):
         if failure is None:
             self._retry_s = RETRY_S
             self._since = time.time()
-            self.accept(data.index(b"\r\n\r\n") + 4, is_chunked=is_chunked)
+            # First, for another thread may hear of its end as soon as it is accepted.
+            self._pipeline.reports.stream_up()
             logger.info(
                 "established TCP streaming connection with remote peer %s: %s, in",
                 self._peer,
                 SOURCES[self.kind],
             )
-            self._pipeline.reports.stream_up()
+            self.accept(data.index(b"\r\n\r\n") + 4, is_chunked=is_chunked)
+            self._pipeline.reports.tell_changes()
             return
         self._retry_s = min(2 * self._retry_s, REFUSED_RETRY_S)
         if isinstance(failure, MemberRemovedError):

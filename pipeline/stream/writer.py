@@ -86,14 +86,17 @@ class StreamWriter(Writer):
     def serve(self, connection: OwnSocket, head: bytes, *, is_chunked: bool) -> None:
         """Send on a connection that the peer has dialled, from now on. Never waits."""
         self._since = time.time()
+        reports = self._pipeline.reports
+        # First, for another thread may hear of its end as soon as it is attached.
+        reports.stream_up()
+        logger.info(
+            "established TCP streaming connection with remote peer %s: %s, out",
+            self._peer,
+            SOURCES[self.kind],
+        )
         if self.attach(connection, head, is_chunked=is_chunked):
-            logger.info(
-                "established TCP streaming connection with remote peer %s: %s, out",
-                self._peer,
-                SOURCES[self.kind],
-            )
             # Not here: the application is told.
-            self._dispatcher.call_soon(self._pipeline.reports.stream_up)
+            self._dispatcher.call_soon(reports.tell_changes)
 
     def stream_stats(self) -> StreamStats:
         """Return what there is to tell."""
@@ -121,7 +124,8 @@ class StreamWriter(Writer):
                 lost,
             )
         reports = self._pipeline.reports
-        if error:
+        # A peer that has dialled again by now is there.
+        if error and not self.working:
             reports.stream_down("write", reason, source=SOURCES[self.kind], messages=lost)
         elif lost:
             reports.not_tried(self._pipeline.peer_id, snapshots=0)
