@@ -11,7 +11,7 @@ from click.shell_completion import get_completion_class
 __all__ = ["commands"]
 
 #: Those that have a module of their own, which has their name.
-MODULES = ("decode", "demo", "explain", "probe", "snapshot", "top")
+MODULES = ("bench", "decode", "demo", "explain", "probe", "snapshot", "top")
 
 
 class _Commands(click.Group):

@@ -33,6 +33,10 @@ class ExchangeError(Exception):
     """No answer; the text is the reason that a node would log."""
 
 
+class _NoAnswerError(ExchangeError):
+    """The connection ended before anything of an answer came."""
+
+
 class Exchange:
     """One connection at a time to a peer.
 
@@ -66,6 +70,7 @@ class Exchange:
         self._dialer = Dialer(self._poller)
         #: The open connection; None before it is dialled, and once it cannot be used again.
         self.sock: OwnSocket | None = None
+        self._is_used = False  # something was asked on it
 
     def __enter__(self) -> Self:
         self._poller.start()
@@ -89,6 +94,7 @@ class Exchange:
     def dial(self) -> Dial:
         """Connect anew, TLS included. Raises ``ExchangeError``."""
         self.close()
+        self._is_used = False
         is_done = threading.Event()
         dial = self._pool.dial(self._timeout_s, lambda _: is_done.set())
         self._dialer.begin(dial)
@@ -108,11 +114,19 @@ class Exchange:
         """Send a whole request; the answer, of whose status ``telling`` the text is waited for.
 
         Raises ``ExchangeError``. A connection that is not fit for another request is closed, and
-        the next one is made when it is needed.
+        the next one is made when it is needed. A request is sent once more if the connection is a
+        kept one, which the peer may have closed meanwhile: nothing that is asked changes anything.
         """
+        if self.sock is not None and self._is_used:
+            with contextlib.suppress(_NoAnswerError):
+                return self._ask(request, telling)
         if self.sock is None:
             self.dial()
+        return self._ask(request, telling)
+
+    def _ask(self, request: bytes, telling: int) -> PeerAnswer:
         assert self.sock is not None
+        self._is_used = True
         odd = OddAnswer(telling)
         deadline = time.monotonic() + self._timeout_s
         answer = None
@@ -123,15 +137,15 @@ class Exchange:
                     raise TimeoutError  # noqa: TRY301 - as recv does, of an answer that drips
                 data = self.sock.recv(READ_BYTES)
                 if not data and not odd.has_begun:
-                    self.close()
-                    raise ExchangeError("the connection ended before an answer")
+                    raise ConnectionResetError("the connection ended before an answer")
                 answer = odd.feed(data, is_ended=not data, is_written=True)
         except TimeoutError as error:
             self.close()
             raise ExchangeError("no answer within the response timeout") from error
         except OSError as error:
             self.close()
-            raise ExchangeError(error.strerror or str(error)) from error
+            kind = ExchangeError if odd.has_begun else _NoAnswerError
+            raise kind(error.strerror or str(error)) from error
         except (http.client.HTTPException, ValueError) as error:
             self.close()
             raise ExchangeError(f"malformed or incomplete answer: {error!r}") from error

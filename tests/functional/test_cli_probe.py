@@ -22,6 +22,7 @@ from pipeline.cli.reasons import explanation_of
 from tests.support.processes import ROOT, TIMEOUT_S
 from tests.support.raft import FakeRaft
 from tests.support.server import (
+    PROBED,
     Connection,
     Request,
     ScriptedServer,
@@ -29,6 +30,7 @@ from tests.support.server import (
     answer,
     black_hole,
     refused_port,
+    then_close,
 )
 from tests.support.tls import DAY, Authority, now
 
@@ -156,6 +158,17 @@ def test_a_peer_is_left_as_it_was(clinic: Clinic) -> None:
     assert found["verdict"] == "ok"
     assert [stream.since for stream in node.peer_stats()[3].streams] == [None] * 4
     assert (raft.processed, node.transport_stats().received_failures) == ([], 0)
+
+
+def test_a_connection_that_the_peer_does_not_keep_is_made_anew(clinic: Clinic) -> None:
+    with ScriptedServer(on_head=not_found) as server:
+        server.on_probe = then_close(PROBED)
+        found = diagnosis(server.url, "--count", "3")
+        # It knows nothing of versions and streams, but it is there.
+        assert found["round_trips"] == 0
+        assert len(server.probes) == 1
+        assert found["is_reachable"] is True
+        assert_sick(found, "odd-status", 5)
 
 
 # -- twelve sick peers
