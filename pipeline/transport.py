@@ -38,8 +38,8 @@ class Transport(Node):
     config : TransportConfig, optional
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when a peer answers 403 to a post, or 410 to the dial
-        of a stream. Stopping the node is the
-        application's decision.
+        of a stream; of the two streams of a peer once. Stopping the node is the application's
+        decision.
     on_peer_change : callable, optional
         Called with a ``PeerChange`` when a peer becomes active, inactive, mismatched or removed
         (``PeerState``), from a thread of ours. Each change is told once, those of a peer one after

@@ -14,6 +14,7 @@ from pipeline.errors import MemberRemovedError, PipelineError, PostError
 from pipeline.raft import AnyRaft
 from pipeline.send.picker import URLPicker
 from pipeline.send.status import PeerStatus
+from pipeline.threads import Once
 from pipeline.types import MessageType, SnapshotStatus
 from pipeline.wire.protocol import format_id
 
@@ -65,6 +66,7 @@ class Reports:
         self._status = status
         self._is_every_told = is_every_told
         self._on_critical_error = on_critical_error
+        self._removal = Once()  # told by a stream: both are refused for the same reason
 
     # -- a message by the pipeline
 
@@ -115,7 +117,8 @@ class Reports:
     def stream_refused(self, error: PostError, *, source: str) -> None:
         """Tell of a member that cannot be dialled for its stream, or does not give it."""
         self._picker.unreachable(error.url)
-        self._tell_critical(error)
+        if not isinstance(error, MemberRemovedError) or self._removal.take():
+            self._tell_critical(error)
         self.stream_down("dial", error.reason, source=source)
 
     def stream_down(self, action: str, reason: str, *, source: str, messages: int = 0) -> None:

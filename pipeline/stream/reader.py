@@ -176,7 +176,7 @@ class StreamReader(Reader):
         self.dial_after(0.0)
 
     def _judge(self, data: bytes, error: int) -> None:
-        answer = self._read(data, is_ended=error != 0)
+        answer = self._read(data)
         if isinstance(answer, PostError):
             if error:
                 answer = self._unreachable(error_text(error))
@@ -212,6 +212,8 @@ class StreamReader(Reader):
             self._pipeline.reports.tell_changes()
             return
         self._retry_s = min(2 * self._retry_s, REFUSED_RETRY_S)
+        if failure is None and error:  # a head that is whole to http.client only
+            failure = self._unreachable(error_text(error))
         if isinstance(failure, MemberRemovedError):
             self._is_stopping = True  # whoever is removed dials no more
             self.refuse(wait_s=0.0)
@@ -224,7 +226,8 @@ class StreamReader(Reader):
     def _read(self, data: bytes, *, is_ended: bool) -> PeerAnswer | PostError:
         """Return the answer that a head is of; what is wrong with it, if it is none."""
         try:
-            answer = OddAnswer(TELLING_STATUS).feed(data, is_ended=is_ended, is_written=True)
+            # Whatever has come is judged: a text that comes behind its head is not waited for.
+            answer = OddAnswer(TELLING_STATUS).feed(data, is_ended=True, is_written=True)
         except (http.client.HTTPException, ValueError) as error:
             return self._unreachable(f"malformed or incomplete answer: {error!r}")
         return answer or self._unreachable("malformed or incomplete answer")
@@ -242,3 +245,4 @@ class StreamReader(Reader):
 
     def _unreachable(self, reason: str) -> PeerUnreachableError:
         return PeerUnreachableError(reason, peer_id=self._pipeline.peer_id, url=self._url)
+            self._pipeline.picker.unreachable(error.url)

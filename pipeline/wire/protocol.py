@@ -324,7 +324,7 @@ def check_stream_answer(
     if status == 404:
         reason = f"peer {format_id(peer_id)} failed to find local node"
     else:
-        reason = f"unhandled http status {reason_phrase(status)}"
+        reason = f"unhandled http status {status}"
     return UnexpectedStatusError(reason, peer_id=peer_id, url=url, status=status)
 
 
