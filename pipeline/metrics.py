@@ -150,6 +150,16 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         _STREAM,
         "Messages that have gone, or come, over a stream.",
     ),
+    "raft_pipeline_stream_dropped_messages_total": (
+        "counter",
+        _STREAM,
+        "MsgProp that have come over a stream and were dropped, for there was no room.",
+    ),
+    "raft_pipeline_stream_ignored_messages_total": (
+        "counter",
+        _STREAM,
+        "Messages of types that are not for Raft, come over a stream and not delivered.",
+    ),
     "raft_pipeline_callback_errors_total": (
         "counter",
         _PEER,
@@ -405,6 +415,9 @@ def _peer_samples(local: str, peer: PeerSnapshot) -> Iterator[Sample]:
         labels = (local, to, stream.kind, stream.direction)
         yield "raft_pipeline_stream_up", labels, stream.since is not None
         yield "raft_pipeline_stream_messages_total", labels, stream.messages
+        if stream.direction == "in":
+            yield "raft_pipeline_stream_dropped_messages_total", labels, stream.dropped
+            yield "raft_pipeline_stream_ignored_messages_total", labels, stream.ignored
     yield "etcd_network_active_peers", (local, to), peer.is_active
     yield "etcd_network_disconnected_peers_total", (local, to), peer.disconnects
     yield "etcd_network_peer_sent_bytes_total", (to,), books.sent_bytes + snapshots.sent_bytes

@@ -78,6 +78,10 @@ class StreamStats(NamedTuple):
     bytes: int
     #: The books of what was offered to it; None of one that we receive on.
     books: PipelineStats | None
+    #: Messages that have come and were of types that are not for Raft; not among ``messages``.
+    ignored: int = 0
+    #: Of the messages that have come, the MsgProp for which a node without an inbox had no room.
+    dropped: int = 0
 
 
 class InboxStats(NamedTuple):

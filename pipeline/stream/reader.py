@@ -120,8 +120,17 @@ class StreamReader(Reader):
 
     def stream_stats(self) -> StreamStats:
         """Return what there is to tell."""
-        messages, size, since, _ignored, _dropped = self.stats()
-        return StreamStats(self.kind, "in", self._since if since else None, messages, size, None)
+        messages, size, since, ignored, dropped = self.stats()
+        return StreamStats(
+            self.kind,
+            "in",
+            self._since if since else None,
+            messages,
+            size,
+            None,
+            ignored=ignored,
+            dropped=dropped,
+        )
 
     # -- in the poller's thread
 

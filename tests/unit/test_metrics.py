@@ -22,6 +22,7 @@ from pipeline import (
     PipelineConfig,
     ReceiverConfig,
     SnapshotSourceError,
+    StreamStats,
     Transport,
     TransportConfig,
     UsageError,
@@ -35,7 +36,7 @@ from tests.support.listening import ask
 from tests.support.logs import handler_that_raises
 from tests.support.processes import TIMEOUT_S
 from tests.support.raft import FakeRaft
-from tests.support.senders import message
+from tests.support.senders import MEMBER, message
 from tests.support.server import ScriptedServer, always, answer
 from tests.support.snapshots import framed, post_snapshot, snapshot
 from tests.support.waiting import eventually
@@ -404,3 +405,35 @@ def test_the_page_of_metrics_has_every_family() -> None:
         (name, kind, () if labels == "none" else tuple(labels.split(", ")))
         for name, kind, labels in rows
     ] == [(name, kind, labels) for name, (kind, labels, _) in _FAMILIES.items()]
+
+
+@pytest.mark.streams
+def test_streams_are_shown_by_kind_and_direction() -> None:
+    raft = FakeRaft()
+    with Transport(0xA1, CLUSTER_ID, raft) as a, Transport(0xB2, CLUSTER_ID, FakeRaft()) as b:
+        a.add_peer(0xB2, [b.listen("http://127.0.0.1:0").url])
+        b.add_peer(0xA1, [a.listen("http://127.0.0.1:0").url])
+        eventually(
+            lambda: all(stream.since for stream in streams_of(a, 0xB2) + streams_of(b, 0xA1))
+        )
+        b.send([message(to=0xA1), Message(type=MessageType.BEAT, to=0xA1)])
+        raft.wait_processed(1)
+        eventually(lambda: sum(stream.ignored for stream in streams_of(a, 0xB2)) == 1)
+        at_a, at_b = (Exposition(node.metrics_collector()) for node in (a, b))
+    for kind in ("msgapp", "message"):
+        for direction in ("out", "in"):
+            labels = {"Local": "a1", "To": "b2", "Kind": kind, "Direction": direction}
+            assert at_a.value("raft_pipeline_stream_up", **labels) == 1
+            received = kind == "msgapp" and direction == "in"
+            assert at_a.value("raft_pipeline_stream_messages_total", **labels) == received
+        assert at_a.value("raft_pipeline_stream_dropped_messages_total", **labels) == 0
+        ignored = at_a.value("raft_pipeline_stream_ignored_messages_total", **labels)
+        assert ignored == (kind == "message")
+    # What is sent by streams is in the books, as what is posted.
+    assert at_b.value("raft_pipeline_sent_messages_total", Local="b2", To="a1") == 2
+    assert at_b.value("etcd_network_peer_sent_bytes_total", To="a1") > 0
+    assert at_a.value("etcd_network_peer_received_bytes_total", From=f"{MEMBER:x}") > 0
+
+
+def streams_of(node: Transport, peer_id: int) -> tuple[StreamStats, ...]:
+    return node.peer_stats()[peer_id].streams
