@@ -470,7 +470,7 @@ class Node:
         checked = parse_peer_urls(urls)
         peer = self._peers.get(peer_id)
         if peer is not None:
-            peer.pipeline.update(checked)
+            peer.update(checked)
             self._probe(peer)
             logger.info("updated remote peer %s", format_id(peer_id))
 

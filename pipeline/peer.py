@@ -5,6 +5,7 @@ Source: etcd rafthttp/peer.go.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from pipeline.locks import lock_of
@@ -118,6 +119,12 @@ class Peer:
     def resume(self) -> None:
         """Undo :meth:`pause`, however often it was called."""
         self.channels.is_paused = False
+
+    def update(self, urls: Iterable[str]) -> None:
+        """Go to other URLs from now on; ``UsageError`` for a bad one."""
+        self.pipeline.update(urls)
+        if self.streams is not None:
+            self.streams.retry()
 
     def stats(self) -> PeerStats:
         """Return what there is to tell besides ``books()``."""

@@ -627,6 +627,9 @@ cdef inline void reader_returned(io_t* io) noexcept nogil:
         return
     if is_renewing and reader.state == READER_UP:
         reader_lost(reader, 0)
+    elif is_renewing and reader.state == READER_REFUSED:
+        reader_close(reader)
+        reader_dial(reader)
     if has_next:
         reader_ask(reader)
     elif verdict == VERDICT_ACCEPT and reader.state == READER_JUDGED:

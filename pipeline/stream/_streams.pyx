@@ -313,7 +313,10 @@ cdef class End:
         return fd >= 0
 
     def renew(self):
-        """Have the stream, if it is up, end in good order. Thread-safe; never waits."""
+        """Have the stream, if it is up, end in good order. Thread-safe; never waits.
+
+        A refusal whose end is waited for is waited for no longer: ``on_connect`` is called.
+        """
         if not self.is_foreign:
             with nogil:
                 # Only C state is touched.
@@ -574,7 +577,7 @@ cdef class Reader(End):
 
     @property
     def state(self):
-        """What it is at, for tests: down, dialling, asking, judged, up or refused."""
+        """What it is at: down, dialling, asking, judged, up or refused."""
         return STATES[load_int(&self.r.state)]
 
     def dial_after(self, double seconds):

@@ -68,8 +68,8 @@ class StreamReader(Reader):
 
     Notes
     -----
-    ``start``, ``stop_begin``, ``stats`` and ``renew`` are thread-safe. The rest is called by the
-    poller's thread, or by a dispatcher thread, one at a time.
+    ``start``, ``stop_begin``, ``retry``, ``stats`` and ``renew`` are thread-safe. The rest is
+    called by the poller's thread, or by a dispatcher thread, one at a time.
     """
 
     def __new__(
@@ -117,6 +117,11 @@ class StreamReader(Reader):
         self.begin_stop()
         if (dial := self._dial) is not None:
             self._dialer.cancel(dial)
+
+    def retry(self) -> None:
+        """Dial anew if a refusal is waited for to end: whoever is dialled now may be another."""
+        if self.state == "refused":
+            self.renew()
 
     def stream_stats(self) -> StreamStats:
         """Return what there is to tell."""
@@ -207,6 +212,8 @@ class StreamReader(Reader):
             failure = UnexpectedStatusError(
                 "the answer is no stream", peer_id=self._pipeline.peer_id, url=self._url, status=200
             )
+        if failure is None and error:  # a head that is whole to http.client only
+            failure = self._unreachable(error_text(error))
         if failure is None:
             self._retry_s = RETRY_S
             self._since = time.time()
@@ -221,8 +228,6 @@ class StreamReader(Reader):
             self._pipeline.reports.tell_changes()
             return
         self._retry_s = min(2 * self._retry_s, REFUSED_RETRY_S)
-        if failure is None and error:  # a head that is whole to http.client only
-            failure = self._unreachable(error_text(error))
         if isinstance(failure, MemberRemovedError):
             self._is_stopping = True  # whoever is removed dials no more
             self.refuse(wait_s=0.0)
@@ -232,7 +237,7 @@ class StreamReader(Reader):
         self.refuse(wait_s=REFUSED_WAIT_S if is_waiting else 0.0)
         self._failed(failure, is_waiting=is_waiting)
 
-    def _read(self, data: bytes, *, is_ended: bool) -> PeerAnswer | PostError:
+    def _read(self, data: bytes) -> PeerAnswer | PostError:
         """Return the answer that a head is of; what is wrong with it, if it is none."""
         try:
             # Whatever has come is judged: a text that comes behind its head is not waited for.
@@ -246,6 +251,7 @@ class StreamReader(Reader):
         if self._is_stopping:
             return
         if isinstance(error, StreamNotSupportedError):
+            self._pipeline.picker.unreachable(error.url)
             logger.debug("%s of peer %s: %s", SOURCES[self.kind], self._peer, error)
         else:
             self._pipeline.reports.stream_refused(error, source=SOURCES[self.kind])
@@ -254,4 +260,3 @@ class StreamReader(Reader):
 
     def _unreachable(self, reason: str) -> PeerUnreachableError:
         return PeerUnreachableError(reason, peer_id=self._pipeline.peer_id, url=self._url)
-            self._pipeline.picker.unreachable(error.url)

@@ -90,6 +90,11 @@ class PeerStreams:
         for end in (*self.writers.values(), *self.readers.values()):
             end.renew()
 
+    def retry(self) -> None:
+        """Ask for the streams that were refused: the peer has other URLs. What is up stays."""
+        for reader in self.readers.values():
+            reader.retry()
+
     def stats(self) -> tuple[StreamStats, ...]:
         """Return what there is to tell of each end."""
         return (
@@ -206,6 +211,8 @@ class NodeStreams:
         """Call Raft with what comes, until nothing will; in a thread of its own."""
         while not inbox.closed:
             for message in inbox.take(BATCH, None):
+                if self.is_stopping:  # while the last one was processed
+                    return
                 logger.survive("a message was not delivered", self._handlers.call_raft, message)
 
 

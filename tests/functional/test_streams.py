@@ -25,15 +25,18 @@ from pipeline import (
     Transport,
     TransportConfig,
 )
+from pipeline.stream.reader import StreamReader
 from tests.functional.test_send_message import MESSAGES
-from tests.support import SHORT_TIMEOUT
+from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.senders import assert_balanced
 from tests.support.streams import (
     KINDS,
+    MEMBER,
     PEER,
     VERSION,
     Dialled,
+    FakePeer,
     Lab,
     append,
     head,
@@ -549,3 +552,119 @@ def test_a_full_channel_refuses_and_is_told(plain_lab: Lab) -> None:
     assert plain_lab.raft.wait_unreachable(1)[0] == PEER
     arrived = attached.read(books.accepted)
     assert len(arrived) == books.accepted
+
+
+# -- a node without an inbox: its own two queues
+
+
+def proposal(index: int) -> Message:
+    return Message(
+        type=MessageType.PROP, from_=PEER, to=MEMBER, index=index, entries=[Entry(data=b"x")]
+    )
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [
+        thread for thread in threading.enumerate() if thread.name.startswith("pipeline-stream-")
+    ]
+
+
+def test_raft_is_called_no_more_once_the_node_was_stopped(
+    plain_lab: Lab, gate: threading.Event
+) -> None:
+    """Of what has been received: the call that is under way ends, and none follows it."""
+    before = set(stream_threads())
+    raft = FakeRaft(gate=gate)
+    node = plain_lab.start(raft)
+    threads = set(stream_threads()) - before
+    assert len(threads) == 2
+    plain_lab.peer.next_dial("message").accept().send(*map(heartbeat, range(100)))
+    raft.wait_processed(1)
+    eventually(lambda: stream_of(node, "message", "in").messages == 100)
+    node.stop()
+    gate.set()
+    for thread in threads:
+        thread.join(LONG_TIMEOUT)
+        assert not thread.is_alive()
+    assert list(indexes(raft.processed)) == [0]
+
+
+def test_a_proposal_waits_for_raft_and_holds_nothing_else_up(
+    plain_lab: Lab, gate: threading.Event
+) -> None:
+    class Leaderless(FakeRaft):
+        def process(self, message: Message) -> None:
+            if message.type == MessageType.PROP:
+                assert gate.wait(LONG_TIMEOUT)
+            super().process(message)
+
+    raft = Leaderless()
+    plain_lab.start(raft)
+    plain_lab.peer.next_dial("message").accept().send(proposal(1), heartbeat(2), heartbeat(3))
+    assert list(indexes(raft.wait_processed(2))) == [2, 3]
+    gate.set()
+    assert list(indexes(raft.wait_processed(3))) == [2, 3, 1]
+
+
+def test_a_proposal_without_room_is_dropped_and_counted(
+    plain_lab: Lab, gate: threading.Event
+) -> None:
+    sent = 4096 + 256 + 100  # a queue of them, what is taken from it at once, and more
+    raft = FakeRaft(gate=gate)
+    node = plain_lab.start(raft)
+    dialled = plain_lab.peer.next_dial("message").accept()
+    dialled.send(*map(proposal, range(sent)))
+    eventually(lambda: stream_of(node, "message", "in").messages == sent)
+    dropped = stream_of(node, "message", "in").dropped
+    assert dropped >= 100
+    gate.set()
+    processed = raft.wait_processed(sent - dropped)
+    assert list(indexes(processed)) == list(range(sent - dropped))
+    assert stream_of(node, "message", "in").since is not None
+
+
+def test_a_message_that_is_not_for_raft_is_counted_and_not_delivered(plain_lab: Lab) -> None:
+    node = plain_lab.start()
+    dialled = plain_lab.peer.next_dial("message").accept()
+    dialled.send(Message(type=MessageType.BEAT, from_=PEER, to=MEMBER, index=1), heartbeat(2))
+    assert list(indexes(plain_lab.raft.wait_processed(1))) == [2]
+    stats = stream_of(node, "message", "in")
+    assert (stats.messages, stats.ignored, stats.dropped) == (1, 1, 0)
+
+
+# -- where a peer is
+
+
+def test_a_refusal_is_waited_for_no_longer_once_the_peer_has_other_urls(plain_lab: Lab) -> None:
+    node = plain_lab.start()
+    endless = head("404 Not Found") + b"1\r\n4\r\n"
+    refused = [plain_lab.peer.next_dial(kind) for kind in KINDS]
+    for dialled in refused:
+        dialled.write(endless)
+    with FakePeer() as elsewhere:
+        eventually(lambda: all(reader.state == "refused" for reader in readers(node)))
+        node.update_peer(PEER, [elsewhere.url])
+        for kind in KINDS:
+            elsewhere.next_dial(kind).accept()
+            wait_up(node, kind, "in")
+    for dialled in refused:
+        assert dialled.is_ended()
+
+
+def test_other_urls_leave_a_stream_that_is_up_alone(plain_lab: Lab) -> None:
+    node = plain_lab.start()
+    attached = [plain_lab.peer.next_dial(kind).accept() for kind in KINDS]
+    for kind in KINDS:
+        wait_up(node, kind, "in")
+    with FakePeer() as elsewhere:
+        node.update_peer(PEER, [elsewhere.url])
+        for dialled in attached:
+            dialled.send(of_kind(dialled.kind, 7))
+        plain_lab.raft.wait_processed(2)
+        assert not elsewhere.is_dialled()
+
+
+def readers(node: Transport) -> list[StreamReader]:
+    streams = node._peers[PEER].streams
+    assert streams is not None
+    return list(streams.readers.values())
