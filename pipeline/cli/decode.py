@@ -140,7 +140,10 @@ def _exchanges(data: memoryview, stream: _Stream, data_bytes: int) -> Iterator[I
         if first is None or end is None:
             raise DecodeError(f"offset {at}: no head of a request or an answer")
         line = first[0].rstrip().decode("latin-1")
-        headers = http.client.parse_headers(io.BytesIO(data[at + first.end() : at + end.end()]))
+        try:
+            headers = http.client.parse_headers(io.BytesIO(data[at + first.end() : at + end.end()]))
+        except http.client.HTTPException as error:
+            raise DecodeError(f"offset {at}: {error!r}") from error
         path, status = (first[1] or b"").decode("latin-1"), int(first[2] or 0)
         about = {"line": line, "headers": dict(headers.items())}
         yield Item(at, end.end(), "answer" if status else "request", line, about)
@@ -153,7 +156,7 @@ def _exchanges(data: memoryview, stream: _Stream, data_bytes: int) -> Iterator[I
         elif is_chunked or (status and "Content-Length" not in headers):
             size = len(data) - at
         else:
-            size = int(headers.get("Content-Length", "0"))
+            size = _length(headers, at)
         body, used = data[at : at + size], size
         if is_chunked:
             chunked, used = _dechunked(body)
@@ -163,6 +166,13 @@ def _exchanges(data: memoryview, stream: _Stream, data_bytes: int) -> Iterator[I
             raise DecodeError(f"offset {at}: the body has {len(body)} bytes of {size}")
         yield from _body(path, body, at, stream, data_bytes)
         at += used
+
+
+def _length(headers: http.client.HTTPMessage, at: int) -> int:
+    text = headers.get("Content-Length", "0").strip()
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise DecodeError(f"offset {at}: a Content-Length of {text[:32]!r}")
+    return int(text)
 
 
 def _asked_for(path: str, headers: http.client.HTTPMessage, stream: _Stream) -> _Stream:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import (
     ConfState,
@@ -19,6 +21,7 @@ from pipeline import (
     SnapshotMetadata,
 )
 from pipeline.cli.commands import commands
+from pipeline.cli.decode import items as items_of
 from pipeline.identity import Identity
 from pipeline.wire._frames import FrameWriter
 from pipeline.wire.protocol import request_head, stream_head
@@ -203,9 +206,11 @@ def test_a_frame_that_is_not_whole_is_told_after_those_that_are() -> None:
         (b"\x08\x03\xff", "Message"),
         (b"POST /raft HTTP/1.1\r\nContent-Length: 9\r\n\r\n\x08\x04", "2 bytes of 9"),
         (b"POST /raft HTTP/1.1\r\nContent-Length: 2\r\n\r\n\x08\x04junk", "no head"),
+        (b"POST /raft HTTP/1.1\r\nContent-Length: -2\r\n\r\n\x08\x04", "Content-Length"),
+        (b"POST /raft HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", "headers"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "chunk"),
     ],
-    ids=["message", "cut", "junk", "chunk"],
+    ids=["message", "cut", "junk", "length", "headers", "chunk"],
 )
 def test_what_cannot_be_decoded_is_an_error_that_says_where(data: bytes, text: str) -> None:
     *_, item = found(data, exit_code=1)
@@ -229,3 +234,28 @@ def test_a_file_is_read_as_a_pipe_is(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     items = [json.loads(line) for line in result.stdout.splitlines()]
     assert items == found(post(APPEND.marshal()))
+
+
+SEEDS = [
+    APPEND.marshal(),
+    post(APPEND.marshal()),
+    framed(SNAP) + b"database",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n\0\r\n",
+    as_xxd(APPEND.marshal()),
+]
+
+
+@given(st.sampled_from(SEEDS), st.integers(0, 400), st.binary(max_size=12), st.booleans())
+def test_whatever_comes_is_decoded_or_an_error_and_ends(
+    seed: bytes, at: int, changed: bytes, is_cut: bool
+) -> None:
+    data = seed[:at] + changed + (b"" if is_cut else seed[at + len(changed) :])
+    for stream in (None, "msgapp", "message"):
+        found = list(items_of(memoryview(data), stream, 0, 0, 16))
+        assert all(item.kind != "error" for item in found[:-1])
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_any_kind_are_decoded_or_an_error(data: bytes) -> None:
+    found = list(items_of(memoryview(data), None, 0, 0, 16))
+    assert all(item.kind != "error" for item in found[:-1])

@@ -174,20 +174,20 @@ def test_a_connection_that_the_peer_does_not_keep_is_made_anew(clinic: Clinic) -
 # -- twelve sick peers
 
 
-def test_1_refused() -> None:
+def test_a_connection_that_is_refused_is_told() -> None:
     with refused_port() as port:
         found = diagnosis(f"http://127.0.0.1:{port}")
     assert_sick(found, "refused", 3)
     assert found["is_reachable"] is False
 
 
-def test_2_a_black_hole() -> None:
+def test_a_black_hole_is_told_from_a_refusal() -> None:
     with black_hole() as port:
         found = diagnosis(f"http://127.0.0.1:{port}", "--timeout", "0.05")
     assert_sick(found, "black-hole", 3)
 
 
-def test_2_and_one_that_takes_connections_and_says_nothing(clinic: Clinic) -> None:
+def test_a_peer_that_takes_connections_and_says_nothing_is_told(clinic: Clinic) -> None:
     def say_nothing(connection: Connection, request: Request) -> None:
         pass
 
@@ -198,62 +198,62 @@ def test_2_and_one_that_takes_connections_and_says_nothing(clinic: Clinic) -> No
     assert found["is_reachable"] is True
 
 
-def test_3_the_wrong_port() -> None:
+def test_the_wrong_port_is_told() -> None:
     with ScriptedServer(on_head=not_found) as server:
         server.on_probe = always(answer("404 Not Found", b"404 page not found\n"))
         found = diagnosis(server.url)
     assert_sick(found, "not-a-peer", 5)
 
 
-def test_3_and_one_where_another_protocol_is_spoken() -> None:
+def test_a_port_where_another_protocol_is_spoken_is_told() -> None:
     with ScriptedServer() as server:
         server.on_probe = always(b"-ERR unknown command 'GET'\r\n")
         found = diagnosis(server.url)
     assert_sick(found, "not-a-peer", 5)
 
 
-def test_4_plain_where_tls_is_spoken(clinic: Clinic) -> None:
+def test_http_where_tls_is_spoken_is_told(clinic: Clinic) -> None:
     found = diagnosis(clinic.secure_node().replace("https:", "http:"))
     assert_sick(found, "needs-tls", 4)
 
 
-def test_5_tls_where_none_is_spoken(clinic: Clinic) -> None:
+def test_https_where_no_tls_is_spoken_is_told(clinic: Clinic) -> None:
     found = diagnosis(clinic.node().replace("http:", "https:"), *clinic.files)
     assert_sick(found, "no-tls", 4)
     assert found["is_reachable"] is True
 
 
-def test_6_an_expired_certificate(clinic: Clinic) -> None:
+def test_an_expired_certificate_is_told(clinic: Clinic) -> None:
     server = clinic.authority.server("old", not_after=now() - DAY)
     assert_sick(diagnosis(clinic.server(tls=server), *clinic.files), "expired", 4)
 
 
-def test_6_and_our_own(clinic: Clinic) -> None:
+def test_our_own_expired_certificate_is_told_from_the_peer_s(clinic: Clinic) -> None:
     files = clinic.authority.issue("old", not_after=now() - DAY)
     found = diagnosis(clinic.secure_node(), *clinic.options(clinic.authority, *files))
     assert_sick(found, "ours-expired", 4)
     assert found["notes"] == ["our own certificate has expired"]
 
 
-def test_7_a_certificate_that_is_not_valid_yet(clinic: Clinic) -> None:
+def test_a_certificate_that_is_not_valid_yet_is_told(clinic: Clinic) -> None:
     found = diagnosis(clinic.server(tls=clinic.young_server()), *clinic.files)
     assert_sick(found, "not-yet-valid", 4)
 
 
-def test_8_another_authority(clinic: Clinic) -> None:
+def test_a_certificate_of_another_authority_is_told(clinic: Clinic) -> None:
     other = Authority(clinic.directory / "theirs")
     found = diagnosis(clinic.node(tls=other.info()), *clinic.files)
     assert_sick(found, "wrong-ca", 4)
 
 
-def test_8_and_one_that_does_not_trust_ours(clinic: Clinic) -> None:
+def test_a_peer_that_does_not_trust_our_authority_is_told(clinic: Clinic) -> None:
     other = Authority(clinic.directory / "theirs")
     cert, key = other.issue("stranger")
     found = diagnosis(clinic.secure_node(), *clinic.options(clinic.authority, cert, key))
     assert_sick(found, "ours-refused", 4)
 
 
-def test_9_another_name(clinic: Clinic) -> None:
+def test_a_certificate_for_another_name_is_told(clinic: Clinic) -> None:
     url = clinic.server(tls=clinic.authority.server("elsewhere", "node-2.example"))
     assert_sick(diagnosis(url, *clinic.files), "wrong-name", 4)
     server_name = ["--server-name", "node-2.example"]
@@ -263,7 +263,7 @@ def test_9_another_name(clinic: Clinic) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_10_another_cluster(clinic: Clinic, streams: bool) -> None:
+def test_another_cluster_is_told_and_which_it_is(clinic: Clinic, streams: bool) -> None:
     found = diagnosis(clinic.node(streams=streams), "--cluster-id", "8")
     assert_sick(found, "wrong-cluster", 6)
     assert found["cluster_id"] == f"{CLUSTER:x}"
@@ -271,7 +271,7 @@ def test_10_another_cluster(clinic: Clinic, streams: bool) -> None:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_11_another_version(clinic: Clinic, streams: bool) -> None:
+def test_another_version_is_told_and_which_it_is(clinic: Clinic, streams: bool) -> None:
     url = clinic.node(server_version="3.6.0", min_cluster_version="3.6.0", streams=streams)
     found = diagnosis(url)
     assert_sick(found, "wrong-version", 6)
@@ -279,7 +279,7 @@ def test_11_another_version(clinic: Clinic, streams: bool) -> None:
     assert diagnosis(url, "--server-version", "3.6.0")["verdict"] == "ok"
 
 
-def test_12_a_member_that_was_removed(clinic: Clinic) -> None:
+def test_a_member_that_was_removed_is_told_from_one_that_is_not_known(clinic: Clinic) -> None:
     raft = FakeRaft()
     raft.removed.add(9)
     url = clinic.node(raft=raft)

@@ -35,13 +35,13 @@ def streams_since(cluster: Cluster) -> list[float | None]:
     return [stream.since for stream in cluster.transport.peer_stats()[cluster.etcd.id].streams]
 
 
-def probe(cluster: Cluster, *options: str) -> dict[str, Any]:
+def probe(cluster: Cluster, *options: str, url: str = "") -> dict[str, Any]:
     files: list[str] = []
     if cluster.tls is not None:
         tls = cluster.tls
         files = ["--cert", str(tls.cert_file), "--key", str(tls.key_file)]
         files += ["--cacert", str(tls.trusted_ca_file)]
-    arguments = ["probe", cluster.etcd.peer_url, "--json", *files, *options]
+    arguments = ["probe", url or cluster.etcd.peer_url, "--json", *files, *options]
     result = CliRunner().invoke(commands, arguments)
     found: dict[str, Any] = json.loads(result.output)
     return found
@@ -58,3 +58,9 @@ def test_an_etcd_in_service_is_asked_and_keeps_its_streams(cluster: Cluster) -> 
     assert probe(cluster, "--as-member", "99")["verdict"] == "unknown-member"
     assert probe(cluster, "--cluster-id", "8")["verdict"] == "wrong-cluster"
     assert streams_since(cluster) == before
+
+
+def test_its_port_for_clients_is_no_peer_port(cluster: Cluster) -> None:
+    found = probe(cluster, url=cluster.etcd.client_url)
+    assert found["verdict"] == "not-a-peer", found
+    assert found["notes"] == ["it answers /version: perhaps the member's port for clients"]
