@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import ssl
 import subprocess
@@ -356,6 +357,27 @@ def test_the_module_is_the_command() -> None:
         )
     assert (result.returncode, result.stderr) == (3, "")
     assert ": refused: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [("raft-pipeline pro", "plain,probe\n"), ("raft-pipeline decode --str", "plain,--stream\n")],
+)
+def test_the_shell_is_told_what_completes_a_word(words: str, completed: str) -> None:
+    completion = {
+        "_RAFT_PIPELINE_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    result = subprocess.run(
+        [Path(sys.executable).with_name("raft-pipeline")],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env={**os.environ, **completion},
+    )
+    assert result.stdout == completed
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
