@@ -251,13 +251,15 @@ cdef class IOLoop:
         self.is_running = True
 
     def stop(self):
-        """End the thread. Every sender must have been told to stop; waits for the thread only.
+        """End the streams and the thread. Every sender must have been told to stop.
 
-        Not to be called by two threads at a time.
+        Waits for the thread only. Not to be called by two threads at a time.
         """
         if not self.is_running:
             return
-        self.is_running = False     # before the GIL is let go of: from now on nothing is opened
+        self.is_running = False     # first: from now on nothing is opened
+        for stream in tuple(self.streams):
+            stream.begin_stop()
         with nogil:
             # Wait for the loop to detach what it was told to; it never waits for Python.
             sending_stop(&self.sending)

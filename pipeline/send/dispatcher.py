@@ -117,8 +117,6 @@ class Dispatcher:
             # One that is being removed at this moment may not have got to it.
             for sender in tuple(self.loop.senders):
                 sender.begin_stop()
-            for stream in tuple(self.loop.streams):
-                stream.begin_stop()
             self.loop.stop()
             # After the loop, which wakes it, and before the events are closed, for each dial that
             # fails is one.

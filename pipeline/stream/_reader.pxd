@@ -83,7 +83,7 @@ cdef struct stream_reader_t:
     size_t request_at
     bint has_ended          # the other side's end, or an error, is to be read behind what is left
     chunks_t chunks
-    bint is_last            # the last chunk has been read
+    int chunk               # CHUNKS_END, or what is wrong with the chunks, behind what is kept
     # Owned: the answer's head and what came with it; then bytes of frames not looked at yet.
     uint8_t* kept
     size_t kept_len
@@ -134,6 +134,8 @@ cdef inline void reader_discount(stream_reader_t* reader) noexcept nogil:
 cdef inline void reader_wait(stream_reader_t* reader) noexcept nogil:
     """Be told when there may be room."""
     cdef end_t** link = &reader.end.streams.waiting
+    # The budget is looked at once more in the turn that follows, and that is not to be waited for.
+    reader.end.streams.guest.is_busy = True
     if not reader.end.is_waiting:
         reader.end.is_waiting = True
         reader.end.next_waiting = NULL
@@ -226,7 +228,8 @@ cdef inline void reader_close(stream_reader_t* reader) noexcept nogil:
     free(reader.request)
     reader.kept = reader.request = NULL
     reader.kept_len = reader.request_len = reader.request_at = 0
-    reader.has_ended = reader.is_last = False
+    reader.has_ended = False
+    reader.chunk = CHUNKS_MORE
     count_set(&reader.since_ns, 0)
     loop_set_due(&reader.end.streams.sending.loop, &reader.end.due, 0)
     reader_set_state(reader, READER_DOWN)
@@ -470,19 +473,22 @@ cdef inline int reader_frames(
     return verdict
 
 
+cdef inline void reader_end_chunks(stream_reader_t* reader) noexcept nogil:
+    """All before the last chunk, or before what is none, was taken; nothing behind is looked at."""
+    reader_lost(
+        reader, 0 if reader.chunk == CHUNKS_END and reader.body.data is NULL else ERROR_CHUNKS)
+
+
 cdef inline int reader_unwrap(stream_reader_t* reader, size_t n) noexcept nogil:
     """Take the framing off what has been read into the scratch, and the frames out of it."""
     cdef uint8_t* data = reader.end.streams.scratch
     cdef size_t used = 0, made = n
-    cdef int chunk = CHUNKS_MORE
     cdef int verdict
     if reader.end.is_chunked:
-        chunk = chunks_read(&reader.chunks, data, n, data, &used, &made)
-    reader.is_last = chunk == CHUNKS_END
+        reader.chunk = chunks_read(&reader.chunks, data, n, data, &used, &made)
     verdict = reader_frames(reader, data, made)
-    if verdict == READ_ON and chunk != CHUNKS_MORE:
-        # Behind the last chunk nothing is expected, and nothing looked at.
-        reader_lost(reader, 0 if chunk == CHUNKS_END and reader.body.data is NULL else ERROR_CHUNKS)
+    if verdict == READ_ON and reader.chunk != CHUNKS_MORE:
+        reader_end_chunks(reader)
         return READ_OVER
     return verdict
 
@@ -550,8 +556,8 @@ cdef inline void reader_go_on(stream_reader_t* reader) noexcept nogil:
         verdict = reader_frames(reader, reader.kept, reader.kept_len)
         if verdict == READ_ON:
             reader_keep(reader, NULL, 0)
-    if verdict == READ_ON and reader.is_last:
-        reader_lost(reader, 0 if reader.body.data is NULL else ERROR_CHUNKS)
+    if verdict == READ_ON and reader.chunk != CHUNKS_MORE:
+        reader_end_chunks(reader)
     elif verdict == READ_ON:
         reader.heard_ns = reader.end.streams.sending.loop.now_ns
         loop_set_due(&reader.end.streams.sending.loop, &reader.end.due,

@@ -22,7 +22,7 @@ from pipeline._core cimport IOLoop, Sender
 from pipeline._system cimport (
     add_i64, clock_ns, cond_init_monotonic, count_get, deadline_timespec, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec,
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_int, timespec,
 )
 from pipeline.net._budget cimport BodyBudget, budget_join, budget_leave
 from pipeline.net._descriptors cimport descriptors_shut, descriptors_t
@@ -507,6 +507,12 @@ cdef class Writer(End):
         return FollowerStats(
             follower.success, follower.fail, follower.current_ms, follower.mean_ms,
             follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
+
+    def forget_after_fork(self):
+        """In a forked child, where nobody would send what it takes."""
+        super().forget_after_fork()
+        store_int(&self.w.working, 0)
+        self.w.channel.is_stopping = True
 
     cdef void note_event(self) noexcept:
         self.n_lost += self.w.n_lost

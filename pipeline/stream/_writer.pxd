@@ -203,7 +203,7 @@ cdef inline void writer_attach(writer_t* writer) noexcept nogil:
     frames_init(&end.frames, end.frames.stream, end.frames.from_, end.frames.to)
     writer.heartbeat_ns = end.streams.sending.loop.now_ns
     pthread_mutex_lock(&end.lock)
-    store_int(&writer.working, 1)
+    store_int(&writer.working, not end.is_stopping)     # which it may do by now
     writer.is_idle = False
     pthread_mutex_unlock(&end.lock)
     writer_write(writer)
