@@ -58,8 +58,7 @@ HELLO, BEGIN, END, LONE = range(4)
 LONE_PAUSE_S = 0.002
 #: How long the follower waits for the first message of a batch: a tick.
 TICK_S = 0.1
-#: What is computed between two takes when the main thread spins: about 0.5 ms of bytecode, in which
-#: half the window may come.
+#: What is computed between two takes when the main thread spins: about 0.5 ms of bytecode.
 SPIN_ITERATIONS = 17_500
 #: Different messages whose bytes are there before the first is offered; then their indexes begin
 #: anew, and one goes out whole.
@@ -272,9 +271,11 @@ class Follower:
         self._answer()
 
     def _answer(self) -> None:
+        answers = []
         while self._answered + BATCH <= self.received:
             self._answered += BATCH
-            self._send(MessageType.APP_RESP, self._answered)
+            answers.append(answer_of(MessageType.APP_RESP, self._answered))
+        self._send(answers)
 
     def _mark(self, vote: Message) -> None:
         if vote.index == BEGIN:
@@ -284,12 +285,15 @@ class Follower:
             self.measured = cpu_s() - cpu, self.received - received
         elif vote.index == LONE:
             self._is_lone = True
-        self._send(MessageType.VOTE_RESP, vote.index)
+        self._send([answer_of(MessageType.VOTE_RESP, vote.index)])
 
-    def _send(self, kind: MessageType, index: int) -> None:
-        answer = Message(type=kind, to=MEMBER_ID, from_=PEER_ID, term=TERM, index=index)
-        if self._transport.send([answer]):
-            raise SystemExit(f"an answer was not queued: {answer}")
+    def _send(self, answers: list[Message]) -> None:
+        if self._transport.send(answers):
+            raise SystemExit(f"an answer was not queued: {answers}")
+
+
+def answer_of(kind: MessageType, index: int) -> Message:
+    return Message(type=kind, to=MEMBER_ID, from_=PEER_ID, term=TERM, index=index)
 
 
 def follow(args: argparse.Namespace) -> dict[str, Any]:
@@ -304,7 +308,9 @@ def follow(args: argparse.Namespace) -> dict[str, Any]:
         while not is_told.is_set():
             if args.spin:
                 spin(0, SPIN_ITERATIONS)
-            messages = inbox.take(WINDOW, 0 if args.spin else TICK_S)
+                messages = inbox.take(WINDOW)
+            else:
+                messages = inbox.take(BATCH, TICK_S)
             take(messages, time.time_ns())
             del messages  # not to be held while the next are waited for
     took_cpu, messages = follower.measured
