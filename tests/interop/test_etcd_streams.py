@@ -184,8 +184,12 @@ def test_who_is_removed_is_told(tmp_path: Path, has_tls: bool) -> None:
         cluster.start()
         wait_for_streams(cluster)
         cluster.etcd.call("/v3/cluster/member/remove", {"ID": str(cluster.follower.member_id)})
-        eventually(lambda: len(told) == 2, "the dials that follow are answered 410, of each kind")
-        assert {(error.peer_id, error.status) for error in told} == {(cluster.etcd.id, 410)}
+        eventually(
+            lambda: sum("it was removed" in line for line in lines_about_us(cluster)) == 2,
+            "the dials that follow are answered 410, of each kind",
+        )
+        eventually(lambda: told, "we are told")
+        assert [(error.peer_id, error.status) for error in told] == [(cluster.etcd.id, 410)]
     finally:
         cluster.stop()
 
