@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import TypeAlias
 
 from pipeline.callbacks import Callbacks, require_no_awaitable
 from pipeline.errors import UsageError
@@ -25,6 +26,10 @@ LOOP_CHECK_S = 0.5
 #: What ``stop`` gives cancelled callbacks to end. They need one turn of the loop, unless they
 #: suppress the cancellation or clean up.
 CANCEL_TIMEOUT_S = 0.1
+
+
+#: The member, and which of its calls wait for one another.
+_Key: TypeAlias = tuple[int, str]
 
 
 class Refused(Exception):
@@ -71,7 +76,10 @@ class Call:
 
 
 class Deliveries:
-    """Calls by member: a queue each, emptied by a task each. Used on the loop, but for ``call``."""
+    """Calls by member and lane: a queue each, emptied by a task each.
+
+    Used on the loop, but for ``call``.
+    """
 
     def __init__(self) -> None:
         #: Counts what is raised when no thread waits any more; the transport's, once there is one.
@@ -79,8 +87,8 @@ class Deliveries:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread_id = 0
         self._is_closed = False
-        self._queues: dict[int, deque[Call]] = {}  # the call being made stays at the left end
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._queues: dict[_Key, deque[Call]] = {}  # the call being made stays at the left end
+        self._tasks: dict[_Key, asyncio.Task[None]] = {}
         self._stopping: set[asyncio.Task[None]] = set()  # those whose callback called stop
 
     def open(self) -> None:
@@ -93,9 +101,11 @@ class Deliveries:
         function: Callable[[], Awaitable[object] | object],
         *,
         is_report: bool = False,
+        lane: str = "",
     ) -> object:
         """Have ``function`` called on the loop; its result or what it raises. Blocks.
 
+        It waits for the member's calls before it in the same ``lane``, and for no others.
         Raises ``Refused`` when it will not be called, and ``UsageError`` on the loop's thread,
         which would wait for itself.
         """
@@ -106,7 +116,7 @@ class Deliveries:
             raise UsageError("called on the event loop: it would wait for itself")
         call = Call(function, self.callbacks, is_report=is_report)
         try:
-            loop.call_soon_threadsafe(self._take, member_id, call)
+            loop.call_soon_threadsafe(self._take, (member_id, lane), call)
         except RuntimeError:  # closed
             raise Refused from None
         while not call.outcome.done():
@@ -126,12 +136,12 @@ class Deliveries:
         callback, or for their turn after it, now or later, could not end first. Only a stop also
         waits for those in ``process``; it has no use for those that wait for their turn.
         """
-        for member_id, task in self._tasks.items():
+        for key, task in self._tasks.items():
             if task is asyncio.current_task():
                 if is_stop:
                     self._stopping.add(task)
-                self._queues[member_id][0].has_let_go = True
-                for call in self._queues[member_id]:
+                self._queues[key][0].has_let_go = True
+                for call in self._queues[key]:
                     self._let_go_of(call, task)
 
     def _let_go_of(self, call: Call, task: asyncio.Task[None]) -> None:
@@ -152,50 +162,51 @@ class Deliveries:
         if tasks:
             await asyncio.wait(tasks, timeout=CANCEL_TIMEOUT_S)
 
-    def _take(self, member_id: int, call: Call) -> None:
+    def _take(self, key: _Key, call: Call) -> None:
         if self._is_closed:
             call.refuse()
             return
-        queue = self._queues.setdefault(member_id, deque())
+        queue = self._queues.setdefault(key, deque())
         queue.append(call)
         if queue[0].has_let_go:
-            self._let_go_of(call, self._tasks[member_id])
+            self._let_go_of(call, self._tasks[key])
         if len(queue) == 1:
-            name = f"pipeline-member-{format_id(member_id)}"
-            calls = self._make_calls(member_id, queue)
+            member_id, lane = key
+            name = f"pipeline-member-{format_id(member_id)}{lane and '-'}{lane}"
+            calls = self._make_calls(key, queue)
             try:
                 task = asyncio.get_running_loop().create_task(calls, name=name)
             except BaseException as error:  # the application's task factory, or what it has run
                 calls.close()
-                self._tasks.pop(member_id, None)
-                for waiting in self._queues.pop(member_id, ()):
+                self._tasks.pop(key, None)
+                for waiting in self._queues.pop(key, ()):
                     waiting.fail(error)
                 if not isinstance(error, Exception):
                     raise  # ends the program, as anywhere on the loop
                 return
             if not task.done():
-                self._tasks[member_id] = task
-            task.add_done_callback(partial(self._clear, member_id))
+                self._tasks[key] = task
+            task.add_done_callback(partial(self._clear, key))
 
-    async def _make_calls(self, member_id: int, queue: deque[Call]) -> None:
+    async def _make_calls(self, key: _Key, queue: deque[Call]) -> None:
         # A task factory that is eager runs this before create_task has returned.
         task = asyncio.current_task()
         assert task is not None
-        self._tasks[member_id] = task
+        self._tasks[key] = task
         while queue:
             # Not by a name of its own: what it raises may hold this frame.
             if not queue[0].is_given_up and not self._is_closed:
                 await self._make_call(queue[0])
             queue.popleft()
         # In the same turn that found the queue empty: what is taken next makes a task anew.
-        del self._queues[member_id], self._tasks[member_id]
+        del self._queues[key], self._tasks[key]
 
-    def _clear(self, member_id: int, task: asyncio.Task[None]) -> None:
+    def _clear(self, key: _Key, task: asyncio.Task[None]) -> None:
         """Refuse what a task left that was cancelled, perhaps before it began, or that broke."""
-        if self._tasks.get(member_id) is task:
-            for call in self._queues[member_id]:
+        if self._tasks.get(key) is task:
+            for call in self._queues[key]:
                 call.refuse()
-            del self._queues[member_id], self._tasks[member_id]
+            del self._queues[key], self._tasks[key]
 
     async def _make_call(self, call: Call) -> None:
         try:

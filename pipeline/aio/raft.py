@@ -10,7 +10,7 @@ from pipeline.errors import MemberRemovedError, RequestRejected
 from pipeline.logs import get_logger
 from pipeline.raft import Received_contra
 from pipeline.send.changes import PeerChange
-from pipeline.types import SnapshotStatus
+from pipeline.types import MessageType, SnapshotStatus
 from pipeline.wire._messages import EncodedMessage, Message
 from pipeline.wire.protocol import format_id
 
@@ -24,11 +24,16 @@ class RaftReports(Protocol):
 
     Called on the event loop: one call at a time for one member, in the order in which they came;
     calls for different members run concurrently where they await. A plain method must not block.
-    One that waits holds up its member's further calls and a thread of the library.
+    One that waits holds up its member's further calls and a thread of the library. MsgProp and
+    ``is_id_removed`` have an order of their own: they wait for no other call of their member, nor
+    does any for them.
     """
 
     def is_id_removed(self, member_id: int) -> Awaitable[bool] | bool:
-        """Tell whether the member was removed from the cluster for good."""
+        """Tell whether the member was removed from the cluster for good.
+
+        Nobody else is let in by a listener until it has answered.
+        """
 
     def report_unreachable(self, member_id: int) -> Awaitable[None] | None:
         """Learn that a message to the member was not delivered."""
@@ -47,7 +52,8 @@ class Raft(RaftReports, Protocol[Received_contra]):
         """Take a message from a peer, which is answered 204 when this has returned.
 
         ``RequestRejected`` chooses the answer; anything else raised is answered 500. The calls
-        are ordered by ``message.from_``.
+        are ordered by ``message.from_``, those with a MsgProp apart: it may wait for a leader,
+        which the member's other messages bring.
         """
 
 
@@ -72,7 +78,11 @@ class Bridge:
 
     def process(self, message: Message | EncodedMessage) -> None:
         try:
-            self.deliveries.call(message.from_, lambda: self._raft.process(message))
+            self.deliveries.call(
+                message.from_,
+                lambda: self._raft.process(message),
+                lane="proposals" if message.type == MessageType.PROP else "",
+            )
         except Refused:
             # What a listener answers that closes; the message may have been processed.
             raise RequestRejected(503, b"shutting down\n") from None
@@ -80,7 +90,9 @@ class Bridge:
     def is_id_removed(self, member_id: int) -> bool:
         try:
             return bool(
-                self.deliveries.call(member_id, lambda: self._raft.is_id_removed(member_id))
+                self.deliveries.call(
+                    member_id, lambda: self._raft.is_id_removed(member_id), lane="questions"
+                )
             )
         except Refused:
             return False

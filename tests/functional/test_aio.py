@@ -36,7 +36,7 @@ from pipeline.aio import Transport
 from pipeline.aio.deliveries import Call
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
 from tests.support.callbacks import Unawaited
-from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat
+from tests.support.http import CLUSTER_ID, Reply, peer_headers, post_heartbeat, reply_of_socket
 from tests.support.loops import LOOPS, loop_factory
 from tests.support.processes import TIMEOUT_S
 from tests.support.senders import message
@@ -197,6 +197,90 @@ def test_calls_queue_for_their_member_in_the_order_they_were_left(
             replies = [other, *await asyncio.gather(*posts)]
         assert [m.index for m in node.processed] == [0, 9, 1, 2]
         assert [reply.status for reply in replies] == [204] * 4
+
+    run(main())
+
+
+@pytest.mark.streams
+def test_what_comes_by_streams_is_processed_on_the_loop_in_order(
+    run: Callable[[Main], None],
+) -> None:
+    count = 1000
+
+    async def main() -> None:
+        a, b = Node(), Node()
+        async with Transport(1, CLUSTER_ID, a) as one, Transport(2, CLUSTER_ID, b) as two:
+            one.add_peer(2, [(await two.listen("http://127.0.0.1:0")).url])
+            two.add_peer(1, [(await one.listen("http://127.0.0.1:0")).url])
+            ends = ((one, 2), (two, 1))
+            await eventually_async(
+                lambda: all(
+                    stream.since is not None
+                    for node, peer_id in ends
+                    for stream in node.peer_stats()[peer_id].streams
+                )
+            )
+            for index in range(count):
+                one.send([Message(type=MessageType.HEARTBEAT, from_=1, to=2, index=index)])
+                two.send([Message(type=MessageType.HEARTBEAT, from_=2, to=1, index=index)])
+            await eventually_async(lambda: len(a.processed) == len(b.processed) == count)
+        for node in (a, b):
+            assert [message.index for message in node.processed] == list(range(count))
+            assert node.threads == {threading.get_ident()}
+
+    run(main())
+
+
+@pytest.mark.streams
+def test_a_proposal_that_waits_holds_up_neither_its_member_s_messages_nor_its_dials(
+    run: Callable[[Main], None],
+) -> None:
+    leader = asyncio.Event()
+
+    async def process(message: Message) -> None:
+        if message.type == MessageType.PROP:
+            await leader.wait()
+
+    async def main() -> None:
+        node = Node(process)  # it has removed member 7
+        async with transport_of(node) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            waits = Message(type=MessageType.PROP, from_=7, to=2).marshal()
+            proposing = asyncio.create_task(
+                asyncio.to_thread(reply_of_socket, url, "POST", "/raft", peer_headers(), waits)
+            )
+            await eventually_async(lambda: len(node.processed) == 1)
+            assert (await posting(url, from_=7, index=5)).status == 204
+            dialled = await asyncio.to_thread(
+                reply_of_socket, url, "GET", "/raft/stream/message/7", peer_headers(), b""
+            )
+            assert (dialled.status, dialled.body) == (410, b"removed member\n")
+            assert not proposing.done()
+            leader.set()
+            assert (await proposing).status == 204
+
+    run(main())
+
+
+@pytest.mark.streams
+def test_an_async_node_tells_who_was_removed(run: Callable[[Main], None]) -> None:
+    class Asked(Node):
+        async def is_id_removed(self, member_id: int) -> bool:  # type: ignore[override]
+            await asyncio.sleep(0)
+            return super().is_id_removed(member_id)
+
+    async def main() -> None:
+        node = Asked()
+        async with transport_of(node) as transport:
+            url = (await transport.listen("http://127.0.0.1:0")).url
+            replies = [
+                await asyncio.to_thread(
+                    reply_of_socket, url, "GET", f"/raft/stream/msgapp/{one}", peer_headers(), b""
+                )
+                for one in (7, 8)
+            ]
+        assert [reply.status for reply in replies] == [410, 404]
+        assert node.threads == {threading.get_ident()}
 
     run(main())
 
