@@ -87,7 +87,7 @@ class Measured:
             "url": self.url,
             "message_bytes": self.message_bytes,
             "connections": self.connections,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.seconds, 6),
             "messages_per_s": round(sent / self.seconds, 1),
             "bytes_per_s": round(self.books.sent_bytes / self.seconds, 1),
             "cpu_us_per_message": round(1e6 * self.cpu_seconds / sent, 2) if sent else None,
