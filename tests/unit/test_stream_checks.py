@@ -7,6 +7,9 @@ have their names in ``tests/functional/test_streams.py``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -287,3 +290,50 @@ def test_a_node_that_is_being_stopped_tells_nobody_that_it_is_no_peer(handlers: 
     assert answer.status == 503
     assert answer.close
     assert "X-Server-Version" not in [name for name, _ in answer.headers]
+
+
+# -- certificates
+
+
+def with_certificate(request: Request, member: int) -> Request:
+    return replace(request, certificate={"serialNumber": f"{member:x}"})
+
+
+@pytest.fixture
+def bound(raft: Raft, watch: Watch) -> Handlers:
+    """Return handlers that know whose certificate is whose."""
+
+    def allow_member(certificate: Mapping[str, Any], member_id: int) -> bool:
+        return bool(certificate["serialNumber"] == f"{member_id:x}")
+
+    handlers = Handlers(
+        raft, Identity(MEMBER, 0x7, (), "3.6.0"), senders=watch, allow_member=allow_member
+    )
+    handlers.streams = FakePeers()
+    return handlers
+
+
+def test_a_peer_is_given_its_stream_with_its_own_certificate(bound: Handlers) -> None:
+    assert is_given(bound, with_certificate(dial(), PEER))
+
+
+@pytest.mark.parametrize(
+    ("path_member", "header_member", "certificate"),
+    [
+        (PEER, PEER, STRANGER),  # says throughout that it is the peer
+        (PEER, STRANGER, STRANGER),  # asks for the peer's stream with its own name
+        (STRANGER, PEER, STRANGER),
+        (REMOVED, STRANGER, STRANGER),
+    ],
+)
+def test_nobody_is_given_anything_with_the_certificate_of_another(
+    bound: Handlers, watch: Watch, path_member: int, header_member: int, certificate: int
+) -> None:
+    path = f"/raft/stream/message/{path_member:x}"
+    request = with_certificate(dial(path, x_server_from=f"{header_member:x}"), certificate)
+    assert refusal(bound, request) == (412, "certificate not allowed for this member\n")
+    assert watch.noted == []
+
+
+def test_a_certificate_without_a_name_beside_it_is_nobody_s(bound: Handlers) -> None:
+    assert refusal(bound, with_certificate(dial(x_server_from=None), PEER))[0] == 412
