@@ -23,7 +23,7 @@ from pipeline.net._memory cimport BODY_MAPPED_MIN, body_free, body_init, body_t
 from pipeline.net._sockets cimport own_descriptors
 from pipeline.receive._inbox cimport (
     INBOX_FULL, INBOX_TAKEN_IN, arrival_t, holder_t, inbox_drop, inbox_end_all, inbox_put_back,
-    inbox_put_locked, inbox_show, inbox_take, inbox_t,
+    inbox_put_locked, inbox_show, inbox_take, inbox_t, reader_t, source_t,
 )
 from pipeline.receive._queues cimport message_is_held, message_lane
 from pipeline.wire._messages cimport decode_error, encoded_from_decoded, message_from_decoded
@@ -199,6 +199,8 @@ cdef class Arrivals:
         """Take what there is, without waiting for it."""
         cdef arrival_t* taken
         cdef arrival_t* arrival
+        cdef source_t* source = NULL
+        cdef reader_t* reader = NULL
         cdef dict parts = {}
         cdef list messages = []
         cdef list bodies = []
@@ -210,10 +212,14 @@ cdef class Arrivals:
             # Of what is here no more its source and its receiver may go any time.
             while arrival is not NULL:
                 is_held = is_held or arrival.holder is not NULL
-                if <size_t>arrival.source not in parts:
-                    parts[<size_t>arrival.source] = self.parts[<size_t>arrival.source]
-                if arrival.reader is not NULL and <size_t>arrival.reader not in parts:
-                    parts[<size_t>arrival.reader] = self.parts[<size_t>arrival.reader]
+                # Those of one reader mostly follow one another.
+                if arrival.source is not source:
+                    source = arrival.source
+                    parts[<size_t>source] = self.parts[<size_t>source]
+                if arrival.reader is not reader:
+                    reader = arrival.reader
+                    if reader is not NULL:
+                        parts[<size_t>reader] = self.parts[<size_t>reader]
                 arrival = arrival.next
         except BaseException:   # nothing has ended meanwhile, for we have the lock
             inbox_put_back(&self.c, taken)

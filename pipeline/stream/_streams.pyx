@@ -726,7 +726,7 @@ cdef class Channels:
         cdef Writer writer = self.pick(job.type, job.size_bytes)
         cdef int rc = OFFER_NOT_WORKING
         type[0] = job.type
-        if writer is not None and (isinstance(message, Message) or job_is_plain(job)):
+        if writer is not None and is_plain(message, job):
             rc = writer.offer_job(job)
         if rc == OFFER_FULL:
             job_free(job)
@@ -748,7 +748,7 @@ cdef class Channels:
         """Return which would carry a message now: "msgapp", "message" or "pipeline"."""
         cdef job_t* job = self.pipeline.make_job(message)
         cdef Writer writer = self.pick(job.type, job.size_bytes)
-        if writer is not None and not (isinstance(message, Message) or job_is_plain(job)):
+        if writer is not None and not is_plain(message, job):
             writer = None
         job_free(job)
         return "pipeline" if writer is None else writer.kind
@@ -858,12 +858,17 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
     return not_queued
 
 
-cdef bint job_is_plain(const job_t* job) noexcept:
-    """Tell whether bytes that others have encoded are a message that a frame may carry.
+cdef bint is_plain(object message, const job_t* job) noexcept:
+    """Tell whether a message is one that a frame may carry.
 
     An etcd ends itself at a frame of a msgapp stream with no message in it; to an older one a field
-    that has not the type we know is none either. A post of either is only refused.
+    that has not the type we know is none either. A post of either is only refused. What others have
+    encoded is read for it, unless it was when the message was made.
     """
     cdef wire_decoded_t decoded
+    if isinstance(message, Message):
+        return True
+    if isinstance(message, EncodedMessage) and (<EncodedMessage>message).is_plain:
+        return True
     return wire_decode(<const uint8_t*>job.segments[1].iov_base, job.segments[1].iov_len,
                        &decoded) == WIRE_OK and not decoded.has_unknown

@@ -63,6 +63,7 @@ cdef class EncodedMessage:
     cdef uint64_t _to
     cdef uint64_t _from
     cdef uint64_t _term
+    cdef bint is_plain              # the bytes, which do not change, were read and all was known
 
 
 # How many framing bytes, segments and owners message_gather will produce.

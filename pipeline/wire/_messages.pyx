@@ -13,10 +13,12 @@ from cpython.buffer cimport (
 from cpython.bytes cimport (
     PyBytes_AS_STRING,
     PyBytes_Check,
+    PyBytes_CheckExact,
     PyBytes_FromStringAndSize,
     PyBytes_GET_SIZE,
 )
-from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_Check
+from cpython.exc cimport PyErr_Clear, PyErr_Occurred
+from cpython.long cimport PyLong_Check
 from cpython.memoryview cimport PyMemoryView_Check
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
@@ -31,6 +33,7 @@ cdef extern from "Python.h":
     int PyObject_GC_IsTracked(object)
     void PyObject_GC_Track(void*)
     void PyObject_GC_UnTrack(void*)
+    unsigned long long unsigned_of "PyLong_AsUnsignedLongLong"(object) noexcept
 
 from pipeline.wire._raftpb cimport (
     WIRE_EMPTY_SNAPSHOT_SIZE,
@@ -163,10 +166,11 @@ cdef object as_int(object value, str field, str rule):
 cdef uint64_t as_uint64(object value, str field) except? 0xFFFFFFFFFFFFFFFF:
     if type(value) is not int:
         value = as_int(value, field, "an int in 0..2**64-1")
-    try:
-        return PyLong_AsUnsignedLongLong(value)
-    except OverflowError:
-        raise MarshalError(f"{field}: {show(value)} is not in 0..2**64-1") from None
+    cdef uint64_t number = unsigned_of(value)
+    if number == <uint64_t>-1 and PyErr_Occurred() is not NULL:
+        PyErr_Clear()
+        raise MarshalError(f"{field}: {show(value)} is not in 0..2**64-1")
+    return number
 
 
 cdef int32_t as_int32(object value, str field) except? -1:
@@ -679,6 +683,18 @@ cdef bint same_snapshot(Snapshot a, Snapshot b) noexcept:
     )
 
 
+cdef int entry_set_data(Entry entry, object value) except -1:
+    cdef const uint8_t* payload
+    cdef size_t size
+    cdef object owner = as_owner(value, "Entry.data", &payload, &size)
+    entry.c.data = payload
+    entry.c.data_len = size
+    entry.owner = owner
+    if not PyObject_GC_IsTracked(entry):    # see entries_from_decoded
+        PyObject_GC_Track(<void*>entry)
+    return 0
+
+
 @cython.final
 @cython.freelist(256)
 @cython.no_gc_clear     # c.data points into owner
@@ -703,10 +719,10 @@ cdef class Entry:
 
     def __init__(self, *, term=0, index=0, type=EntryType.NORMAL, data=None):
         """Take the fields by keyword; see the class."""
-        self.term = term
-        self.index = index
-        self.type = type
-        self.data = data
+        self.c.term = as_uint64(term, "Entry.term")
+        self.c.index = as_uint64(index, "Entry.index")
+        self.c.type = as_int32(type, "Entry.type")
+        entry_set_data(self, data)
 
     @property
     def type(self):
@@ -742,14 +758,7 @@ cdef class Entry:
 
     @data.setter
     def data(self, value):
-        cdef const uint8_t* payload
-        cdef size_t size
-        cdef object owner = as_owner(value, "Entry.data", &payload, &size)
-        self.c.data = payload
-        self.c.data_len = size
-        self.owner = owner
-        if not PyObject_GC_IsTracked(self):     # see entries_from_decoded
-            PyObject_GC_Track(<void*>self)
+        entry_set_data(self, value)
 
     def __eq__(self, other):
         if type(other) is not Entry:
@@ -802,6 +811,30 @@ cdef bint same_entries(tuple a, tuple b) noexcept:
     return True
 
 
+cdef tuple as_entries(object value):
+    cdef tuple entries = as_tuple(value, "Message.entries", "Entry", WIRE_MAX_ENTRIES)
+    for entry in entries:
+        if type(entry) is not Entry:
+            raise MarshalError(f"Message.entries: {show(entry)} is not an Entry")
+    return entries
+
+
+cdef Snapshot as_snapshot(object value):
+    if value is not None and type(value) is not Snapshot:
+        raise MarshalError(f"Message.snapshot: {show(value)} is not a Snapshot or None")
+    return <Snapshot>value
+
+
+cdef int message_set_context(Message message, object value) except -1:
+    cdef const uint8_t* payload
+    cdef size_t size
+    cdef object owner = as_owner(value, "Message.context", &payload, &size)
+    message.c.context = payload
+    message.c.context_len = size
+    message.owner = owner
+    return 0
+
+
 @cython.final
 @cython.freelist(64)
 @cython.no_gc_clear     # c.context points into owner
@@ -844,18 +877,18 @@ cdef class Message:
     def __init__(self, *, type, to=0, from_=0, term=0, log_term=0, index=0, entries=(), commit=0,
                  snapshot=None, reject=False, reject_hint=0, context=None):
         """Take the fields by keyword; see the class."""
-        self.type = type
-        self.to = to
-        self.from_ = from_
-        self.term = term
-        self.log_term = log_term
-        self.index = index
-        self.entries = entries
-        self.commit = commit
-        self.snapshot = snapshot
-        self.reject = reject
-        self.reject_hint = reject_hint
-        self.context = context
+        self.c.type = as_int32(type, "Message.type")
+        self.c.to = as_uint64(to, "Message.to")
+        self.c.from_ = as_uint64(from_, "Message.from_")
+        self.c.term = as_uint64(term, "Message.term")
+        self.c.log_term = as_uint64(log_term, "Message.log_term")
+        self.c.index = as_uint64(index, "Message.index")
+        self._entries = as_entries(entries)
+        self.c.commit = as_uint64(commit, "Message.commit")
+        self._snapshot = as_snapshot(snapshot)
+        self.c.reject = as_bool(reject, "Message.reject")
+        self.c.reject_hint = as_uint64(reject_hint, "Message.reject_hint")
+        message_set_context(self, context)
 
     @property
     def type(self):
@@ -918,11 +951,7 @@ cdef class Message:
 
     @entries.setter
     def entries(self, value):
-        cdef tuple entries = as_tuple(value, "Message.entries", "Entry", WIRE_MAX_ENTRIES)
-        for entry in entries:
-            if type(entry) is not Entry:
-                raise MarshalError(f"Message.entries: {show(entry)} is not an Entry")
-        self._entries = entries
+        self._entries = as_entries(value)
 
     @property
     def commit(self):
@@ -940,9 +969,7 @@ cdef class Message:
 
     @snapshot.setter
     def snapshot(self, value):
-        if value is not None and type(value) is not Snapshot:
-            raise MarshalError(f"Message.snapshot: {show(value)} is not a Snapshot or None")
-        self._snapshot = <Snapshot>value
+        self._snapshot = as_snapshot(value)
 
     @property
     def reject(self):
@@ -969,12 +996,7 @@ cdef class Message:
 
     @context.setter
     def context(self, value):
-        cdef const uint8_t* payload
-        cdef size_t size
-        cdef object owner = as_owner(value, "Message.context", &payload, &size)
-        self.c.context = payload
-        self.c.context_len = size
-        self.owner = owner
+        message_set_context(self, value)
 
     def marshal(self, profile="3.5"):
         """Encode the message.
@@ -1148,6 +1170,7 @@ cdef class EncodedMessage:
         self.payload = payload
         self.size = size
         self.owner = owner
+        self.is_plain = False
 
     @property
     def data(self):
@@ -1230,6 +1253,7 @@ cdef EncodedMessage encoded_of(
     message.payload = payload
     message.size = size
     message.owner = owner
+    message.is_plain = PyBytes_CheckExact(owner) and not decoded.has_unknown
     return message
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import (
+    EncodedMessage,
     Entry,
     MemberRemovedError,
     Message,
@@ -370,6 +371,37 @@ def test_a_large_message_does_not_hold_up_heartbeats(plain_lab: Lab) -> None:
     node.send([proposal, append(1, data, from_=1, to=2), heartbeat(5, from_=1, to=2)])
     assert list(indexes(message.read(1))) == [5]
     assert posted(node) == 2
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["bytes", "bytearray"])
+@pytest.mark.parametrize("is_read", [True, False], ids=["unmarshal", "constructor"])
+def test_what_others_have_encoded_goes_by_a_stream_if_all_of_it_is_known(
+    plain_lab: Lab, is_read: bool, is_kept: bool
+) -> None:
+    """Whether it was read when it was made, or is when it is offered."""
+    node = plain_lab.start()
+    message = plain_lab.peer.attach(plain_lab.url, "message")
+    wait_up(node, "message", "out")
+    known = heartbeat(5, from_=1, to=2).marshal()
+    for data in (known, known + b"\xf8\x01\x01", known + b"\x12\x00"):
+        kept = data if is_kept else bytearray(data)
+        if is_read:
+            node.send([EncodedMessage.unmarshal(kept)])
+        else:
+            node.send([EncodedMessage(kept, type=MessageType.HEARTBEAT, to=2, from_=1)])
+    assert list(indexes(message.read(1))) == [5]
+    assert posted(node) == 2
+
+
+def test_what_has_changed_since_it_was_read_is_read_again(plain_lab: Lab) -> None:
+    node = plain_lab.start()
+    plain_lab.peer.attach(plain_lab.url, "message")
+    wait_up(node, "message", "out")
+    data = bytearray(heartbeat(5, from_=1, to=2).marshal() + b"\x40\x05")
+    encoded = EncodedMessage.unmarshal(data)
+    data[-2:] = b"\xff\xff"
+    node.send([encoded])
+    assert posted(node) == 1
 
 
 # -- two Transports: upstream's functional tests
