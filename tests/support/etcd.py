@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,9 +38,10 @@ class RecordingFollower(Follower):
         super().__init__(member_id, *peer_ids, takes_snapshots=takes_snapshots, campaigns=campaigns)
         self.messages: list[Message] = []
 
-    def process(self, message: Message) -> None:
-        self.messages.append(message)
-        super().process(message)
+    def _hear(self, messages: Iterable[Message]) -> None:
+        messages = list(messages)
+        self.messages.extend(messages)
+        super()._hear(messages)
 
 
 class PatientEtcd(EtcdMember):

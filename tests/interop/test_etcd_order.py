@@ -1,0 +1,121 @@
+"""Two real etcds and us, written to by many at once: what is appended reaches us in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pipeline import Inbox, Message, MessageType, Transport
+from pipeline.examples.etcd import config_beside, find_etcd, free_port, put_of
+from tests.support import LONG_TIMEOUT
+from tests.support.etcd import PatientEtcd, RecordingFollower
+from tests.support.tls import Authority
+from tests.support.waiting import eventually
+
+pytestmark = [pytest.mark.etcd, pytest.mark.streams]
+
+PUTS, CLIENTS = 3000, 16
+
+
+def out_of_order(appends: Sequence[Message]) -> list[tuple[int, int]]:
+    """Where an append ends and the next, of the same leader, begins, if it is not there."""
+    steps = [
+        (before.index + len(before.entries), after.index)
+        for before, after in pairwise(appends)
+        if before.term == after.term
+    ]
+    return [(end, begin) for end, begin in steps if end != begin]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_inbox", [True, False], ids=["inbox", "process"])
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_no_append_of_three_thousand_puts_overtakes_another(
+    tmp_path: Path, has_inbox: bool, has_tls: bool
+) -> None:
+    """Over the four connections of a pipeline a quarter of them and more does."""
+    scheme = "https" if has_tls else "http"
+    our_url, second_url = (f"{scheme}://127.0.0.1:{free_port()}" for _ in range(2))
+    authority = Authority(tmp_path / "certs") if has_tls else None
+    tls = {name: authority and authority.info(name) for name in ("first", "second", "ours")}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    binary = find_etcd()
+    first = PatientEtcd(
+        binary, tmp_path / "first", our_url, more_urls=[second_url], tls=tls["first"]
+    )
+    second = PatientEtcd(
+        binary,
+        tmp_path / "second",
+        our_url,
+        more_urls=[first.peer_url],
+        tls=tls["second"],
+        peer_url=second_url,
+    )
+    etcds = (first, second)
+    follower = RecordingFollower(first.other_id, *(etcd.id for etcd in etcds), campaigns=False)
+    inbox = Inbox() if has_inbox else None
+    transport = Transport(
+        follower.member_id,
+        first.cluster_id,
+        follower,
+        peer_urls=[our_url],
+        tls=tls["ours"],
+        config=config_beside(first.version),
+        inbox=inbox,
+    )
+
+    def are_streams_up() -> bool:
+        ends = [end for peer in transport.peer_stats().values() for end in peer.streams]
+        return len(ends) == 8 and all(end.since is not None for end in ends)
+
+    with ExitStack() as stack:
+        stack.enter_context(transport)
+        for etcd in etcds:
+            transport.add_peer(etcd.id, [etcd.peer_url])
+        transport.listen(our_url)
+        stack.callback(follower.stop)
+        follower.start(transport.send, inbox=inbox)
+        for etcd in etcds:
+            stack.callback(etcd.stop)
+            etcd.start()
+        for etcd in etcds:
+            etcd.wait_ready()
+        eventually(are_streams_up, "both etcds and we have all streams")
+
+        def does_append_by_stream() -> bool:
+            """An etcd has a stream a moment later than we do; until then it posts."""
+            first.put(b"before", b"")
+            peers = transport.peer_stats().values()
+            return any(
+                end.messages
+                for peer in peers
+                for end in peer.streams
+                if (end.kind, end.direction) == ("msgapp", "in")
+            )
+
+        eventually(does_append_by_stream, "the leader appends by its stream")
+        assert follower.wait_for(lambda s: s.commit == s.last_index, LONG_TIMEOUT)
+
+        begun = len(follower.messages)
+        written = {b"key %d" % n: b"value %d" % n for n in range(PUTS)}
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            for _ in pool.map(lambda put: first.put(*put), written.items()):
+                pass
+
+        def holds_all() -> bool:
+            """What is committed is told with the leader's next message."""
+            held = dict(put for entry in follower.committed() if (put := put_of(entry)))
+            return written.items() <= held.items()
+
+        eventually(holds_all, "all that was written is committed in our log")
+        messages = follower.messages[begun:]
+
+    appends = [m for m in messages if m.type == MessageType.APP]
+    assert sum(len(m.entries) for m in appends) >= PUTS
+    assert out_of_order(appends) == [], f"of {len(appends)}"
