@@ -14,7 +14,8 @@ time, which carry the moment of the offer.
 With ``--encoded`` the leader offers ``EncodedMessage``s of bytes that are there already, as they
 are with a Raft that encodes by itself, and the follower takes them so. With ``--spin`` the main
 thread of the follower computes in Python all the time, and takes what has come every half
-millisecond or so (S4). ``compute`` is a process that does nothing but compute.
+millisecond or so (S4). With ``--bursts`` it is only so many batches that are sent, whose
+instructions ``check.py`` counts. ``compute`` is a process that does nothing but compute.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ from pipeline import (
 BATCH, WINDOW = 256, 2048
 #: The index of a MsgVote: what begins or ends there.
 HELLO, BEGIN, END, LONE = range(4)
+#: Looked up once: to do it for each message would be a tenth of what one costs.
+APP, HEARTBEAT = MessageType.APP, MessageType.HEARTBEAT
 #: A loop that is not asleep after this long would burn CPU for an idle peer.
 LONE_PAUSE_S = 0.002
 #: How long the follower waits for the first message of a batch: a tick.
@@ -70,7 +73,7 @@ Build = Callable[[int, bytes], Any]
 
 def build_app(index: int, data: bytes) -> Message:
     return Message(
-        type=MessageType.APP,
+        type=APP,
         to=PEER_ID,
         from_=MEMBER_ID,
         term=TERM,
@@ -83,7 +86,7 @@ def build_app(index: int, data: bytes) -> Message:
 
 def build_heartbeat(index: int, data: bytes) -> Message:
     return Message(
-        type=MessageType.HEARTBEAT,
+        type=HEARTBEAT,
         to=PEER_ID,
         from_=MEMBER_ID,
         term=TERM,
@@ -148,6 +151,16 @@ class Leader:
         while self._acked < self.sent:
             self._hear()
 
+    def send_bursts(self, bursts: int, data: bytes) -> None:
+        """Send so many batches, each when the one before is answered."""
+        build = self._build
+        for _ in range(bursts):
+            first = self.sent + 1
+            self.offer([build(index, data) for index in range(first, first + BATCH)])
+            self.sent += BATCH
+            while self._acked < self.sent:
+                self._hear()
+
     def send_lone(self, messages: int, size: int) -> None:
         for _ in range(messages):
             time.sleep(LONE_PAUSE_S)
@@ -197,6 +210,9 @@ def lead(args: argparse.Namespace) -> dict[str, Any]:
         leader = Leader(transport, inbox, build)
         leader.wait_streams()
         leader.mark(HELLO)
+        if args.bursts:
+            leader.send_bursts(args.bursts, data)
+            return {"total": leader.sent}
         leader.run(args.warmup, data)
         leader.mark(BEGIN)
         posts = posted(transport, PEER_ID)
@@ -235,13 +251,12 @@ class Follower:
 
     def take(self, messages: list[Any], now_ns: int) -> None:
         """Go through a batch that was taken at ``now_ns``."""
-        app, heartbeat = MessageType.APP, MessageType.HEARTBEAT
         last = self._last
         for message in messages:
             kind = message.type
-            if kind is app:
+            if kind is APP:
                 index = message.index + 1
-            elif kind is heartbeat:
+            elif kind is HEARTBEAT:
                 index = message.commit
             else:
                 self._mark(message)
@@ -251,7 +266,7 @@ class Follower:
             last = index
             self.received += 1
             if self._is_lone:
-                stamped = message.entries[0].data if kind is app else message.context
+                stamped = message.entries[0].data if kind is APP else message.context
                 self.lone_ns.append(now_ns - int.from_bytes(stamped[:8]))
         self._last = last
         self._answer()
@@ -314,6 +329,8 @@ def follow(args: argparse.Namespace) -> dict[str, Any]:
             take(messages, time.time_ns())
             del messages  # not to be held while the next are waited for
     took_cpu, messages = follower.measured
+    if not messages:  # bursts
+        return {"total": follower.received, "out_of_order": follower.unsorted}
     lone = quantiles(follower.lone_ns)
     return {
         "messages": messages,
@@ -341,6 +358,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128, help="bytes in the one entry")
     parser.add_argument("--seconds", type=float, default=1.0, help="of the measured run")
     parser.add_argument("--warmup", type=float, default=0.3, help="seconds before it")
+    parser.add_argument("--bursts", type=int, help="only so many batches, one after the other")
     parser.add_argument("--lone", type=int, default=300, help="messages one at a time afterwards")
     parser.add_argument("--encoded", action="store_true", help="EncodedMessage")
     parser.add_argument("--spin", action="store_true", help="compute in the follower's main thread")
