@@ -187,14 +187,14 @@ asan-functional:
 	$(ASAN_PYTEST) tests/functional --ignore-glob='*/test_cli_*'
 
 asan-others:
-	$(ASAN_PYTEST) tests/unit tests/fuzz/test_replay.py tests/fault/test_receiver_attacks.py tests/fault/test_stream_answers.py tests/fault/test_stream_core.py
+	$(ASAN_PYTEST) tests/unit tests/fuzz/test_replay.py tests/fault/test_receiver_attacks.py tests/fault/test_stream_answers.py tests/fault/test_stream_core.py tests/fault/test_streams.py
 
 # The thread sanitizer, preloaded in the same way, on what the loops share with other threads. It
 # needs the address space laid out as it expects (setarch). Its reports are in build/tsan/report.*.
 # The programs that tests start use the same build: the tree comes after it, and nowhere else.
 # make tsan TSAN_TESTS='tests/functional/test_tls_sending.py -k reset'
 TSAN_SITE := build/tsan/site
-TSAN_TESTS ?= tests/stress tests/functional tests/fault/test_stream_answers.py tests/fault/test_stream_core.py tests/unit/test_tls_engine.py tests/fault/test_again_over_tls.py
+TSAN_TESTS ?= tests/stress tests/functional tests/fault/test_stream_answers.py tests/fault/test_stream_core.py tests/fault/test_streams.py tests/unit/test_tls_engine.py tests/fault/test_again_over_tls.py
 
 .PHONY: tsan
 tsan: build $(VENV)/.builders

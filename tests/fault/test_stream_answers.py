@@ -26,10 +26,18 @@ ANSWERS = {
     "an interim answer": b"HTTP/1.1 100 Continue\r\n\r\n" + head(),
     "no version": head("200 OK", "X-Etcd-Cluster-Id: 1") + chunk(b"\0"),
     "a version that is none": head("200 OK", "X-Server-Version: \xff.x"),
+    "a version without end": head("200 OK", f"X-Server-Version: {'9' * 5000}.1.0"),
     "a version that is empty": head("200 OK", "X-Server-Version:"),
     "no text": head("204 No Content", VERSION, is_chunked=False),
     "a refusal in chunks": head("404 Not Found", VERSION) + chunk(b"x" * 100) + LAST_CHUNK,
     "a refusal without an end": head("500 Internal Server Error", VERSION, is_chunked=False),
+    "a refusal of a negative length": head(
+        "404 Not Found", VERSION, "Content-Length: -1", is_chunked=False
+    ),
+    "half a reason": head(
+        "412 Precondition Failed", VERSION, "Content-Length: 20", is_chunked=False
+    )
+    + b"cluster ID",
     "a redirection": head("301 Moved", VERSION, "Location: http://127.0.0.1:1/", is_chunked=False),
     "another protocol": head("101 Switching Protocols", "Upgrade: h2c", is_chunked=False),
 }

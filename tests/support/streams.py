@@ -393,9 +393,12 @@ class Lab:
     ----------
     authority : Authority, optional
         For https; plain without.
+    **defaults
+        Of TransportConfig, for what ``start`` is not told.
     """
 
-    def __init__(self, authority: Authority | None = None) -> None:
+    def __init__(self, authority: Authority | None = None, **defaults: Any) -> None:
+        self.defaults = {"probe_interval_s": 0, **defaults}
         self.raft = FakeRaft()
         self.critical: list[Exception] = []
         self.info = None
@@ -415,7 +418,7 @@ class Lab:
                 MEMBER,
                 CLUSTER,
                 raft or self.raft,
-                config=TransportConfig(probe_interval_s=0, **settings),
+                config=TransportConfig(**{**self.defaults, **settings}),
                 tls=self.info,
                 on_critical_error=self.critical.append,
                 **({} if inbox is None else {"inbox": inbox}),
