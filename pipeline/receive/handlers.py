@@ -341,30 +341,26 @@ class Handlers:
             )
 
     def process(
-        self, message: Message | EncodedMessage, size_bytes: int, remote: object
+        self, message: Message | EncodedMessage, size_bytes: int | None, remote: object
     ) -> Answer | None:
         """Hand a decoded message to Raft; None is the plain 204. Blocks as ``deliver`` does.
 
-        ``remote`` is shown in the log when something is wrong.
+        ``remote`` is shown in the log when something is wrong. Without a size it is counted
+        already: it was taken from an inbox.
         """
         kind, sender = message.type, message.from_
-        if kind not in _DELIVERED_TYPES and not self._is_for_raft(kind):
-            return self._not_delivered(kind, sender, size_bytes, remote)
-        self.received.count_bytes(sender, size_bytes)
-        if kind == APP and self._on_append is not None:
-            self._on_append(sender, size_bytes)
-        return self.call_raft(message, remote)
-
-    def call_raft(
-        self, message: Message | EncodedMessage, remote: object = "a stream"
-    ) -> Answer | None:
-        """Have Raft process a message that is counted; None is the plain 204. Blocks as it does."""
+        if size_bytes is not None:
+            if kind not in _DELIVERED_TYPES and not self._is_for_raft(kind):
+                return self._not_delivered(kind, sender, size_bytes, remote)
+            self.received.count_bytes(sender, size_bytes)
+            if kind == APP and self._on_append is not None:
+                self._on_append(sender, size_bytes)
         try:
             result = self._raft.process(message)
             if result is not None:  # a coroutine has not processed anything
                 require_no_awaitable("process", result)
         except BaseException as error:  # whatever a node raises, its listener goes on
-            return self._not_processed(error, message.from_, remote)
+            return self._not_processed(error, sender, remote)
         return None
 
     def _is_for_raft(self, kind: int) -> bool:

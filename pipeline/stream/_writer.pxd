@@ -398,11 +398,16 @@ cdef inline void writer_hear(writer_t* writer) noexcept nogil:
     """
     cdef end_t* end = &writer.end
     cdef ssize_t n
+    cdef bint is_idle
     cdef int _step
     for _step in range(STREAM_STEP_BYTES // STREAM_SCRATCH):
         n = conn_recv(&end.conn, end.streams.scratch, STREAM_SCRATCH)
         if n == 0:
-            writer_lost(writer, ERROR_CLOSED)
+            # The dialler leaves, and for all it knows in good order; if it has missed nothing.
+            pthread_mutex_lock(&end.lock)
+            is_idle = writer.is_idle
+            pthread_mutex_unlock(&end.lock)
+            writer_lost(writer, 0 if is_idle else ERROR_CLOSED)
             return
         if n < 0:
             if errno == EINTR:

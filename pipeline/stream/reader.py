@@ -176,7 +176,12 @@ class StreamReader(Reader):
         if self._is_stopping:
             return
         if event is StreamEvent.HEAD:
-            self._judge(self.head(), error)
+            try:
+                self._judge(self.head(), error)
+            except Exception:
+                logger.exception("internal error, please report: an answer was not judged")
+                self.refuse(wait_s=0.0)
+                self.dial_after(self._retry_s)
             return
         reason = error_text(error)
         logger.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pipeline.config import TransportConfig
@@ -213,7 +214,8 @@ class NodeStreams:
             for message in inbox.take(BATCH, None):
                 if self.is_stopping:  # while the last one was processed
                     return
-                logger.survive("a message was not delivered", self._handlers.call_raft, message)
+                deliver = partial(self._handlers.process, message, None, "a stream")
+                logger.survive("a message was not delivered", deliver)
 
 
 def _inbox(*, is_encoded: bool) -> Inbox[Any]:
