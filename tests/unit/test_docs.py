@@ -162,6 +162,10 @@ def test_the_readme_has_one_place_for_each_table_of_figures() -> None:
     assert re.findall(r"<!-- ([\w-]+:\w+) -->", README.read_text()) == [
         "bench-peers-tls:begin",
         "bench-peers-tls:end",
+        "bench-streams:begin",
+        "bench-streams:end",
+        "bench-cluster:begin",
+        "bench-cluster:end",
         "bench-peers:begin",
         "bench-peers:end",
         "bench:begin",
