@@ -57,9 +57,11 @@ demo-all: build
 test: build
 	$(MAKE) --no-print-directory -j2 $(TEST_SESSIONS) TEST_ARGS="-m 'not slow' $(TEST_ARGS)"
 
-# The slow ones, too, and five times as many examples of hypothesis.
+# The slow ones, too, and ten times as many examples of hypothesis: make test-all
+# HYPOTHESIS_PROFILE=default leaves it at as many.
+HYPOTHESIS_PROFILE ?= ci
 test-all: build
-	HYPOTHESIS_PROFILE=ci $(MAKE) --no-print-directory -j2 $(TEST_SESSIONS)
+	HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(MAKE) --no-print-directory -j2 $(TEST_SESSIONS)
 
 # The longest first.
 TEST_SESSIONS := tests-others tests-fault tests-functional
@@ -182,9 +184,10 @@ ASAN_PYTEST = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file
 	$(BIN)/python -P -m pytest -q -p no:cacheprovider --import-mode=append -m 'not slow'
 
 .PHONY: asan-functional asan-others
-# The command's own code is Python's alone.
+# The command's own code, and what examples do in processes of their own, is Python's alone.
 asan-functional:
-	$(ASAN_PYTEST) tests/functional --ignore-glob='*/test_cli_*'
+	$(ASAN_PYTEST) tests/functional $(patsubst %,--ignore-glob='*/test_%.py',cli_* demo example_nodes \
+		pysyncobj three_nodes)
 
 asan-others:
 	$(ASAN_PYTEST) tests/unit tests/fuzz/test_replay.py tests/fault/test_receiver_attacks.py tests/fault/test_stream_answers.py tests/fault/test_stream_core.py tests/fault/test_streams.py

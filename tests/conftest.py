@@ -21,7 +21,7 @@ probing.STEP_TIMEOUT_S = LONG_TIMEOUT
 
 # The same examples everywhere, every time: what is new comes from `make fuzz`. A busy machine makes
 # a deadline per example meaningless, and how long it takes to make one. HYPOTHESIS_PROFILE=ci takes
-# five times as many.
+# ten times as many.
 settings.register_profile(
     "default",
     max_examples=200,
@@ -29,7 +29,7 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("ci", settings.get_profile("default"), max_examples=1000)
+settings.register_profile("ci", settings.get_profile("default"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # A thread told to end may need a moment to do so; only a leak takes this long.
