@@ -57,11 +57,9 @@ demo-all: build
 test: build
 	$(MAKE) --no-print-directory -j2 $(TEST_SESSIONS) TEST_ARGS="-m 'not slow' $(TEST_ARGS)"
 
-# The slow ones, too, and ten times as many examples of hypothesis: make test-all
-# HYPOTHESIS_PROFILE=default leaves it at as many.
-HYPOTHESIS_PROFILE ?= ci
+# The slow ones, too, and ten times as many examples of hypothesis.
 test-all: build
-	HYPOTHESIS_PROFILE=$(HYPOTHESIS_PROFILE) $(MAKE) --no-print-directory -j2 $(TEST_SESSIONS)
+	HYPOTHESIS_PROFILE=ci $(MAKE) --no-print-directory -j2 $(TEST_SESSIONS)
 
 # The longest first.
 TEST_SESSIONS := tests-others tests-fault tests-functional
