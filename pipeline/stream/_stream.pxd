@@ -5,7 +5,7 @@ in the sending loop of their node, as its *guest*, whatever listener the connect
 
     who                 may touch                                           guarded by
     producers           a writer's channel: writer_offer                    its lock
-    Python              what is wanted of an end: end_t.wants and the like  its lock
+    Python              what is wanted of an end: another connection, an end   its lock
     the loop's thread   the same; everything else                           its lock; one thread
 
 An end is looked at when something is wanted of it (``end_wake``): that goes through the loop's
@@ -104,10 +104,6 @@ cdef struct end_t:
     end_t* next_filling
     event_t event
     event_t connect_event
-
-
-cdef inline sending_t* end_sending(const end_t* end) noexcept nogil:
-    return end.streams.sending
 
 
 cdef inline end_t* end_of_due(due_t* due) noexcept nogil:

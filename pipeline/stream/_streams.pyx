@@ -646,8 +646,9 @@ cdef class Reader(End):
     def stats(self):
         """Return (messages, bytes, since, ignored, dropped).
 
-        What has come by it ever, of which were of types that are not for Raft, or proposals without
-        room; and when it came up, in seconds of ``time.monotonic``, 0.0 while it is down.
+        What has come by it ever, the proposals there was no room for (dropped) among it, and
+        besides that what was of types that are not for Raft (ignored); and when it came up, in
+        seconds of ``time.monotonic``, 0.0 while it is down.
         """
         return (count_get(&self.r.messages), count_get(&self.r.bytes),
                 <double>count_get(&self.r.since_ns) / 1e9, count_get(&self.r.ignored),
