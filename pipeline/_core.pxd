@@ -1,5 +1,6 @@
 """The classes of sending's core, for what stands on it: the streams share its loop and its jobs."""
 
+from pipeline.send._books cimport books_t, follower_t
 from pipeline.send._channel cimport job_t
 from pipeline.send._pipe cimport pipe_t, sending_t
 
@@ -31,6 +32,10 @@ cdef class Sender:
     cdef job_t* make_job(self, object message) except NULL
     cdef int offer(self, job_t* job) noexcept
 
+
+# What books, and a follower's statistics, look like to Python.
+cdef object books_seen(const books_t* books)
+cdef object follower_seen(const follower_t* follower)
 
 # Make the job of a message, in a profile's encoding. ``loop`` lets go of what is finished.
 cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL

@@ -145,6 +145,20 @@ cdef class ActiveFlag:
         store_int(&self.value, value)
 
 
+cdef object books_seen(const books_t* books):
+    """Return a copy of books as PipelineStats."""
+    return PipelineStats(
+        books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
+        books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
+
+
+cdef object follower_seen(const follower_t* follower):
+    """Return a copy of a follower's statistics as FollowerStats."""
+    return FollowerStats(
+        follower.success, follower.fail, follower.current_ms, follower.mean_ms,
+        follower_stddev_ms(follower), follower.minimum_ms, follower.maximum_ms)
+
+
 cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL:
     """Make the job of a message; see ``_core.pxd``."""
     if not list_is_empty(&loop.sending.finished):
@@ -529,9 +543,7 @@ cdef class Sender:
         lock_with_gil(&self.pipe.lock)
         books = self.pipe.channel.books
         pthread_mutex_unlock(&self.pipe.lock)
-        return PipelineStats(
-            books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
-            books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
+        return books_seen(&books)
 
     def states(self):
         """Return what each worker is at, for tests: a list of words. Thread-safe.
@@ -563,9 +575,7 @@ cdef class Sender:
         lock_with_gil(&self.pipe.lock)
         follower = self.pipe.follower
         pthread_mutex_unlock(&self.pipe.lock)
-        return FollowerStats(
-            follower.success, follower.fail, follower.current_ms, follower.mean_ms,
-            follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
+        return follower_seen(&follower)
 
     # -- stopping
 

@@ -18,7 +18,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from pipeline._core cimport IOLoop, Sender
+from pipeline._core cimport IOLoop, Sender, books_seen, follower_seen
 from pipeline._system cimport (
     add_i64, clock_ns, cond_init_monotonic, count_get, deadline_timespec, load_i64, load_int,
     pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy, pthread_mutex_init,
@@ -32,7 +32,7 @@ from pipeline.net._memory cimport body_free, body_t
 from pipeline.net._sockets cimport own_descriptors
 from pipeline.receive._arrivals cimport Source
 from pipeline.receive._inbox cimport reader_join, reader_leave, reader_t
-from pipeline.send._books cimport books_t, follower_stddev_ms, follower_t
+from pipeline.send._books cimport books_t, follower_t
 from pipeline.send._channel cimport (
     OFFER_ACCEPTED, OFFER_FULL, channel_free, channel_init, channel_limits_t, job_t,
 )
@@ -62,7 +62,6 @@ import socket
 
 from pipeline._core import error_text as sending_error_text
 from pipeline.errors import UsageError
-from pipeline.stats import FollowerStats, PipelineStats
 from pipeline.types import SendResult
 
 __all__ = [
@@ -234,7 +233,14 @@ cdef class End:
     cdef end_t* c           # owned by the subclass; NULL when it could not be made
     cdef Streams streams
     cdef readonly str kind
+    cdef bint is_made       # so are its lock and its condition
     cdef bint is_foreign    # of the parent of this process
+
+    def __dealloc__(self):
+        if self.is_made and not self.is_foreign:
+            free(self.c.next_head)
+            pthread_cond_destroy(&self.c.ended)
+            pthread_mutex_destroy(&self.c.lock)
 
     cdef int init(self, Streams streams, str kind, uint64_t writes, uint64_t reads) except -1:
         self.streams = streams
@@ -248,6 +254,7 @@ cdef class End:
         if pthread_mutex_init(&self.c.lock, NULL) != 0 \
                 or cond_init_monotonic(&self.c.ended) != 0:
             raise MemoryError
+        self.is_made = True
         return 0
 
     cdef int open(self) except -1:
@@ -422,7 +429,7 @@ cdef class Writer(End):
 
     cdef writer_t w
     cdef uint64_t n_lost
-    cdef bint is_made
+    cdef bint is_whole      # so is its channel
 
     def __cinit__(self, Streams streams not None, str kind not None, uint64_t member_id,
                   uint64_t peer_id, *, profile, uint32_t queue_length, int64_t queue_bytes):
@@ -436,17 +443,13 @@ cdef class Writer(End):
         self.w.profile = profile_index(profile)
         if channel_init(&self.w.channel, &limits, &streams.loop.sending.budget) != 0:
             raise MemoryError
-        self.is_made = True
+        self.is_whole = True
         self.c.conn.io.returned = writer_returned
         self.c.due.due = writer_due
 
     def __dealloc__(self):
-        if not self.is_made or self.is_foreign:
-            return
-        free(self.c.next_head)
-        channel_free(&self.w.channel)
-        pthread_cond_destroy(&self.c.ended)
-        pthread_mutex_destroy(&self.c.lock)
+        if self.is_whole and not self.is_foreign:
+            channel_free(&self.w.channel)
 
     @property
     def working(self):
@@ -494,9 +497,7 @@ cdef class Writer(End):
         lock_with_gil(&self.c.lock)
         books = self.w.channel.books
         pthread_mutex_unlock(&self.c.lock)
-        return PipelineStats(
-            books.offered, books.accepted, books.refused, books.sent, books.failed, books.dropped,
-            books.queued, books.in_flight, books.sent_bytes, books.queued_bytes)
+        return books_seen(&books)
 
     def follower_stats(self):
         """Return what became of MsgApp messages: FollowerStats."""
@@ -504,9 +505,7 @@ cdef class Writer(End):
         lock_with_gil(&self.c.lock)
         follower = self.w.follower
         pthread_mutex_unlock(&self.c.lock)
-        return FollowerStats(
-            follower.success, follower.fail, follower.current_ms, follower.mean_ms,
-            follower_stddev_ms(&follower), follower.minimum_ms, follower.maximum_ms)
+        return follower_seen(&follower)
 
     def forget_after_fork(self):
         """In a forked child, where nobody would send what it takes."""
@@ -564,22 +563,13 @@ cdef class Reader(End):
     """
 
     cdef stream_reader_t r
-    cdef bint is_made
 
     def __cinit__(self, Streams streams not None, str kind not None, uint64_t member_id,
                   uint64_t peer_id):
         self.c = &self.r.end
         self.init(streams, kind, peer_id, member_id)
-        self.is_made = True
         self.c.conn.io.returned = reader_returned
         self.c.due.due = reader_due
-
-    def __dealloc__(self):
-        if not self.is_made or self.is_foreign:
-            return
-        free(self.c.next_head)
-        pthread_cond_destroy(&self.c.ended)
-        pthread_mutex_destroy(&self.c.lock)
 
     @property
     def state(self):
