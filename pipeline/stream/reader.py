@@ -234,8 +234,7 @@ class StreamReader(Reader):
             return
         self._retry_s = min(2 * self._retry_s, REFUSED_RETRY_S)
         if isinstance(failure, MemberRemovedError):
-            self._is_stopping = True  # whoever is removed dials no more
-            self.refuse(wait_s=0.0)
+            self.refuse(wait_s=0.0)  # and nothing follows: whoever is removed dials no more
             self._pipeline.reports.stream_refused(failure, source=SOURCES[self.kind])
             return
         is_waiting = is_endless and not error
