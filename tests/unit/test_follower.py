@@ -585,8 +585,9 @@ def test_with_an_inbox_one_thread_takes_what_comes_and_lets_time_pass() -> None:
         ours.add_peer(PEER, [theirs.listen("http://127.0.0.1:0").url])
         theirs.add_peer(US, [ours.listen("http://127.0.0.1:0").url])
         follower.start(ours.send, heartbeat_interval_s=0.01, inbox=inbox)
-        theirs.send([append_of(0), append_of(1)])
-        assert follower.wait_for(lambda state: state.last_index == 2, 30.0)
+        for index in range(2):  # one after the other, for posts may overtake one another
+            theirs.send([append_of(index)])
+            assert follower.wait_for(lambda state, last=index + 1: state.last_index == last, 30.0)
         said: list[Message] = []
         while not any(each.type == MessageType.PRE_VOTE for each in said):  # for want of a leader
             said += answers.take(timeout=30.0)
