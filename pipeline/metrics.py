@@ -34,10 +34,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from pipeline.node_snapshot import NodeSnapshot, PeerSnapshot
-    from pipeline.receive._receiver import ReceiverStats
     from pipeline.receive.handlers import Handlers
     from pipeline.receive.received import ReceivedCounts
-    from pipeline.stats import Histogram, InboxStats
+    from pipeline.stats import Histogram, InboxStats, ReceiverStats
 
 __all__ = ["MetricsCollector"]
 

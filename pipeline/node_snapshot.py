@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from pipeline.receive._receiver import ReceiverStats
     from pipeline.receive.received import ReceivedCounts
     from pipeline.snapshot.receiver import SnapshotCounts
     from pipeline.snapshot.sender import SnapshotSendCounts
-    from pipeline.stats import Histogram, InboxStats, PipelineStats, StreamStats
+    from pipeline.stats import Histogram, InboxStats, PipelineStats, ReceiverStats, StreamStats
 
 __all__ = ["NodeSnapshot", "PeerSnapshot"]
 
@@ -17,7 +16,9 @@ __all__ = ["NodeSnapshot", "PeerSnapshot"]
 class PeerSnapshot(NamedTuple):
     """What there is of one peer."""
 
+    #: The member; 64 bits.
     peer_id: int
+    #: Whether the last thing heard of it was a success.
     is_active: bool
     #: Changes from active to inactive.
     disconnects: int
@@ -34,12 +35,15 @@ class PeerSnapshot(NamedTuple):
 class NodeSnapshot(NamedTuple):
     """What there is of a node. Each part balances in itself; they are read one after the other."""
 
+    #: Ours; 64 bits.
     member_id: int
     #: Calls of the application that raised, those on behalf of peers included.
     callback_errors: int
+    #: Its peers; remotes are none.
     peers: tuple[PeerSnapshot, ...]
     #: Round trips of probes in seconds, by member ID; empty without probing.
     round_trips: dict[int, Histogram]
+    #: What came in, by posts and by streams.
     received: ReceivedCounts
     #: What became of snapshots, by From.
     received_snapshots: dict[str, SnapshotCounts]

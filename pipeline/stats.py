@@ -17,6 +17,7 @@ __all__ = [
     "Histogram",
     "InboxStats",
     "PipelineStats",
+    "ReceiverStats",
     "ServerStats",
     "StreamStats",
     "TransportStats",
@@ -106,6 +107,37 @@ class InboxStats(NamedTuple):
     waiting: int
 
 
+class ReceiverStats(NamedTuple):
+    """What a listener has seen and what it has had to limit; counts since its start."""
+
+    #: Connections taken.
+    accepted: int
+    #: Connections open now.
+    connections: int
+    #: Requests recognised by the core.
+    fast_requests: int
+    #: Requests read by h11.
+    general_requests: int
+    #: Idle connections closed because ``max_connections`` were open, or no descriptor was left.
+    closed_for_room: int
+    #: Connections closed because a head, or the first byte, did not come in ``head_timeout_s``.
+    head_timeouts: int
+    #: Connections closed because a body stalled for ``stall_timeout_s`` or dripped.
+    body_timeouts: int
+    #: Connections closed after ``idle_timeout_s``.
+    idle_timeouts: int
+    #: Times accepting was paused: nothing idle to close, or no descriptor.
+    accept_pauses: int
+    #: Times a body had to wait for a handler or for memory.
+    body_pauses: int
+    #: TLS handshakes that came to an end with a caller that may speak.
+    handshakes: int
+    #: TLS handshakes that failed: no TLS, no certificate, one that is not taken, a broken-off one.
+    handshake_failures: int
+    #: Connections closed because a TLS handshake did not end in ``handshake_timeout_s``.
+    handshake_timeouts: int
+
+
 class TransportStats(NamedTuple):
     """What there is to tell of a transport as a whole; counts since it was made."""
 
@@ -140,6 +172,14 @@ class Histogram:
     ----------
     bounds : tuple of float
         Upper bounds, ascending; what is above the last one is counted all the same.
+
+    Attributes
+    ----------
+    counts : list of int
+        How many values are at most as large as each bound and larger than the one before it; the
+        last number is that of the values above all bounds.
+    sum : float
+        All values together.
     """
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -170,12 +210,19 @@ class FollowerStats(NamedTuple):
     Latency runs from a worker taking the message to its answer.
     """
 
+    #: MsgApp that were delivered.
     success: int
+    #: MsgApp that were not.
     fail: int
+    #: Of the last one that was delivered.
     latency_current_ms: float
+    #: Of all that were.
     latency_average_ms: float
+    #: Standard deviation.
     latency_stddev_ms: float
+    #: The shortest; 0 before the first.
     latency_minimum_ms: float
+    #: The longest.
     latency_maximum_ms: float
 
     def merged(self, other: FollowerStats) -> FollowerStats:

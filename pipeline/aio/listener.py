@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Self
 
 from pipeline.aio.blocking import in_thread
-from pipeline.receive._receiver import ReceiverStats
 from pipeline.receive.listener import Listener as ThreadedListener
+from pipeline.stats import ReceiverStats
 
 __all__ = ["Listener"]
 

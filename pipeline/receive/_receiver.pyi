@@ -1,7 +1,6 @@
 """The typed face of ``_receiver.pyx``; checked by stubtest."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from _typeshed import ReadableBuffer
 from typing_extensions import disjoint_base
@@ -10,26 +9,12 @@ from pipeline.config import ReceiverConfig
 from pipeline.net._sockets import OwnSocket
 from pipeline.receive.detached import BegunRequest
 from pipeline.receive.handlers import Handlers
+from pipeline.stats import ReceiverStats
 from pipeline.tls.credentials import Credentials
 
-__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "match_post", "recognise_post"]
+__all__ = ["LINGER_S", "Receiver", "match_post", "recognise_post"]
 
 LINGER_S: float
-
-class ReceiverStats(NamedTuple):
-    accepted: int
-    connections: int
-    fast_requests: int
-    general_requests: int
-    closed_for_room: int
-    head_timeouts: int
-    body_timeouts: int
-    idle_timeouts: int
-    accept_pauses: int
-    body_pauses: int
-    handshakes: int
-    handshake_failures: int
-    handshake_timeouts: int
 
 def match_post(data: bytes, known: bytes) -> tuple[int, int] | None: ...
 def recognise_post(data: ReadableBuffer) -> tuple[int, int] | None: ...

@@ -55,16 +55,16 @@ import _socket
 import os
 import socket
 from dataclasses import replace
-from typing import NamedTuple
 
 from pipeline.net._sockets import OwnSocket
 from pipeline.wire.answers import render
 from pipeline.receive.odd_request import OddRequest
 from pipeline.logs import get_logger
 from pipeline.names import show_address
+from pipeline.stats import ReceiverStats
 from pipeline.tls._engine import TLSError
 
-__all__ = ["LINGER_S", "Receiver", "ReceiverStats", "match_post", "recognise_post"]
+__all__ = ["LINGER_S", "Receiver", "match_post", "recognise_post"]
 
 logger = get_logger("pipeline.receive.listener")
 
@@ -74,37 +74,6 @@ LINGER_S = LINGER_NS / 1e9
 # What Go's server says to a caller that speaks plain HTTP.
 cdef bytes NOT_TLS = (
     b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n")
-
-
-class ReceiverStats(NamedTuple):
-    """What a receiver has seen and what it has had to limit; counts since its start."""
-
-    #: Connections taken.
-    accepted: int
-    #: Connections open now.
-    connections: int
-    #: Requests recognised by the core.
-    fast_requests: int
-    #: Requests read by h11.
-    general_requests: int
-    #: Idle connections closed because ``max_connections`` were open, or no descriptor was left.
-    closed_for_room: int
-    #: Connections closed because a head, or the first byte, did not come in ``head_timeout_s``.
-    head_timeouts: int
-    #: Connections closed because a body stalled for ``stall_timeout_s`` or dripped.
-    body_timeouts: int
-    #: Connections closed after ``idle_timeout_s``.
-    idle_timeouts: int
-    #: Times accepting was paused: nothing idle to close, or no descriptor.
-    accept_pauses: int
-    #: Times a body had to wait for a handler or for memory.
-    body_pauses: int
-    #: TLS handshakes that came to an end with a caller that may speak.
-    handshakes: int
-    #: TLS handshakes that failed: no TLS, no certificate, one that is not taken, a broken-off one.
-    handshake_failures: int
-    #: Connections closed because a TLS handshake did not end in ``handshake_timeout_s``.
-    handshake_timeouts: int
 
 
 def recognise_post(const uint8_t[::1] data not None):

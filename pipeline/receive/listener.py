@@ -24,9 +24,10 @@ from pipeline.locks import lock_of
 from pipeline.logs import get_logger
 from pipeline.names import is_wildcard, show_address
 from pipeline.net._sockets import OwnSocket, open_socket
-from pipeline.receive._receiver import Receiver, ReceiverStats
+from pipeline.receive._receiver import Receiver
 from pipeline.receive.detached import BegunRequest
 from pipeline.receive.handlers import Connections, Handlers
+from pipeline.stats import ReceiverStats
 from pipeline.threads import LibraryThread, require_real_threads
 from pipeline.tls.credentials import Credentials
 from pipeline.wire.protocol import SNAPSHOT_PATH
@@ -43,21 +44,7 @@ _all: weakref.WeakSet[Listener] = weakref.WeakSet()  # for fork
 
 
 class Listener:
-    """Serve ``handlers`` at one or more URLs until ``close``. Also a context manager.
-
-    Parameters
-    ----------
-    handlers : Handlers
-        What is served.
-    urls : str or iterable of str
-        ``http://host:port`` or ``https://host:port``. All addresses of a name are listened at.
-        Port 0 takes one that is free at all of them. ``[::]`` takes IPv4 as well.
-    config : ReceiverConfig
-        Limits and timeouts.
-    credentials : Credentials, optional
-        What ``https`` is served with; connections end when they are replaced.
-    listeners : list, optional
-        It is one of them from before it accepts until it is closed.
+    """Where peers reach a node, from ``Transport.listen`` to ``close``. Also a context manager.
 
     Attributes
     ----------
@@ -66,17 +53,9 @@ class Listener:
     urls : tuple of str
         All of them, in the order given.
 
-    Raises
-    ------
-    UsageError
-        If a URL is not valid, neither ``http`` nor ``https``, or ``https`` without credentials.
-    OSError
-        If a name cannot be resolved, an address cannot be bound, or there are no descriptors left:
-        the text has URL and address. If ``config.snapshot_dir`` cannot be made.
-
     Notes
     -----
-    When the constructor returns, connections are accepted. ``config.handlers`` Python threads
+    Connections are accepted from the beginning. ``ReceiverConfig.handlers`` Python threads
     (``pipeline-handler-<port>-<n>``, daemons) call Raft. One that has nothing to do reads, decodes
     and writes for all connections, without the GIL; when none is free, a native thread does. One
     more (``pipeline-odd-<port>``) sees to everything that is not a message, and to TLS handshakes.
@@ -93,6 +72,30 @@ class Listener:
         credentials: Credentials | None = None,
         listeners: list[Listener] | None = None,
     ) -> None:
+        """Accept connections from when this returns.
+
+        Parameters
+        ----------
+        handlers : Handlers
+            What is served.
+        urls : str or iterable of str
+            ``http://host:port`` or ``https://host:port``. All addresses of a name are listened at.
+            Port 0 takes one that is free at all of them. ``[::]`` takes IPv4 as well.
+        config : ReceiverConfig
+            Limits and timeouts.
+        credentials : Credentials, optional
+            What ``https`` is served with; connections end when they are replaced.
+        listeners : list, optional
+            It is one of them from before it accepts until it is closed.
+
+        Raises
+        ------
+        UsageError
+            If a URL is not valid, neither ``http`` nor ``https``, or ``https`` without credentials.
+        OSError
+            If a name cannot be resolved, an address cannot be bound, or there are no descriptors
+            left: the text has URL and address. If ``config.snapshot_dir`` cannot be made.
+        """
         require_real_threads()
         if isinstance(urls, str):
             urls = (urls,)

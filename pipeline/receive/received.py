@@ -16,15 +16,19 @@ _MAX_TYPES = 32
 
 
 class ReceivedCounts(NamedTuple):
-    """What :class:`Received` has counted, at one instant."""
+    """What a node has received, counted, at one instant."""
 
     #: Body bytes by sending member; None for all past the first 128.
     received_bytes: dict[int | None, int]
     #: Failures by the caller's ``ip:port``; "" for those not told by address, 0 included.
     received_failures: dict[str, int]
+    #: Messages of process-local types, answered 204 and not delivered.
     ignored: int
+    #: Messages of types past the last we know, answered 204 and not delivered.
     unknown: int
+    #: Messages delivered without some of their fields, which a ``Message`` does not have.
     unknown_fields: int
+    #: Calls of ``process`` that raised anything but ``RequestRejected``.
     process_failures: int
 
 

@@ -26,7 +26,7 @@ from pipeline import (
     TransportConfig,
     TransportStats,
 )
-from pipeline.receive._receiver import ReceiverStats
+from pipeline.stats import ReceiverStats
 from tests.support import MIB
 from tests.support.processes import TIMEOUT_S
 
