@@ -164,7 +164,9 @@ class ReceiverConfig:
 class TransportConfig:
     """A whole node: every peer's pipeline, the receiver, and what they share."""
 
+    #: Of each peer.
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    #: Of every listener.
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
     #: Whether small and frequent messages go over streams, as between etcd's members: two
     #: connections in each direction, for as long as they last. False is posts only; who dials us

@@ -46,6 +46,7 @@ URLS_MAX = 8
 class RemoteStats(NamedTuple):
     """What there is to tell of a remote."""
 
+    #: Where it is, sorted.
     urls: tuple[str, ...]
     #: Whether it came from a request rather than ``add_remote``.
     is_learned: bool

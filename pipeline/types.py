@@ -8,7 +8,7 @@ __all__ = ["ACCEPTED", "APP", "EntryType", "MessageType", "SendResult", "Snapsho
 
 
 class MessageType(enum.IntEnum):
-    """raftpb ``MessageType``, etcd 3.4 to 3.7; numbers are the wire's (spec section 1.1)."""
+    """raftpb ``MessageType``, etcd 3.4 to 3.7; numbers are the wire's."""
 
     HUP = 0
     BEAT = 1

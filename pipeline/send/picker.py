@@ -29,7 +29,7 @@ class URLPicker:
     Parameters
     ----------
     urls : iterable of str
-        See :func:`pipeline.wire.urls.parse_peer_urls`.
+        ``http://host:port`` or ``https://host:port``; at least one.
 
     Notes
     -----

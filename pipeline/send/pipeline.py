@@ -497,7 +497,8 @@ class Pipeline(PeerPipeline):
 
     Notes
     -----
-    As of :class:`PeerPipeline`. A context manager: starts and stops.
+    All methods are thread-safe. There is no order among messages in flight; with
+    ``connections=1`` only one is. A context manager: starts and stops.
     """
 
     _ASKED: ClassVar[tuple[str, ...]] = (*PeerPipeline._ASKED, "__enter__")

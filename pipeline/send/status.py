@@ -53,7 +53,6 @@ class PeerStatus:
         When the peer last became active, seconds since the epoch; None while it is inactive.
     disconnects : int
         Changes from active to inactive (``etcd_network_disconnected_peers_total``).
-
     last_error : LastError or None
         The last failure, also after a success; None before the first.
     changes : PeerChanges or None
@@ -120,7 +119,7 @@ class PeerStatus:
         Parameters
         ----------
         source, action : str
-            Which channel failed at what: ``pipeline`` and ``write`` (spec section 3.3).
+            Which channel failed at what: ``pipeline`` and ``write``, as etcd's log has them.
         reason : str
             The text of the error.
 

@@ -55,7 +55,9 @@ _MAX_SENDERS = 128
 class SnapshotCounts(NamedTuple):
     """What became of the snapshots of one sender."""
 
+    #: Stored and processed.
     success: int
+    #: Refused, broken off, not stored or not processed.
     failures: int
     #: Being stored or processed at this moment.
     in_flight: int

@@ -113,8 +113,11 @@ class SnapshotProgress(NamedTuple):
 class SnapshotSendCounts(NamedTuple):
     """What a peer's transfers came to."""
 
+    #: Answered 204.
     success: int
+    #: Not delivered; those that a newer one replaced are not among them.
     failures: int
+    #: Being sent.
     in_flight: int
     #: Messages and databases answered 204.
     sent_bytes: int
