@@ -115,7 +115,6 @@ urls = {
 directives = {
     "language_level": "3",
     "binding": True,
-    "embedsignature": True,
     "cdivision": True,
     "wraparound": False,
     "boundscheck": DEBUG,

@@ -96,10 +96,40 @@ class Sender:
         config: PipelineConfig,
         connections: list[PooledConnection],
     ) -> None: ...
-    def send(self, message: Sendable) -> SendResult: ...
-    def stats(self) -> PipelineStats: ...
+    def send(self, message: Sendable) -> SendResult:
+        """Offer ``message`` to the peer without waiting.
+
+        Delivery is not promised; failures reach ``Raft.report_unreachable``.
+
+        Parameters
+        ----------
+        message : Message, EncodedMessage or a raftpb protobuf object
+            Up to 16 KiB encoded is copied before return. Of a larger one payloads of 4 KiB and
+            more are borrowed until it has its outcome: do not change a mutable buffer.
+
+        Returns
+        -------
+        SendResult
+            ``ACCEPTED``, ``QUEUE_FULL`` (64 messages or 128 MiB wait, by default) or ``STOPPED``;
+            refusals are counted, and a caller that wants Raft to hear of them tells it
+            (``Peer.send`` does).
+
+        Raises
+        ------
+        MarshalError
+            If the message encodes to more than 2**31 - 1 bytes.
+        UsageError
+            If it is not a message, or the pipeline was not started.
+
+        Notes
+        -----
+        Thread-safe; never waits. Source: etcd rafthttp/peer.go ``send``, pipeline.go ``msgc``.
+        """
+    def stats(self) -> PipelineStats:
+        """Return the books at one instant: PipelineStats. Thread-safe."""
     def states(self) -> list[str]: ...
-    def follower_stats(self) -> FollowerStats: ...
+    def follower_stats(self) -> FollowerStats:
+        """Return what became of MsgApp messages: FollowerStats. Thread-safe."""
     def begin_stop(self) -> int: ...
     def wait_stopped(self, timeout_s: float, mine: int = 0) -> int: ...
     def on_event(self, worker: Worker, event: Event, error: int) -> None: ...

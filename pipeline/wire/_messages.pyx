@@ -377,7 +377,9 @@ cdef bint same_ids(const wire_ids_t* a, const wire_ids_t* b) noexcept:
 
 @cython.final
 cdef class ConfState:
-    """The members of a cluster: raftpb ``ConfState``.
+    """ConfState(*, voters=(), learners=(), voters_outgoing=(), learners_next=(), \
+    auto_leave=False)\n--\n
+    The members of a cluster: raftpb ``ConfState``.
 
     Parameters
     ----------
@@ -493,7 +495,8 @@ cdef bint same_conf_state(ConfState a, ConfState b) noexcept:
 
 @cython.final
 cdef class SnapshotMetadata:
-    """Where in the log a snapshot stands: raftpb ``SnapshotMetadata``.
+    """SnapshotMetadata(*, conf_state=None, index=0, term=0)\n--\n
+    Where in the log a snapshot stands: raftpb ``SnapshotMetadata``.
 
     Parameters
     ----------
@@ -581,7 +584,8 @@ cdef bint same_metadata(SnapshotMetadata a, SnapshotMetadata b) noexcept:
 @cython.final
 @cython.no_gc_clear     # payload points into owner
 cdef class Snapshot:
-    """A state machine's snapshot: raftpb ``Snapshot``.
+    """Snapshot(*, data=None, metadata=None)\n--\n
+    A state machine's snapshot: raftpb ``Snapshot``.
 
     Parameters
     ----------
@@ -699,7 +703,8 @@ cdef int entry_set_data(Entry entry, object value) except -1:
 @cython.freelist(256)
 @cython.no_gc_clear     # c.data points into owner
 cdef class Entry:
-    """One entry of the log: raftpb ``Entry``.
+    """Entry(*, term=0, index=0, type=EntryType.NORMAL, data=None)\n--\n
+    One entry of the log: raftpb ``Entry``.
 
     Parameters
     ----------
@@ -839,7 +844,9 @@ cdef int message_set_context(Message message, object value) except -1:
 @cython.freelist(64)
 @cython.no_gc_clear     # c.context points into owner
 cdef class Message:
-    """A message between members: raftpb ``Message``.
+    """Message(*, type, to=0, from_=0, term=0, log_term=0, index=0, entries=(), \
+    commit=0, snapshot=None, reject=False, reject_hint=0, context=None)\n--\n
+    A message between members: raftpb ``Message``.
 
     Parameters
     ----------
@@ -1128,7 +1135,8 @@ cdef bint same_message(Message a, Message b) noexcept:
 @cython.freelist(64)
 @cython.no_gc_clear     # payload points into owner
 cdef class EncodedMessage:
-    """A message as its bytes: sent as it is, never looked into, and received whole.
+    """EncodedMessage(data, *, type, to, from_=0, term=0)\n--\n
+    A message as its bytes: sent as it is, never looked into, and received whole.
 
     One that was received can be given to ``send`` as it is, and goes out byte for byte.
 
