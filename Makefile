@@ -10,10 +10,10 @@ export PIP_RETRIES ?= 10
 export PIP_RESUME_RETRIES ?= 10
 
 .PHONY: build test test-all lint typecheck demo three-nodes bench bench-peers bench-cluster bench-growth bench-snapshot bench-check \
-	bench-reference asan clean raftpb help
+	bench-reference asan clean raftpb docs stubs help
 
 help:
-	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck bench bench-peers bench-cluster bench-growth bench-snapshot bench-check bench-reference asan tsan fuzz fuzz-merge build raftpb clean"
+	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck docs stubs bench bench-peers bench-cluster bench-growth bench-snapshot bench-check bench-reference asan tsan fuzz fuzz-merge build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,14 @@ $(VENV)/.builders: $(VENV)/.created pyproject.toml
 
 $(VENV)/.linters: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet 'mypy>=1.15' 'ruff>=0.9' 'cython-lint>=0.16' types-protobuf 'grpcio-tools>=1.72'
+	touch $@
+
+# Sphinx and what it needs here; not in an editable install of the extra, which would build all anew.
+$(VENV)/.writers: $(VENV)/.created pyproject.toml
+	$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		> $(VENV)/writers.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/writers.txt
 	touch $@
 
 build: $(VENV)/.built
@@ -103,8 +111,19 @@ libssl-check:
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
-	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py
+	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py tools/stubs.py
 	$(BIN)/python -m mypy.stubtest pipeline.tls._engine pipeline.net._budget pipeline.wire._chunks pipeline.wire._frames pipeline._core pipeline.wire._messages pipeline.receive._arrivals pipeline.receive._receiver pipeline.net._sockets pipeline.stream._streams
+
+# The site, in build/docs: the pages of docs/, and the reference out of the docstrings. A warning is an
+# error; so is a name that leads nowhere.
+docs: build $(VENV)/.writers
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/doctrees docs build/docs
+	@echo build/docs/index.html
+
+# The docstrings of compiled classes into their .pyi files, for editors; a test fails when they differ.
+stubs: build
+	$(BIN)/python tools/stubs.py
 
 benchmarks/bin/%: benchmarks/c/%.c $(wildcard benchmarks/c/*.h)
 	mkdir -p $(@D)
