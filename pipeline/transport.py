@@ -63,6 +63,13 @@ class Transport(Node):
     inbox : Inbox, optional
         Where messages go that peers send; the node takes them from there.
 
+    Attributes
+    ----------
+    member_id, cluster_id : int
+    config : TransportConfig
+        As given, or the defaults.
+    peer_urls : tuple of str
+
     Raises
     ------
     UsageError
