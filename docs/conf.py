@@ -34,6 +34,8 @@ project = "raft-pipeline"
 author = copyright = "The raft-pipeline authors"
 version = release = pipeline.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx", "numpydoc"]
+html_css_files = ["site.css"]
+html_static_path = ["_static"]
 html_theme = "furo"
 html_title = f"raft-pipeline {version}"
 html_copy_source = False
@@ -109,7 +111,7 @@ def _stub(module: str) -> tuple[dict[str, ast.AST], dict[str, str]]:
     defined: dict[str, ast.AST] = {}
     imported: dict[str, str] = {}
     for node in ast.parse(path.read_text("utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module:
             # What has come into Python since 3.11 is linked as Python's own.
             module = {"typing_extensions": "collections.abc"}.get(node.module, node.module)
             imported |= {name.name: f"{module}.{name.name}" for name in node.names}
