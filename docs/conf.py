@@ -172,6 +172,9 @@ def _names(env: BuildEnvironment, docname: str) -> Iterator[tuple[str, str]]:
     domain = env.domains["py"]
     assert isinstance(domain, PythonDomain)
     is_aio = docname == "reference/asyncio"
+    for name, entry in domain.objects.items():
+        if entry.objtype == "class" and not name.startswith("pipeline.aio."):
+            yield name.rpartition(".")[2], name  # such as Histogram, of pipeline.stats
     for name in domain.objects:
         package, _, short = name.partition(".")
         if short.startswith("aio."):
@@ -224,6 +227,9 @@ class LinkNames(SphinxPostTransform):
             short = f"aio.{name}" if module.startswith("pipeline.aio") else name
             if node.get("refdomain") == "py" and name[:1].isupper() and short in known:
                 node["reftarget"] = known[short]
+            elif node.get("reftype") == "class":
+                # Else any attribute of that name would do: bytes, of StreamStats.
+                node.attributes.pop("refspecific", None)
 
 
 def _is_type(node: nodes.Node) -> bool:
