@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import enum
 import inspect
@@ -60,7 +61,10 @@ nitpick_ignore_regex = [
 # on the site; a Git host shows the link.
 
 _ELSEWHERE = re.compile(r"^\[[^]]+\]\(\.\./([\w/]+\.md)\)$", re.MULTILINE)
-_LINK = re.compile(r"\[([^]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+# Code, which is left as it is, or a link to a file: its text, the file and the place in it.
+_LINK = re.compile(
+    r"```.*?```|`[^`]*`|\[([^]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", re.DOTALL
+)
 
 
 @cache
@@ -81,11 +85,15 @@ def _take_from_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
         path = ROOT / match[1]
         app.env.note_dependency(path)
         away = posixpath.relpath(posixpath.dirname(match[1]) or ".", folder)
-        return _LINK.sub(
-            lambda link: f"[{link[1]}]({away}/{link[2]}{link[3] or ''})", path.read_text("utf-8")
-        )
+
+        def from_here(link: re.Match[str]) -> str:
+            return link[0] if link[2] is None else f"[{link[1]}]({away}/{link[2]}{link[3] or ''})"
+
+        return _LINK.sub(from_here, path.read_text("utf-8"))
 
     def moved(link: re.Match[str]) -> str:
+        if link[2] is None:
+            return link[0]
         target = posixpath.normpath(posixpath.join(folder, link[2]))
         page = _pages_of_others().get(target)
         if page is not None:
@@ -134,7 +142,7 @@ def _signature(
     node = defined.get(f"{qualified}.__init__" if what == "class" else qualified)
     if not isinstance(node, ast.FunctionDef):
         return None
-    arguments = node.args
+    arguments = copy.deepcopy(node.args)
     if arguments.args and arguments.args[0].arg in ("self", "cls"):
         del arguments.args[0]
 
@@ -201,33 +209,44 @@ class LinkNames(SphinxPostTransform):
     def run(self, **_: Any) -> None:
         docname = self.env.docname
         known = dict(_names(self.env, docname))
+        self._link_code(docname, known)
+        self._link_types(docname, known)
+        self._name_targets(known)
+
+    def _link_code(self, docname: str, known: dict[str, str]) -> None:
         for node in list(self.document.findall(nodes.literal)):
-            if page := re.fullmatch(r"docs/(\w+)\.md", node.astext()):
-                uri = self.app.builder.get_relative_uri(docname, page[1])
-                node.replace_self(
-                    nodes.reference("", "", node.deepcopy(), refuri=uri, internal=True)
-                )
+            if any(isinstance(at, nodes.reference) for at in _above(node)):
                 continue
-            name = known.get(re.sub(r"\(.*\)$", "", node.astext(), flags=re.DOTALL))
-            if name is not None and not any(isinstance(at, nodes.reference) for at in _above(node)):
+            text = node.astext()
+            page = text.removeprefix("docs/").removesuffix(".md")
+            name = known.get(re.sub(r"\(.*\)$", "", text, flags=re.DOTALL))
+            if text == f"docs/{page}.md" and page in self.env.found_docs:
+                uri = self.app.builder.get_relative_uri(docname, page)
+                link = nodes.reference("", "", node.deepcopy(), refuri=uri, internal=True)
+                node.replace_self(link)
+            elif name is not None:
                 node.replace_self(_reference(self.app, docname, name, node.deepcopy()))
+
+    def _link_types(self, docname: str, known: dict[str, str]) -> None:
+        """Link the types of parameters, and what is raised: numpydoc leaves them as texts."""
         for node in list(self.document.findall(_is_type)):
-            words = re.split(r"(\w[\w.]*)", node.astext())
-            node.parent.replace(
-                node,
-                [
-                    nodes.Text(word)
-                    if word not in known or not word.rpartition(".")[2][:1].isupper()
-                    else _reference(self.app, docname, known[word], nodes.Text(word))
-                    for word in words
-                ],
-            )
-        for node in list(self.document.findall(addnodes.pending_xref)):
+            words: list[nodes.Node] = []
+            for word in re.split(r"(\w[\w.]*)", node.astext()):
+                text = nodes.Text(word)
+                is_class = word.rpartition(".")[2][:1].isupper() and word in known
+                words.append(_reference(self.app, docname, known[word], text) if is_class else text)
+            node.parent.replace(node, words)
+
+    def _name_targets(self, known: dict[str, str]) -> None:
+        """Have what Sphinx is going to look for lead to a class by its public name."""
+        for node in self.document.findall(addnodes.pending_xref):
+            if node.get("refdomain") != "py":
+                continue
             module, _, name = node["reftarget"].rpartition(".")
             short = f"aio.{name}" if module.startswith("pipeline.aio") else name
-            if node.get("refdomain") == "py" and name[:1].isupper() and short in known:
+            if name[:1].isupper() and short in known:
                 node["reftarget"] = known[short]
-            elif node.get("reftype") == "class":
+            elif node["reftype"] == "class":
                 # Else any attribute of that name would do: bytes, of StreamStats.
                 node.attributes.pop("refspecific", None)
 
