@@ -284,8 +284,8 @@ def table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def report(rounds: int, patience_s: float, out: Path, readme: Path | None) -> None:
-    """Run the rounds, keep them in ``out``, print the table; put it into ``readme``, too."""
+def report(rounds: int, patience_s: float, out: Path, page: Path | None) -> None:
+    """Run the rounds, keep them in ``out``, print the table; put it into ``page``, too."""
     when, where = datetime.now(UTC).isoformat(timespec="seconds"), machine()
     runs = run_rounds(rounds, Watch(patience_s))
     result = {"when": when, "machine": where, "rounds": rounds, "runs": runs}
@@ -297,8 +297,8 @@ def report(rounds: int, patience_s: float, out: Path, readme: Path | None) -> No
     disturbed = remark([run for each in runs.values() for run in each])
     text = "\n\n".join(filter(None, (table(runs), about, disturbed)))
     print(text)
-    if readme:
-        put_into(readme, f"\n{text}\n", "bench-snapshot")
+    if page:
+        put_into(page, f"\n{text}\n", "bench-snapshot")
 
 
 def main() -> None:
@@ -310,10 +310,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=300.0, help=PATIENCE_HELP)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "snapshot.json")
-    parser.add_argument("--readme", type=Path, help="put the table into this file as well")
+    parser.add_argument("--into", type=Path, help="put the table into this file as well")
     args = parser.parse_args()
     if args.subject in (None, "report"):
-        report(args.rounds, args.patience, args.out, args.readme)
+        report(args.rounds, args.patience, args.out, args.into)
     elif args.subject == "read":
         read_and_forget(args.directory, is_tls=args.tls)
     else:

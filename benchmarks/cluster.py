@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=300.0, help=PATIENCE_HELP)
     parser.add_argument("--subjects", default=f"{ETCD},{OURS}", help=f"of {SUBJECTS}, by commas")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cluster.json")
-    parser.add_argument("--readme", type=Path, help="put the table into this file as well")
+    parser.add_argument("--into", type=Path, help="put the table into this file as well")
     parser.add_argument("--report", action="store_true", help="of the file there is; no run")
     one = commands.add_parser("member")
     for name in ("--member-id", "--cluster-id", "--peer-id"):
@@ -298,8 +298,8 @@ def main() -> None:
     text = f"{table(run['results'])}\n\n{footer(run, run['results'])}\n"
     args.out.with_suffix(".md").write_text(text)
     print(text)
-    if args.readme:
-        put_into(args.readme, f"\n{text}", "bench-cluster")
+    if args.into:
+        put_into(args.into, f"\n{text}", "bench-cluster")
 
 
 if __name__ == "__main__":

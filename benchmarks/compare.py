@@ -5,7 +5,7 @@ that gets slower does so for all; ratios are taken within a round, and medians a
 
 results/peers.json      one object for each case and subject, with every round
 results/peers-run.json  the machine, the versions, what was skipped, and how it was run
-results/peers.svg       CPU per message, which the README shows
+results/peers.svg       CPU per message, which docs/benchmarks.md shows
 
 ``--report`` makes table and chart anew from these files. How each figure is made: NOTES.md.
 """
@@ -179,17 +179,17 @@ def footer(run: Row, results: Sequence[Row]) -> str:
 
 
 def publish(results: Sequence[Row], run: Row, args: argparse.Namespace) -> None:
-    """Print the whole table; write the chart and, if asked, the short part of the README."""
+    """Print the whole table; write the chart and, if asked, the short part of the page."""
     (args.out / "peers.svg").write_text(chart(results))
     head = "\n\n".join(filter(None, (verdict_table(judge(results)), while_apart(results))))
     tail = footer(run, results)
     (args.out / "peers.md").write_text(f"{head}\n\n{table(results)}\n\n{tail}\n")
     print(f"{head}\n\n{table(results)}\n\n{tail}")
-    if args.readme:
-        shown = os.path.relpath(args.out / "peers.svg", args.readme.parent)
+    if args.into:
+        shown = os.path.relpath(args.out / "peers.svg", args.into.parent)
         small = [each for each in results if each["size_bytes"] in (SMALL, LARGE)]
         text = f"\n{head}\n\n![CPU per message]({shown})\n\n{table(small)}\n\n{tail}\n"
-        put_into(args.readme, text, args.mark)
+        put_into(args.into, text, args.mark)
 
 
 def sides_of(words: str) -> list[str]:
@@ -213,7 +213,7 @@ def main() -> None:
         help=f"only these, or groups ({', '.join(GROUPS)}), by commas",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--readme", type=Path, help="put the short table into this file as well")
+    parser.add_argument("--into", type=Path, help="put the short table into this file as well")
     parser.add_argument("--mark", default="bench-peers", help="where in it")
     parser.add_argument("--report", action="store_true", help="of the files there are; no run")
     args = parser.parse_args()

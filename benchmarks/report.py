@@ -397,13 +397,13 @@ def chart(runs: Runs) -> str:
     )
 
 
-def put_into(readme: Path, text: str, mark: str = "bench") -> None:
-    """Replace what stands between ``mark:begin`` and ``mark:end`` in ``readme``."""
-    before, begin, rest = readme.read_text().partition(f"<!-- {mark}:begin -->\n")
+def put_into(page: Path, text: str, mark: str = "bench") -> None:
+    """Replace what stands between ``mark:begin`` and ``mark:end`` in ``page``."""
+    before, begin, rest = page.read_text().partition(f"<!-- {mark}:begin -->\n")
     _, end, after = rest.partition(f"<!-- {mark}:end -->")
     if not end:
-        raise SystemExit(f"{readme} has no {mark}:begin and {mark}:end")
-    readme.write_text(f"{before}{begin}{text}\n{end}{after}")
+        raise SystemExit(f"{page} has no {mark}:begin and {mark}:end")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
 def main() -> None:
@@ -412,7 +412,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each run at full rate")
     parser.add_argument("--patience", type=float, default=600.0, help=PATIENCE_HELP)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "bench.json")
-    parser.add_argument("--readme", type=Path, help="put the table into this file as well")
+    parser.add_argument("--into", type=Path, help="put the table into this file as well")
     args = parser.parse_args()
 
     wire_bytes = body_bytes(ENTRY_BYTES)
@@ -449,8 +449,8 @@ def main() -> None:
         f"{where['build']} build; median of {args.rounds} rounds; all of it in {args.out.name}"
     )
     print("\n".join(lines))
-    if args.readme:
-        put_into(args.readme, "\n".join(lines))
+    if args.into:
+        put_into(args.into, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two kinds of chart we show, as small SVG files; colours that read on white and on black."""
+"""The three kinds of chart we show, as small SVG files; colours that read on white and on black."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def _short(value: float) -> str:
 def bars(panels: Mapping[str, Mapping[str, float]], highlight: str) -> str:
     """One panel of horizontal bars for each title, on a logarithmic scale of its own.
 
-    ``panels``: title -> name -> value above 0. The bar named ``highlight`` has its own colour.
+    ``panels``: title -> name -> value above 0. Bars whose names begin with ``highlight`` have a
+    colour of their own.
     """
     left, width, row, parts, y = 130, 420, 20, [], 0.0
     for title, values in panels.items():
@@ -58,7 +59,7 @@ def bars(panels: Mapping[str, Mapping[str, float]], highlight: str) -> str:
         for n, (name, value) in enumerate(values.items()):
             at = top + n * row
             length = (math.log10(value) - decades[0]) * scale
-            colour = COLOURS[0] if name == highlight else COLOURS[1]
+            colour = COLOURS[0] if highlight and name.startswith(highlight) else COLOURS[1]
             parts.append(_text(left - 6, at + 14, name, "text-anchor='end'"))
             parts.append(
                 f"<rect x='{left}' y='{at + 3:.0f}' width='{length:.1f}' height='14' "
@@ -67,6 +68,40 @@ def bars(panels: Mapping[str, Mapping[str, float]], highlight: str) -> str:
             parts.append(_text(left + length + 5, at + 14, _short(value)))
         y = bottom + 26
     return _document(left + width + 60, y, parts)
+
+
+def groups(
+    titles: tuple[str, str],
+    rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]],
+    highlight: str,
+) -> str:
+    """Two columns of horizontal bars; each group of bars has a linear scale of its own, from 0.
+
+    ``rows``: what a group shows -> name -> value, for the left column and for the right, which may
+    have none.
+    """
+    left, width, gap, row, parts, y = 92, 210, 150, 20, [], 44.0
+    for column, title in enumerate(titles):
+        parts.append(_text(left + column * (width + gap), 18, title, "font-weight='bold'"))
+    for what, columns in rows.items():
+        parts.append(_text(8, y, what, "font-weight='bold'"))
+        y += 8
+        for column, values in enumerate(columns):
+            x = left + column * (width + gap)
+            longest = max(values.values(), default=1.0)
+            if values:
+                parts.append(_line(x, y, x, y + row * len(values)))
+            for n, (name, value) in enumerate(values.items()):
+                at, length = y + n * row, value / longest * width
+                colour = COLOURS[0] if name == highlight else COLOURS[1]
+                parts.append(_text(x - 6, at + 14, name, "text-anchor='end'"))
+                parts.append(
+                    f"<rect x='{x}' y='{at + 3:.0f}' width='{length:.1f}' height='14' "
+                    f"fill='{colour}'/>"
+                )
+                parts.append(_text(x + length + 5, at + 14, _short(value)))
+        y += row * max(len(values) for values in columns) + 26
+    return _document(left + 2 * width + gap + 60, y - 14, parts)
 
 
 def lines(

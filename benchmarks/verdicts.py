@@ -323,7 +323,10 @@ def row_of(side: Side, each: Row) -> list[str]:
 
 def chart(results: Sequence[Row]) -> str:
     panels = {}
-    for side in ("tls-send", "tls-receive", "send", "receive"):
+    for side in (
+        *("tls-send", "tls-receive", "send", "receive"),
+        *("tls-stream-msgapp", "tls-stream-message", "stream-msgapp", "stream-message"),
+    ):
         for size in (SMALL, LARGE):
             values = {
                 each["subject"]: each["cpu_us_per_msg"]

@@ -1,4 +1,4 @@
-"""Two nodes on one event loop exchange messages: the asyncio program of the README."""
+"""Two nodes on one event loop exchange messages: an inbox in one task."""
 
 import asyncio
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import errno
 import functools
+import importlib
 import io
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tokenize
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -32,13 +34,16 @@ from tests.support.processes import TIMEOUT_S
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-EXAMPLES = [ROOT / "examples" / name for name in ("two_transports.py", "asyncio_nodes.py")]
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+SETTINGS = ROOT / "docs" / "reference" / "settings.md"
+SUPPORT = ROOT / "docs" / "support.md"
+EXAMPLE = ROOT / "examples" / "two_transports.py"
 EXPLAINED = ROOT / "docs" / "examples.md"
 SECURITY = ROOT / "docs" / "security.md"
 TESTS = ROOT / "tests" / "README.md"
 DOCUMENTS = sorted(
     path
-    for folder in ("", "docs/", "benchmarks/", "tests/", "tests/fuzz/")
+    for folder in ("", "docs/", "docs/*/", "benchmarks/", "tests/", "tests/fuzz/")
     for path in ROOT.glob(f"{folder}*.md")
 )
 
@@ -54,18 +59,11 @@ each_document = pytest.mark.parametrize(
 )
 
 
-def readme_programs() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-
-
-def test_the_programs_of_the_readme_are_the_examples() -> None:
-    assert readme_programs() == [example.read_text() for example in EXAMPLES]
-
-
-@pytest.mark.parametrize("index", range(len(EXAMPLES)), ids=[path.stem for path in EXAMPLES])
-def test_a_program_of_the_readme_runs(tmp_path: Path, index: int) -> None:
+def test_the_program_of_the_readme_is_the_example_and_runs(tmp_path: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert program == EXAMPLE.read_text()
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", readme_programs()[index]],
+        [sys.executable, "-W", "error", "-c", program],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -73,18 +71,55 @@ def test_a_program_of_the_readme_runs(tmp_path: Path, index: int) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert (
-        result.stdout.splitlines()
-        == [
-            "2 got Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)",
-            "1 got Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=1)",
-        ][: 1 if index else 2]
-    )
+    assert result.stdout.splitlines() == [
+        "2 got Message(type=MessageType.HEARTBEAT, to=2, from_=1, term=1)",
+        "1 got Message(type=MessageType.HEARTBEAT_RESP, to=1, from_=2, term=1)",
+    ]
 
 
-@pytest.mark.parametrize("name", pipeline.__all__)
-def test_the_readme_names_every_public_name(name: str) -> None:
-    assert re.search(rf"\b{name}\b", README.read_text())
+def test_the_readme_can_be_read_in_two_minutes() -> None:
+    assert len(README.read_text().splitlines()) <= 160
+
+
+@pytest.fixture
+def overview(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("overview")
+
+
+def test_chart_and_table_of_the_readme_are_made_of_the_results(overview: ModuleType) -> None:
+    """``python benchmarks/overview.py`` makes them."""
+    results = overview.load()
+    assert overview.chart(results) == overview.CHART.read_text()
+    assert f"\n{overview.table(results)}\n" in README.read_text()
+    assert str(overview.CHART.relative_to(ROOT)) in README.read_text()
+
+
+def test_a_figure_that_is_worse_than_that_of_etcd_stands_out(overview: ModuleType) -> None:
+    def row(ratio: float, *, is_more_good: bool) -> str:
+        return str(overview.row("it", ["1"], [ratio, None], is_more_good=is_more_good))
+
+    assert row(1.2, is_more_good=False) == "| it | 1 | **1.20** |  |"
+    assert row(0.8, is_more_good=False) == "| it | 1 | 0.80 |  |"
+    assert row(0.8, is_more_good=True) == "| it | 1 | **0.80** |  |"
+
+
+def test_the_readme_has_of_each_etcd_what_the_whole_table_has() -> None:
+    whole = {
+        version: (claimed, plain, tls, nodes, interop)
+        for version, _, claimed, plain, tls, nodes, interop, *_ in (
+            line.strip("| ").split(" | ")
+            for line in re.findall(r"^\| \d.*", SUPPORT.read_text(), re.MULTILINE)
+        )
+    }
+    rows = re.findall(r"^\| (3\.\d.*?) \|$", README.read_text(), re.MULTILINE)
+    short = {
+        version: (claimed.split(",")[0], *demos.split(", "), nodes, interop)
+        for versions, claimed, demos, nodes, interop in (row.split(" | ") for row in rows)
+        for version in versions.split(", ")
+    }
+    assert short == whole
+    assert len(whole) >= 5
 
 
 GLUE = re.compile(r"Glue: (\d+) lines, those of (.*?) without blank lines", re.DOTALL)
@@ -137,7 +172,7 @@ def test_every_program_of_the_examples_is_explained() -> None:
 
 
 def shown(name: str, value: object) -> str:
-    """Write a setting's value as the README does."""
+    """Write a setting's value as the reference does."""
     if value is None:
         return "None"
     if name.endswith("_bytes"):
@@ -147,8 +182,8 @@ def shown(name: str, value: object) -> str:
 
 
 @pytest.mark.streams
-def test_the_readme_has_every_setting_with_its_default() -> None:
-    rows = re.findall(r"^\| `(\w+Config\.\w+)` \| ([^|]+) \|", README.read_text(), re.MULTILINE)
+def test_the_reference_has_every_setting_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+Config\.\w+)` \| ([^|]+) \|", SETTINGS.read_text(), re.MULTILINE)
     defaults = [
         (f"{config.__name__}.{field.name}", shown(field.name, getattr(config(), field.name)))
         for config in (TransportConfig, PipelineConfig, ReceiverConfig)
@@ -158,8 +193,12 @@ def test_the_readme_has_every_setting_with_its_default() -> None:
     assert rows == defaults
 
 
-def test_the_readme_has_one_place_for_each_table_of_figures() -> None:
+def test_there_is_one_place_for_each_table_of_figures() -> None:
     assert re.findall(r"<!-- ([\w-]+:\w+) -->", README.read_text()) == [
+        "overview:begin",
+        "overview:end",
+    ]
+    assert re.findall(r"<!-- ([\w-]+:\w+) -->", BENCHMARKS.read_text()) == [
         "bench-peers-tls:begin",
         "bench-peers-tls:end",
         "bench-streams:begin",
