@@ -58,10 +58,11 @@ class PipelineConfig:
     #: the one before it has been answered, or has failed: they arrive in order, but one that failed
     #: or was sent again because its connection broke may arrive late, or twice.
     connections: int = 4
-    #: Messages msgc holds; etcd ``pipelineBufSize``: a short pause of the network loses nothing.
+    #: Messages that may wait for a worker; etcd ``pipelineBufSize``, its ``msgc``. A short pause of
+    #: the network loses nothing.
     queue_length: int = 64
-    #: Bytes msgc holds. One message is let through, however large, when none of its kind waits;
-    #: messages up to 64 KiB are not refused for the bytes of larger ones.
+    #: Bytes that may wait for a worker. One message is let through, however large, when none of its
+    #: kind waits; messages up to 64 KiB are not refused for the bytes of larger ones.
     queue_bytes: int = 128 * MIB
     #: Encoding on the wire: "3.5" (etcd 3.4 and 3.5), "3.6" or "3.7".
     profile: str = "3.5"

@@ -23,7 +23,7 @@ __all__ = ["AnyRaft", "ProcessingRaft", "Raft", "RaftReports", "Received_contra"
 
 @runtime_checkable
 class RaftReports(Protocol):
-    """What the node implements that takes its messages from an ``Inbox``.
+    """What a node implements that takes its messages from an ``Inbox``.
 
     Called from the library's threads, concurrently. Its methods are plain: ``async`` ones are for
     ``pipeline.aio``. One that raises is logged and counted and kills no thread; one that blocks
@@ -51,9 +51,11 @@ class RaftReports(Protocol):
 
 @runtime_checkable
 class Raft(RaftReports, Protocol[Received_contra]):
-    """What the node implements that is called with each message; else as ``RaftReports``.
+    """What a node implements that has no inbox: it is called with each message.
 
-    ``Raft[EncodedMessage]`` is what a node implements that has set ``ReceiverConfig.encoded``.
+    But for ``process`` it is what ``RaftReports`` is.
+
+    ``Raft[EncodedMessage]`` is what one implements that has set ``ReceiverConfig.encoded``.
     """
 
     def process(self, message: Received_contra) -> None:

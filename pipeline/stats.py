@@ -41,7 +41,7 @@ class PipelineStats(NamedTuple):
     offered: int
     #: Messages taken; each ends as sent, failed or dropped.
     accepted: int
-    #: Messages turned away at ``send``: msgc full, or stopped.
+    #: Messages turned away at ``send``: no room in the queue, or stopped.
     refused: int
     #: Answered 204; of a stream: written whole.
     sent: int
@@ -50,13 +50,13 @@ class PipelineStats(NamedTuple):
     failed: int
     #: Still queued when the pipeline was stopped.
     dropped: int
-    #: Waiting in msgc.
+    #: Waiting for a worker, or for their stream.
     queued: int
     #: With a worker, or being failed for its age.
     in_flight: int
     #: Protobuf bytes of what was sent (etcd ``peer_sent_bytes_total``).
     sent_bytes: int
-    #: Protobuf bytes waiting in msgc.
+    #: Protobuf bytes of those that wait.
     queued_bytes: int
 
     def merged(self, other: PipelineStats) -> PipelineStats:

@@ -43,7 +43,7 @@ class RaftReports(Protocol):
 
 
 class Raft(RaftReports, Protocol[Received_contra]):
-    """What the node implements that is called with each message: as ``pipeline.Raft``.
+    """What a node implements that has no inbox, as ``pipeline.Raft``, plain or ``async``.
 
     ``process`` should not wait for what the same member's next message brings.
     """
