@@ -58,9 +58,10 @@ nitpick_ignore_regex = [
 
 
 # A page that begins with a link to a Markdown file outside of this folder has the text of that file
-# on the site; a Git host shows the link.
+# on the site, and its own is for a Git host; but for lists of pages, which only the site reads.
 
-_ELSEWHERE = re.compile(r"^\[[^]]+\]\(\.\./([\w/]+\.md)\)$", re.MULTILINE)
+_ELSEWHERE = re.compile(r"\[[^]]+\]\(\.\./([\w/]+\.md)\)\n")
+_LISTS = re.compile(r"```{toctree}.*?```\n", re.DOTALL)
 # Code, which is left as it is, or a link to a file: its text, the file and the place in it.
 _LINK = re.compile(
     r"```.*?```|`[^`]*`|\[([^]]*)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)", re.DOTALL
@@ -81,16 +82,6 @@ def _take_from_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
     """Put a file into its page, and have the links of every page lead to pages."""
     folder = posixpath.dirname(f"docs/{docname}")
 
-    def contents(match: re.Match[str]) -> str:
-        path = ROOT / match[1]
-        app.env.note_dependency(path)
-        away = posixpath.relpath(posixpath.dirname(match[1]) or ".", folder)
-
-        def from_here(link: re.Match[str]) -> str:
-            return link[0] if link[2] is None else f"[{link[1]}]({away}/{link[2]}{link[3] or ''})"
-
-        return _LINK.sub(from_here, path.read_text("utf-8"))
-
     def moved(link: re.Match[str]) -> str:
         if link[2] is None:
             return link[0]
@@ -102,9 +93,19 @@ def _take_from_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
             return f"{{download}}`{link[1]} <{link[2]}>`"  # no page, but a file to be had
         return link[0]
 
+    if match := _ELSEWHERE.match(source[0]):
+        path = ROOT / match[1]
+        app.env.note_dependency(path)
+        away = posixpath.relpath(posixpath.dirname(match[1]) or ".", folder)
+
+        def from_here(link: re.Match[str]) -> str:
+            return link[0] if link[2] is None else f"[{link[1]}]({away}/{link[2]}{link[3] or ''})"
+
+        text = _LINK.sub(from_here, path.read_text("utf-8"))
+        source[0] = "\n".join([text, *_LISTS.findall(source[0])])
     if not (DOCS / "howto").exists():  # of a glob that finds nothing Sphinx warns
         source[0] = source[0].replace("\nhowto/*\n", "\n")
-    source[0] = _LINK.sub(moved, _ELSEWHERE.sub(contents, source[0], count=1))
+    source[0] = _LINK.sub(moved, source[0])
 
 
 # The reference. What autodoc finds in a compiled module has no types: its stub has them.

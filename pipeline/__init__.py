@@ -44,7 +44,14 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.raft import Raft, RaftReports
-from pipeline.stats import FollowerStats, InboxStats, PipelineStats, StreamStats, TransportStats
+from pipeline.stats import (
+    FollowerStats,
+    InboxStats,
+    PipelineStats,
+    ReceiverStats,
+    StreamStats,
+    TransportStats,
+)
 from pipeline.types import EntryType, MessageType, SendResult, SnapshotStatus
 
 if TYPE_CHECKING:
@@ -95,6 +102,7 @@ __all__ = [
     "Raft",
     "RaftReports",
     "ReceiverConfig",
+    "ReceiverStats",
     "RemotePolicy",
     "RemoteStats",
     "RequestRejected",
