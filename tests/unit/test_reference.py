@@ -41,7 +41,9 @@ LISTED = {
     )
 }
 PUBLIC = [f"pipeline.{name}" for name in pipeline.__all__ if name != "__version__"] + [
-    f"pipeline.aio.{name}" for name in pipeline.aio.__all__
+    f"{package.__name__}.{name}"
+    for package in (pipeline.aio, pipeline.metrics)
+    for name in package.__all__
 ]
 COMPILED = (
     pipeline.ConfState,
