@@ -81,6 +81,8 @@ class UnmarshalError(PipelineError, ValueError):
         ``Message`` when no field could be told.
     offset : int
         Offset in bytes, from the start of the buffer, of what could not be read.
+    reason : str
+        Why it could not; the text says all three.
     """
 
     def __init__(self, field: str, offset: int, reason: str) -> None:
@@ -105,6 +107,8 @@ class PostError(PipelineError):
         The URL that was tried.
     status : int or None
         The HTTP status, when there was an answer.
+    reason : str
+        The text, as in the log.
     """
 
     def __init__(self, reason: str, *, peer_id: int, url: str, status: int | None = None) -> None:

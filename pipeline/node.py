@@ -416,6 +416,14 @@ class Node:
     def add_peer(self, peer_id: int, urls: Iterable[str]) -> None:
         """Start to send to a member. Ignored when it is a peer already; its URLs stay.
 
+        Parameters
+        ----------
+        peer_id : int
+            The member's, 64 bits.
+        urls : iterable of str
+            Where it is reached: at least one ``http://host:port`` or ``https://host:port``, with
+            nothing after the port. One of them is used until it fails, then the next.
+
         Raises
         ------
         UsageError
@@ -451,6 +459,11 @@ class Node:
         Ignored when the ID is a peer's or a remote's already, and after :meth:`stop`. If the
         member becomes a peer later, messages go to the peer. A full buffer drops a message
         without telling Raft. Source: etcd ``Transport.AddRemote``.
+
+        Parameters
+        ----------
+        member_id, urls
+            As :meth:`add_peer` has them.
 
         Raises
         ------
@@ -679,7 +692,7 @@ class Node:
         return listener
 
     def snapshot_path(self, index: int) -> Path | None:
-        """Where the database of a received snapshot is; None if there is none.
+        """Where the database of a received snapshot is, by its index; None if there is none.
 
         It is there when ``Raft.process`` is called with the MsgSnap of this index
         (``message.snapshot.metadata.index``), and stays: moving it away when it is applied, and

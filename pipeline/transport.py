@@ -36,6 +36,7 @@ class Transport(Node):
         Our certificate and whom we trust; ``https`` URLs need it. The files are looked at once a
         second, and connections made with an old set are replaced.
     config : TransportConfig, optional
+        The settings; the defaults when left out.
     on_critical_error : callable, optional
         Called with a ``MemberRemovedError`` when a peer answers 403 to a post, or 410 to the dial
         of a stream; of the two streams of a peer once. Stopping the node is the application's

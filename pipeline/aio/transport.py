@@ -52,6 +52,7 @@ class Transport(Node):
     tls : TLSInfo, optional
         As ``pipeline.Transport`` has it; ``allow_member`` is plain, and not called on the loop.
     config : TransportConfig, optional
+        The settings; the defaults when left out.
     on_critical_error : callable, optional
         Called on the loop, plain or ``async``, in order with the other callbacks of that peer.
     on_peer_change : callable, optional
@@ -59,6 +60,7 @@ class Transport(Node):
     remote_policy : callable, optional
         As ``pipeline.Transport`` has it: plain, called from the library's threads, not on the loop.
     allow_loopback_remotes : bool
+        As ``pipeline.Transport`` has it.
     inbox : pipeline.aio.Inbox, optional
         Where messages go that peers send; the node takes them from there, and ``raft`` needs no
         ``process``.

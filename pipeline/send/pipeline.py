@@ -477,7 +477,8 @@ class Pipeline(PeerPipeline):
         Told of what could not be delivered, from the dispatcher's threads.
     member_id, cluster_id : int
         Ours; 64 bits.
-    config : PipelineConfig
+    config : PipelineConfig, optional
+        The settings; the defaults when left out.
     peer_urls : iterable of str
         Where we are reached; sent as X-PeerURLs.
     server_version, min_cluster_version : str
