@@ -47,6 +47,8 @@ cdef enum:
     READER_HEAD_MAX = 16 * 1024
     # The first memory of a frame that has not come whole.
     READER_BODY_MIN = 512
+    # Of a refusal, behind its head; those that do not end are a few bytes now and then.
+    READER_REFUSAL_MAX = 1 << 20
 
 # Changed by the loop alone.
 cdef enum:
@@ -55,7 +57,7 @@ cdef enum:
     READER_ASKING           # writes the request and reads the answer's head
     READER_JUDGED           # Python looks at the head
     READER_UP
-    READER_REFUSED          # reads to throw away, until the other side ends it
+    READER_REFUSED          # reads to throw away, until the refusal ends
 
 # What Python has made of an answer's head.
 cdef enum:
@@ -75,9 +77,11 @@ cdef struct stream_reader_t:
     int64_t dial_ns
     int verdict             # VERDICT_
     size_t head_len
-    int64_t wait_ns         # for the end of what is refused
+    int64_t wait_ns         # for the end of a refusal
 
     int state               # note_int; read by others for tests
+    int64_t refused_until_ns
+    size_t refused_left     # bytes that may come behind the head of a refusal
     uint8_t* request        # owned
     size_t request_len
     size_t request_at
@@ -527,6 +531,47 @@ cdef inline void reader_read(stream_reader_t* reader) noexcept nogil:
             return
 
 
+cdef inline void reader_set_refused_due(stream_reader_t* reader) noexcept nogil:
+    loop_set_due(&reader.end.streams.sending.loop, &reader.end.due,
+                 min(reader.heard_ns + STREAM_TIMEOUT_NS, reader.refused_until_ns))
+
+
+cdef inline void reader_refuse(stream_reader_t* reader) noexcept nogil:
+    """Wait for the end of a refusal, of which some may have come behind its head."""
+    cdef end_t* end = &reader.end
+    cdef streams_t* streams = end.streams
+    cdef size_t head_len = min(reader.head_len, reader.kept_len)
+    cdef size_t n = reader.kept_len - head_len
+    pthread_mutex_lock(&end.lock)
+    end.is_chunked = end.next_is_chunked
+    pthread_mutex_unlock(&end.lock)
+    memset(&reader.chunks, 0, sizeof(chunks_t))
+    reader.heard_ns = streams.sending.loop.now_ns
+    reader.refused_until_ns = reader.heard_ns + reader.wait_ns
+    reader.refused_left = READER_REFUSAL_MAX
+    reader_set_state(reader, READER_REFUSED)
+    memcpy(streams.scratch, reader.kept + head_len, n)
+    reader_keep(reader, NULL, 0)
+    if reader_discard(reader, n):
+        reader_set_refused_due(reader)
+        # Whatever has come since the head was whole is not told of again.
+        runnable_add(&streams.sending.loop.runnable, &end.conn.io)
+
+
+cdef inline bint reader_discard(stream_reader_t* reader, size_t n) noexcept nogil:
+    """Throw away what of a refusal is in the scratch; False if that was its end: a dial follows."""
+    cdef uint8_t* data = reader.end.streams.scratch
+    cdef size_t used = 0, made = 0
+    reader.refused_left -= min(n, reader.refused_left)
+    if reader.refused_left > 0 and (
+            not reader.end.is_chunked
+            or chunks_read(&reader.chunks, data, n, data, &used, &made) == CHUNKS_MORE):
+        return True
+    reader_close(reader)
+    reader_dial(reader)
+    return False
+
+
 cdef inline void reader_read_refused(stream_reader_t* reader) noexcept nogil:
     """Throw away a step of what comes behind a refusal; dial again when it has ended."""
     cdef end_t* end = &reader.end
@@ -543,6 +588,9 @@ cdef inline void reader_read_refused(stream_reader_t* reader) noexcept nogil:
         if n <= 0:
             reader_close(reader)
             reader_dial(reader)
+            return
+        reader.heard_ns = end.streams.sending.loop.now_ns
+        if not reader_discard(reader, <size_t>n):
             return
     runnable_add(&end.streams.sending.loop.runnable, &end.conn.io)
 
@@ -593,8 +641,11 @@ cdef inline void reader_due(due_t* due) noexcept nogil:
     elif reader.state == READER_ASKING:
         reader_judge(reader, ERROR_RESPONSE_TIMEOUT)
     elif reader.state == READER_REFUSED:
-        reader_close(reader)
-        reader_dial(reader)
+        if now_ns >= min(reader.heard_ns + STREAM_TIMEOUT_NS, reader.refused_until_ns):
+            reader_close(reader)
+            reader_dial(reader)
+        else:
+            reader_set_refused_due(reader)
     elif reader.state == READER_UP and not reader.end.is_waiting:
         if now_ns - reader.heard_ns >= STREAM_TIMEOUT_NS:
             reader_lost(reader, ERROR_SILENT)
@@ -644,10 +695,7 @@ cdef inline void reader_returned(io_t* io) noexcept nogil:
         if reader.wait_ns == 0 or end.conn.io.fd < 0:
             reader_close(reader)
         else:
-            reader_set_state(reader, READER_REFUSED)
-            loop_set_due(&end.streams.sending.loop, &end.due,
-                         end.streams.sending.loop.now_ns + reader.wait_ns)
-            runnable_add(&end.streams.sending.loop.runnable, &end.conn.io)
+            reader_refuse(reader)
     if wants_dial and (reader.state == READER_DOWN or reader.state == READER_DIALLING):
         reader_set_state(reader, READER_DOWN)
         loop_set_due(&end.streams.sending.loop, &end.due, max(dial_ns, <int64_t>1))

@@ -611,13 +611,17 @@ cdef class Reader(End):
         """Take what follows the first ``head_len`` bytes of the answer for the stream."""
         self.give_verdict(VERDICT_ACCEPT, head_len, is_chunked, 0.0)
 
-    def refuse(self, *, double wait_s):
-        """Do without the stream.
+    def refuse(self):
+        """Do without the stream: close the connection, and nothing follows."""
+        self.give_verdict(VERDICT_REFUSE, 0, False, 0.0)
 
-        Throw away what comes until the connection ends, for so long at most, and have
-        ``on_connect`` called then; with 0 close it now, and nothing follows.
+    def wait_refused(self, size_t head_len, *, bint is_chunked, double wait_s):
+        """Do without the stream, and have ``on_connect`` called when the refusal has ended.
+
+        Throw away what follows the first ``head_len`` bytes of the answer: to the last chunk or the
+        end of the connection, until nothing has come for 5 s, for ``wait_s`` or 1 MiB at most.
         """
-        self.give_verdict(VERDICT_REFUSE, 0, False, wait_s)
+        self.give_verdict(VERDICT_REFUSE, head_len, is_chunked, wait_s)
 
     cdef int give_verdict(
             self, int verdict, size_t head_len, bint is_chunked, double wait_s) except -1:
@@ -636,9 +640,9 @@ cdef class Reader(End):
     def stats(self):
         """Return (messages, bytes, since, ignored, dropped).
 
-        What has come by it ever, the proposals there was no room for (dropped) among it, and
-        besides that what was of types that are not for Raft (ignored); and when it came up, in
-        seconds of ``time.monotonic``, 0.0 while it is down.
+        What has come by it ever, among it what went nowhere (dropped), while it is paused or for
+        want of room; besides that what was of types that are not for Raft (ignored); and when it
+        came up, in seconds of ``time.monotonic``, 0.0 while it is down.
         """
         return (count_get(&self.r.messages), count_get(&self.r.bytes),
                 <double>count_get(&self.r.since_ns) / 1e9, count_get(&self.r.ignored),

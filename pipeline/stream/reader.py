@@ -19,7 +19,7 @@ from pipeline.errors import (
     UnexpectedStatusError,
 )
 from pipeline.identity import Version
-from pipeline.logs import get_logger
+from pipeline.logs import Throttle, get_logger
 from pipeline.net.dialling import Dial, Dialer
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
@@ -46,8 +46,11 @@ SOURCES = {"msgapp": "stream MsgApp v2", "message": "stream Message"}
 RETRY_S = 0.1
 #: The same to a peer that refuses, after some times: to an etcd each dial is a line of its log.
 REFUSED_RETRY_S = 5.0
-#: How long the end of a refusal is waited for, if it has none in its head. A member that is not to
-#: be dialled answers so, and to dial it again when that is over is to ask it twice a day.
+#: A stream that ends sooner is as good as refused. Differs from etcd, which dials ten times a
+#: second whoever ends each at once: a proxy with nobody behind it, or two processes with one ID.
+LASTING_S = 1.0
+#: How long the end of a refusal is waited for, if it has none in its head and a byte comes now and
+#: then. A member that is not to be dialled answers so; it is asked again twice a day.
 REFUSED_WAIT_S = 43200.0
 
 
@@ -100,6 +103,8 @@ class StreamReader(Reader):
         self._dial: Dial | None = None
         self._retry_s = RETRY_S
         self._next_at = 0.0  # time.monotonic(): no dial begins before
+        self._accepted_at = 0.0  # time.monotonic()
+        self._throttle = Throttle(logger)
         self._is_stopping = False
         self._since: float | None = None
 
@@ -180,11 +185,11 @@ class StreamReader(Reader):
                 self._judge(self.head(), error)
             except Exception:
                 logger.exception("internal error, please report: an answer was not judged")
-                self.refuse(wait_s=0.0)
+                self.refuse()
                 self.dial_after(self._retry_s)
             return
         reason = error_text(error)
-        logger.warning(
+        self._throttle.warning(
             "lost TCP streaming connection with remote peer %s: %s (%s)",
             self._peer,
             SOURCES[self.kind],
@@ -192,14 +197,22 @@ class StreamReader(Reader):
         )
         if error:
             self._pipeline.reports.stream_down("read", reason, source=SOURCES[self.kind])
+        if time.monotonic() - self._accepted_at < LASTING_S:
+            self._note_refusal()
+        else:
+            self._retry_s = RETRY_S
+            self._next_at = 0.0
         self.dial_after(0.0)
+
+    def _note_refusal(self) -> None:
+        self._retry_s = min(2 * self._retry_s, REFUSED_RETRY_S)
 
     def _judge(self, data: bytes, error: int) -> None:
         answer = self._read(data)
         if isinstance(answer, PostError):
             if error:
                 answer = self._unreachable(error_text(error))
-            self.refuse(wait_s=0.0)
+            self.refuse()
             self._failed(answer)
             return
         self._pipeline.note_version(answer.headers)
@@ -220,7 +233,7 @@ class StreamReader(Reader):
         if failure is None and error:  # a head that is whole to http.client only
             failure = self._unreachable(error_text(error))
         if failure is None:
-            self._retry_s = RETRY_S
+            self._accepted_at = time.monotonic()
             self._since = time.time()
             # First, for another thread may hear of its end as soon as it is accepted.
             self._pipeline.reports.stream_up()
@@ -229,16 +242,19 @@ class StreamReader(Reader):
                 self._peer,
                 SOURCES[self.kind],
             )
-            self.accept(data.index(b"\r\n\r\n") + 4, is_chunked=is_chunked)
+            self.accept(head_len(data), is_chunked=is_chunked)
             self._pipeline.reports.tell_changes()
             return
-        self._retry_s = min(2 * self._retry_s, REFUSED_RETRY_S)
+        self._note_refusal()
         if isinstance(failure, MemberRemovedError):
-            self.refuse(wait_s=0.0)  # and nothing follows: whoever is removed dials no more
+            self.refuse()  # and nothing follows: whoever is removed dials no more
             self._pipeline.reports.stream_refused(failure, source=SOURCES[self.kind])
             return
         is_waiting = is_endless and not error
-        self.refuse(wait_s=REFUSED_WAIT_S if is_waiting else 0.0)
+        if is_waiting:
+            self.wait_refused(head_len(data), is_chunked=is_chunked, wait_s=REFUSED_WAIT_S)
+        else:
+            self.refuse()
         self._failed(failure, is_waiting=is_waiting)
 
     def _read(self, data: bytes) -> PeerAnswer | PostError:
@@ -264,3 +280,8 @@ class StreamReader(Reader):
 
     def _unreachable(self, reason: str) -> PeerUnreachableError:
         return PeerUnreachableError(reason, peer_id=self._pipeline.peer_id, url=self._url)
+
+
+def head_len(data: bytes) -> int:
+    """Return how long the head of an answer is, whose empty line has come."""
+    return data.index(b"\r\n\r\n") + 4

@@ -10,7 +10,7 @@ import time
 from typing import Self
 
 from pipeline.config import PipelineConfig
-from pipeline.logs import get_logger
+from pipeline.logs import Throttle, get_logger
 from pipeline.net._sockets import OwnSocket
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
@@ -82,6 +82,7 @@ class StreamWriter(Writer):
         self._dispatcher = dispatcher
         self._peer = format_id(pipeline.peer_id)
         self._since = 0.0
+        self._throttle = Throttle(logger)
 
     def serve(self, connection: OwnSocket, head: bytes, *, is_chunked: bool) -> None:
         """Send on a connection that the peer has dialled, from now on. Never waits."""
@@ -109,7 +110,7 @@ class StreamWriter(Writer):
         lost = self.take_lost()
         reason = error_text(error)
         if error:
-            logger.warning(
+            self._throttle.warning(
                 "lost TCP streaming connection with remote peer %s: %s (%s), %d messages not sent",
                 self._peer,
                 SOURCES[self.kind],
@@ -117,7 +118,7 @@ class StreamWriter(Writer):
                 lost,
             )
         else:
-            logger.warning(
+            self._throttle.warning(
                 "closed TCP streaming connection with remote peer %s: %s, %d messages not sent",
                 self._peer,
                 SOURCES[self.kind],

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.stream.reader import RETRY_S
 from tests.support.streams import KINDS, LAST_CHUNK, VERSION, Lab, chunk, head, of_kind
 
 OK = f"HTTP/1.1 200 OK\r\n{VERSION}\r\n".encode()
@@ -52,14 +53,17 @@ def lab() -> Iterator[Lab]:
 
 @pytest.mark.streams
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_answered_the_reader_dials_again(lab: Lab, kind: str) -> None:
+def test_whatever_is_answered_the_reader_dials_again(
+    lab: Lab, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Neither a refusal nor a stream that ends at once makes it wait.
+    monkeypatch.setattr("pipeline.stream.reader.REFUSED_RETRY_S", RETRY_S)
     lab.start()
     for what, answer in ANSWERS.items():
         dialled = lab.peer.next_dial(kind)
         dialled.write(answer)
         dialled.sock.shutdown(1)
         assert dialled.is_ended(), what
-        # It would be 5 s to the next dial after a row of refusals; a stream that is up ends that.
         dialled = lab.peer.next_dial(kind).accept()
         before = len(lab.raft.processed)
         dialled.send(of_kind(kind, 1))

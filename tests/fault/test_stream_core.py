@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -24,6 +25,7 @@ from tests.support.stream_core import (
     PEER,
     Lines,
     Node,
+    OurReader,
     append,
     chunk,
     outgoing,
@@ -31,6 +33,7 @@ from tests.support.stream_core import (
 from tests.support.waiting import eventually, exit_status_of, until_read
 
 SILENT = "i/o timeout"
+REFUSAL = b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n"
 STALLED = "stalled: no byte could be written within the stall timeout"
 
 
@@ -214,25 +217,69 @@ def test_an_answer_that_is_refused_leaves_nothing_open(answer: bytes, reason: st
         if reason == "unexpected EOF":
             lines.peer.shutdown(1)
         assert reader.heads.get(timeout=LONG_TIMEOUT) == (answer, reason)
-        reader.refuse(wait_s=0)
+        reader.refuse()
         assert lines.read_to_end() == b""
         eventually(lambda: reader.state == "down")
         reader.dial_after(0)
         reader.dials.get(timeout=LONG_TIMEOUT)
 
 
-def test_a_refusal_without_an_end_is_waited_for() -> None:
+def refused(node: Node, behind: bytes, wait_s: float = LONG_TIMEOUT) -> tuple[OurReader, Lines]:
+    """Return a reader that waits for the end of a refusal, some of which is ``behind`` its head."""
+    reader, lines = node.asking()
+    lines.peer.sendall(REFUSAL + behind)
+    assert reader.heads.get(timeout=LONG_TIMEOUT)[0].startswith(REFUSAL)
+    is_chunked = not behind.startswith(b"x")
+    reader.wait_refused(len(REFUSAL), is_chunked=is_chunked, wait_s=wait_s)
+    return reader, lines
+
+
+@pytest.mark.parametrize("piece", [b"x" * 300000, chunk(b"x" * 300000)], ids=["bytes", "chunks"])
+def test_a_refusal_without_an_end_is_waited_for(piece: bytes) -> None:
     with Node() as node:
-        reader, lines = node.asking()
-        lines.peer.sendall(b"HTTP/1.1 404 Not Found\r\n\r\n")
-        reader.heads.get(timeout=LONG_TIMEOUT)
-        reader.refuse(wait_s=LONG_TIMEOUT)
-        lines.peer.sendall(b"x" * 300000)
+        reader, lines = refused(node, piece[:1])
+        lines.peer.sendall(piece[1:])
         until_read(lines.peer)
         assert reader.state == "refused"
         assert reader.dials.empty()
         lines.peer.close()
         reader.dials.get(timeout=LONG_TIMEOUT)
+
+
+@pytest.mark.parametrize(
+    ("behind", "later"),
+    [
+        pytest.param(chunk(b"bad gateway") + LAST_CHUNK, b"", id="the last chunk, at once"),
+        pytest.param(chunk(b"bad gateway"), LAST_CHUNK, id="the last chunk, later"),
+        pytest.param(b"4\r\nlo", b"ng zz", id="no chunk"),
+        pytest.param(b"x", b"x" * (2 << 20), id="too much"),
+        pytest.param(b"4\r\nlong\r\n", chunk(b"x") * (200 << 10), id="too much in chunks"),
+    ],
+)
+def test_a_refusal_has_ended_though_its_connection_stays(behind: bytes, later: bytes) -> None:
+    """As a proxy answers that has nobody behind it."""
+    with Node() as node:
+        reader, lines = refused(node, behind)
+        with contextlib.suppress(OSError):  # it may have ended already
+            lines.peer.sendall(later)
+        reader.dials.get(timeout=LONG_TIMEOUT)
+        assert lines.read_to_end() == b""
+
+
+def test_a_refusal_is_waited_for_so_long_and_no_longer() -> None:
+    with Node() as node:
+        reader, _lines = refused(node, chunk(b"x"), wait_s=SHORT_TIMEOUT)
+        reader.dials.get(timeout=LONG_TIMEOUT)
+
+
+@pytest.mark.slow  # five seconds of silence
+def test_a_refusal_that_falls_silent_has_ended() -> None:
+    with Node() as node:
+        reader, lines = refused(node, chunk(b"x"))
+        began = time.monotonic()
+        reader.dials.get(timeout=LONG_TIMEOUT)
+        assert time.monotonic() - began > 4.0
+        assert lines.read_to_end() == b""
 
 
 # -- writing
@@ -396,7 +443,7 @@ def test_a_reader_stops_in_every_state(state: str) -> None:
                 lines.peer.sendall(HEAD)
                 reader.heads.get(timeout=LONG_TIMEOUT)
             if state == "refused":
-                reader.refuse(wait_s=LONG_TIMEOUT)
+                reader.wait_refused(len(HEAD), is_chunked=True, wait_s=LONG_TIMEOUT)
                 eventually(lambda: reader.state == "refused")
         began = time.monotonic()
         reader.begin_stop()
@@ -411,7 +458,7 @@ def test_a_reader_stops_in_every_state(state: str) -> None:
             assert late.read_to_end() == b""
         reader.dial_after(0)
         reader.accept(0, is_chunked=True)
-        reader.refuse(wait_s=1)
+        reader.refuse()
         reader.renew()
         time.sleep(SHORT_TIMEOUT)
         assert reader.dials.empty()

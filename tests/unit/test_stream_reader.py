@@ -29,7 +29,13 @@ from pipeline.send.reports import Reports
 from pipeline.send.status import PeerStatus
 from pipeline.stream import reader as module
 from pipeline.stream._streams import StreamEvent, Streams
-from pipeline.stream.reader import REFUSED_RETRY_S, REFUSED_WAIT_S, RETRY_S, StreamReader
+from pipeline.stream.reader import (
+    LASTING_S,
+    REFUSED_RETRY_S,
+    REFUSED_WAIT_S,
+    RETRY_S,
+    StreamReader,
+)
 from tests.support.raft import FakeRaft
 
 PEER = 0xB2
@@ -139,8 +145,11 @@ class ScriptedReader(StreamReader):
     def accept(self, head_len: int, *, is_chunked: bool) -> None:
         self.asked.append(("accept", (head_len, is_chunked)))
 
-    def refuse(self, *, wait_s: float) -> None:
-        self.asked.append(("refuse", wait_s))
+    def refuse(self) -> None:
+        self.asked.append(("refuse", None))
+
+    def wait_refused(self, head_len: int, *, is_chunked: bool, wait_s: float) -> None:
+        self.asked.append(("wait", (head_len, is_chunked, wait_s)))
 
     def take_asked(self) -> list[tuple[str, object]]:
         asked, self.asked = self.asked, []
@@ -279,7 +288,7 @@ def test_a_refusal_deactivates_the_peer_and_turns_to_its_next_url(
 ) -> None:
     bench.status.activate()
     asked = bench.answered(text(status, body, VERSION))
-    assert asked == [("refuse", 0.0), ("dial", RETRY_S)]
+    assert asked == [("refuse", None), ("dial", RETRY_S)]
     assert not bench.status.is_active
     assert bench.status.last_error is not None
     assert bench.status.last_error.text == reason
@@ -289,23 +298,27 @@ def test_a_refusal_deactivates_the_peer_and_turns_to_its_next_url(
 
 def test_a_refusal_without_a_version_says_nothing_of_the_peer(bench: Bench) -> None:
     bench.status.activate()
-    assert bench.answered(text("410 Gone", "x")) == [("refuse", 0.0), ("dial", RETRY_S)]
+    assert bench.answered(text("410 Gone", "x")) == [("refuse", None), ("dial", RETRY_S)]
     assert bench.status.is_active
     assert bench.status.last_error is None
     assert bench.pipeline.critical == []
     assert bench.pipeline.picker.pick() == URLS[1]  # there may be another member
 
 
-def test_a_refusal_that_does_not_end_is_waited_for_and_not_dialled_again(bench: Bench) -> None:
-    answer = head("404 Not Found", "X-Etcd-Cluster-Id: 7\r\n", CHUNKED) + "1\r\n4\r\n"
-    assert bench.answered(answer) == [("refuse", REFUSED_WAIT_S)]
+@pytest.mark.parametrize(("lines", "is_chunked"), [((CHUNKED,), True), ((), False)])
+def test_a_refusal_that_does_not_end_is_waited_for_and_not_dialled_again(
+    bench: Bench, lines: tuple[str, ...], is_chunked: bool
+) -> None:
+    answer = head("404 Not Found", "X-Etcd-Cluster-Id: 7\r\n", *lines)
+    waits = [("wait", (len(answer), is_chunked, REFUSED_WAIT_S))]
+    assert bench.answered(answer + "1\r\n4\r\n") == waits
     # Its end has the loop call on_connect.
     bench.dial()
 
 
 def test_a_refusal_whose_connection_has_ended_is_not_waited_for(bench: Bench) -> None:
     answer = head("404 Not Found", CHUNKED)
-    assert bench.answered(answer, errno.ECONNRESET)[0] == ("refuse", 0.0)
+    assert bench.answered(answer, errno.ECONNRESET)[0] == ("refuse", None)
 
 
 def test_a_member_that_was_removed_hears_of_it_once_of_a_peer_and_dials_no_more(
@@ -313,8 +326,8 @@ def test_a_member_that_was_removed_hears_of_it_once_of_a_peer_and_dials_no_more(
 ) -> None:
     gone = text("410 Gone", "removed member\n", VERSION)
     other = bench.make("msgapp")
-    assert bench.answered(gone) == [("refuse", 0.0)]
-    assert bench.answered(gone, reader=other) == [("refuse", 0.0)]
+    assert bench.answered(gone) == [("refuse", None)]
+    assert bench.answered(gone, reader=other) == [("refuse", None)]
     (critical,) = bench.pipeline.critical
     assert critical.peer_id == PEER
     assert critical.status == 410
@@ -333,16 +346,29 @@ def test_dials_to_who_refuses_come_ever_later_until_one_is_accepted(bench: Bench
     gaps = [round(after - before, 3) for before, after in pairwise(times)]
     assert gaps == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, REFUSED_RETRY_S]
     bench.answered(head("200 OK", VERSION, CHUNKED))
-    accepted_at = bench.clock.now
+    bench.clock.now += LASTING_S
+    lost_at = bench.clock.now
     bench.reader.on_event(StreamEvent.LOST, 0)
     bench.reader.take_asked()
-    bench.dial()
-    assert bench.clock.now - accepted_at <= 2 * REFUSED_RETRY_S
-    bench.clock.now += 1.0
-    bench.answered(refusal)
-    at = bench.clock.now
-    bench.answered(refusal)
-    assert bench.clock.now - at == pytest.approx(RETRY_S, abs=1e-3)
+    for gap in (0.0, RETRY_S):
+        bench.answered(refusal)
+        assert bench.clock.now - lost_at == pytest.approx(gap, abs=1e-3)
+
+
+@pytest.mark.parametrize("error", [0, errno.ECONNRESET])
+def test_who_ends_each_stream_at_once_is_dialled_ever_later(
+    bench: Bench, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    times = []
+    for _ in range(9):
+        bench.answered(head("200 OK", VERSION, CHUNKED))
+        times.append(bench.clock.now)
+        bench.reader.on_event(StreamEvent.LOST, error)
+        assert bench.reader.take_asked() == [("dial", 0.0)]
+    gaps = [round(after - before, 3) for before, after in pairwise(times)]
+    assert gaps == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, REFUSED_RETRY_S, REFUSED_RETRY_S]
+    warned = [r for r in caplog.records if r.levelname == "WARNING" and "lost" in r.getMessage()]
+    assert len(warned) == 6  # not the second to the fourth, within the second of the first
 
 
 def test_whoever_cannot_be_reached_is_dialled_ten_times_a_second(bench: Bench) -> None:
@@ -370,13 +396,13 @@ def test_whatever_is_no_answer_is_an_unreachable_peer_and_dialled_again(
     bench: Bench, answer: str, error: int
 ) -> None:
     bench.status.activate()
-    assert bench.answered(answer, error) == [("refuse", 0.0), ("dial", RETRY_S)]
+    assert bench.answered(answer, error) == [("refuse", None), ("dial", RETRY_S)]
     assert not bench.status.is_active
 
 
 def test_a_refusal_whose_text_comes_behind_its_head_is_one(bench: Bench) -> None:
     answer = head("412 Precondition Failed", VERSION, "Content-Length: 20\r\n")
-    assert bench.answered(answer) == [("refuse", 0.0), ("dial", RETRY_S)]
+    assert bench.answered(answer) == [("refuse", None), ("dial", RETRY_S)]
     assert bench.status.last_error is not None
     assert bench.status.last_error.text.endswith("when precondition failed")
 
