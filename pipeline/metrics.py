@@ -152,7 +152,7 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     "raft_pipeline_stream_dropped_messages_total": (
         "counter",
         _STREAM,
-        "MsgProp that have come over a stream and were dropped, for there was no room.",
+        "Messages that have come over a stream and were dropped: paused, or MsgProp without room.",
     ),
     "raft_pipeline_stream_ignored_messages_total": (
         "counter",

@@ -519,10 +519,12 @@ class Node:
     # -- testing aids: a network that loses everything
 
     def pause(self) -> None:
-        """Drop what is sent to the peers there are now, until :meth:`resume`.
+        """Drop what is sent to the peers there are now, and what comes by their streams, until
+        :meth:`resume`.
 
         Raft is not told, as if the network lost it; ``peer_stats`` counts it. What was queued
-        before still goes, and receiving goes on. A peer added later is not paused; remotes are not.
+        before still goes, and what is posted to us is delivered. A peer added later is not paused;
+        remotes are not.
         Source: etcd ``Transport.Pause``, a testing aid.
         """
         for peer in tuple(self._peers.values()):

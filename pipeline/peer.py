@@ -34,7 +34,8 @@ class PeerStats(NamedTuple):
     active_since: float | None
     #: Changes from active to inactive (etcd ``disconnected_peers_total``).
     disconnects: int
-    #: Whether messages to it are dropped (``Transport.pause``, ``cut_peer``).
+    #: Whether messages to it, and what comes by its streams, are dropped (``Transport.pause``,
+    #: ``cut_peer``).
     is_paused: bool
     #: Messages dropped because it was paused. They are not in the books, for they were never
     #: offered.
@@ -113,12 +114,20 @@ class Peer:
         return self.channels.send(message)
 
     def pause(self) -> None:
-        """Drop what is sent from now on; what was queued before still goes. Twice is once."""
-        self.channels.is_paused = True
+        """Drop what is sent, and what comes by streams, from now on. Twice is once.
+
+        What was queued before still goes.
+        """
+        self._set_paused(is_paused=True)
 
     def resume(self) -> None:
         """Undo :meth:`pause`, however often it was called."""
-        self.channels.is_paused = False
+        self._set_paused(is_paused=False)
+
+    def _set_paused(self, *, is_paused: bool) -> None:
+        self.channels.is_paused = is_paused
+        if self.streams is not None:
+            self.streams.pause(is_paused=is_paused)
 
     def update(self, urls: Iterable[str]) -> None:
         """Go to other URLs from now on; ``UsageError`` for a bad one."""

@@ -81,7 +81,8 @@ class StreamStats(NamedTuple):
     books: PipelineStats | None
     #: Messages that have come and were of types that are not for Raft; not among ``messages``.
     ignored: int = 0
-    #: Of the messages that have come, the MsgProp for which a node without an inbox had no room.
+    #: Of the messages that have come, those that went nowhere: all while the peer is paused, and
+    #: MsgProp for which a node without an inbox had no room.
     dropped: int = 0
 
 

@@ -80,6 +80,7 @@ cdef struct stream_reader_t:
     int64_t wait_ns         # for the end of a refusal
 
     int state               # note_int; read by others for tests
+    int is_paused           # atomic: what comes is thrown away
     int64_t refused_until_ns
     size_t refused_left     # bytes that may come behind the head of a refusal
     uint8_t* request        # owned
@@ -99,7 +100,7 @@ cdef struct stream_reader_t:
     uint64_t messages       # count_add
     uint64_t bytes
     uint64_t ignored        # of types that are not for Raft
-    uint64_t dropped        # proposals there was no room for
+    uint64_t dropped        # while paused; proposals there was no room for
     uint64_t since_ns       # when it came up; 0 while it is down
 
 
@@ -374,6 +375,12 @@ cdef inline int reader_deliver(
     cdef uint64_t size = <uint64_t>(decoded.end - decoded.input)
     if type < 0 or not streams.delivered >> min(type, 63) & 1:
         count_add(&reader.ignored, 1)
+        body_free(body)
+        return READ_ON
+    if load_int(&reader.is_paused):
+        count_add(&reader.dropped, 1)
+        count_add(&reader.messages, 1)
+        count_add(&reader.bytes, size)
         body_free(body)
         return READ_ON
     lane = message_lane(decoded)

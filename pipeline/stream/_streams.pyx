@@ -576,6 +576,15 @@ cdef class Reader(End):
         """What it is at: down, dialling, asking, judged, up or refused."""
         return STATES[load_int(&self.r.state)]
 
+    @property
+    def is_paused(self):
+        """Whether what comes is thrown away, as if the network lost it."""
+        return load_int(&self.r.is_paused) != 0
+
+    @is_paused.setter
+    def is_paused(self, bint value):
+        store_int(&self.r.is_paused, value)
+
     def dial_after(self, double seconds):
         """Have ``on_connect`` called in so many seconds, unless the stream is up or stops."""
         cdef int64_t at_ns = clock_ns() + <int64_t>(seconds * 1e9)

@@ -91,6 +91,11 @@ class PeerStreams:
         for end in (*self.writers.values(), *self.readers.values()):
             end.renew()
 
+    def pause(self, *, is_paused: bool) -> None:
+        """Throw away what comes on them from now on, or not any more."""
+        for reader in self.readers.values():
+            reader.is_paused = is_paused
+
     def retry(self) -> None:
         """Ask for the streams that were refused: the peer has other URLs. What is up stays."""
         for reader in self.readers.values():

@@ -559,15 +559,35 @@ def test_a_stream_is_told_as_up_before_it_is_told_as_lost(plain_lab: Lab) -> Non
     assert order[:2] == ["established", "lost"]
 
 
-def test_a_paused_peer_is_sent_nothing(plain_lab: Lab) -> None:
+def test_a_paused_peer_is_sent_nothing_and_not_heard_by_its_streams(plain_lab: Lab) -> None:
     node = plain_lab.start()
     attached = plain_lab.peer.attach(plain_lab.url, "message")
+    dialled = plain_lab.peer.next_dial("message").accept()
     wait_up(node, "message", "out")
     node.cut_peer(PEER)
     node.send([heartbeat(1, from_=1, to=2)])
+    dialled.send(heartbeat(1), heartbeat(2))
+    eventually(lambda: stream_of(node, "message", "in").dropped == 2)
     node.mend_peer(PEER)
     node.send([heartbeat(2, from_=1, to=2)])
+    dialled.send(heartbeat(3))
     assert list(indexes(attached.read(1))) == [2]
+    assert list(indexes(plain_lab.raft.wait_processed(1))) == [3]
+    assert stream_of(node, "message", "in").messages == 3
+
+
+def test_a_listener_that_is_closed_leaves_streams_to_the_node(lab: Lab) -> None:
+    """They carry what the node sends; whoever dials now finds nobody."""
+    node = lab.start()
+    attached = lab.peer.attach(lab.url, "message")
+    wait_up(node, "message", "out")
+    lab.listener.close()
+    with pytest.raises(ConnectionRefusedError):
+        lab.peer.connect(lab.url)
+    node.send([heartbeat(1, from_=1, to=2)])
+    assert list(indexes(attached.read(1))) == [1]
+    attached.close()
+    wait_down(node, "message", "out")
 
 
 def test_a_full_channel_refuses_and_is_told(plain_lab: Lab) -> None:

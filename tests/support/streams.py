@@ -424,7 +424,8 @@ class Lab:
                 **({} if inbox is None else {"inbox": inbox}),
             )
         )
-        self.url = self.node.listen(f"{self.peer.url.partition(':')[0]}://127.0.0.1:0").url
+        self.listener = self.node.listen(f"{self.peer.url.partition(':')[0]}://127.0.0.1:0")
+        self.url = self.listener.url
         self.node.add_peer(PEER, [self.peer.url])
         return self.node
 
