@@ -112,6 +112,7 @@ class ReceiverConfig:
     #: node is also given messages of types that only a later raft knows.
     encoded: bool = False
     #: Open connections. At the limit one in its TLS handshake, or the one idle longest, makes room.
+    #: Streams do not count: a peer has two at most, for another one takes the place of the first.
     max_connections: int = 1024
     #: Bytes that bodies above 64 KiB hold in memory while they are read and wait for Raft: of all
     #: listeners of a node, its ASGI and WSGI applications, and the messages of snapshots together.

@@ -176,7 +176,8 @@ class Listener:
 
         Notes
         -----
-        When it returns the ports are free. A second call does what the first, if it was
+        When it returns the ports are free. Streams that peers have got through it go on: they carry
+        what the node sends, and are the node's. A second call does what the first, if it was
         interrupted, has not done, and nothing after it. Called from ``raft.process``, it does not
         wait for requests: that call's own could not end first.
         """

@@ -91,7 +91,8 @@ def render(answer: Answer) -> bytes:
 def stream_answer(headers: tuple[tuple[str, str], ...], *, is_chunked: bool) -> bytes:
     """Write the head of a stream, which the frames follow.
 
-    Without chunks, for a caller that speaks HTTP/1.0, it ends with its connection.
+    Without chunks, for a caller that speaks HTTP/1.0, it ends with its connection. It names the
+    server's own version, as all our answers do (RFC 9110 section 6.2), where Go names the caller's.
     """
     framing = ("Transfer-Encoding", "chunked") if is_chunked else ("Connection", "close")
     lines = ["HTTP/1.1 200 OK"]
