@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import enum
+import html
 import inspect
 import posixpath
 import re
@@ -17,6 +18,7 @@ from typing import Any
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
 from sphinx.domains.python import PythonDomain
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -106,6 +108,34 @@ def _take_from_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
     if not (DOCS / "howto").exists():  # of a glob that finds nothing Sphinx warns
         source[0] = source[0].replace("\nhowto/*\n", "\n")
     source[0] = _LINK.sub(moved, source[0])
+
+
+# A link to a program, or another text of the repository, leads to a page that shows it.
+
+_LANGUAGES = {
+    ".json": "json",
+    ".md": "markdown",
+    ".proto": "protobuf",
+    ".py": "python",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+}
+
+
+def _page_of_file(file: str) -> str:
+    return f"files/{posixpath.relpath(file, '..')}"
+
+
+def _pages_of_files(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
+    assert isinstance(app.builder, StandaloneHTMLBuilder)
+    for file in sorted(app.env.dlfiles):
+        path = DOCS / file
+        if path.suffix in _LANGUAGES:
+            text = path.read_text("utf-8")
+            shown = app.builder.highlighter.highlight_block(text, _LANGUAGES[path.suffix])
+            page = _page_of_file(str(file))
+            title = html.escape(page.removeprefix("files/"))
+            yield page, {"title": title, "body": f"<h1>{title}</h1>{shown}"}, "page.html"
 
 
 # The reference. What autodoc finds in a compiled module has no types: its stub has them.
@@ -203,7 +233,7 @@ def _reference(app: Sphinx, docname: str, name: str, text: nodes.Node) -> nodes.
 
 
 class LinkNames(SphinxPostTransform):
-    """Link public names of ours: those shown as code, and types, wherever they are defined."""
+    """Link public names of ours: those shown as code, and types; and files that are shown."""
 
     default_priority = 5  # before Sphinx looks for them, who finds several of one name
 
@@ -213,6 +243,7 @@ class LinkNames(SphinxPostTransform):
         self._link_code(docname, known)
         self._link_types(docname, known)
         self._name_targets(known)
+        self._link_files(docname)
 
     def _link_code(self, docname: str, known: dict[str, str]) -> None:
         for node in list(self.document.findall(nodes.literal)):
@@ -251,6 +282,14 @@ class LinkNames(SphinxPostTransform):
                 # Else any attribute of that name would do: bytes, of StreamStats.
                 node.attributes.pop("refspecific", None)
 
+    def _link_files(self, docname: str) -> None:
+        for node in list(self.document.findall(addnodes.download_reference)):
+            file, _ = self.env.relfn2path(node["reftarget"], docname)
+            if posixpath.splitext(file)[1] in _LANGUAGES:
+                uri = self.app.builder.get_relative_uri(docname, _page_of_file(file))
+                link = nodes.reference("", "", *node.children, refuri=uri, internal=True)
+                node.replace_self(link)
+
 
 def _is_type(node: nodes.Node) -> bool:
     """Tell whether a text is what numpydoc has for the type of something, or that is raised."""
@@ -270,6 +309,7 @@ def _above(node: nodes.Node) -> Iterator[nodes.Node]:
 def setup(app: Sphinx) -> None:
     """Register what is above."""
     app.connect("source-read", _take_from_elsewhere)
+    app.connect("html-collect-pages", _pages_of_files)
     app.connect("autodoc-process-signature", _signature, priority=400)  # before numpydoc
     app.connect("autodoc-process-docstring", _default)
     app.add_post_transform(LinkNames)
