@@ -121,6 +121,8 @@ directives = {
     "initializedcheck": DEBUG,
     "linetrace": COVERAGE,
     "show_performance_hints": True,
+    # Without a GIL they run as they are (docs/architecture.md, Without a GIL).
+    "freethreading_compatible": True,
 }
 
 setup(

@@ -12,7 +12,7 @@ cdef class ActiveFlag:
 cdef class IOLoop:
     cdef sending_t sending
     cdef bint is_made
-    cdef bint is_running
+    cdef int is_running         # atomic
     # Senders with a live worker, and ends of streams that the loop has. Events carry borrowed
     # pointers to them: this keeps them alive.
     cdef readonly set senders
@@ -23,11 +23,11 @@ cdef class IOLoop:
 
 cdef class Sender:
     cdef pipe_t pipe
-    cdef readonly tuple workers
+    cdef tuple opened           # the workers
     cdef IOLoop loop
     cdef ActiveFlag active      # pipe.active points into it
     cdef int profile
-    cdef bint is_open
+    cdef int is_open            # atomic; the last that ``open`` sets
 
     cdef job_t* make_job(self, object message) except NULL
     cdef int offer(self, job_t* job) noexcept

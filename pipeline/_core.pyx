@@ -10,6 +10,7 @@ structs:
     ActiveFlag  "is the peer active", read by the loop, written by ``PeerStatus``
 """
 
+from cython cimport critical_section
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
@@ -246,7 +247,7 @@ cdef class IOLoop:
 
     def __dealloc__(self):
         # Running loops are kept alive by dispatcher.py; a stopped one has no thread and no pipe.
-        if self.is_made and not self.is_running:
+        if self.is_made and not load_int(&self.is_running):
             self.drop_finished()
             sending_free(&self.sending)
 
@@ -262,17 +263,16 @@ cdef class IOLoop:
         cdef int error = sending_start(&self.sending, own_descriptors(), poller_fd)
         if error != 0:
             raise OSError(error, error_text(error))
-        self.is_running = True
+        store_int(&self.is_running, True)
 
     def stop(self):
         """End the streams and the thread. Every sender must have been told to stop.
 
         Waits for the thread only. Not to be called by two threads at a time.
         """
-        if not self.is_running:
+        if not swap_int(&self.is_running, False):   # first: from now on nothing is opened
             return
-        self.is_running = False     # first: from now on nothing is opened
-        for stream in tuple(self.streams):
+        for stream in list(self.streams):
             stream.begin_stop()
         with nogil:
             # Wait for the loop to detach what it was told to; it never waits for Python.
@@ -394,7 +394,7 @@ cdef class IOLoop:
         self.sending.events_closed = True
         self.sending.connect_head = self.sending.connect_tail = NULL
         loop_init(&self.sending.loop)           # its descriptors are closed already
-        self.is_running = False
+        store_int(&self.is_running, False)
         for sender in self.senders:
             sender.forget_after_fork()
             pthread_mutex_init(&sender.pipe.lock, NULL)
@@ -418,7 +418,7 @@ cdef class Sender:
 
     def __dealloc__(self):
         cdef int i
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return
         for i in range(self.pipe.n_workers):    # left behind by a fork
             if self.pipe.workers[i].job is not NULL:
@@ -428,7 +428,13 @@ cdef class Sender:
         pipe_free(&self.pipe)
 
     def __cinit__(self, *args, **kwargs):
-        self.workers = ()
+        self.opened = ()
+
+    @property
+    def workers(self):
+        """The workers; empty before ``open``."""
+        with critical_section(self):
+            return self.opened
 
     def open(self, IOLoop loop not None, ActiveFlag active not None, config not None,
              list connections not None):
@@ -449,7 +455,7 @@ cdef class Sender:
         cdef list workers = []
         cdef tuple made
         cdef int i
-        if self.is_open:
+        if load_int(&self.is_open):
             raise UsageError("start: a pipeline can be started once")
         channel_limits.messages = config.queue_length
         channel_limits.bytes = config.queue_bytes
@@ -469,7 +475,7 @@ cdef class Sender:
         made = tuple(workers)
         # From here on nothing is allocated that the collector looks at: a finalizer would let a
         # signal's handler in, which may stop the loop.
-        if not loop.is_running:
+        if not load_int(&loop.is_running):
             raise UsageError("start: it was stopped")
         if pipe_init(&self.pipe, &loop.sending, len(made), &channel_limits, &limits,
                      &active.value, <void*>self) != 0:
@@ -478,8 +484,9 @@ cdef class Sender:
             worker = made[i]
             worker.c = &self.pipe.workers[i]
             worker.c.event.subject = <void*>worker
-        self.workers = made
-        self.is_open = True
+        with critical_section(self):
+            self.opened = made
+        store_int(&self.is_open, True)
         loop.senders.add(self)
 
     def send(self, message):
@@ -516,7 +523,7 @@ cdef class Sender:
 
     cdef job_t* make_job(self, object message) except NULL:
         """Make the job of a message; UsageError if nothing can be offered yet."""
-        if not self.is_open:
+        if not load_int(&self.is_open):
             raise UsageError("send: the pipeline was not started")
         return job_of(self.loop, message, self.profile)
 
@@ -538,7 +545,7 @@ cdef class Sender:
     def stats(self):
         """Return the books at one instant: PipelineStats. Thread-safe."""
         cdef books_t books
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return PipelineStats(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
         lock_with_gil(&self.pipe.lock)
         books = self.pipe.channel.books
@@ -554,7 +561,7 @@ cdef class Sender:
         cdef worker_t* worker
         cdef int i, state, is_odd
         states = []
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return states
         for i in range(self.pipe.n_workers):
             worker = &self.pipe.workers[i]
@@ -570,7 +577,7 @@ cdef class Sender:
     def follower_stats(self):
         """Return what became of MsgApp messages: FollowerStats. Thread-safe."""
         cdef follower_t follower
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return FollowerStats(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
         lock_with_gil(&self.pipe.lock)
         follower = self.pipe.follower
@@ -587,7 +594,7 @@ cdef class Sender:
         cdef int dropped = 0
         cdef job_t* job
         cdef job_t* first
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return 0
         with nogil:
             # Only C state is touched.
@@ -604,7 +611,7 @@ cdef class Sender:
         cdef int live
         cdef int64_t deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
         cdef timespec at = deadline_timespec(deadline_ns)
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return 0
         with nogil:
             # Wait for the workers' last callbacks. Only C state is touched.
@@ -641,7 +648,7 @@ cdef class Sender:
         cdef job_t* first
         cdef job_t* job
         cdef list expired = []
-        if not self.is_open:
+        if not load_int(&self.is_open):
             return expired
         lock_with_gil(&self.pipe.lock)
         first = job = channel_take_expired(&self.pipe.channel)
@@ -668,12 +675,12 @@ cdef class Sender:
 
     def renew(self):
         """Have every worker dial anew before its next message. Thread-safe; never waits."""
-        if self.is_open:
+        if load_int(&self.is_open):
             add_int(&self.pipe.generation, 1)
 
     def retire_connections(self):
         """Do as ``renew``, and have idle connections closed. Thread-safe; never waits."""
-        if self.is_open:
+        if load_int(&self.is_open):
             with nogil:
                 # Only C state is touched.
                 pipe_retire_connections(&self.pipe)

@@ -228,6 +228,7 @@ cdef extern from * nogil:
     uint64_t count_get "sync_count_get"(uint64_t*)
     void count_set "sync_count_set"(uint64_t*, uint64_t)
     void count_add "sync_count_add"(uint64_t*, int)
+    int get_int "sync_count_get"(int*)
     void note_int "sync_count_set"(int*, int)
 
 cdef extern from * nogil:

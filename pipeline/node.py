@@ -288,7 +288,7 @@ class Node:
         is_first = self._ending.take()
         if self._streams is not None:
             self._streams.stop_begin()  # who dials from now on is not told that he is no peer
-        peers = tuple(self._live_peers)
+        peers = list(self._live_peers)
         self._peers.clear()
         if self._prober is not None:
             self._prober.stop()
@@ -494,7 +494,7 @@ class Node:
         # Also what a removal that was interrupted has not seen to its end.
         peers = [
             peer
-            for peer in tuple(self._live_peers)
+            for peer in list(self._live_peers)
             if peer.peer_id == peer_id and (peer is removed or peer.is_stopping)
         ]
         if not peers:
@@ -509,7 +509,7 @@ class Node:
         """Remove every peer; the number of messages dropped."""
         peers = [
             peer
-            for peer_id in tuple(self._peers)
+            for peer_id in list(self._peers)
             if (peer := self._peers.pop(peer_id, None)) is not None
         ]
         for peer in peers:
@@ -527,12 +527,12 @@ class Node:
         remotes are not.
         Source: etcd ``Transport.Pause``, a testing aid.
         """
-        for peer in tuple(self._peers.values()):
+        for peer in list(self._peers.values()):
             peer.pause()
 
     def resume(self) -> None:
         """Send to all peers again, those cut off by :meth:`cut_peer` included."""
-        for peer in tuple(self._peers.values()):
+        for peer in list(self._peers.values()):
             peer.resume()
 
     def cut_peer(self, peer_id: int) -> None:
@@ -559,14 +559,14 @@ class Node:
 
     def active_peers(self) -> int:
         """How many peers are active."""
-        return sum(peer.status.is_active for peer in tuple(self._peers.values()))
+        return sum(peer.status.is_active for peer in list(self._peers.values()))
 
     def stats(self) -> dict[int, PipelineStats]:
         """The books of every peer, by member ID; each balances in itself.
 
         Of its pipeline and its streams together; ``peer_stats`` has those of the streams alone.
         """
-        return {peer_id: peer.books() for peer_id, peer in tuple(self._peers.items())}
+        return {peer_id: peer.books() for peer_id, peer in list(self._peers.items())}
 
     def transport_stats(self) -> TransportStats:
         """What there is to tell of the whole: callbacks that raised, what was not delivered."""
@@ -586,7 +586,7 @@ class Node:
         """Whether each peer is active or paused, by member ID, what that cost, and its version."""
         return {
             peer_id: peer.stats()._replace(server_version=self._versions.get(peer_id))
-            for peer_id, peer in tuple(self._peers.items())
+            for peer_id, peer in list(self._peers.items())
         }
 
     def probe_stats(self) -> dict[int, ProbeStats]:
@@ -599,11 +599,11 @@ class Node:
 
     def follower_stats(self) -> dict[int, FollowerStats]:
         """What became of MsgApp messages, by member ID."""
-        return {peer_id: peer.follower_stats() for peer_id, peer in tuple(self._peers.items())}
+        return {peer_id: peer.follower_stats() for peer_id, peer in list(self._peers.items())}
 
     def snapshot(self) -> NodeSnapshot:
         """Return everything that is counted, for metrics. Calls nothing of the application."""
-        peers = tuple(self._peers.values())
+        peers = list(self._peers.values())
         prober, store = self._prober, self._snapshots.store
         return NodeSnapshot(
             self.member_id,
@@ -800,7 +800,7 @@ class Node:
 
     def _retire_connections(self) -> None:
         """Follow a rotation: what was made with the old set is replaced."""
-        for peer in tuple(self._peers.values()):
+        for peer in list(self._peers.values()):
             peer.retire_connections()
         self._remotes.retire_connections()
         if self._prober is not None:

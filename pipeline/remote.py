@@ -171,11 +171,11 @@ class Remotes:
         """Take remotes from now on."""
         self._beginning.take()
 
-    def close(self) -> tuple[Remote, ...]:
+    def close(self) -> list[Remote]:
         """Take no more; show those there are, to be stopped and then forgotten."""
         self._ending.take()
         self._remotes.clear()
-        return tuple(self._live)
+        return list(self._live)
 
     def forget(self, remote: Remote) -> None:
         """Let go of one that has stopped."""
@@ -187,7 +187,7 @@ class Remotes:
 
     def stats(self) -> dict[int, RemoteStats]:
         """What there is to tell, by ID."""
-        return {member_id: remote.stats() for member_id, remote in tuple(self._remotes.items())}
+        return {member_id: remote.stats() for member_id, remote in list(self._remotes.items())}
 
     def add(self, member_id: int, urls: Iterable[str], *, is_learned: bool = False) -> bool:
         """Add one; False if it is there already, closed, or one learned too many."""
@@ -267,14 +267,14 @@ class Remotes:
 
     def retire_connections(self) -> None:
         """Have every remote dial anew before its next message."""
-        for remote in tuple(self._remotes.values()):
+        for remote in list(self._remotes.values()):
             remote.pipeline.retire_connections()
 
     def _is_open(self) -> bool:
         return self._beginning.is_taken() and not self._ending.is_taken()
 
     def _count_learned(self) -> int:
-        return sum(remote.is_learned for remote in tuple(self._remotes.values()))
+        return sum(remote.is_learned for remote in list(self._remotes.values()))
 
     def _end(self, remote: Remote) -> None:
         """Stop one, and have its end waited for in another thread."""
@@ -292,7 +292,7 @@ class Remotes:
         with self._lock:
             unused = {
                 member_id: remote
-                for member_id, remote in tuple(self._remotes.items())
+                for member_id, remote in list(self._remotes.items())
                 if remote.is_learned and remote.used_at < limit
             }
             for member_id in unused:

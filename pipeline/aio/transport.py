@@ -261,12 +261,12 @@ class Transport(Node):
         Waits for reports that run, at most ``config.stop_timeout_s``; not for the one it is
         called from.
         """
-        self._let_go_of(peer for peer in tuple(self._peers.values()) if peer.peer_id == peer_id)
+        self._let_go_of(peer for peer in list(self._peers.values()) if peer.peer_id == peer_id)
         return await in_thread(self._remove_peer, peer_id)
 
     async def remove_all_peers(self) -> int:
         """Remove every peer, as :meth:`remove_peer`; the number of messages dropped."""
-        self._let_go_of(tuple(self._peers.values()))
+        self._let_go_of(list(self._peers.values()))
         return await in_thread(self._remove_all_peers)
 
     def _let_go_of(self, peers: Iterable[Peer]) -> None:

@@ -82,10 +82,10 @@ class Dial:
     """
 
     __slots__ = (
+        "_came_to",
         "_is_unwanted",
         "_on_done",
         "_options",
-        "_sock",
         "addresses",
         "attempts",
         "began_at",
@@ -135,7 +135,7 @@ class Dial:
         )
         self._options = options
         self._on_done = [on_done]  # popped, and so called, by the one who ends the dial
-        self._sock: OwnSocket | None = None
+        self._came_to: list[OwnSocket] = []  # the socket, until whoever pops it
         #: Why there is no connection, once it has ended; empty if there is one.
         self.failure = ""
         self._is_unwanted = False
@@ -157,17 +157,16 @@ class Dial:
         DialError
             If there is none.
         """
-        sock, self._sock = self._sock, None
-        if sock is not None:
-            return sock
-        raise DialError(self.failure)
+        try:
+            return self._came_to.pop()
+        except IndexError:
+            raise DialError(self.failure) from None
 
     def discard(self) -> None:
         """Close what it came to, if nobody has taken it, or will come to."""
         self._is_unwanted = True
-        sock, self._sock = self._sock, None
-        if sock is not None:
-            sock.close()
+        with contextlib.suppress(IndexError):
+            self._came_to.pop().close()
 
     # What follows is for the dialler.
 
@@ -202,7 +201,9 @@ class Dial:
             on_done = self._on_done.pop()
         except IndexError:
             return
-        self._sock, self.failure = sock, failure
+        self.failure = failure
+        if sock is not None:
+            self._came_to.append(sock)
         if not self.took_s:
             self.took_s = time.monotonic() - self.began_at
         if self._is_unwanted:  # by now

@@ -140,7 +140,7 @@ cdef class Arrivals:
     @property
     def closed(self):
         """Whether nothing will come any more."""
-        return self.c.is_closed
+        return load_int(&self.c.is_closed) != 0
 
     def __len__(self):
         lock_with_gil(&self.c.lock)
@@ -161,7 +161,7 @@ cdef class Arrivals:
     def close(self):
         """Let nothing come any more; what was here is dropped by its source."""
         lock_with_gil(&self.c.lock)
-        self.c.is_closed = True
+        store_int(&self.c.is_closed, True)
         inbox_show(&self.c)
         pthread_mutex_unlock(&self.c.lock)
 
@@ -174,13 +174,13 @@ cdef class Arrivals:
         cdef pollfd waited
         cdef int timeout_ms, done
         cdef list messages = self.take_now(max_messages)
-        if messages or timeout_s == 0 or self.c.is_closed:
+        if messages or timeout_s == 0 or load_int(&self.c.is_closed):
             return messages
         if timeout_s > 0:
             deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
         waited.fd = self.fileno()
         waited.events = POLLIN
-        while not messages and not self.c.is_closed:
+        while not messages and not load_int(&self.c.is_closed):
             timeout_ms = -1
             if timeout_s > 0:
                 left_ns = deadline_ns - clock_ns()

@@ -92,7 +92,7 @@ cdef struct inbox_t:
     # Atomic: readable while something is queued, and when closed; -1 until it is wanted.
     int eventfd
     bint is_readable
-    bint is_closed
+    int is_closed
 
 
 cdef inline bint inbox_has_room(const inbox_t* inbox, int lane, int64_t bytes) noexcept nogil:

@@ -17,7 +17,7 @@ cdef class CallerAddress:
 cdef class Receiver:
     cdef server_t server
     cdef bint is_made
-    cdef bint is_running
+    cdef int is_running         # atomic
     cdef object handlers
     cdef object config
     cdef bint is_encoded        # Raft is given EncodedMessages

@@ -185,7 +185,7 @@ cdef class Receiver:
 
     def __dealloc__(self):
         # A running receiver is kept alive by its listener's threads.
-        if self.is_made and not self.is_running and self.server.live == 0:
+        if self.is_made and not load_int(&self.is_running) and self.server.live == 0:
             server_free(&self.server)
 
     def start(self, list plain not None, list encrypted not None):
@@ -210,7 +210,7 @@ cdef class Receiver:
                 reader_leave(self.server.inbox, &self.server.reader)
                 self.source.arrivals.remove(&self.server.reader)
             raise OSError(error, os.strerror(error))
-        self.is_running = True
+        store_int(&self.is_running, True)
 
     def retire(self):
         """End the https connections of credentials that others have taken the place of.
@@ -221,7 +221,7 @@ cdef class Receiver:
 
     def begin_close(self):
         """Free the ports, close idle connections, let requests with handlers end."""
-        if self.is_running:
+        if load_int(&self.is_running):
             server_stop(&self.server, 1)
 
     def wait_closed(self, double timeout_s):
@@ -232,7 +232,7 @@ cdef class Receiver:
         cdef int64_t deadline_ns = clock_ns() + <int64_t>(timeout_s * 1e9)
         cdef timespec at = deadline_timespec(deadline_ns)
         cdef bint is_whole
-        if not self.is_running:
+        if not load_int(&self.is_running):
             return True
         with nogil:
             # Wait for the last answers. Only C state is touched.
@@ -244,7 +244,7 @@ cdef class Receiver:
             server_stop(&self.server, 2)
             pthread_join(self.server.thread, NULL)
             server_close_descriptors(&self.server)
-        self.is_running = False
+        store_int(&self.is_running, False)
         if self.source is not None:
             self.source.arrivals.remove(&self.server.reader)
         return is_whole

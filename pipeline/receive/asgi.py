@@ -290,7 +290,7 @@ class _Threads:
     def join(self, deadline: float) -> None:
         """Wait until ``deadline`` for the threads, but for the calling one."""
         with self._lock:
-            threads = tuple(self._threads)
+            threads = list(self._threads)
         for thread in threads:
             thread.wait_ended(deadline)
 

@@ -13,9 +13,10 @@ from libc.string cimport memcpy
 from posix.uio cimport iovec
 
 from pipeline.send._channel cimport job_t
+from pipeline.wire._guard cimport guard_read, guard_read_end
 from pipeline.wire._messages cimport (
     EncodedMessage, Message, as_int32, as_uint64, gather_plan_t, message_gather,
-    message_gather_plan, message_size, message_write,
+    message_gather_plan, message_hold, message_let_go, message_size, message_write,
 )
 from pipeline.wire._raftpb cimport WIRE_MAX_BYTES
 
@@ -94,30 +95,39 @@ cdef job_t* job_from_message(Message message, int profile) except NULL:
     """Encode up to COPY_LIMIT; above it encode the framing and borrow the payloads (R3)."""
     cdef gather_plan_t plan
     cdef job_t* job
-    cdef size_t size = message_size(message, profile)
-    if size <= COPY_LIMIT:
-        job = job_new(size, size, 1, 0)
-        job.segments[1].iov_base = job_bytes(job)
-        job.segments[1].iov_len = size
-        message_write(message, profile, job_bytes(job))
-    else:
-        message_gather_plan(message, profile, BORROW_MIN, &plan)
-        job = job_new(size, plan.framing_bytes, plan.segments, plan.owners)
-        message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments + 1,
-                       <PyObject**>job.owners)
-    job.type = message.c.type
-    job.to = message.c.to
+    cdef size_t size
+    message_hold(message)
+    try:
+        size = message_size(message, profile)
+        if size <= COPY_LIMIT:
+            job = job_new(size, size, 1, 0)
+            job.segments[1].iov_base = job_bytes(job)
+            job.segments[1].iov_len = size
+            message_write(message, profile, job_bytes(job))
+        else:
+            message_gather_plan(message, profile, BORROW_MIN, &plan)
+            job = job_new(size, plan.framing_bytes, plan.segments, plan.owners)
+            message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments + 1,
+                           <PyObject**>job.owners)
+        job.type = message.c.type
+        job.to = message.c.to
+    finally:
+        message_let_go(message)
     return job
 
 
 cdef job_t* job_from_encoded(EncodedMessage message) except NULL:
     cdef job_t* job
-    if message.size <= COPY_LIMIT:
-        job = job_copy(message.payload, message.size)
-    else:
-        job = job_borrow(message.payload, message.size, message.owner)
-    job.type = message._type
-    job.to = message._to
+    guard_read(&message.guard)
+    try:
+        if message.size <= COPY_LIMIT:
+            job = job_copy(message.payload, message.size)
+        else:
+            job = job_borrow(message.payload, message.size, message.owner)
+        job.type = message._type
+        job.to = message._to
+    finally:
+        guard_read_end(&message.guard)
     return job
 
 

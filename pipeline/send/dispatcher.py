@@ -115,14 +115,14 @@ class Dispatcher:
         with self._lock:
             self._is_stopped = True
             # One that is being removed at this moment may not have got to it.
-            for sender in tuple(self.loop.senders):
+            for sender in list(self.loop.senders):
                 sender.begin_stop()
             self.loop.stop()
             # After the loop, which wakes it, and before the events are closed, for each dial that
             # fails is one.
             self.poller.stop(deadline)
             self.loop.close_events()
-            threads = tuple(self._threads)
+            threads = list(self._threads)
         return False not in [thread.wait_ended(deadline) for thread in threads]
 
     def is_current_thread(self) -> bool:

@@ -170,12 +170,12 @@ class Prober:
 
     def retire_connections(self) -> None:
         """Have every connection made anew for the next probe."""
-        for target in tuple(self._targets.values()):
+        for target in list(self._targets.values()):
             target.is_retired = True
 
     def stats(self) -> dict[int, ProbeStats]:
         """What is known of each peer."""
-        return {target.peer_id: target.stats for target in tuple(self._targets.values())}
+        return {target.peer_id: target.stats for target in list(self._targets.values())}
 
     def round_trips(self) -> dict[int, Histogram]:
         """Round trips of each peer since it was added, in seconds.
@@ -185,7 +185,7 @@ class Prober:
         with self._lock:
             return {
                 target.peer_id: target.round_trips.copy()
-                for target in tuple(self._targets.values())
+                for target in list(self._targets.values())
             }
 
     def forget_after_fork(self) -> None:
@@ -224,7 +224,7 @@ class Prober:
 
     def _follow(self) -> None:
         """Go by the targets as they are now."""
-        targets = set(self._targets.values())
+        targets = set(list(self._targets.values()))  # noqa: C414 - at one instant, see locks.py
         for target in self._known - targets:
             if target.is_shaken_only:
                 # OpenSSL writes one session ticket after the other, and its process is sent SIGPIPE

@@ -132,7 +132,7 @@ class SnapshotReceiver:
         with self._lock:
             return {
                 name: SnapshotCounts(s.success, s.failures, s.in_flight, s.duration.copy())
-                for name, s in tuple(self._senders.items())
+                for name, s in list(self._senders.items())
             }
 
     def forget(self, sender: int) -> None:

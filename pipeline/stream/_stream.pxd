@@ -32,7 +32,7 @@ from pipeline.send._pipe cimport (
 from pipeline.tls._engine cimport tls_free
 from pipeline.tls._tls cimport tls_t
 from pipeline._system cimport (
-    pthread_cond_broadcast, pthread_cond_t, pthread_mutex_t, pthread_mutex_unlock,
+    pthread_cond_broadcast, pthread_cond_t, pthread_mutex_t, pthread_mutex_unlock, store_int,
 )
 from pipeline.wire._frames cimport frames_t
 
@@ -82,7 +82,7 @@ cdef struct end_t:
     pthread_cond_t ended    # the loop has let go of it
     bint is_open            # the loop has it, or had
     bint is_scheduled       # on loop.returned
-    bint is_stopping
+    int is_stopping
     bint is_ended
     bint is_told            # an event is under way, or being handled
     bint is_asked           # the same of one for the poller
@@ -182,7 +182,7 @@ cdef inline int end_adopt(
 
 cdef inline bint end_begin_stop(end_t* end) noexcept nogil:
     """Have the loop let go of an end. The caller holds the lock, and wakes the loop if told to."""
-    end.is_stopping = True
+    store_int(&end.is_stopping, True)
     if not end.is_open:         # it never had it, and never will
         end.is_ended = True
     return end_schedule(end)

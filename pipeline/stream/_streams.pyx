@@ -20,9 +20,10 @@ from libc.string cimport memcpy, memset
 
 from pipeline._core cimport IOLoop, Sender, books_seen, follower_seen
 from pipeline._system cimport (
-    add_i64, clock_ns, cond_init_monotonic, count_get, deadline_timespec, load_i64, load_int,
-    pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy, pthread_mutex_init,
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_int, timespec,
+    add_i64, clock_ns, cond_init_monotonic, count_get, deadline_timespec, get_int, load_i64,
+    load_int, pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, store_int,
+    swap_int, timespec,
 )
 from pipeline.net._budget cimport BodyBudget, budget_join, budget_leave
 from pipeline.net._descriptors cimport descriptors_shut, descriptors_t
@@ -142,7 +143,7 @@ cdef class Streams:
     cdef BodyBudget budget
     cdef Source source
     cdef Source proposals
-    cdef bint is_joined
+    cdef int is_joined      # atomic: of stops at the same time one leaves
 
     def __cinit__(self, IOLoop loop not None, BodyBudget budget not None, Source source not None,
                   Source proposals not None, *, uint64_t delivered_types, uint64_t max_bytes,
@@ -173,7 +174,7 @@ cdef class Streams:
 
     def open(self):
         """Let the loop, which has not been started, have streams. Once."""
-        self.is_joined = True
+        store_int(&self.is_joined, True)
         self.source.open()
         self.source.arrivals.add(&self.c.reader, self)
         reader_join(self.c.inbox, &self.c.reader)
@@ -186,9 +187,8 @@ cdef class Streams:
 
     def close(self):
         """Let nobody tell the loop any more, which has ended. Any number of times."""
-        if not self.is_joined:
+        if not swap_int(&self.is_joined, False):
             return
-        self.is_joined = False
         with nogil:
             # Only C state is touched.
             budget_leave(self.c.budget, &self.c.in_budget)
@@ -201,7 +201,7 @@ cdef class Streams:
 
     def forget_after_fork(self):
         """In a forked child, which has no loop of ours: touch nothing that is the parent's."""
-        self.is_joined = False
+        store_int(&self.is_joined, False)
         self.budget.forget_after_fork()
 
     def __dealloc__(self):
@@ -264,7 +264,7 @@ cdef class End:
         loop.streams.add(self)          # first: from there on the loop may tell of it
         lock_with_gil(&self.c.lock)
         was_open = self.c.is_open
-        if loop.is_running and not self.c.is_stopping:
+        if load_int(&loop.is_running) and not self.c.is_stopping:
             self.c.is_open = True
         is_open = self.c.is_open
         pthread_mutex_unlock(&self.c.lock)
@@ -291,7 +291,7 @@ cdef class End:
                 raise MemoryError
         except BaseException:
             sock.close()
-            if self.c.is_stopping:
+            if load_int(&self.c.is_stopping):
                 return False
             raise
         memcpy(copy, PyBytes_AS_STRING(first), n)
@@ -428,7 +428,7 @@ cdef class Writer(End):
     """
 
     cdef writer_t w
-    cdef uint64_t n_lost
+    cdef uint64_t n_lost    # not told yet; guarded by the end's lock
     cdef bint is_whole      # so is its channel
 
     def __cinit__(self, Streams streams not None, str kind not None, uint64_t member_id,
@@ -519,8 +519,10 @@ cdef class Writer(End):
 
     def take_lost(self):
         """Return how many messages have failed with the stream since the last call: when LOST."""
-        cdef uint64_t lost = self.n_lost
-        self.n_lost = 0
+        cdef uint64_t lost
+        lock_with_gil(&self.c.lock)
+        lost, self.n_lost = self.n_lost, 0
+        pthread_mutex_unlock(&self.c.lock)
         return lost
 
     def begin_stop(self):
@@ -588,7 +590,7 @@ cdef class Reader(End):
     def dial_after(self, double seconds):
         """Have ``on_connect`` called in so many seconds, unless the stream is up or stops."""
         cdef int64_t at_ns = clock_ns() + <int64_t>(seconds * 1e9)
-        if self.c.is_stopping:
+        if load_int(&self.c.is_stopping):
             return
         self.open()
         with nogil:
@@ -699,13 +701,22 @@ cdef class Channels:
     cdef Writer message
     cdef object on_full
     cdef int64_t n_paused       # atomic
-    cdef public bint is_paused
+    cdef int paused             # atomic
 
     def __cinit__(self, Sender pipeline not None, Writer msgapp, Writer message, on_full not None):
         self.pipeline = pipeline
         self.msgapp = msgapp
         self.message = message
         self.on_full = on_full
+
+    @property
+    def is_paused(self):
+        """Whether messages are dropped instead."""
+        return load_int(&self.paused) != 0
+
+    @is_paused.setter
+    def is_paused(self, bint value):
+        store_int(&self.paused, value)
 
     @property
     def paused_drops(self):
@@ -743,7 +754,7 @@ cdef class Channels:
     def send(self, message):
         """Offer a message: SendResult, as ``Sender.send``; None if it was dropped while paused."""
         cdef int32_t type
-        if self.is_paused:
+        if load_int(&self.paused):
             add_i64(&self.n_paused, 1)
             return None
         return <object>RESULTS[self.offer(message, &type)]
@@ -770,7 +781,7 @@ cdef class Appends:
     cdef pthread_mutex_t lock   # guards what follows
     cdef uint64_t n
     cdef int64_t at_ns[APPEND_SAMPLES]
-    cdef public bint is_leading
+    cdef int leading            # atomic
 
     def __cinit__(self):
         if pthread_mutex_init(&self.lock, NULL) != 0:
@@ -778,6 +789,15 @@ cdef class Appends:
 
     def __dealloc__(self):
         pthread_mutex_destroy(&self.lock)
+
+    @property
+    def is_leading(self):
+        """Whether whoever hears of it knows that we lead."""
+        return load_int(&self.leading) != 0
+
+    @is_leading.setter
+    def is_leading(self, bint value):
+        store_int(&self.leading, value)
 
     cpdef add(self, Py_ssize_t messages=1):
         """Count some. Thread-safe."""
@@ -833,10 +853,10 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
     try:
         for message in messages:
             if isinstance(message, Message):
-                to = (<Message>message).c.to
+                to = count_get(&(<Message>message).c.to)
                 peer = peers.get(to)
             elif isinstance(message, EncodedMessage):
-                to = (<EncodedMessage>message)._to
+                to = count_get(&(<EncodedMessage>message)._to)
                 peer = peers.get(to)
             else:
                 try:
@@ -847,7 +867,7 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
                 not_queued += not send_other(message)
                 continue
             channels = peer.channels
-            if channels.is_paused:
+            if load_int(&channels.paused):
                 add_i64(&channels.n_paused, 1)
                 not_queued += 1
                 n_appends += message.type == TYPE_APP
@@ -857,7 +877,7 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
     finally:
         if n_appends > 0:
             appends.add(n_appends)
-            if not appends.is_leading:
+            if not load_int(&appends.leading):
                 on_lead()
     return not_queued
 
@@ -872,7 +892,7 @@ cdef bint is_plain(object message, const job_t* job) noexcept:
     cdef wire_decoded_t decoded
     if isinstance(message, Message):
         return True
-    if isinstance(message, EncodedMessage) and (<EncodedMessage>message).is_plain:
+    if isinstance(message, EncodedMessage) and get_int(&(<EncodedMessage>message).is_plain):
         return True
     return wire_decode(<const uint8_t*>job.segments[1].iov_base, job.segments[1].iov_len,
                        &decoded) == WIRE_OK and not decoded.has_unknown

@@ -41,6 +41,10 @@ __all__ = ["Context", "Session", "TLSError"]
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 cdef engine_t engine
+if pthread_mutex_init(&engine.lock, NULL) != 0 \
+        or pthread_atfork(fork_begins, fork_ends, forked) != 0:
+    raise MemoryError
+cdef int is_loaded = False          # atomic
 cdef BIO_METHOD* method = NULL      # of sockets; made when the library is loaded
 
 
@@ -52,28 +56,42 @@ class TLSError(OSError):
 
 cdef object load_library():
     """Load OpenSSL, once. Raises ``UsageError`` where there is none."""
-    global method
-    cdef const char* missing
-    if method is not NULL:
+    cdef const char* missing = NULL
+    cdef bint has_memory = True
+    if load_int(&is_loaded):
         return
-    missing = libssl_load(&engine.lib)
+    with nogil:
+        # Of several threads one loads it, and the others wait. Only C state is touched.
+        pthread_mutex_lock(&engine.lock)
+        if not is_loaded:
+            missing = libssl_load(&engine.lib)
+            if missing is NULL:
+                has_memory = set_up_library()
+                store_int(&is_loaded, has_memory)
+        pthread_mutex_unlock(&engine.lock)
     if missing is not NULL:
         raise UsageError(
             f"tls: OpenSSL 3 is needed, and {missing.decode()} is not there: install the package "
             "libssl3 (Debian, Ubuntu, Alpine) or openssl-libs (Fedora, RHEL)"
         )
+    if not has_memory:
+        raise MemoryError
+
+
+cdef bint set_up_library() noexcept nogil:
+    """Prepare OpenSSL, which has just been loaded; False without memory."""
+    global method
     engine.lib.OPENSSL_init_ssl(0, NULL)
     # OpenSSL has asked by now to be cleared away at exit, and what is asked later comes first.
-    if atexit(wait_for_the_busy) != 0 \
-            or pthread_mutex_init(&engine.lock, NULL) != 0 \
-            or pthread_atfork(fork_begins, fork_ends, forked) != 0:
-        raise MemoryError
+    if atexit(wait_for_the_busy) != 0:
+        return False
     method = engine.lib.BIO_meth_new(BIO_TYPE_SOURCE_SINK, b"socket of raft-pipeline")
     if method is NULL:
-        raise MemoryError
+        return False
     engine.lib.BIO_meth_set_read(method, bio_read)
     engine.lib.BIO_meth_set_write(method, bio_write)
     engine.lib.BIO_meth_set_ctrl(method, bio_ctrl)
+    return True
 
 
 cdef void wait_for_the_busy() noexcept nogil:

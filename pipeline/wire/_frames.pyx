@@ -9,10 +9,11 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 from posix.uio cimport iovec
 
+from pipeline.wire._guard cimport guard_read, guard_read_end
 from pipeline.wire._messages cimport (
     EncodedMessage, Message, decode_error, encoded_from_decoded, gather_plan_t,
-    message_from_decoded, message_gather, message_gather_plan, message_size, message_write,
-    profile_index,
+    message_encode, message_from_decoded, message_gather, message_gather_plan, message_hold,
+    message_let_go, profile_index,
 )
 from pipeline.wire._raftpb cimport WIRE_FRAME_LIMIT, WIRE_OK, wire_decoded_t, wire_move
 
@@ -211,13 +212,15 @@ cdef class FrameWriter:
         """
         cdef iovec whole
         if type(message) is EncodedMessage:
+            guard_read(&(<EncodedMessage>message).guard)
+            _owner = (<EncodedMessage>message).owner
             whole.iov_base = <void*>(<EncodedMessage>message).payload
             whole.iov_len = (<EncodedMessage>message).size
+            guard_read_end(&(<EncodedMessage>message).guard)
             return self.frame(&whole, 1, borrow_min)
         if borrow_min > 0:
             return self.write_gathered(<Message?>message, borrow_min)
-        encoded = PyBytes_FromStringAndSize(NULL, message_size(<Message?>message, self.profile))
-        message_write(<Message>message, self.profile, <uint8_t*>PyBytes_AS_STRING(encoded))
+        encoded = message_encode(<Message?>message, self.profile)
         whole.iov_base = PyBytes_AS_STRING(encoded)
         whole.iov_len = <size_t>len(encoded)
         return self.frame(&whole, 1, 0)
@@ -228,16 +231,18 @@ cdef class FrameWriter:
         cdef iovec* segments
         cdef PyObject** owners
         cdef int i
+        message_hold(message)
         message_gather_plan(message, self.profile, borrow_min, &plan)
         framing = <uint8_t*>calloc(plan.framing_bytes, 1)
         segments = <iovec*>calloc(plan.segments, sizeof(iovec))
         owners = <PyObject**>calloc(plan.owners, sizeof(PyObject*))
+        message_gather(message, self.profile, borrow_min, framing, segments, owners)
+        message_let_go(message)
         try:
-            message_gather(message, self.profile, borrow_min, framing, segments, owners)
-            for i in range(plan.owners):
-                Py_DECREF(<object>owners[i])    # the message keeps them
             return self.frame(segments, plan.segments, borrow_min)
         finally:
+            for i in range(plan.owners):
+                Py_DECREF(<object>owners[i])
             free(framing)
             free(segments)
             free(owners)

@@ -1,7 +1,7 @@
 """What other extensions see of a message: its C fields, its size, and two ways to write it.
 
-None of the functions runs Python code, so a message cannot change between being measured and
-being written while the caller holds the GIL. All of them need the GIL.
+A message must not change between being measured and being written: the caller holds it meanwhile
+(``message_hold``), and runs no Python code until it lets go. All of the functions need the GIL.
 """
 
 from cpython.buffer cimport Py_buffer
@@ -9,6 +9,9 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.uio cimport iovec
 
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
+
+from pipeline.wire._guard cimport GUARD_IS_NEEDED, guard_read, guard_read_end, guard_t
 from pipeline.wire._raftpb cimport (
     wire_conf_state_t,
     wire_decoded_t,
@@ -26,29 +29,39 @@ cdef class HeldBuffer:
     cdef object source          # what the user passed
 
 
+# Of each of those that follow the guard guards all that can be assigned to. What is reached through
+# them has guards of its own.
+
 cdef class ConfState:
+    cdef guard_t guard
     cdef wire_conf_state_t c    # arrays owned
 
 
 cdef class SnapshotMetadata:
+    cdef guard_t guard
     cdef ConfState _conf_state  # never None
-    cdef unsigned long long _index
-    cdef unsigned long long _term
+    cdef uint64_t _index
+    cdef uint64_t _term
 
 
 cdef class Snapshot:
+    cdef guard_t guard
     cdef const uint8_t* payload     # borrowed from owner; NULL when absent
     cdef size_t payload_len
     cdef object owner               # None, bytes or HeldBuffer
     cdef SnapshotMetadata _metadata     # never None
 
+    cdef object payload_owner(self)
+
 
 cdef class Entry:
+    cdef guard_t guard
     cdef wire_entry_t c         # c.data borrowed from owner
     cdef object owner           # None, bytes or HeldBuffer
 
 
 cdef class Message:
+    cdef guard_t guard
     cdef wire_message_t c       # c.context borrowed from owner
     cdef object owner           # of the context: None, bytes or HeldBuffer
     cdef tuple _entries         # of Entry
@@ -56,6 +69,7 @@ cdef class Message:
 
 
 cdef class EncodedMessage:
+    cdef guard_t guard              # nothing is assigned to but by a second __init__
     cdef const uint8_t* payload     # borrowed from owner
     cdef size_t size
     cdef object owner               # bytes or HeldBuffer
@@ -63,7 +77,55 @@ cdef class EncodedMessage:
     cdef uint64_t _to
     cdef uint64_t _from
     cdef uint64_t _term
-    cdef bint is_plain              # the bytes, which do not change, were read and all was known
+    cdef int is_plain               # the bytes, which do not change, were read and all was known
+
+    cdef object payload_owner(self)
+
+
+# Hold a message, and everything in it, to read; where there is a GIL that is nothing.
+
+cdef inline void metadata_hold(SnapshotMetadata metadata) noexcept:
+    guard_read(&metadata.guard)
+    if GUARD_IS_NEEDED:
+        guard_read(&metadata._conf_state.guard)
+
+
+cdef inline void metadata_let_go(SnapshotMetadata metadata) noexcept:
+    if GUARD_IS_NEEDED:
+        guard_read_end(&metadata._conf_state.guard)
+    guard_read_end(&metadata.guard)
+
+
+cdef inline void snapshot_hold(Snapshot snapshot) noexcept:
+    guard_read(&snapshot.guard)
+    if GUARD_IS_NEEDED:
+        metadata_hold(snapshot._metadata)
+
+
+cdef inline void snapshot_let_go(Snapshot snapshot) noexcept:
+    if GUARD_IS_NEEDED:
+        metadata_let_go(snapshot._metadata)
+    guard_read_end(&snapshot.guard)
+
+
+cdef inline void message_hold(Message m) noexcept:
+    cdef Py_ssize_t i
+    guard_read(&m.guard)
+    if GUARD_IS_NEEDED:
+        for i in range(PyTuple_GET_SIZE(m._entries)):
+            guard_read(&(<Entry>PyTuple_GET_ITEM(m._entries, i)).guard)
+        if m._snapshot is not None:
+            snapshot_hold(m._snapshot)
+
+
+cdef inline void message_let_go(Message m) noexcept:
+    cdef Py_ssize_t i
+    if GUARD_IS_NEEDED:
+        if m._snapshot is not None:
+            snapshot_let_go(m._snapshot)
+        for i in range(PyTuple_GET_SIZE(m._entries)):
+            guard_read_end(&(<Entry>PyTuple_GET_ITEM(m._entries, i)).guard)
+    guard_read_end(&m.guard)
 
 
 # How many framing bytes, segments and owners message_gather will produce.
@@ -86,6 +148,11 @@ cdef object owner_source(object owner)
 
 # Index into ("3.5", "3.6", "3.7"); UsageError for anything else.
 cdef int profile_index(object profile) except -1
+
+# Encode a message, which is held meanwhile.
+cdef bytes message_encode(Message m, int profile)
+
+# What follows is for who holds the message.
 
 # Length of the encoded message in bytes.
 cdef Py_ssize_t message_size(Message m, int profile) noexcept

@@ -1,6 +1,8 @@
 """Messages of raftpb as Python sees them, and their encoding: thin classes over ``_raftpb``.
 
-Everything a field may hold is checked when it is assigned, so encoding cannot fail.
+Everything a field may hold is checked when it is assigned, so encoding cannot fail. Each may be
+assigned to in one thread while others read, or encode, what it is a field of: they see the one
+value or the other.
 """
 
 cimport cython
@@ -35,6 +37,10 @@ cdef extern from "Python.h":
     void PyObject_GC_UnTrack(void*)
     unsigned long long unsigned_of "PyLong_AsUnsignedLongLong"(object) noexcept
 
+from pipeline._system cimport count_get, count_set, get_int, note_int
+from pipeline.wire._guard cimport (
+    GUARD_IS_NEEDED, guard_change, guard_change_end, guard_read, guard_read_end, guard_t,
+)
 from pipeline.wire._raftpb cimport (
     WIRE_EMPTY_SNAPSHOT_SIZE,
     WIRE_END_GROUP,
@@ -321,12 +327,34 @@ cdef bint same_payload(
     return a_len == b_len and memcmp(a, b, a_len) == 0
 
 
+# Fields that are numbers.
+
+cdef inline void set_uint64(guard_t* guard, uint64_t* field, uint64_t value) noexcept:
+    guard_change(guard)
+    count_set(field, value)
+    guard_change_end(guard)
+
+
+cdef inline void set_int(guard_t* guard, int* field, int value) noexcept:
+    guard_change(guard)
+    note_int(field, value)
+    guard_change_end(guard)
+
+
 # repr. Only what differs from the default is shown; long payloads and lists are cut.
 
-cdef str payload_text(const uint8_t* data, size_t size):
+cdef str payload_text(object owner):
+    cdef HeldBuffer held
+    cdef const char* data
+    cdef size_t size
+    if type(owner) is HeldBuffer:
+        held = <HeldBuffer>owner
+        data, size = <const char*>held.data, held.size
+    else:
+        data, size = PyBytes_AS_STRING(owner), PyBytes_GET_SIZE(owner)
     if size <= REPR_BYTES:
-        return repr(<bytes>(<const char*>data)[:size])
-    return f"<{size} bytes {<bytes>(<const char*>data)[:REPR_BYTES]!r}...>"
+        return repr(<bytes>data[:size])
+    return f"<{size} bytes {<bytes>data[:REPR_BYTES]!r}...>"
 
 
 cdef str items_text(tuple items):
@@ -348,9 +376,9 @@ def _rebuild(cls, fields):
 
 # ConfState. The lists are C arrays, so that encoding and decoding them needs no Python object.
 
-cdef int set_ids(wire_ids_t* ids, object value, str field) except -1:
+cdef int set_ids(guard_t* guard, wire_ids_t* ids, object value, str field) except -1:
     cdef tuple items = as_tuple(value, field, "ints", WIRE_MAX_IDS)
-    cdef wire_ids_t fresh
+    cdef wire_ids_t fresh, old
     cdef size_t i
     memset(&fresh, 0, sizeof(fresh))
     if not wire_ids_reserve(&fresh, len(items)):
@@ -362,13 +390,20 @@ cdef int set_ids(wire_ids_t* ids, object value, str field) except -1:
         wire_ids_free(&fresh)
         raise
     fresh.len = len(items)
-    wire_ids_free(ids)
+    guard_change(guard)
+    old = ids[0]
     ids[0] = fresh
+    guard_change_end(guard)
+    wire_ids_free(&old)
     return 0
 
 
-cdef tuple ids_tuple(const wire_ids_t* ids):
-    return tuple([ids.ids[i] for i in range(ids.len)])
+cdef tuple ids_tuple(guard_t* guard, const wire_ids_t* ids):
+    guard_read(guard)
+    try:
+        return tuple([ids.ids[i] for i in range(ids.len)])
+    finally:
+        guard_read_end(guard)
 
 
 cdef bint same_ids(const wire_ids_t* a, const wire_ids_t* b) noexcept:
@@ -409,52 +444,60 @@ cdef class ConfState:
     @property
     def voters(self):
         """tuple of int: members that vote."""
-        return ids_tuple(&self.c.voters)
+        return ids_tuple(&self.guard, &self.c.voters)
 
     @voters.setter
     def voters(self, value):
-        set_ids(&self.c.voters, value, "ConfState.voters")
+        set_ids(&self.guard, &self.c.voters, value, "ConfState.voters")
 
     @property
     def learners(self):
         """tuple of int: members that only receive."""
-        return ids_tuple(&self.c.learners)
+        return ids_tuple(&self.guard, &self.c.learners)
 
     @learners.setter
     def learners(self, value):
-        set_ids(&self.c.learners, value, "ConfState.learners")
+        set_ids(&self.guard, &self.c.learners, value, "ConfState.learners")
 
     @property
     def voters_outgoing(self):
         """tuple of int: voters of the configuration that is being left."""
-        return ids_tuple(&self.c.voters_outgoing)
+        return ids_tuple(&self.guard, &self.c.voters_outgoing)
 
     @voters_outgoing.setter
     def voters_outgoing(self, value):
-        set_ids(&self.c.voters_outgoing, value, "ConfState.voters_outgoing")
+        set_ids(&self.guard, &self.c.voters_outgoing, value, "ConfState.voters_outgoing")
 
     @property
     def learners_next(self):
         """tuple of int: voters that become learners when the joint configuration is left."""
-        return ids_tuple(&self.c.learners_next)
+        return ids_tuple(&self.guard, &self.c.learners_next)
 
     @learners_next.setter
     def learners_next(self, value):
-        set_ids(&self.c.learners_next, value, "ConfState.learners_next")
+        set_ids(&self.guard, &self.c.learners_next, value, "ConfState.learners_next")
 
     @property
     def auto_leave(self):
         """bool: whether the joint configuration is left without being asked."""
-        return bool(self.c.auto_leave)
+        return bool(get_int(&self.c.auto_leave))
 
     @auto_leave.setter
     def auto_leave(self, value):
-        self.c.auto_leave = as_bool(value, "ConfState.auto_leave")
+        set_int(&self.guard, &self.c.auto_leave, as_bool(value, "ConfState.auto_leave"))
 
     def __eq__(self, other):
+        cdef ConfState b
+        cdef bint is_same
         if type(other) is not ConfState:
             return NotImplemented
-        return same_conf_state(self, <ConfState>other)
+        b = <ConfState>other
+        guard_read(&self.guard)
+        guard_read(&b.guard)
+        is_same = same_conf_state(self, b)
+        guard_read_end(&b.guard)
+        guard_read_end(&self.guard)
+        return is_same
 
     __hash__ = None
 
@@ -469,7 +512,7 @@ cdef class ConfState:
             )
             if ids
         ]
-        if self.c.auto_leave:
+        if self.auto_leave:
             parts.append("auto_leave=True")
         return f"ConfState({', '.join(parts)})"
 
@@ -524,52 +567,70 @@ cdef class SnapshotMetadata:
     @property
     def conf_state(self):
         """ConfState: the members at that index."""
-        return self._conf_state
+        guard_read(&self.guard)
+        conf_state = self._conf_state
+        guard_read_end(&self.guard)
+        return conf_state
 
     @conf_state.setter
     def conf_state(self, value):
         if type(value) is not ConfState:
             raise MarshalError(f"SnapshotMetadata.conf_state: {show(value)} is not a ConfState")
+        guard_change(&self.guard)
+        _old = self._conf_state     # dropped when the guard is not held any more
         self._conf_state = <ConfState>value
+        guard_change_end(&self.guard)
 
     @property
     def index(self):
         """int: index of the last entry the snapshot covers."""
-        return self._index
+        return count_get(&self._index)
 
     @index.setter
     def index(self, value):
-        self._index = as_uint64(value, "SnapshotMetadata.index")
+        set_uint64(&self.guard, &self._index, as_uint64(value, "SnapshotMetadata.index"))
 
     @property
     def term(self):
         """int: term of the last entry the snapshot covers."""
-        return self._term
+        return count_get(&self._term)
 
     @term.setter
     def term(self, value):
-        self._term = as_uint64(value, "SnapshotMetadata.term")
+        set_uint64(&self.guard, &self._term, as_uint64(value, "SnapshotMetadata.term"))
 
     def __eq__(self, other):
+        cdef SnapshotMetadata b
+        cdef bint is_same
         if type(other) is not SnapshotMetadata:
             return NotImplemented
-        return same_metadata(self, <SnapshotMetadata>other)
+        b = <SnapshotMetadata>other
+        metadata_hold(self)
+        metadata_hold(b)
+        is_same = same_metadata(self, b)
+        metadata_let_go(b)
+        metadata_let_go(self)
+        return is_same
 
     __hash__ = None
 
     def __repr__(self):
         cdef list parts = []
-        if wire_conf_state_size(&self._conf_state.c, True):
-            parts.append(f"conf_state={self._conf_state!r}")
-        if self._index:
-            parts.append(f"index={self._index}")
-        if self._term:
-            parts.append(f"term={self._term}")
+        cdef bint has_conf_state
+        metadata_hold(self)
+        has_conf_state = wire_conf_state_size(&self._conf_state.c, True) > 0
+        metadata_let_go(self)
+        if has_conf_state:
+            parts.append(f"conf_state={self.conf_state!r}")
+        if self.index:
+            parts.append(f"index={self.index}")
+        if self.term:
+            parts.append(f"term={self.term}")
         return f"SnapshotMetadata({', '.join(parts)})"
 
     def __reduce__(self):
         return _rebuild, (SnapshotMetadata, {
-            "conf_state": self._conf_state, "index": self._index, "term": self._term,
+            "conf_state": self.conf_state, "index": self.index, "term": self.term,
         })
 
 
@@ -613,45 +674,69 @@ cdef class Snapshot:
     @property
     def data(self):
         """bytes-like or None: the object that was passed, or bytes when received."""
-        return owner_source(self.owner)
+        return owner_source(self.payload_owner())
 
     @data.setter
     def data(self, value):
         cdef const uint8_t* payload
         cdef size_t size
         cdef object owner = as_owner(value, "Snapshot.data", &payload, &size)
+        guard_change(&self.guard)
+        _old = self.owner       # dropped when the guard is not held any more
         self.payload = payload
         self.payload_len = size
         self.owner = owner
+        guard_change_end(&self.guard)
+
+    cdef object payload_owner(self):
+        guard_read(&self.guard)
+        owner = self.owner
+        guard_read_end(&self.guard)
+        return owner
 
     @property
     def metadata(self):
         """SnapshotMetadata: where in the log the snapshot stands."""
-        return self._metadata
+        guard_read(&self.guard)
+        metadata = self._metadata
+        guard_read_end(&self.guard)
+        return metadata
 
     @metadata.setter
     def metadata(self, value):
         if type(value) is not SnapshotMetadata:
             raise MarshalError(f"Snapshot.metadata: {show(value)} is not a SnapshotMetadata")
+        guard_change(&self.guard)
+        _old = self._metadata
         self._metadata = <SnapshotMetadata>value
+        guard_change_end(&self.guard)
 
     def __eq__(self, other):
+        cdef Snapshot b
+        cdef bint is_same
         if type(other) is not Snapshot:
             return NotImplemented
-        return same_snapshot(self, <Snapshot>other)
+        b = <Snapshot>other
+        snapshot_hold(self)
+        snapshot_hold(b)
+        is_same = same_snapshot(self, b)
+        snapshot_let_go(b)
+        snapshot_let_go(self)
+        return is_same
 
     __hash__ = None
 
     def __repr__(self):
         cdef list parts = []
-        if self.payload != NULL:
-            parts.append(f"data={payload_text(self.payload, self.payload_len)}")
-        parts.append(f"metadata={self._metadata!r}")
+        owner = self.payload_owner()
+        if owner is not None:
+            parts.append(f"data={payload_text(owner)}")
+        parts.append(f"metadata={self.metadata!r}")
         return f"Snapshot({', '.join(parts)})"
 
     def __reduce__(self):
         return _rebuild, (Snapshot, {
-            "data": owner_bytes(self.owner), "metadata": self._metadata,
+            "data": owner_bytes(self.payload_owner()), "metadata": self.metadata,
         })
 
 
@@ -691,12 +776,22 @@ cdef int entry_set_data(Entry entry, object value) except -1:
     cdef const uint8_t* payload
     cdef size_t size
     cdef object owner = as_owner(value, "Entry.data", &payload, &size)
+    guard_change(&entry.guard)
+    _old = entry.owner      # dropped when the guard is not held any more
     entry.c.data = payload
     entry.c.data_len = size
     entry.owner = owner
     if not PyObject_GC_IsTracked(entry):    # see entries_from_decoded
         PyObject_GC_Track(<void*>entry)
+    guard_change_end(&entry.guard)
     return 0
+
+
+cdef object entry_owner(Entry entry):
+    guard_read(&entry.guard)
+    owner = entry.owner
+    guard_read_end(&entry.guard)
+    return owner
 
 
 @cython.final
@@ -724,70 +819,79 @@ cdef class Entry:
 
     def __init__(self, *, term=0, index=0, type=EntryType.NORMAL, data=None):
         """Take the fields by keyword; see the class."""
-        self.c.term = as_uint64(term, "Entry.term")
-        self.c.index = as_uint64(index, "Entry.index")
-        self.c.type = as_int32(type, "Entry.type")
+        set_uint64(&self.guard, &self.c.term, as_uint64(term, "Entry.term"))
+        set_uint64(&self.guard, &self.c.index, as_uint64(index, "Entry.index"))
+        set_int(&self.guard, <int*>&self.c.type, as_int32(type, "Entry.type"))
         entry_set_data(self, data)
 
     @property
     def type(self):
         """EntryType, or int where the number is unknown."""
-        return enum_member(ENTRY_TYPES, self.c.type)
+        return enum_member(ENTRY_TYPES, get_int(<int*>&self.c.type))
 
     @type.setter
     def type(self, value):
-        self.c.type = as_int32(value, "Entry.type")
+        set_int(&self.guard, <int*>&self.c.type, as_int32(value, "Entry.type"))
 
     @property
     def term(self):
         """int: term in which the entry was proposed."""
-        return self.c.term
+        return count_get(&self.c.term)
 
     @term.setter
     def term(self, value):
-        self.c.term = as_uint64(value, "Entry.term")
+        set_uint64(&self.guard, &self.c.term, as_uint64(value, "Entry.term"))
 
     @property
     def index(self):
         """int: position in the log."""
-        return self.c.index
+        return count_get(&self.c.index)
 
     @index.setter
     def index(self, value):
-        self.c.index = as_uint64(value, "Entry.index")
+        set_uint64(&self.guard, &self.c.index, as_uint64(value, "Entry.index"))
 
     @property
     def data(self):
         """bytes-like or None: the object that was passed, or bytes when received."""
-        return owner_source(self.owner)
+        return owner_source(entry_owner(self))
 
     @data.setter
     def data(self, value):
         entry_set_data(self, value)
 
     def __eq__(self, other):
+        cdef Entry b
+        cdef bint is_same
         if type(other) is not Entry:
             return NotImplemented
-        return same_entry(self, <Entry>other)
+        b = <Entry>other
+        guard_read(&self.guard)
+        guard_read(&b.guard)
+        is_same = same_entry(self, b)
+        guard_read_end(&b.guard)
+        guard_read_end(&self.guard)
+        return is_same
 
     __hash__ = None
 
     def __repr__(self):
         cdef list parts = []
-        if self.c.term:
-            parts.append(f"term={self.c.term}")
-        if self.c.index:
-            parts.append(f"index={self.c.index}")
-        if self.c.type:
+        owner = entry_owner(self)
+        if self.term:
+            parts.append(f"term={self.term}")
+        if self.index:
+            parts.append(f"index={self.index}")
+        if self.type:
             parts.append(f"type={enum_text(self.type)}")
-        if self.c.data != NULL:
-            parts.append(f"data={payload_text(self.c.data, self.c.data_len)}")
+        if owner is not None:
+            parts.append(f"data={payload_text(owner)}")
         return f"Entry({', '.join(parts)})"
 
     def __reduce__(self):
         return _rebuild, (Entry, {
             "term": self.term, "index": self.index, "type": self.type,
-            "data": owner_bytes(self.owner),
+            "data": owner_bytes(entry_owner(self)),
         })
 
 
@@ -834,9 +938,37 @@ cdef int message_set_context(Message message, object value) except -1:
     cdef const uint8_t* payload
     cdef size_t size
     cdef object owner = as_owner(value, "Message.context", &payload, &size)
+    guard_change(&message.guard)
+    _old = message.owner        # dropped when the guard is not held any more
     message.c.context = payload
     message.c.context_len = size
     message.owner = owner
+    guard_change_end(&message.guard)
+    return 0
+
+
+cdef object message_owner(Message message):
+    guard_read(&message.guard)
+    owner = message.owner
+    guard_read_end(&message.guard)
+    return owner
+
+
+cdef int message_set_entries(Message message, object value) except -1:
+    cdef tuple entries = as_entries(value)
+    guard_change(&message.guard)
+    _old = message._entries
+    message._entries = entries
+    guard_change_end(&message.guard)
+    return 0
+
+
+cdef int message_set_snapshot(Message message, object value) except -1:
+    cdef Snapshot snapshot = as_snapshot(value)
+    guard_change(&message.guard)
+    _old = message._snapshot
+    message._snapshot = snapshot
+    guard_change_end(&message.guard)
     return 0
 
 
@@ -873,7 +1005,8 @@ cdef class Message:
 
     Notes
     -----
-    Not thread-safe: one thread at a time may change or encode a message.
+    Thread-safe, field by field: whoever reads, sends or encodes a message that another thread
+    assigns to sees the one value or the other of each field. The same holds for what is in it.
     Source: raft ``raftpb/raft.proto``. Its fields ``vote`` and ``responses`` never leave a node
     and are not here; the decoder skips them.
     """
@@ -884,122 +1017,137 @@ cdef class Message:
     def __init__(self, *, type, to=0, from_=0, term=0, log_term=0, index=0, entries=(), commit=0,
                  snapshot=None, reject=False, reject_hint=0, context=None):
         """Take the fields by keyword; see the class."""
-        self.c.type = as_int32(type, "Message.type")
-        self.c.to = as_uint64(to, "Message.to")
-        self.c.from_ = as_uint64(from_, "Message.from_")
-        self.c.term = as_uint64(term, "Message.term")
-        self.c.log_term = as_uint64(log_term, "Message.log_term")
-        self.c.index = as_uint64(index, "Message.index")
-        self._entries = as_entries(entries)
-        self.c.commit = as_uint64(commit, "Message.commit")
-        self._snapshot = as_snapshot(snapshot)
-        self.c.reject = as_bool(reject, "Message.reject")
-        self.c.reject_hint = as_uint64(reject_hint, "Message.reject_hint")
-        message_set_context(self, context)
+        cdef wire_message_t c
+        c.type = as_int32(type, "Message.type")
+        c.to = as_uint64(to, "Message.to")
+        c.from_ = as_uint64(from_, "Message.from_")
+        c.term = as_uint64(term, "Message.term")
+        c.log_term = as_uint64(log_term, "Message.log_term")
+        c.index = as_uint64(index, "Message.index")
+        given_entries = as_entries(entries)
+        c.commit = as_uint64(commit, "Message.commit")
+        given_snapshot = as_snapshot(snapshot)
+        c.reject = as_bool(reject, "Message.reject")
+        c.reject_hint = as_uint64(reject_hint, "Message.reject_hint")
+        owner = as_owner(context, "Message.context", &c.context, &c.context_len)
+        guard_change(&self.guard)
+        if GUARD_IS_NEEDED:     # dropped when the guard is not held any more
+            _old_owner, _old_entries, _old_snapshot = self.owner, self._entries, self._snapshot
+        self.c = c
+        self.owner = owner
+        self._entries = given_entries
+        self._snapshot = given_snapshot
+        guard_change_end(&self.guard)
 
     @property
     def type(self):
         """MessageType, or int where the number is unknown."""
-        return enum_member(MESSAGE_TYPES, self.c.type)
+        return enum_member(MESSAGE_TYPES, get_int(<int*>&self.c.type))
 
     @type.setter
     def type(self, value):
-        self.c.type = as_int32(value, "Message.type")
+        set_int(&self.guard, <int*>&self.c.type, as_int32(value, "Message.type"))
 
     @property
     def to(self):
         """int: ID of the member the message is for."""
-        return self.c.to
+        return count_get(&self.c.to)
 
     @to.setter
     def to(self, value):
-        self.c.to = as_uint64(value, "Message.to")
+        set_uint64(&self.guard, &self.c.to, as_uint64(value, "Message.to"))
 
     @property
     def from_(self):
         """int: ID of the member that sends it."""
-        return self.c.from_
+        return count_get(&self.c.from_)
 
     @from_.setter
     def from_(self, value):
-        self.c.from_ = as_uint64(value, "Message.from_")
+        set_uint64(&self.guard, &self.c.from_, as_uint64(value, "Message.from_"))
 
     @property
     def term(self):
         """int: the sender's term; 0 on MsgProp and MsgReadIndex."""
-        return self.c.term
+        return count_get(&self.c.term)
 
     @term.setter
     def term(self, value):
-        self.c.term = as_uint64(value, "Message.term")
+        set_uint64(&self.guard, &self.c.term, as_uint64(value, "Message.term"))
 
     @property
     def log_term(self):
         """int: term of the entry at ``index``."""
-        return self.c.log_term
+        return count_get(&self.c.log_term)
 
     @log_term.setter
     def log_term(self, value):
-        self.c.log_term = as_uint64(value, "Message.log_term")
+        set_uint64(&self.guard, &self.c.log_term, as_uint64(value, "Message.log_term"))
 
     @property
     def index(self):
         """int: index of the entry before ``entries``, or the one an answer is about."""
-        return self.c.index
+        return count_get(&self.c.index)
 
     @index.setter
     def index(self, value):
-        self.c.index = as_uint64(value, "Message.index")
+        set_uint64(&self.guard, &self.c.index, as_uint64(value, "Message.index"))
 
     @property
     def entries(self):
         """tuple of Entry."""
-        return self._entries
+        guard_read(&self.guard)
+        entries = self._entries
+        guard_read_end(&self.guard)
+        return entries
 
     @entries.setter
     def entries(self, value):
-        self._entries = as_entries(value)
+        message_set_entries(self, value)
 
     @property
     def commit(self):
         """int: index up to which the sender has committed."""
-        return self.c.commit
+        return count_get(&self.c.commit)
 
     @commit.setter
     def commit(self, value):
-        self.c.commit = as_uint64(value, "Message.commit")
+        set_uint64(&self.guard, &self.c.commit, as_uint64(value, "Message.commit"))
 
     @property
     def snapshot(self):
         """Snapshot or None."""
-        return self._snapshot
+        guard_read(&self.guard)
+        snapshot = self._snapshot
+        guard_read_end(&self.guard)
+        return snapshot
 
     @snapshot.setter
     def snapshot(self, value):
-        self._snapshot = as_snapshot(value)
+        message_set_snapshot(self, value)
 
     @property
     def reject(self):
         """bool: whether the sender refuses."""
-        return bool(self.c.reject)
+        return bool(get_int(&self.c.reject))
 
     @reject.setter
     def reject(self, value):
-        self.c.reject = as_bool(value, "Message.reject")
+        set_int(&self.guard, &self.c.reject, as_bool(value, "Message.reject"))
 
     @property
     def reject_hint(self):
         """int: where the sender of a refusal suggests to go on."""
-        return self.c.reject_hint
+        return count_get(&self.c.reject_hint)
 
     @reject_hint.setter
     def reject_hint(self, value):
-        self.c.reject_hint = as_uint64(value, "Message.reject_hint")
+        set_uint64(&self.guard, &self.c.reject_hint, as_uint64(value, "Message.reject_hint"))
 
     @property
     def context(self):
         """bytes-like or None: the object that was passed, or bytes when received."""
-        return owner_source(self.owner)
+        return owner_source(message_owner(self))
 
     @context.setter
     def context(self, value):
@@ -1024,13 +1172,7 @@ cdef class Message:
         UsageError
             If the profile is none of the three.
         """
-        cdef int number = profile_index(profile)
-        cdef Py_ssize_t size = message_size(self, number)
-        cdef bytes encoded = PyBytes_FromStringAndSize(NULL, size)
-        cdef uint8_t* start = <uint8_t*>PyBytes_AS_STRING(encoded)
-        cdef uint8_t* end = message_write(self, number, start)
-        assert end == start + size
-        return encoded
+        return message_encode(self, profile_index(profile))
 
     def byte_size(self, profile="3.5"):
         """Return the length of the encoded message in bytes, without encoding it.
@@ -1050,7 +1192,12 @@ cdef class Message:
         UsageError
             If the profile is none of the three.
         """
-        return message_size(self, profile_index(profile))
+        cdef int number = profile_index(profile)
+        cdef Py_ssize_t size
+        message_hold(self)
+        size = message_size(self, number)
+        message_let_go(self)
+        return size
 
     @staticmethod
     def unmarshal(data):
@@ -1079,9 +1226,17 @@ cdef class Message:
         return message_from_decoded(&decoded, None)
 
     def __eq__(self, other):
+        cdef Message b
+        cdef bint is_same
         if type(other) is not Message:
             return NotImplemented
-        return same_message(self, <Message>other)
+        b = <Message>other
+        message_hold(self)
+        message_hold(b)
+        is_same = same_message(self, b)
+        message_let_go(b)
+        message_let_go(self)
+        return is_same
 
     __hash__ = None
 
@@ -1091,26 +1246,27 @@ cdef class Message:
             value = getattr(self, name)
             if value:
                 parts.append(f"{name}={value}")
-        if self._entries:
-            parts.append(f"entries={items_text(self._entries)}")
-        if self.c.commit:
-            parts.append(f"commit={self.c.commit}")
-        if self._snapshot is not None:
-            parts.append(f"snapshot={self._snapshot!r}")
-        if self.c.reject:
+        entries, snapshot, owner = self.entries, self.snapshot, message_owner(self)
+        if entries:
+            parts.append(f"entries={items_text(entries)}")
+        if self.commit:
+            parts.append(f"commit={self.commit}")
+        if snapshot is not None:
+            parts.append(f"snapshot={snapshot!r}")
+        if self.reject:
             parts.append("reject=True")
-        if self.c.reject_hint:
-            parts.append(f"reject_hint={self.c.reject_hint}")
-        if self.c.context != NULL:
-            parts.append(f"context={payload_text(self.c.context, self.c.context_len)}")
+        if self.reject_hint:
+            parts.append(f"reject_hint={self.reject_hint}")
+        if owner is not None:
+            parts.append(f"context={payload_text(owner)}")
         return f"Message({', '.join(parts)})"
 
     def __reduce__(self):
         return _rebuild, (Message, {
             "type": self.type, "to": self.to, "from_": self.from_, "term": self.term,
-            "log_term": self.log_term, "index": self.index, "entries": self._entries,
-            "commit": self.commit, "snapshot": self._snapshot, "reject": self.reject,
-            "reject_hint": self.reject_hint, "context": owner_bytes(self.owner),
+            "log_term": self.log_term, "index": self.index, "entries": self.entries,
+            "commit": self.commit, "snapshot": self.snapshot, "reject": self.reject,
+            "reject_hint": self.reject_hint, "context": owner_bytes(message_owner(self)),
         })
 
 
@@ -1171,39 +1327,48 @@ cdef class EncodedMessage:
         owner = as_owner(data, "EncodedMessage.data", &payload, &size)
         if size > WIRE_MAX_BYTES:
             raise MarshalError(f"EncodedMessage.data: {size} bytes is not in 0..{WIRE_MAX_BYTES}")
-        self._type = as_int32(type, "EncodedMessage.type")
-        self._to = as_uint64(to, "EncodedMessage.to")
-        self._from = as_uint64(from_, "EncodedMessage.from_")
-        self._term = as_uint64(term, "EncodedMessage.term")
+        set_int(&self.guard, <int*>&self._type, as_int32(type, "EncodedMessage.type"))
+        set_uint64(&self.guard, &self._to, as_uint64(to, "EncodedMessage.to"))
+        set_uint64(&self.guard, &self._from, as_uint64(from_, "EncodedMessage.from_"))
+        set_uint64(&self.guard, &self._term, as_uint64(term, "EncodedMessage.term"))
+        guard_change(&self.guard)
+        _old = self.owner       # dropped when the guard is not held any more
         self.payload = payload
         self.size = size
         self.owner = owner
         self.is_plain = False
+        guard_change_end(&self.guard)
+
+    cdef object payload_owner(self):
+        guard_read(&self.guard)
+        owner = self.owner
+        guard_read_end(&self.guard)
+        return owner
 
     @property
     def data(self):
         """bytes-like: the object that was passed; when received, bytes or a read-only view."""
-        return owner_source(self.owner)
+        return owner_source(self.payload_owner())
 
     @property
     def type(self):
         """MessageType, or int where the number is unknown."""
-        return enum_member(MESSAGE_TYPES, self._type)
+        return enum_member(MESSAGE_TYPES, get_int(<int*>&self._type))
 
     @property
     def to(self):
         """int: ID of the member the message is for."""
-        return self._to
+        return count_get(&self._to)
 
     @property
     def from_(self):
         """int: ID of the member that sends it; 0 when not told."""
-        return self._from
+        return count_get(&self._from)
 
     @property
     def term(self):
         """int: the sender's term; 0 when not told."""
-        return self._term
+        return count_get(&self._term)
 
     @staticmethod
     def unmarshal(data):
@@ -1232,20 +1397,24 @@ cdef class EncodedMessage:
             &decoded, owner, decoded.input, <size_t>(decoded.end - decoded.input))
 
     def __len__(self):
-        return self.size
+        cdef size_t size
+        guard_read(&self.guard)
+        size = self.size
+        guard_read_end(&self.guard)
+        return size
 
     def __repr__(self):
-        cdef list parts = [f"<{self.size} bytes>", f"type={enum_text(self.type)}", f"to={self._to}"]
-        if self._from:
-            parts.append(f"from_={self._from}")
-        if self._term:
-            parts.append(f"term={self._term}")
+        cdef list parts = [f"<{len(self)} bytes>", f"type={enum_text(self.type)}", f"to={self.to}"]
+        if self.from_:
+            parts.append(f"from_={self.from_}")
+        if self.term:
+            parts.append(f"term={self.term}")
         return f"EncodedMessage({', '.join(parts)})"
 
     def __reduce__(self):
         return _rebuild, (EncodedMessage, {
-            "data": owner_bytes(self.owner), "type": self.type, "to": self._to,
-            "from_": self._from, "term": self._term,
+            "data": owner_bytes(self.payload_owner()), "type": self.type, "to": self.to,
+            "from_": self.from_, "term": self.term,
         })
 
 
@@ -1378,6 +1547,21 @@ cdef uint8_t* message_write(Message m, int profile, uint8_t* out) noexcept:
     return sink.out
 
 
+cdef bytes message_encode(Message m, int profile):
+    cdef bytes encoded
+    cdef uint8_t* end
+    cdef Py_ssize_t size
+    message_hold(m)
+    try:
+        size = message_size(m, profile)
+        encoded = PyBytes_FromStringAndSize(NULL, size)
+        end = message_write(m, profile, <uint8_t*>PyBytes_AS_STRING(encoded))
+    finally:
+        message_let_go(m)
+    assert end == <uint8_t*>PyBytes_AS_STRING(encoded) + size
+    return encoded
+
+
 cdef inline void plan_payload(
     gather_plan_t* plan, size_t size, size_t borrow_min, size_t* borrowed
 ) noexcept:
@@ -1460,12 +1644,14 @@ def _gather(Message message, profile, size_t borrow_min):
     cdef uint8_t* framing
     cdef iovec* segments
     cdef PyObject** owners
+    message_hold(message)
     message_gather_plan(message, number, borrow_min, &plan)
     framing = <uint8_t*>calloc(plan.framing_bytes, 1)
     segments = <iovec*>calloc(plan.segments, sizeof(iovec))
     owners = <PyObject**>calloc(plan.owners, sizeof(PyObject*))
+    message_gather(message, number, borrow_min, framing, segments, owners)
+    message_let_go(message)
     try:
-        message_gather(message, number, borrow_min, framing, segments, owners)
         pieces = [
             PyBytes_FromStringAndSize(<char*>segments[i].iov_base, segments[i].iov_len)
             for i in range(plan.segments)

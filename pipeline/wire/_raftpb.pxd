@@ -78,7 +78,7 @@ cdef enum wire_limits:
 
 cdef struct wire_message_t:
     int32_t type
-    bint reject
+    int reject
     uint64_t to
     uint64_t from_
     uint64_t term
@@ -109,7 +109,7 @@ cdef struct wire_conf_state_t:
     wire_ids_t learners
     wire_ids_t voters_outgoing
     wire_ids_t learners_next
-    bint auto_leave
+    int auto_leave
 
 
 cdef struct wire_snapshot_t:
