@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-import trustme
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from pipeline import TLSInfo
 from pipeline.tls._engine import Session
+
+try:
+    import trustme
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+except ImportError:
+    from tests.support import openssl_ca as trustme  # type: ignore[no-redef]
+
+    x509 = None  # type: ignore[assignment]
 
 DAY = datetime.timedelta(days=1)
 
@@ -93,6 +99,7 @@ class Authority:
 
     def revoke(self, *certs: Path, next_update: datetime.timedelta = DAY) -> Path:
         """Write the list of these certificates as revoked."""
+        _require_cryptography()
         today = now()
         issuer = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
         builder = x509.CertificateRevocationListBuilder(
@@ -109,6 +116,7 @@ class Authority:
 
     def _with_uri(self, pem: bytes, uri: str) -> bytes:
         """Sign a certificate once more, with a URI among its names: trustme knows none."""
+        _require_cryptography()
         given = x509.load_pem_x509_certificate(pem)
         builder = x509.CertificateBuilder(
             given.issuer,
@@ -127,6 +135,7 @@ class Authority:
 
     def rename(self, cert: Path, old: bytes, new: bytes) -> None:
         """Sign a certificate once more, with other bytes of the same length: no text, maybe."""
+        _require_cryptography()
         given = x509.load_pem_x509_certificate(cert.read_bytes())
         signed = given.tbs_certificate_bytes
         assert old in signed
@@ -141,6 +150,12 @@ class Authority:
         key = load_pem_private_key(self.ca.private_key_pem.bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         return key
+
+
+def _require_cryptography() -> None:
+    """Skip a test for which the ``openssl`` command does not do."""
+    if x509 is None:
+        pytest.skip("cryptography cannot be installed for this Python")
 
 
 def _der(tag: int, value: bytes) -> bytes:

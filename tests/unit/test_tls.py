@@ -146,6 +146,7 @@ def test_a_common_name_proves_no_host(authority: Authority) -> None:
 
 
 def test_an_intermediate_in_the_ca_file_is_an_anchor(authority: Authority, tmp_path: Path) -> None:
+    pytest.importorskip("trustme")
     middle = authority.ca.create_child_ca()
     (tmp_path / "middle.pem").write_bytes(middle.cert_pem.bytes())
     issued = middle.issue_cert("127.0.0.1")
@@ -183,6 +184,7 @@ def test_what_cannot_be_loaded_at_first_is_an_error_that_names_the_setting(
 
 
 def test_an_encrypted_key_is_refused_and_not_asked_a_password_for(authority: Authority) -> None:
+    pytest.importorskip("cryptography")
     from cryptography.hazmat.primitives.serialization import (
         BestAvailableEncryption,
         Encoding,

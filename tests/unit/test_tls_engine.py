@@ -20,11 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
 
 from pipeline.errors import UsageError
 from pipeline.net._sockets import open_socket
@@ -158,6 +153,13 @@ def test_a_name_goes_out_as_sni_and_an_address_does_not(
 
 def self_signed(tmp_path: Path) -> tuple[Path, Path]:
     """Write a certificate with something of everything that we describe."""
+    pytest.importorskip("cryptography")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import NameOID
+
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name(
         [
