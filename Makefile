@@ -13,7 +13,7 @@ export PIP_RESUME_RETRIES ?= 10
 	bench-reference asan clean raftpb docs stubs help
 
 help:
-	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck docs stubs bench bench-peers bench-cluster bench-growth bench-snapshot bench-check bench-reference asan tsan fuzz fuzz-merge build raftpb clean"
+	@echo "make demo demo-all three-nodes test test-all chaos soak lint typecheck docs stubs bench bench-peers bench-cluster bench-growth bench-snapshot bench-check bench-reference asan tsan free-threaded fuzz fuzz-merge build raftpb clean"
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
@@ -111,7 +111,7 @@ libssl-check:
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
-	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py tools/stubs.py
+	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py tools/free_threaded.py tools/stubs.py
 	$(BIN)/python -m mypy.stubtest pipeline.tls._engine pipeline.net._budget pipeline.wire._chunks pipeline.wire._frames pipeline._core pipeline.wire._messages pipeline.receive._arrivals pipeline.receive._receiver pipeline.net._sockets pipeline.stream._streams
 
 # The site, in build/docs: the pages of docs/, and the reference out of the docstrings. A warning is an
@@ -225,6 +225,12 @@ tsan: build $(VENV)/.builders
 		PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/$(TSAN_SITE):$(CURDIR) PIPELINE_SANITIZE=thread \
 		$(BIN)/python -m pytest -q -p no:cacheprovider --import-mode=append -m 'not slow' $(TSAN_TESTS)
 	@! ls build/tsan/report.* 2> /dev/null
+
+# The suite on a CPython without a GIL: PYTHON=PATH, one on the path, or one that is built out of
+# Debian's source (once, in build/). make free-threaded FREE_TESTS='tests/stress -x'
+.PHONY: free-threaded
+free-threaded:
+	python3 tools/free_threaded.py $(if $(filter-out python3,$(PYTHON)),--python $(PYTHON)) -- $(FREE_TESTS)
 
 # libFuzzer under the same sanitizers, FUZZ_SECONDS on each target (tests/fuzz/README.md). Needs
 # clang, and says so where there is none. make -j2 fuzz runs two at a time. A seed of 0 is another

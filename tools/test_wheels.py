@@ -176,7 +176,7 @@ def main() -> None:
     rows = [("wheel", "size", "tried")]
     failures = 0
     for wheel in sorted(DIST.glob("*.whl")):
-        _, tag, _, target = wheel.stem.rsplit("-", 3)
+        _, _, tag, target = wheel.stem.rsplit("-", 3)
         version = re.sub(r"cp3(\d+)", r"3.\1", tag)
         if arguments.python and version not in arguments.python:
             continue
@@ -184,6 +184,8 @@ def main() -> None:
         try:
             if is_ours and target.startswith("musllinux"):
                 seen = "built, not run: no Python on musl here"
+            elif is_ours and version.endswith("t"):
+                seen = "built, not run: the suite runs without a GIL by make free-threaded"
             elif is_ours and version in pythons:
                 seen = try_here(wheel, pythons[version], arguments.tests)
             elif is_ours:

@@ -36,7 +36,10 @@ DIST = ROOT / "dist"
 TOOLS = WORK / "tools" / "bin" / "python"
 
 #: The Pythons wheels are made for; one that is not at hand is named in the table.
-PYTHONS = ("3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.11", "3.12", "3.13", "3.13t", "3.14", "3.14t")
+
+#: Prints what we call a Python: 3.13, or 3.13t without a GIL.
+ASK_VERSION = "import sys; print('%d.%d' % sys.version_info[:2] + sys.abiflags)"
 
 #: What the Pythons' own builds give their compilers; and what takes clang to gcc's speed. Without
 #: the second line it calls a function for each varint: to decode a message takes 200 ns, not 120.
@@ -109,13 +112,16 @@ def find_pythons() -> dict[str, Path]:
     """Return the interpreter of each version that is at hand."""
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
     found: dict[str, Path] = {}
+    # What `make free-threaded` has built.
+    built = sorted((ROOT / "build" / "free-threaded").glob("python3.*/bin/python3"))
     for version in PYTHONS:
         on_path = shutil.which(f"python{version}")
         known = [Path(sys.executable), *([Path(on_path)] if on_path else [])]
-        for path in (*known, *sorted(pyenv.glob(f"{version}.*/bin/python3"), reverse=True)):
+        installed = sorted(pyenv.glob(f"{version[:4]}.*/bin/python3"), reverse=True)
+        for path in (*known, *built, *installed):
             # A shim of pyenv is there for every version, and fails for those not in use.
             asked = subprocess.run(
-                [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+                [path, "-c", ASK_VERSION],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -212,7 +218,7 @@ def _check_sizes(compiler: list[str], include: Path) -> None:
 
 def build_wheel(source: Path, python: Path, zig: str, target: Platform, *, folder: Path) -> Path:
     """Build one wheel out of an unpacked sdist."""
-    version = run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])").strip()
+    version = run(python, "-c", ASK_VERSION).strip()
     compiler = [zig, "cc", "-target", target.target, "-fno-sanitize=undefined"]
     include = headers(version, python)
     _check_sizes(compiler, include)

@@ -225,7 +225,8 @@ class Message:
 
     Notes
     -----
-    Not thread-safe: one thread at a time may change or encode a message.
+    Thread-safe, field by field: whoever reads, sends or encodes a message that another thread
+    assigns to sees the one value or the other of each field. The same holds for what is in it.
     Source: raft ``raftpb/raft.proto``. Its fields ``vote`` and ``responses`` never leave a node
     and are not here; the decoder skips them.
     """
