@@ -12,6 +12,11 @@ peer  as ``rate``, with the peak of memory above the payload; then snapshots one
       timed from ``send`` to ``report_snapshot``
 work  a fixed piece of Python work in the main thread, timed alone and beside the pipeline at full
       rate; ``bare-c`` is beside bare C in a process of its own, which shares the cores and no GIL
+threads  ``--threads`` Python threads, each of which does some 30 us of Python work for a message,
+      makes it and offers it, as a node of several Raft groups may; for an interpreter without a GIL
+      beside one with
+
+With ``--port 0`` a sink is started for it.
 """
 
 from __future__ import annotations
@@ -21,8 +26,10 @@ import bisect
 import json
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from harness import (
@@ -30,6 +37,7 @@ from harness import (
     SUBJECTS,
     Pacer,
     QuietRaft,
+    Sink,
     Subject,
     add_tls_options,
     cpu_s,
@@ -102,6 +110,34 @@ def measure_rate(
     return {
         "messages": sent,
         "seconds": took,
+        "messages_per_s": sent / took,
+        "cpu_us_per_message": took_cpu * 1e6 / max(sent, 1),
+    }
+
+
+def measure_threads(subject: Subject, seconds: float, count: int) -> dict[str, Any]:
+    is_over = threading.Event()
+
+    def work() -> None:
+        index, send, build = 1, subject.pipe.send, subject.build
+        while not is_over.is_set():
+            spin(index)
+            send(build(index))
+            index += 1
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    time.sleep(WARMUP_S)
+    before, start, start_cpu = subject.pipe.stats(), time.perf_counter(), cpu_s()
+    time.sleep(seconds)
+    after, took, took_cpu = subject.pipe.stats(), time.perf_counter() - start, cpu_s() - start_cpu
+    is_over.set()
+    for thread in threads:
+        thread.join()
+    sent = after.sent - before.sent
+    return {
+        "offered_per_s": (after.offered - before.offered) / took,
         "messages_per_s": sent / took,
         "cpu_us_per_message": took_cpu * 1e6 / max(sent, 1),
     }
@@ -262,11 +298,12 @@ def measure_lone(subject: Subject) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("subject", choices=(*SUBJECTS, "bare-c"))
-    parser.add_argument("mode", choices=("rate", "spin", "busy", "lone", "peer", "work"))
+    parser.add_argument("mode", choices=("rate", "spin", "busy", "lone", "peer", "work", "threads"))
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--size", type=int, default=128, help="bytes in the one entry")
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--lone", type=int, default=200, help="messages one at a time (peer)")
+    parser.add_argument("--threads", type=int, default=1, help="that offer (threads)")
     add_tls_options(parser)
     args = parser.parse_args()
     if args.subject == "bare-c":
@@ -276,7 +313,11 @@ def main() -> None:
         return
     raft = QuietRaft()
     credentials = credentials_of(args)
-    with running(args.subject, args.port, args.size, raft, credentials=credentials) as subject:
+    with ExitStack() as stack:
+        port = args.port or stack.enter_context(Sink()).port
+        subject = stack.enter_context(
+            running(args.subject, port, args.size, raft, credentials=credentials)
+        )
         if args.mode == "lone":
             result = measure_lone(subject)
         elif args.mode == "busy":
@@ -285,6 +326,8 @@ def main() -> None:
             result = measure_peer(subject, raft, args)
         elif args.mode == "work":
             result = measure_work(subject, args.seconds)
+        elif args.mode == "threads":
+            result = measure_threads(subject, args.seconds, args.threads)
         else:
             between = spin if args.mode == "spin" else Pacer()
             result = measure_rate(subject, args.seconds, between)
