@@ -45,6 +45,9 @@ DAY_S = 86400.0
 _LISTENER = ("Local", "Listener")
 _PEER = ("Local", "To")
 _STREAM = (*_PEER, "Kind", "Direction")
+_CHANNEL = (*_PEER, "Channel")
+#: Verdicts are those of ``reasons``, and a dozen of the handlers': so many series at most.
+_VERDICT = (*_PEER, "Verdict")
 
 # Name: type, labels, help. To a counter's name prometheus_client adds _total where it is missing;
 # etcd's counters that do not end so are "unknown", which is exposed as untyped.
@@ -139,6 +142,65 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
     ),
     "raft_pipeline_in_flight_messages": ("gauge", _PEER, "Messages that are being sent."),
     "raft_pipeline_queued_bytes": ("gauge", _PEER, "Bytes that wait for a worker, or a stream."),
+    "raft_pipeline_peer_errors_total": (
+        "counter",
+        _VERDICT,
+        "Failures to send to a peer or to have a stream of it, and messages that were too old, by "
+        "what raft-pipeline explain makes of the reason.",
+    ),
+    "raft_pipeline_peer_last_error_timestamp_seconds": (
+        "gauge",
+        _VERDICT,
+        "When the last failure was, in seconds since the epoch; only with its verdict.",
+    ),
+    "raft_pipeline_probe_healthy": ("gauge", _PEER, "Whether the last probe was answered."),
+    "raft_pipeline_channel_sent_messages_total": (
+        "counter",
+        _CHANNEL,
+        "Messages sent by the pipeline, or by a stream.",
+    ),
+    "raft_pipeline_channel_sent_bytes_total": (
+        "counter",
+        _CHANNEL,
+        "Bytes of messages sent by the pipeline, or by a stream.",
+    ),
+    "raft_pipeline_channel_queued_messages": (
+        "gauge",
+        _CHANNEL,
+        "Messages that wait for the pipeline, or for a stream.",
+    ),
+    "raft_pipeline_channel_queue_length": ("gauge", _CHANNEL, "Messages that may wait."),
+    "raft_pipeline_channel_queued_bytes": (
+        "gauge",
+        _CHANNEL,
+        "Bytes that wait for the pipeline, or for a stream.",
+    ),
+    "raft_pipeline_channel_queue_bytes": ("gauge", _CHANNEL, "Bytes that may wait."),
+    "raft_pipeline_node_queued_bytes": (
+        "gauge",
+        ("Local",),
+        "Bytes queued for all peers and remotes.",
+    ),
+    "raft_pipeline_node_queue_bytes": (
+        "gauge",
+        ("Local",),
+        "Bytes that may be queued for all peers and remotes.",
+    ),
+    "raft_pipeline_snapshot_sent_bytes_total": (
+        "counter",
+        _PEER,
+        "Bytes of databases written to connections, whatever became of them.",
+    ),
+    "raft_pipeline_snapshot_left_bytes": (
+        "gauge",
+        _PEER,
+        "Bytes of databases being sent, or waiting for it, that are not written yet.",
+    ),
+    "raft_pipeline_snapshot_received_bytes_total": (
+        "counter",
+        ("Local",),
+        "Bytes of databases received and written to the disk, those given up included.",
+    ),
     "raft_pipeline_stream_up": (
         "gauge",
         _STREAM,
@@ -178,6 +240,11 @@ _FAMILIES: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         "counter",
         ("Local",),
         "Messages delivered without fields of theirs that raftpb does not have.",
+    ),
+    "raft_pipeline_refused_requests_total": (
+        "counter",
+        ("Local", "Verdict"),
+        "Requests that were not taken, by why.",
     ),
     "raft_pipeline_process_failures_total": (
         "counter",
@@ -395,6 +462,10 @@ def _samples(node: Node) -> Iterator[Sample]:
         yield from _peer_samples(local, peer)
         errors -= peer.callback_errors
     yield "raft_pipeline_callback_errors_total", (local, ""), max(0, errors)
+    yield "raft_pipeline_node_queued_bytes", (local,), snapshot.queued_bytes
+    yield "raft_pipeline_node_queue_bytes", (local,), snapshot.queue_bytes
+    for peer_id, is_healthy in snapshot.answers_probes.items():
+        yield "raft_pipeline_probe_healthy", (local, format_id(peer_id)), is_healthy
     for peer_id, round_trips in snapshot.round_trips.items():
         yield "etcd_network_peer_round_trip_time_seconds", (format_id(peer_id),), round_trips
     yield from _received_samples(local, snapshot.received)
@@ -410,6 +481,7 @@ def _samples(node: Node) -> Iterator[Sample]:
 
 def _peer_samples(local: str, peer: PeerSnapshot) -> Iterator[Sample]:
     to, books, snapshots = format_id(peer.peer_id), peer.books, peer.snapshots
+    labels: tuple[str, ...]
     for stream in peer.streams:
         labels = (local, to, stream.kind, stream.direction)
         yield "raft_pipeline_stream_up", labels, stream.since is not None
@@ -432,6 +504,21 @@ def _peer_samples(local: str, peer: PeerSnapshot) -> Iterator[Sample]:
     for field in ("queued", "in_flight"):
         yield f"raft_pipeline_{field}_messages", (local, to), getattr(books, field)
     yield "raft_pipeline_queued_bytes", (local, to), books.queued_bytes
+    for channel in peer.channels:
+        labels, way = (local, to, channel.name), channel.books
+        yield "raft_pipeline_channel_sent_messages_total", labels, way.sent
+        yield "raft_pipeline_channel_sent_bytes_total", labels, way.sent_bytes
+        yield "raft_pipeline_channel_queued_messages", labels, way.queued
+        yield "raft_pipeline_channel_queue_length", labels, channel.queue_length
+        yield "raft_pipeline_channel_queued_bytes", labels, way.queued_bytes
+        yield "raft_pipeline_channel_queue_bytes", labels, channel.queue_bytes
+    for verdict, count in peer.errors.items():
+        yield "raft_pipeline_peer_errors_total", (local, to, verdict), count
+    if (error := peer.last_error) is not None:
+        labels = (local, to, error.verdict)
+        yield "raft_pipeline_peer_last_error_timestamp_seconds", labels, error.at
+    yield "raft_pipeline_snapshot_sent_bytes_total", (local, to), snapshots.written_bytes
+    yield "raft_pipeline_snapshot_left_bytes", (local, to), snapshots.left_bytes
     yield "raft_pipeline_callback_errors_total", (local, to), peer.callback_errors
 
 
@@ -445,9 +532,14 @@ def _received_samples(local: str, counts: ReceivedCounts) -> Iterator[Sample]:
     yield "raft_pipeline_unknown_messages_total", (local,), counts.unknown
     yield "raft_pipeline_unknown_fields_total", (local,), counts.unknown_fields
     yield "raft_pipeline_process_failures_total", (local,), counts.process_failures
+    for verdict, refused in counts.refusals.items():
+        yield "raft_pipeline_refused_requests_total", (local, verdict), refused
 
 
 def _snapshot_samples(snapshot: NodeSnapshot) -> Iterator[Sample]:
+    local = format_id(snapshot.member_id)
+    received_bytes = snapshot.received_snapshot_bytes
+    yield "raft_pipeline_snapshot_received_bytes_total", (local,), received_bytes
     prefix = "etcd_network_snapshot_receive"
     for sender, counts in snapshot.received_snapshots.items():
         yield f"{prefix}_success", (sender,), counts.success

@@ -6,11 +6,24 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from pipeline.receive.received import ReceivedCounts
+    from pipeline.send.status import LastError
     from pipeline.snapshot.receiver import SnapshotCounts
     from pipeline.snapshot.sender import SnapshotSendCounts
     from pipeline.stats import Histogram, InboxStats, PipelineStats, ReceiverStats, StreamStats
 
-__all__ = ["NodeSnapshot", "PeerSnapshot"]
+__all__ = ["ChannelSnapshot", "NodeSnapshot", "PeerSnapshot"]
+
+
+class ChannelSnapshot(NamedTuple):
+    """What there is of one way to a peer."""
+
+    #: "pipeline", or the kind of a stream: "msgapp" or "message".
+    name: str
+    books: PipelineStats
+    #: Messages that may wait for it.
+    queue_length: int
+    #: Bytes that may wait for it.
+    queue_bytes: int
 
 
 class PeerSnapshot(NamedTuple):
@@ -24,6 +37,12 @@ class PeerSnapshot(NamedTuple):
     disconnects: int
     #: Its books, of all channels together.
     books: PipelineStats
+    #: Each of its channels.
+    channels: tuple[ChannelSnapshot, ...]
+    #: How many failures there were, by verdict.
+    errors: dict[str, int]
+    #: The last of them; None before the first.
+    last_error: LastError | None
     #: What its transfers of snapshots came to.
     snapshots: SnapshotSendCounts
     #: Calls of the application on its behalf that raised.
@@ -41,12 +60,19 @@ class NodeSnapshot(NamedTuple):
     callback_errors: int
     #: Its peers; remotes are none.
     peers: tuple[PeerSnapshot, ...]
+    #: Bytes queued for all peers and remotes, and how many may be.
+    queued_bytes: int
+    queue_bytes: int
     #: Round trips of probes in seconds, by member ID; empty without probing.
     round_trips: dict[int, Histogram]
+    #: Whether the last probe was answered, by member ID; without those not probed yet.
+    answers_probes: dict[int, bool]
     #: What came in, by posts and by streams.
     received: ReceivedCounts
     #: What became of snapshots, by From.
     received_snapshots: dict[str, SnapshotCounts]
+    #: Bytes of databases that have been written to the disk, those given up included.
+    received_snapshot_bytes: int
     #: Seconds to store a database, and those of its fsync; None without a ``snapshot_dir``.
     stores: tuple[Histogram, Histogram] | None
     #: Seconds since the epoch; None without TLS.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipeline.locks import lock_of
 from pipeline.logs import Throttle, get_logger
-from pipeline.node_snapshot import PeerSnapshot
+from pipeline.node_snapshot import ChannelSnapshot, PeerSnapshot
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
 from pipeline.send.sendable import Sendable
@@ -19,6 +19,7 @@ from pipeline.snapshot.sender import SnapshotSender
 from pipeline.stats import FollowerStats, PipelineStats, StreamStats
 from pipeline.stream._streams import Channels
 from pipeline.stream.streams import PeerStreams
+from pipeline.stream.writer import StreamWriter
 from pipeline.types import MessageType, SendResult
 from pipeline.wire.protocol import format_id
 
@@ -149,11 +150,23 @@ class Peer:
 
     def snapshot(self) -> PeerSnapshot:
         """Return what is counted of it, for metrics."""
+        writers = {} if self.streams is None else self.streams.writers
+        carriers: dict[str, PeerPipeline | StreamWriter] = {"pipeline": self.pipeline, **writers}
+        channels = tuple(
+            ChannelSnapshot(name, carrier.stats(), carrier.queue_length, carrier.queue_bytes)
+            for name, carrier in carriers.items()
+        )
+        books = channels[0].books
+        for channel in channels[1:]:
+            books = books.merged(channel.books)
         return PeerSnapshot(
             self.peer_id,
             self.status.is_active,
             self.status.disconnects,
-            self.books(),
+            books,
+            channels,
+            self.status.errors(),
+            self.status.last_error,
             self.snapshots.counts(),
             self.pipeline.callback_errors,
             () if self.streams is None else self.streams.stats(),

@@ -35,7 +35,7 @@ from pipeline.cli.exchange import Exchange, ExchangeError
 from pipeline.cli.nodes import Quiet
 from pipeline.cli.options import json_option, member_id, peer_url, tls_of, tls_options
 from pipeline.cli.probe import probe_peer
-from pipeline.cli.reasons import EXIT_FAILED, explanation_of
+from pipeline.reasons import EXIT_FAILED, explanation_of
 from pipeline.wire.protocol import probe_head
 
 __all__ = ["Measured", "bench"]

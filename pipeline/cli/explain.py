@@ -8,7 +8,7 @@ import sys
 import click
 
 from pipeline.cli.options import json_option
-from pipeline.cli.reasons import EXIT_FAILED, EXIT_OK, explanation_of
+from pipeline.reasons import EXIT_FAILED, EXIT_OK, explanation_of
 
 __all__ = ["explain"]
 

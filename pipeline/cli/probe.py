@@ -32,8 +32,8 @@ from pipeline.cli.options import (
     tls_of,
     tls_options,
 )
-from pipeline.cli.reasons import EXIT_OK, Explanation, explanation_of
 from pipeline.identity import Identity
+from pipeline.reasons import EXIT_OK, Explanation, explanation_of
 from pipeline.wire.odd_answer import PeerAnswer
 from pipeline.wire.protocol import (
     CLUSTER_ID,

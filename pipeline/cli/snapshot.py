@@ -41,7 +41,7 @@ from pipeline import (
 from pipeline.cli.messages import describe
 from pipeline.cli.nodes import Quiet
 from pipeline.cli.options import json_option, member_id, peer_url, tls_of, tls_options
-from pipeline.cli.reasons import explanation_of
+from pipeline.reasons import explanation_of
 
 __all__ = ["snapshot"]
 

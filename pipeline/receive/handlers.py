@@ -256,7 +256,7 @@ class Handlers:
         if self._is_foreign or self._is_stopped:
             if self._is_foreign:
                 text = "refused a request from %s: a forked child cannot answer it"
-                self._warn(text, request.remote)
+                self._refuse(text, request.remote, verdict="forked")
             return self.shutting_down()
         if path == RAFT_PATH:
             return self._check_post(request) or self._note_sender(request)
@@ -321,7 +321,8 @@ class Handlers:
 
     def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
         """Answer a body that is no message."""
-        self._warn("failed to unmarshal Raft message from %s: %s", remote, error)
+        text = "failed to unmarshal Raft message from %s: %s"
+        self._refuse(text, remote, error, verdict="undecodable")
         self.received.count_failure(remote)
         return self._answer(400, "error unmarshalling raft message")
 
@@ -387,7 +388,8 @@ class Handlers:
     ) -> Answer | None:
         """Answer a message of a type that is not for Raft; None is the plain 204."""
         if kind < 0:
-            self._warn("refused Raft message from %s: type %d is negative", remote, kind)
+            text = "refused Raft message from %s: type %d is negative"
+            self._refuse(text, remote, kind, verdict="undecodable")
             self.received.count_failure(remote)
             return self._answer(400, "error unmarshalling raft message")
         self.received.count_bytes(sender, size_bytes)
@@ -426,13 +428,16 @@ class Handlers:
 
     def read_failed(self, remote: object) -> Answer:
         """Answer a request whose body broke off or stalled."""
-        self._warn("failed to read Raft message from %s: the body is incomplete", remote)
+        text = "failed to read Raft message from %s: the body is incomplete"
+        self._refuse(text, remote, verdict="incomplete")
         self.received.count_failure(remote)
         return self._answer(400, "error reading raft message", close=True)
 
     def body_too_large(self, remote: object) -> Answer:
         """Answer a request whose body is larger than ``max_body_bytes``."""
-        self._warn("refused Raft message from %s: the body is too large", remote)
+        self._refuse(
+            "refused Raft message from %s: the body is too large", remote, verdict="too-large"
+        )
         self.received.count_failure(remote)
         return self._answer(413, "request body too large", close=True)
 
@@ -442,7 +447,7 @@ class Handlers:
 
     def overloaded(self, remote: object) -> Answer:
         """Answer a request whose body there is no memory for just now."""
-        self._warn("no memory for a Raft message from %s", remote)
+        self._refuse("no memory for a Raft message from %s", remote, verdict="no-memory")
         self.received.count_failure(remote)
         return self._answer(503, "too many bytes in requests", close=True)
 
@@ -451,7 +456,9 @@ class Handlers:
 
         Differs from etcd: there is no limit there.
         """
-        self._warn("refused a snapshot from %s: others are being received", remote)
+        self._refuse(
+            "refused a snapshot from %s: others are being received", remote, verdict="busy"
+        )
         self._count_refused_snapshot()
         return self._answer(503, "too many snapshots at once", close=True)
 
@@ -503,18 +510,22 @@ class Handlers:
         about = format_id(sender)
         if self.binds_members and request.certificate and sender != sender_of(request):
             # Differs from etcd: what is for one member is not given to another.
-            self._warn("refused stream of %s from %s: it says it is another", about, request.remote)
+            text = "refused stream of %s from %s: it says it is another"
+            self._refuse(text, about, request.remote, verdict="wrong-member")
             return self._answer(412, "certificate not allowed for this member")
         if self._callbacks.ask("is_id_removed", about, self._raft.is_id_removed, sender):
-            self._warn("refused stream of %s from %s: it was removed", about, request.remote)
+            text = "refused stream of %s from %s: it was removed"
+            self._refuse(text, about, request.remote, verdict="removed")
             return self._answer(410, "removed member")
         if not streams.has_peer(sender):
             self._show_sender(request, sender)
-            self._warn("refused stream of %s from %s: it is no peer", about, request.remote)
+            text = "refused stream of %s from %s: it is no peer"
+            self._refuse(text, about, request.remote, verdict="unknown-member")
             return self._answer(404, "error sender not found")
         to = request.headers.get(RAFT_TO.lower(), "")
         if to != self._member_id:
-            self._warn("refused stream of %s: it is for %r, we are not", about, to[:64])
+            text = "refused stream of %s: it is for %r, we are not"
+            self._refuse(text, about, to[:64], verdict="wrong-peer")
             return self._answer(412, "to field mismatch")
         return None
 
@@ -542,7 +553,7 @@ class Handlers:
             server, min_cluster, local=self._local, local_min=self._local_min
         )
         if reason is not None:
-            self._warn(
+            self._refuse(
                 "failed to check version compatibility with %s: %s "
                 "(remote server %.64s, min cluster %.64s; local server %s, min cluster %s)",
                 request.remote,
@@ -551,16 +562,18 @@ class Handlers:
                 min_cluster,
                 self._local,
                 self._local_min,
+                verdict="wrong-version",
             )
             return self._answer(412, INCOMPATIBLE_VERSION)
         # The text is compared, as etcd does: another spelling of the same number is a mismatch.
         cluster_id = headers.get(CLUSTER_ID.lower(), "")
         if cluster_id != self._cluster_id:
-            self._warn(
+            self._refuse(
                 "request cluster ID mismatch from %s: %r is not %s",
                 request.remote,
                 cluster_id[:64],
                 self._cluster_id,
+                verdict="wrong-cluster",
             )
             return self._answer(412, CLUSTER_ID_MISMATCH)
         refusal = self.check_member(request)
@@ -588,7 +601,8 @@ class Handlers:
             if ask("allow_member", about, self._allow_member, certificate, sender):
                 return None
         name = request.headers.get(SERVER_FROM.lower(), "")[:64]
-        self._warn("refused Raft message from %s: not the certificate of %r", request.remote, name)
+        text = "refused Raft message from %s: not the certificate of %r"
+        self._refuse(text, request.remote, name, verdict="wrong-member")
         return self._answer(412, "certificate not allowed for this member")
 
     def handshake_failed(self, remote: object, reason: str) -> None:
@@ -639,9 +653,8 @@ class Handlers:
         """
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
-            self._warn(
-                "refused Raft message from %s: content encoding %r", request.remote, encoding[:64]
-            )
+            text = "refused Raft message from %s: content encoding %r"
+            self._refuse(text, request.remote, encoding[:64], verdict="encoded")
             self.received.count_failure(request.remote)
             return self._answer(415, "unsupported content encoding", close=True)
         # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
@@ -672,6 +685,11 @@ class Handlers:
         self.received.count_process_failure()
         self._callbacks.count("process", error)
         return None
+
+    def _refuse(self, text: str, *args: object, verdict: str) -> None:
+        """Count a request that is not taken, by one word that says why, and warn of it."""
+        self.received.count_refusal(verdict)
+        self._warn(text, *args)
 
     def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
         return text_answer(status, text, self._cluster_header, close=close)

@@ -6,13 +6,19 @@ from typing import NamedTuple
 
 from pipeline.locks import lock_of
 
-__all__ = ["Received", "ReceivedCounts"]
+__all__ = ["REFUSALS", "Received", "ReceivedCounts"]
 
 # Members whose bytes are counted one by one. Clusters have 3 to 7; the rest is what a stranger
 # who makes up ids can cost us. Of addresses with failures, where asked for, as many are kept.
 _MAX_SENDERS = 128
 # Types past the last we know that are told of in the log: raft has added two or three a release.
 _MAX_TYPES = 32
+
+#: Why a request is not taken, in one word; those that ``reasons`` has as well mean the same there.
+REFUSALS = (
+    *("wrong-cluster", "wrong-version", "wrong-member", "removed", "unknown-member", "wrong-peer"),
+    *("undecodable", "incomplete", "too-large", "no-memory", "encoded", "busy", "forked"),
+)
 
 
 class ReceivedCounts(NamedTuple):
@@ -30,6 +36,8 @@ class ReceivedCounts(NamedTuple):
     unknown_fields: int
     #: Calls of ``process`` that raised anything but ``RequestRejected``.
     process_failures: int
+    #: Requests that were not taken, by one word that says why.
+    refusals: dict[str, int]
 
 
 class Received:
@@ -62,6 +70,7 @@ class Received:
         self.unknown = 0
         self.unknown_fields = 0
         self.process_failures = 0
+        self._refusals = dict.fromkeys(REFUSALS, 0)
         self._failures_by_address: dict[str, int] | None = None
         self._unknown_types: set[int] = set()  # that the log has been told of
         self._losing_senders: set[int] = set()  # likewise
@@ -87,6 +96,11 @@ class Received:
                 if address in counts or len(counts) < _MAX_SENDERS:
                     counts.setdefault(address, 0)
                     counts[address] += 1
+
+    def count_refusal(self, verdict: str) -> None:
+        """Count a request that was not taken, by one of ``REFUSALS``."""
+        with self._lock:
+            self._refusals[verdict] += 1
 
     def count_ignored(self) -> None:
         """Count a message of a process-local type."""
@@ -139,6 +153,7 @@ class Received:
                 self.unknown,
                 self.unknown_fields,
                 self.process_failures,
+                self._refusals.copy(),
             )
 
     def count_failures_by_address(self) -> None:

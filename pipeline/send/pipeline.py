@@ -137,6 +137,8 @@ class PeerPipeline(Sender):
         if on_peer_change is not None:
             self.status.changes = PeerChanges(peer_id, on_peer_change, self._callbacks)
         self._peer = protocol.format_id(peer_id)
+        #: Messages, and their bytes, that may wait.
+        self.queue_length, self.queue_bytes = config.queue_length, config.queue_bytes
         self._config = config
         #: Tells what became of messages to this peer, whatever carries them.
         self.reports = Reports(
@@ -442,6 +444,7 @@ class PeerPipeline(Sender):
         for kind, to in expired:
             self.reports.not_tried(to, snapshots=int(kind == MessageType.SNAP))
         self.finish_expired(len(expired))
+        self.status.count("too-old", len(expired))
         self._throttle.warning(
             "dropped %d messages to peer %s that waited longer than %g s",
             len(expired),

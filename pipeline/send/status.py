@@ -10,6 +10,7 @@ from pipeline.arguments import require_id
 from pipeline.errors import STOPPED
 from pipeline.locks import lock_of
 from pipeline.logs import get_logger
+from pipeline.reasons import explanation_of
 from pipeline.send.changes import PeerChange, PeerChanges, PeerState
 from pipeline.wire.protocol import (
     CLUSTER_ID_MISMATCH,
@@ -32,6 +33,8 @@ class LastError(NamedTuple):
     at: float
     #: How often in a row, without a success or another reason in between.
     times: int
+    #: What ``raft-pipeline explain`` makes of it, in one word: "refused", "expired" and so on.
+    verdict: str
 
 
 class PeerStatus:
@@ -83,6 +86,7 @@ class PeerStatus:
         self._is_told = False  # whether a change, or that there was none yet, stands in the log
         self._is_in_row = False  # the last error is the last thing heard
         self._mismatch = ""  # the last one since a success, as logged
+        self._errors: dict[str, int] = {}  # by verdict, of which there are a few dozen
         # Guards every change. Reentrant and held while logging: lines come in the order of the
         # changes, and a log handler may ask us or even send to the peer.
         self._lock = lock_of(self)
@@ -155,6 +159,16 @@ class PeerStatus:
                 logger.debug(text, failure)
             return is_first
 
+    def count(self, verdict: str, times: int = 1) -> None:
+        """Count failures by their verdict; :meth:`deactivate` has counted its own."""
+        with self._lock:
+            self._errors[verdict] = self._errors.get(verdict, 0) + times
+
+    def errors(self) -> dict[str, int]:
+        """Return how many failures there were, by verdict."""
+        with self._lock:
+            return self._errors.copy()
+
     def _become(self, state: PeerState, reason: str) -> None:
         """Have a change told; what time does not heal is ended by a success only."""
         is_lasting = self._state in (PeerState.MISMATCHED, PeerState.REMOVED)
@@ -168,7 +182,9 @@ class PeerStatus:
         times = 1
         if self.last_error is not None and self._is_in_row and self.last_error.text == reason:
             times += self.last_error.times
-        self.last_error = LastError(reason, time.time(), times)
+        verdict = explanation_of(reason).verdict
+        self.last_error = LastError(reason, time.time(), times, verdict)
+        self.count(verdict)
         self._is_in_row = True
 
 

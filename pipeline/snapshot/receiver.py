@@ -106,6 +106,8 @@ class SnapshotReceiver:
         self._config = config
         self._lock = lock_of(self)  # guards what follows
         self._senders: dict[str, _Sender] = {}
+        #: Bytes of databases written to the disk, of those that were given up as well.
+        self.stored_bytes = 0
 
     def prepare(self) -> None:
         """Make the directory, if there is to be one; ``OSError`` if it cannot be made."""
@@ -213,6 +215,8 @@ class SnapshotReceiver:
         try:
             while n := body.readinto(buffer):
                 saving.write(buffer[:n])
+                with self._lock:
+                    self.stored_bytes += n
             saving.commit()
             return saving.size
         finally:

@@ -121,6 +121,10 @@ class SnapshotSendCounts(NamedTuple):
     in_flight: int
     #: Messages and databases answered 204.
     sent_bytes: int
+    #: Of databases: written to a connection, whatever became of them.
+    written_bytes: int
+    #: Of databases that are being sent, and of those that wait: not written yet.
+    left_bytes: int
     #: Of the successful ones, seconds.
     durations: Histogram
 
@@ -288,6 +292,8 @@ class SnapshotTransfer:
     def moved(self, count: int) -> None:
         """Note that bytes of the database were written."""
         self._sent_bytes += count
+        if self._sender is not None:
+            self._sender.count_written(count)
         now = time.monotonic()
         if now - self._marks[-1][0] >= PROGRESS_INTERVAL_S:
             self._marks.append((now, self._sent_bytes))
@@ -403,6 +409,7 @@ class SnapshotSender:
         self._waiting: list[SnapshotTransfer] = []
         self._lock = lock_of(self)  # guards what follows
         self._success = self._failures = self._in_flight = self._sent_bytes = 0
+        self._written_bytes = 0
         self._durations = Histogram(SNAPSHOT_BOUNDS_S)
 
     def send(self, transfer: SnapshotTransfer) -> bool:
@@ -460,14 +467,23 @@ class SnapshotSender:
 
     def counts(self) -> SnapshotSendCounts:
         """What the transfers came to so far."""
+        transfers = (self._running, *self._waiting)
+        left = sum(it.total_bytes - it.progress.sent_bytes for it in transfers if it is not None)
         with self._lock:
             return SnapshotSendCounts(
                 self._success,
                 self._failures,
                 self._in_flight,
                 self._sent_bytes,
+                self._written_bytes,
+                left,
                 self._durations.copy(),
             )
+
+    def count_written(self, count: int) -> None:
+        """Count bytes of a database that were written; a transfer does."""
+        with self._lock:
+            self._written_bytes += count
 
     def forget_after_fork(self) -> None:
         """In a forked child, which has no thread: stop, and let go of the parent's connection."""

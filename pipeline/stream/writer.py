@@ -83,6 +83,7 @@ class StreamWriter(Writer):
         self._peer = format_id(pipeline.peer_id)
         self._since = 0.0
         self._throttle = Throttle(logger)
+        self.queue_length, self.queue_bytes = queue_length, config.queue_bytes
 
     def serve(self, connection: OwnSocket, head: bytes, *, is_chunked: bool) -> None:
         """Send on a connection that the peer has dialled, from now on. Never waits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,10 +17,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from pipeline import TLSInfo, Transport, TransportConfig
-from pipeline.cli import reasons
+from pipeline import TLSInfo, Transport, TransportConfig, reasons
 from pipeline.cli.commands import commands
-from pipeline.cli.reasons import explanation_of
+from pipeline.reasons import explanation_of
 from tests.support.processes import ROOT, TIMEOUT_S
 from tests.support.raft import FakeRaft
 from tests.support.server import (
@@ -330,6 +330,30 @@ def test_every_reason_of_the_documents_is_explained(reason: str) -> None:
     result = CliRunner().invoke(commands, ["explain", "--json", reason])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["verdict"] == explanation_of(reason).verdict != "failed"
+
+
+def reasons_of_the_loops() -> list[str]:
+    """The texts that the compiled modules have for how a connection ended."""
+    found = []
+    for path in ("_core.pyx", "stream/_streams.pyx"):
+        text = (ROOT / "pipeline" / path).read_text()
+        (table,) = re.findall(r"^cdef dict REASONS = \{(.*?)^\}", text, re.MULTILINE | re.DOTALL)
+        found += re.findall(r'"([^"]+)"', table)
+    return [*found, "EOF", *map(os.strerror, (errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT))]
+
+
+@pytest.mark.parametrize("reason", reasons_of_the_loops())
+def test_however_a_connection_ends_is_explained(reason: str) -> None:
+    assert explanation_of(reason).verdict != "failed"
+
+
+def test_the_verdicts_of_operations_md_are_those_of_explain() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    known = dict.fromkeys(explanation for _, explanation in reasons._KNOWN)
+    assert [row for row in rows if row[0] in {it.verdict for it in known} | {"failed"}] == [
+        (it.verdict, it.meaning, it.advice) for it in (*known, reasons._UNKNOWN)
+    ]
 
 
 def test_a_reason_that_is_not_known_is_not_explained_away() -> None:

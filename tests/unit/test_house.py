@@ -33,7 +33,7 @@ MAY_KNOW: dict[str, set[str]] = {
 #: Modules at the root that know no folder, so that every folder may know them.
 KNOWN_TO_ALL = {
     *("arguments", "callbacks", "config", "errors", "forks", "identity", "locks", "logs", "names"),
-    *("raft", "stats", "threads", "types", "_system", "_version"),
+    *("raft", "reasons", "stats", "threads", "types", "_system", "_version"),
 }
 #: What one module knows of another that knows it, for annotations alone.
 MAY_NAME = {("tls.rules", "tls.info")}

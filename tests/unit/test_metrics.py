@@ -7,7 +7,9 @@ import contextlib
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from pipeline import (
 )
 from pipeline.logs import get_logger
 from pipeline.metrics import _FAMILIES, MetricsCollector
+from pipeline.receive.received import REFUSALS
 from tests.support import LONG_TIMEOUT
 from tests.support.http import HEARTBEAT, peer_headers, post_heartbeat, reply_of_socket
 from tests.support.listening import ask
@@ -37,7 +40,7 @@ from tests.support.logs import handler_that_raises
 from tests.support.processes import TIMEOUT_S
 from tests.support.raft import FakeRaft
 from tests.support.senders import MEMBER, message
-from tests.support.server import ScriptedServer, always, answer
+from tests.support.server import ScriptedServer, always, answer, refused_port
 from tests.support.snapshots import framed, post_snapshot, snapshot
 from tests.support.waiting import eventually
 
@@ -433,6 +436,130 @@ def test_streams_are_shown_by_kind_and_direction() -> None:
     assert at_b.value("raft_pipeline_sent_messages_total", Local="b2", To="a1") == 2
     assert at_b.value("etcd_network_peer_sent_bytes_total", To="a1") > 0
     assert at_a.value("etcd_network_peer_received_bytes_total", From=f"{MEMBER:x}") > 0
+
+
+def test_failures_are_shown_by_verdict_and_the_last_one_with_its_time() -> None:
+    config = PipelineConfig(max_queue_age=0.01, connections=1, queue_length=8)
+    with (
+        ScriptedServer(always(answer("500 Internal Server Error"))) as failing,
+        ScriptedServer(always(b"")) as stuck,
+        refused_port() as port,
+        Transport(1, CLUSTER_ID, FakeRaft(), config=TransportConfig(pipeline=config)) as transport,
+    ):
+        began = time.time()
+        transport.add_peer(2, [failing.url])
+        transport.add_peer(3, [f"http://127.0.0.1:{port}"])
+        transport.add_peer(4, [stuck.url])
+        transport.send([message(to=2), message(to=3)])
+        transport.send([message(to=4)] * 3)  # one is in flight, the others wait for too long
+        eventually(lambda: transport.stats()[2].failed == transport.stats()[3].failed == 1)
+        eventually(lambda: transport.stats()[4].failed == 2)
+        shown = Exposition(transport.metrics_collector())
+        errors = {peer: transport.peer_stats()[peer].last_error for peer in (2, 3, 4)}
+    for peer, verdict, count in (("2", "cannot-process", 1), ("3", "refused", 1)):
+        labels = {"Local": "1", "To": peer, "Verdict": verdict}
+        assert shown.value("raft_pipeline_peer_errors_total", **labels) == count
+        at = shown.value("raft_pipeline_peer_last_error_timestamp_seconds", **labels)
+        last = errors[int(peer)]
+        assert last is not None
+        assert (last.verdict, last.at) == (verdict, at)
+        assert began <= at <= time.time()
+    labels = {"Local": "1", "To": "4", "Verdict": "too-old"}
+    assert shown.value("raft_pipeline_peer_errors_total", **labels) == 2
+    assert errors[4] is None  # it says nothing of the peer
+
+
+def test_each_channel_and_the_node_show_what_waits_and_what_may() -> None:
+    config = TransportConfig(
+        pipeline=PipelineConfig(connections=1, queue_length=9, queue_bytes=1000),
+        stream_queue_length=33,
+        queue_bytes=5000,
+    )
+    with (
+        ScriptedServer(always(b"")) as stuck,
+        Transport(1, CLUSTER_ID, FakeRaft(), config=config) as transport,
+    ):
+        transport.add_peer(2, [stuck.url])
+        transport.send([message(to=2)] * 3)
+        eventually(lambda: transport.stats()[2].in_flight == 1)
+        shown = Exposition(transport.metrics_collector())
+    size = message(to=2).byte_size()
+    labels = {"Local": "1", "To": "2", "Channel": "pipeline"}
+    prefix = "raft_pipeline_channel"
+    assert shown.value(f"{prefix}_queued_messages", **labels) == 2
+    assert shown.value(f"{prefix}_queue_length", **labels) == 9
+    assert shown.value(f"{prefix}_queued_bytes", **labels) == 2 * size
+    assert shown.value(f"{prefix}_queue_bytes", **labels) == 1000
+    assert shown.value(f"{prefix}_sent_messages_total", **labels) == 0
+    assert shown.value("raft_pipeline_node_queue_bytes", Local="1") == 5000
+    assert shown.value("raft_pipeline_node_queued_bytes", Local="1") >= 2 * size
+
+
+@pytest.mark.streams
+def test_the_channels_add_up_to_the_peer_s_books() -> None:
+    raft = FakeRaft()
+    with Transport(0xA1, CLUSTER_ID, FakeRaft()) as a, Transport(0xB2, CLUSTER_ID, raft) as b:
+        a.add_peer(0xB2, [b.listen("http://127.0.0.1:0").url])
+        b.add_peer(0xA1, [a.listen("http://127.0.0.1:0").url])
+        eventually(lambda: all(stream.since for stream in streams_of(a, 0xB2)))
+        large = bytes(1 << 20)
+        kinds = (MessageType.APP, MessageType.PROP, MessageType.VOTE)
+        a.send([message(kind, large if kind != MessageType.VOTE else b"", 0xB2) for kind in kinds])
+        eventually(lambda: a.stats()[0xB2].sent == 3)
+        shown = Exposition(a.metrics_collector())
+        books = a.stats()[0xB2]
+    for what, total in (("messages", books.sent), ("bytes", books.sent_bytes)):
+        name = f"raft_pipeline_channel_sent_{what}_total"
+        ways = {it["Channel"]: shown.value(name, **it) for it in shown.labels(name)}
+        assert ways.keys() == {"pipeline", "msgapp", "message"}
+        assert sum(ways.values()) == total
+
+
+def test_a_snapshot_is_shown_while_it_is_on_its_way(tmp_path: Path) -> None:
+    may_go_on = threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 400
+        assert may_go_on.wait(LONG_TIMEOUT)
+        yield b"x" * 600
+
+    receiver = TransportConfig(receiver=ReceiverConfig(snapshot_dir=tmp_path))
+    with (
+        Transport(1, CLUSTER_ID, FakeRaft()) as sender,
+        Transport(2, CLUSTER_ID, FakeRaft(), config=receiver) as taker,
+    ):
+        sender.add_peer(2, [taker.listen("http://127.0.0.1:0").url])
+        transfer = sender.send_snapshot(snapshot(), chunks(), size=1000)
+        eventually(lambda: transfer.progress.sent_bytes == 400)
+        during = Exposition(sender.metrics_collector())
+        may_go_on.set()
+        transfer.result(LONG_TIMEOUT)
+        eventually(lambda: sender.snapshot().peers[0].snapshots.in_flight == 0)
+        after, taken = (Exposition(node.metrics_collector()) for node in (sender, taker))
+    labels = {"Local": "1", "To": "2"}
+    sent, left = "raft_pipeline_snapshot_sent_bytes_total", "raft_pipeline_snapshot_left_bytes"
+    assert during.value(sent, **labels) == 400
+    assert during.value(left, **labels) == 600
+    assert after.value(sent, **labels) == 1000
+    assert after.value(left, **labels) == 0
+    assert taken.value("raft_pipeline_snapshot_received_bytes_total", Local="2") == 1000
+
+
+def test_requests_that_are_refused_are_shown_by_why() -> None:
+    with Transport(2, CLUSTER_ID, FakeRaft()) as transport:
+        url = transport.listen("http://127.0.0.1:0").url
+        body = HEARTBEAT.marshal()
+        other = peer_headers(x_etcd_cluster_id="1")
+        assert reply_of_socket(url, "POST", "/raft", other, body).status == 412
+        assert reply_of_socket(url, "POST", "/raft", peer_headers(), b"\xff").status == 400
+        shown = Exposition(transport.metrics_collector())
+    name = "raft_pipeline_refused_requests_total"
+    refused = {it["Verdict"]: shown.value(name, **it) for it in shown.labels(name)}
+    assert refused.keys() == set(REFUSALS)
+    assert {verdict for verdict, count in refused.items() if count} == {
+        "wrong-cluster",
+        "undecodable",
+    }
 
 
 def streams_of(node: Transport, peer_id: int) -> tuple[StreamStats, ...]:

@@ -1,11 +1,13 @@
 """Why a message or a probe failed, in words for whoever is to mend it.
 
 A reason is the text in brackets of a log line, in ``last_error`` and in ``probe``. What it means
-and what to do is said here, once; docs/operations.md says where it shows.
+and what to do is said here, once; docs/operations.md says where it shows. Reasons name addresses
+and times, so there is no end of them; verdicts are few, so metrics may have them as a label.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -34,6 +36,13 @@ class Explanation(NamedTuple):
     #: What to do about it.
     advice: str
 
+
+_SILENT = Explanation(
+    "silent",
+    EXIT_UNREACHABLE,
+    "something takes the connection and does not answer",
+    "see whether the process is stopped or overloaded, or another program has the port",
+)
 
 _ALERT = r"alert.*|certificate required|bad certificate"
 
@@ -201,12 +210,7 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
     ),
     (
         r"handshake: not done|handshake timeout",
-        Explanation(
-            "silent",
-            EXIT_UNREACHABLE,
-            "something takes the connection and does not answer the TLS handshake",
-            "see whether the process is stopped or overloaded, or another program has the port",
-        ),
+        _SILENT,
     ),
     (
         r"TLS",
@@ -256,6 +260,15 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
+        r"\bEOF\b|closed by the peer|Connection reset|Broken pipe",
+        Explanation(
+            "closed",
+            EXIT_UNREACHABLE,
+            "the peer, or something between, has closed the connection",
+            "see whether the peer was stopped or restarted; the connection is made anew by itself",
+        ),
+    ),
+    (
         r"is no peer port|malformed|before an answer",
         Explanation(
             "not-a-peer",
@@ -274,7 +287,8 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
-        r"http status|answered with status|answered without OK|unhandled",
+        r"http status|answered with status|answered without OK|unhandled|no chunk|is no stream|"
+        r"frame that is none|head of the answer|before everything was sent",
         Explanation(
             "odd-status",
             EXIT_NOT_A_PEER,
@@ -283,7 +297,7 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
-        r"dead link|timed out|Connection reset|Broken pipe",
+        r"dead link|timed out",
         Explanation(
             "dead-link",
             EXIT_UNREACHABLE,
@@ -301,13 +315,8 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
-        r"no answer|not complete in time",
-        Explanation(
-            "silent",
-            EXIT_UNREACHABLE,
-            "something takes the connection and does not answer",
-            "see whether the process is stopped or overloaded, or another program has the port",
-        ),
+        r"no answer|not complete in time|i/o timeout",
+        _SILENT,
     ),
     (
         r"waited longer than",
@@ -337,6 +346,15 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
+        r"internal error",
+        Explanation(
+            "internal",
+            EXIT_HERE,
+            "a fault of this library",
+            "report it, with the traceback that the log has",
+        ),
+    ),
+    (
         r"cancelled|stopped",
         Explanation(
             "ended-here",
@@ -352,6 +370,7 @@ _UNKNOWN = Explanation(
 )
 
 
+@functools.lru_cache(256)  # a peer that is sick says the same again and again
 def explanation_of(reason: str) -> Explanation:
     """Return what a reason means; one that says so for a reason that nobody knows."""
     for pattern, explanation in _KNOWN:
