@@ -95,8 +95,8 @@ soak: build
 	$(BIN)/python -m tests.soak $(SOAK)
 
 lint: build $(VENV)/.linters typecheck libssl-check
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check . build/howto
+	$(BIN)/ruff format --check . build/howto
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/cython-lint pipeline tests
 
 # Our prototypes of OpenSSL's functions against OpenSSL's own, where its headers are installed.
@@ -111,6 +111,8 @@ libssl-check:
 typecheck: build $(VENV)/.linters
 	$(BIN)/python -m mypy --strict
 	$(BIN)/python -m mypy --strict tests/typing
+	rm -rf build/howto && $(BIN)/python -m tests.support.pages build/howto
+	$(BIN)/python -m mypy --strict build/howto
 	MYPYPATH=tools $(BIN)/python -m mypy --strict tools/wheels.py tools/test_wheels.py tools/demo_all.py tools/free_threaded.py tools/stubs.py
 	$(BIN)/python -m mypy.stubtest pipeline.tls._engine pipeline.net._budget pipeline.wire._chunks pipeline.wire._frames pipeline._core pipeline.wire._messages pipeline.receive._arrivals pipeline.receive._receiver pipeline.net._sockets pipeline.stream._streams
 
@@ -203,7 +205,7 @@ ASAN_PYTEST = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file
 .PHONY: asan-functional asan-others
 # The command's own code, and what examples do in processes of their own, is Python's alone.
 asan-functional:
-	$(ASAN_PYTEST) tests/functional $(patsubst %,--ignore-glob='*/test_%.py',cli_* demo example_nodes \
+	$(ASAN_PYTEST) tests/functional $(patsubst %,--ignore-glob='*/test_%.py',cli_* demo example_nodes howto \
 		pysyncobj three_nodes)
 
 asan-others:

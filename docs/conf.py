@@ -105,8 +105,6 @@ def _take_from_elsewhere(app: Sphinx, docname: str, source: list[str]) -> None:
 
         text = _LINK.sub(from_here, path.read_text("utf-8"))
         source[0] = "\n".join([text, *_LISTS.findall(source[0])])
-    if not (DOCS / "howto").exists():  # of a glob that finds nothing Sphinx warns
-        source[0] = source[0].replace("\nhowto/*\n", "\n")
     source[0] = _LINK.sub(moved, source[0])
 
 

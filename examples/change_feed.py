@@ -7,8 +7,8 @@
 The program has an etcd, here the one at the second URL, add it to the cluster as a learner that is
 reached at the first. From then on it asks no API for anything: the leader sends it the log, as it
 does to all members. Each entry becomes a line, a snapshot becomes the lines of all keys, and with
-``--after INDEX``, of the last line, the program goes on where it was ended. docs/examples.md says
-what the lines are, what comes twice and what is lost.
+``--after INDEX``, of the last line, the program goes on where it was ended. What the lines are,
+what comes twice and what is lost: docs/howto/change-feed.md.
 """
 
 from __future__ import annotations

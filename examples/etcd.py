@@ -40,6 +40,7 @@ __all__ = [
     "find_etcd",
     "free_port",
     "member_id",
+    "name_request",
     "put_of",
     "put_request",
     "puts_in",
@@ -465,6 +466,34 @@ def put_request(key: bytes, value: bytes) -> bytes:
     header = _field(1 << 3, random.getrandbits(63))
     put = _bytes_field(1, key) + _bytes_field(2, value)
     return _bytes_field(4, put) + _bytes_field(100, header)
+
+
+def name_request(member_id: int, name: str, client_urls: Sequence[str], version: str) -> bytes:
+    """Return the data of an entry that publishes a member's name and client URLs.
+
+    A member without a name counts as one that was not started. etcd 3.5 and later read a
+    ``ClusterMemberAttrSetRequest`` (field 1301); 3.4 only the ``Request`` of API v2 that puts them
+    into a key, its fields ID, Method, Path and Val. Source: etcd ``EtcdServer.publish``,
+    ``publishV3``.
+    """
+    id_ = random.getrandbits(63)
+    if tuple(map(int, version.split(".")[:2])) < (3, 5):
+        value = json.dumps({"name": name, "clientURLs": [*client_urls]}).encode()
+        path = f"/0/members/{member_id:x}/attributes".encode()
+        return b"".join(
+            (
+                _field(1 << 3, id_),
+                _bytes_field(2, b"PUT"),
+                _bytes_field(3, path),
+                _bytes_field(4, value),
+            )
+        )
+    attributes = b"".join(
+        _bytes_field(number, text.encode())
+        for number, text in ((1, name), *((2, url) for url in client_urls))
+    )
+    request = _field(1 << 3, member_id) + _bytes_field(2, attributes)
+    return _bytes_field(1301, request) + _bytes_field(100, _field(1 << 3, id_))
 
 
 def _bytes_field(number: int, data: bytes) -> bytes:

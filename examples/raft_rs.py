@@ -5,7 +5,7 @@
     python -m pipeline.examples.raft_rs
 
 Raft is ``raft-rs``, in Rust, through ``rraft-py``. Of that there is no wheel for Python 3.11 or
-newer; it is imported when the program runs, and built with Rust beforehand (docs/raft-rs.md).
+newer; it is imported when the program runs, and built with Rust beforehand (docs/howto/raft-rs.md).
 
 The messages of raft-rs are raftpb's with fields of their own, of which a ``pipeline.Message`` knows
 nothing: ``Entry.context``, ``Message.commit_term``, ``priority`` and more. Their bytes are carried
@@ -139,7 +139,9 @@ def main() -> int:
     try:
         rraft = importlib.import_module("rraft")
     except ImportError:
-        print("rraft-py is not installed: docs/raft-rs.md says how it is built", file=sys.stderr)
+        print(
+            "rraft-py is not installed: docs/howto/raft-rs.md says how it is built", file=sys.stderr
+        )
         return 1
     members = [Member(each, core_of(rraft, each), rraft.Message.decode) for each in MEMBERS]
     threads = []

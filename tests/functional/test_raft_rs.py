@@ -171,12 +171,12 @@ def test_the_program_says_what_it_needs(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rraft", None)
     assert raft_rs.main() == 1
-    assert "docs/raft-rs.md" in capsys.readouterr().err
+    assert "docs/howto/raft-rs.md" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("rraft") is None,
-    reason="rraft-py is not installed: docs/raft-rs.md says how it is built",
+    reason="rraft-py is not installed: docs/howto/raft-rs.md says how it is built",
 )
 def test_three_members_of_raft_rs_commit_and_lose_no_context() -> None:
     result = subprocess.run(

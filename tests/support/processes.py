@@ -57,7 +57,7 @@ def assert_nothing_is_left(directory: Path) -> None:
 
 
 class Program:
-    """A module that runs as a process of its own, its output read as it comes.
+    """A module, or a file, that runs as a process of its own, its output read as it comes.
 
     Attributes
     ----------
@@ -65,12 +65,16 @@ class Program:
         What it has written so far, to either output.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, program: str | Path, *arguments: str) -> None:
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._has_ended = False
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", module, *arguments],
+            [
+                *(sys.executable, "-W", "error"),
+                *(("-m", program) if isinstance(program, str) else (program,)),
+                *arguments,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

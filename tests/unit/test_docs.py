@@ -38,7 +38,7 @@ BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 SETTINGS = ROOT / "docs" / "reference" / "settings.md"
 SUPPORT = ROOT / "docs" / "support.md"
 EXAMPLE = ROOT / "examples" / "two_transports.py"
-EXPLAINED = ROOT / "docs" / "examples.md"
+HOWTO = ROOT / "docs" / "howto"
 SECURITY = ROOT / "docs" / "security.md"
 TESTS = ROOT / "tests" / "README.md"
 DOCUMENTS = sorted(
@@ -159,16 +159,17 @@ def test_the_lines_of_glue_are_as_many_as_each_program_says() -> None:
             for name in re.findall(r"``(\w+)``", said[2])
         )
         assert lines == int(said[1]), path.name
-        assert re.search(rf"\.\./examples/{path.name}\).*\| {lines}\b", EXPLAINED.read_text())
+        table = (HOWTO / "index.md").read_text()
+        assert re.search(rf"\.\./examples/{path.name}\).*\| {lines}\b", table)
     assert counted >= 5
 
 
 def test_every_program_of_the_examples_is_explained() -> None:
     """But for those that are parts of others."""
-    text = EXPLAINED.read_text()
+    text = "".join(page.read_text() for page in HOWTO.glob("*.md"))
     for path in (ROOT / "examples").glob("*.py"):
         if '__name__ == "__main__"' in path.read_text():
-            assert f"](../examples/{path.name})" in text, path.name
+            assert f"](../../examples/{path.name})" in text, path.name
 
 
 def shown(name: str, value: object) -> str:
@@ -246,6 +247,13 @@ def test_every_test_module_answers_a_question() -> None:
     assert sorted(set(named)) == sorted(str(path.relative_to(ROOT / "tests")) for path in modules)
     helpers = set(re.findall(r"`(\w+\.py)`", TESTS.read_text().partition("`support/`")[2]))
     assert all((ROOT / "tests" / "support" / name).exists() for name in helpers)
+
+
+def test_every_how_to_is_in_their_table() -> None:
+    table = (HOWTO / "index.md").read_text().partition("## Whole nodes")[0]
+    named = re.findall(r"^\| .*\]\(([\w-]+\.md)\)", table, re.MULTILINE)
+    pages = {page.name for page in HOWTO.glob("*.md")} - {"index.md"}
+    assert sorted(named) == sorted(pages)
 
 
 def upstream_tests() -> list[tuple[str, str]]:
