@@ -91,6 +91,11 @@ class OurMember:
         if code != 0:
             raise ChaosError(f"{self.name} ended with {code}")
 
+    def descriptors(self) -> list[str]:
+        """Return the numbers of the descriptors that it has open."""
+        assert self._process is not None
+        return os.listdir(f"/proc/{self._process.pid}/fd")
+
     def check(self) -> None:
         """Raise ChaosError if it has ended by itself."""
         if self._process is not None and self._process.poll() is not None:

@@ -40,6 +40,7 @@ class Link:
         self.port = port
         self.target = target
         self.fault = Fault.NONE
+        self.accepted = 0  # connections
         self._server: asyncio.Server | None = None
         self._changed = asyncio.Event()  # set and replaced when the fault changes
         self._writers: set[asyncio.StreamWriter] = set()
@@ -67,6 +68,7 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)

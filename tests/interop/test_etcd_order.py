@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from pipeline import Inbox, Message, MessageType, Transport
+from pipeline import Inbox, MessageType, Transport
 from pipeline.examples.etcd import config_beside, find_etcd, free_port, put_of
 from tests.support import LONG_TIMEOUT
-from tests.support.etcd import PatientEtcd, RecordingFollower
+from tests.support.etcd import PatientEtcd, RecordingFollower, out_of_order
 from tests.support.tls import Authority
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.etcd, pytest.mark.streams]
 
 PUTS, CLIENTS = 3000, 16
-
-
-def out_of_order(appends: Sequence[Message]) -> list[tuple[int, int]]:
-    """Where an append ends and the next, of the same leader, begins, if it is not there."""
-    steps = [
-        (before.index + len(before.entries), after.index)
-        for before, after in pairwise(appends)
-        if before.term == after.term
-    ]
-    return [(end, begin) for end, begin in steps if end != begin]
 
 
 @pytest.mark.slow

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline import MemberRemovedError, MessageType, ReceiverConfig, StreamStats, TransportConfig
+from pipeline import MemberRemovedError, MessageType, ReceiverConfig, TransportConfig
+from pipeline.examples.etcd import EtcdError, EtcdMember, find_etcd, put_of
+from tests.chaos.cluster import Cluster as ChaosCluster
+from tests.chaos.link import Network
 from tests.support import LONG_TIMEOUT
 from tests.support.etcd import (
     Cluster,
     assert_balanced,
     left_behind,
     move_leadership_to_us,
+    posts,
     puts_in_our_log,
+    streams,
+    wait_for_streams,
 )
-from tests.support.tls import Authority
+from tests.support.tls import Authority, serial_of
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.etcd, pytest.mark.streams]
-
-
-def streams(cluster: Cluster) -> dict[tuple[str, str], StreamStats]:
-    """Our four ends, by kind and direction."""
-    assert cluster.transport is not None
-    peer = cluster.transport.peer_stats()[cluster.etcd.id]
-    return {(end.kind, end.direction): end for end in peer.streams}
-
-
-def posts(cluster: Cluster) -> int:
-    """How many messages were offered to the pipeline."""
-    by_stream = [end.books.offered for end in streams(cluster).values() if end.books is not None]
-    return cluster.stats().offered - sum(by_stream)
-
-
-def wait_for_streams(cluster: Cluster) -> None:
-    eventually(
-        lambda: all(end.since is not None for end in streams(cluster).values()),
-        "all streams are up",
-    )
 
 
 @pytest.fixture(params=["plain", "TLS"])
@@ -63,11 +52,15 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
 
 def lines_about_us(cluster: Cluster) -> list[str]:
     """What etcd has logged of us at warn and above."""
-    us = f"{cluster.follower.member_id:x}"
+    return lines_at_warn(cluster.etcd, f"{cluster.follower.member_id:x}")
+
+
+def lines_at_warn(etcd: EtcdMember, member: str) -> list[str]:
+    """What it has logged of a member at warn and above."""
     return [
         line
-        for line in cluster.etcd.log_tail(100_000).splitlines()
-        if us in line and any(f'"level":"{level}"' in line for level in ("warn", "error"))
+        for line in etcd.log_tail(100_000).splitlines()
+        if member in line and any(f'"level":"{level}"' in line for level in ("warn", "error"))
     ]
 
 
@@ -171,6 +164,106 @@ def test_an_etcd_that_stands_still_is_found_and_comes_back(cluster: Cluster) -> 
     cluster.etcd.put(b"after", b"2")
     wait_for_streams(cluster)
     assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [2.0, 8.0])
+@pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
+def test_a_process_of_ours_that_stands_still_is_found_and_comes_back(
+    tmp_path: Path, has_tls: bool, seconds: float
+) -> None:
+    with Network() as network:
+        cluster = ChaosCluster(find_etcd(), tmp_path, network, ours=1, has_tls=has_tls)
+        etcd, (ours,) = cluster.etcd, cluster.ours
+        us = f"{ours.setting.member_id:x}"
+        try:
+            cluster.start()
+            written = {b"before %d" % n: b"%d" % n for n in range(20)}
+            for key, value in written.items():
+                etcd.insist(lambda key=key, value=value: etcd.put(key, value))  # type: ignore[misc]
+            cluster.settle()
+            opened = len(ours.descriptors())
+            with cluster.frozen(ours.name):
+                until = time.monotonic() + seconds
+                with pytest.raises(EtcdError):
+                    etcd.put(b"unheard", b"", 0.5)
+                time.sleep(until - time.monotonic())
+            etcd.wait_ready(LONG_TIMEOUT)
+            cluster.settle()
+            eventually(lambda: is_quiet(cluster, us), "all goes by streams again")
+            # Kept: connections for posts, four either way, and for probes.
+            assert len(ours.descriptors()) <= opened + 10
+            last = cluster.settle()
+            items = etcd.items()
+            cluster.check()
+            ours.stop()
+            held = dict(put for entry in ours.log(last).entries if (put := put_of(entry)))
+            assert held.items() >= written.items()
+            assert held == items
+            assert cluster.unbalanced() == 0
+        finally:
+            cluster.stop()
+            print(ours.log_path.read_text()[-8000:])
+
+
+def is_quiet(cluster: ChaosCluster, us: str) -> bool:
+    """Write a hundred keys; tell whether nothing was dialled or complained of meanwhile."""
+    complaints = lines_at_warn(cluster.etcd, us)
+    accepted = sum(link.accepted for link in cluster.network.links)
+    for n in range(100):
+        cluster.etcd.insist(lambda n=n: cluster.etcd.put(b"after %d" % n, b"x"))  # type: ignore[misc]
+    dialled = sum(link.accepted for link in cluster.network.links) - accepted
+    return dialled <= 2 and lines_at_warn(cluster.etcd, us) == complaints  # probes of an etcd
+
+
+def test_certificates_are_replaced_while_streams_are_up(tmp_path: Path) -> None:
+    """Ours with a reload, which ends the streams; an etcd's is read at each handshake."""
+    authority, shown = Authority(tmp_path / "certs"), []
+
+    def allow(certificate: Mapping[str, Any], member_id: int) -> bool:
+        shown.append(certificate["serialNumber"])
+        return True
+
+    cluster = Cluster(tmp_path, authority=authority)
+    assert cluster.tls is not None
+    cluster.tls = replace(cluster.tls, allow_member=allow)
+    try:
+        cluster.start()
+        wait_for_streams(cluster)
+        assert cluster.transport is not None
+        since = {key: end.since for key, end in streams(cluster).items()}
+        authority.issue("etcd")
+        cluster.etcd.put(b"etcd's", b"1")
+        assert {key: end.since for key, end in streams(cluster).items()} == since
+
+        old = serial_of(authority.directory / "ours.pem")
+        authority.issue("ours")
+        assert serial_of(authority.directory / "ours.pem") != old
+        assert cluster.transport.reload_tls()
+        eventually(
+            lambda: all(
+                end.since not in (None, since[key]) for key, end in streams(cluster).items()
+            ),
+            "all streams are others",
+        )
+        assert shown[-1] == serial_of(authority.directory / "etcd.pem")
+        cluster.etcd.put(b"ours", b"2")
+
+        def goes_by_streams() -> bool:
+            before = posts(cluster), cluster.listener.stats().fast_requests
+            for n in range(20):
+                cluster.etcd.put(b"%d" % n, b"")
+            return (posts(cluster), cluster.listener.stats().fast_requests) == before
+
+        eventually(goes_by_streams, "nothing is posted any more")
+        complaints = lines_about_us(cluster)
+        assert goes_by_streams()
+        assert lines_about_us(cluster) == complaints
+        held = puts_in_our_log(cluster)
+        assert (held[b"etcd's"], held[b"ours"]) == (b"1", b"2")
+        assert cluster.stats().failed == cluster.failed_at_start
+    finally:
+        cluster.stop()
 
 
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])

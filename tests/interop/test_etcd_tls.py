@@ -23,7 +23,7 @@ from tests.support.etcd import Cluster, move_leadership_to_us, puts_in_our_log
 from tests.support.listening import dial
 from tests.support.processes import run
 from tests.support.raft import FakeRaft
-from tests.support.tls import Authority
+from tests.support.tls import Authority, serial_of
 from tests.support.waiting import eventually, is_listening
 
 pytestmark = pytest.mark.etcd
@@ -273,12 +273,6 @@ class Writer:
                 self.written[key] = key * 100
         except Exception as error:
             self.error = error
-
-
-def serial_of(cert: Path) -> str:
-    """Return a certificate's number as ``getpeercert`` shows it."""
-    number = f"{x509.load_pem_x509_certificate(cert.read_bytes()).serial_number:X}"
-    return number.zfill(len(number) + len(number) % 2)
 
 
 def serial_shown_by(url: str, authority: Authority) -> str:

@@ -7,11 +7,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from pipeline import MemberRemovedError, Message, PipelineStats, Transport, TransportConfig
+from pipeline import (
+    MemberRemovedError,
+    Message,
+    PeerChange,
+    PipelineStats,
+    StreamStats,
+    Transport,
+    TransportConfig,
+)
 from pipeline.examples.etcd import EtcdMember, config_beside, find_etcd, free_port, put_of
 from pipeline.examples.follower import Follower, Role
 from tests.support import LONG_TIMEOUT
@@ -75,6 +84,19 @@ class Cluster:
         False: our member leads only if the leadership is handed to it.
     authority : Authority, optional
         Each member gets a certificate of it, and mTLS is spoken both ways.
+    binary : Path, optional
+        Of etcd, or what starts it.
+    our_url : str, optional
+        What etcd dials us at. Without it both are on loopback.
+    etcd_url : str, optional
+        Where etcd listens.
+
+    Attributes
+    ----------
+    listen_url : str
+        Where we listen; another one if etcd's dials come by a proxy, say.
+    dialled_url : str
+        What we dial etcd at; the same.
     """
 
     def __init__(
@@ -86,17 +108,30 @@ class Cluster:
         flags: Sequence[str] = (),
         campaigns: bool = True,
         authority: Authority | None = None,
+        binary: Path | None = None,
+        our_url: str | None = None,
+        etcd_url: str | None = None,
     ) -> None:
-        self.our_url = f"{'http' if authority is None else 'https'}://127.0.0.1:{free_port()}"
+        scheme = "http" if authority is None else "https"
+        self.our_url = self.listen_url = our_url or f"{scheme}://127.0.0.1:{free_port()}"
         self.tls = theirs = None
         if authority is not None:
             self.tls, theirs = authority.info("ours"), authority.info("etcd")
-        self.etcd = PatientEtcd(find_etcd(), directory, self.our_url, flags=flags, tls=theirs)
+        self.etcd = PatientEtcd(
+            binary or find_etcd(),
+            directory,
+            self.our_url,
+            flags=flags,
+            tls=theirs,
+            peer_url=etcd_url,
+        )
+        self.dialled_url = self.etcd.peer_url
         self.follower = RecordingFollower(self.etcd.other_id, self.etcd.id, campaigns=campaigns)
         self.our_cluster_id = self.etcd.cluster_id ^ (0 if has_right_cluster_id else 1)
         self.config = config_beside(self.etcd.version, config)
         self.transport: Transport | None = None
         self.on_critical_error: Callable[[MemberRemovedError], None] | None = None
+        self.on_peer_change: Callable[[PeerChange], None] | None = None
 
     def start(self) -> None:
         """Start both members and wait until etcd leads."""
@@ -126,11 +161,12 @@ class Cluster:
             tls=self.tls,
             config=self.config,
             on_critical_error=self.on_critical_error,
+            on_peer_change=self.on_peer_change,
         )
         self.transport.start()
-        self.transport.add_peer(self.etcd.id, [self.etcd.peer_url])
+        self.transport.add_peer(self.etcd.id, [self.dialled_url])
         if listening:
-            self.listener = self.transport.listen(self.our_url)
+            self.listener = self.transport.listen(self.listen_url)
         self.follower.start(self.transport.send)
 
     def stop_ours(self) -> None:
@@ -186,6 +222,36 @@ def left_behind(
         yield cluster
     finally:
         cluster.stop()
+
+
+def streams(cluster: Cluster) -> dict[tuple[str, str], StreamStats]:
+    """Our four ends, by kind and direction."""
+    assert cluster.transport is not None
+    peer = cluster.transport.peer_stats()[cluster.etcd.id]
+    return {(end.kind, end.direction): end for end in peer.streams}
+
+
+def wait_for_streams(cluster: Cluster) -> None:
+    eventually(
+        lambda: all(end.since is not None for end in streams(cluster).values()),
+        "all streams are up",
+    )
+
+
+def posts(cluster: Cluster) -> int:
+    """How many messages were offered to the pipeline."""
+    by_stream = [end.books.offered for end in streams(cluster).values() if end.books is not None]
+    return cluster.stats().offered - sum(by_stream)
+
+
+def out_of_order(appends: Sequence[Message]) -> list[tuple[int, int]]:
+    """Where an append ends and the next, of the same leader, begins, if it is not there."""
+    steps = [
+        (before.index + len(before.entries), after.index)
+        for before, after in pairwise(appends)
+        if before.term == after.term
+    ]
+    return [(end, begin) for end, begin in steps if end != begin]
 
 
 def puts_in_our_log(cluster: Cluster) -> dict[bytes, bytes]:

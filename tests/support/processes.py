@@ -25,11 +25,16 @@ def run(script: str, *args: str) -> Run:
     return run_python(str(ISOLATED / script), *args)
 
 
-def run_python(*args: str) -> Run:
+def run_under(command: tuple[str, ...], script: str, *args: str) -> Run:
+    """Do that by a command that is given another one."""
+    return run_python(str(ISOLATED / script), *args, under=command)
+
+
+def run_python(*args: str, under: tuple[str, ...] = ()) -> Run:
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1"}
     return subprocess.run(
-        [sys.executable, "-W", "error", *args],
+        [*under, sys.executable, "-W", "error", *args],
         check=False,
         capture_output=True,
         text=True,

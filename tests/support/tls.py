@@ -166,6 +166,12 @@ def _der(tag: int, value: bytes) -> bytes:
     return bytes((tag, 0x80 | len(digits))) + digits + value
 
 
+def serial_of(cert: Path) -> str:
+    """Return a certificate's number as ``getpeercert`` shows it."""
+    number = f"{x509.load_pem_x509_certificate(cert.read_bytes()).serial_number:X}"
+    return number.zfill(len(number) + len(number) % 2)
+
+
 def now() -> datetime.datetime:
     """Return the time."""
     return datetime.datetime.now(datetime.UTC)
