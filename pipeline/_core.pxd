@@ -37,5 +37,8 @@ cdef class Sender:
 cdef object books_seen(const books_t* books)
 cdef object follower_seen(const follower_t* follower)
 
+# SendResult, by OFFER_*.
+cdef tuple RESULTS
+
 # Make the job of a message, in a profile's encoding. ``loop`` lets go of what is finished.
 cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL

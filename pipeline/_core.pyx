@@ -73,7 +73,7 @@ cdef dict STATES = {
     WORKER_RETIRED: "retired",
 }
 
-cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
+RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
 
 
 class Event(enum.IntEnum):

@@ -18,7 +18,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from pipeline._core cimport IOLoop, Sender, books_seen, follower_seen
+from pipeline._core cimport RESULTS, IOLoop, Sender, books_seen, follower_seen
 from pipeline._system cimport (
     add_i64, clock_ns, cond_init_monotonic, count_get, deadline_timespec, get_int, load_i64,
     load_int, pthread_cond_destroy, pthread_cond_timedwait, pthread_mutex_destroy,
@@ -63,7 +63,6 @@ import socket
 
 from pipeline._core import error_text as sending_error_text
 from pipeline.errors import UsageError
-from pipeline.types import SendResult
 
 __all__ = [
     "Appends", "Channels", "Reader", "StreamEvent", "Streams", "Writer", "error_text", "send_all",
@@ -74,8 +73,6 @@ cdef enum:
     MESSAGE_STREAM_MAX = 64 * 1024
     # Of so many the rate is told; etcd ``queueCapacity``.
     APPEND_SAMPLES = 200
-
-cdef tuple RESULTS = (SendResult.ACCEPTED, SendResult.QUEUE_FULL, SendResult.STOPPED)
 
 cdef dict KINDS = {"message": STREAM_MESSAGE, "msgapp": STREAM_MSGAPP}
 
