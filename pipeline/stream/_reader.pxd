@@ -27,9 +27,9 @@ from pipeline.send._pipe cimport (
     ERROR_CLOSED, ERROR_RESPONSE_TIMEOUT, EVENT_HEAD, EVENT_LOST, guest_t,
 )
 from pipeline.stream._stream cimport (
-    ERROR_CHUNKS, ERROR_FRAME, ERROR_HEAD, ERROR_SILENT, STREAM_SCRATCH, STREAM_STEP_BYTES,
-    STREAM_TIMEOUT_NS, end_adopt, end_ask, end_close, end_close_next, end_let_go, end_of_due, end_t,
-    end_tell, streams_t,
+    ERROR_CHUNKS, ERROR_FRAME, ERROR_HEAD, ERROR_SILENT, ROW_FILLING, ROW_WAITING, STREAM_SCRATCH,
+    STREAM_STEP_BYTES, STREAM_TIMEOUT_NS, end_adopt, end_ask, end_close, end_close_next, end_let_go,
+    end_line_up, end_of_due, end_step_out, end_t, end_tell, streams_t,
 )
 from pipeline.wire._chunks cimport CHUNKS_END, CHUNKS_MORE, chunks_read, chunks_t
 from pipeline.wire._frames cimport (
@@ -124,38 +124,18 @@ cdef inline void reader_count(stream_reader_t* reader) noexcept nogil:
 cdef inline void reader_discount(stream_reader_t* reader) noexcept nogil:
     """It is whole, or will not be."""
     cdef streams_t* streams = reader.end.streams
-    cdef end_t** link = &streams.filling
     streams.reading -= reader.counted
     budget_add(streams.budget, -reader.counted)
     reader.counted = 0
-    if reader.end.is_filling:
-        reader.end.is_filling = False
-        while link[0] is not &reader.end:
-            link = &link[0].next_filling
-        link[0] = reader.end.next_filling
+    if end_step_out(&reader.end, ROW_FILLING):
         store_int(&streams.in_budget.has_news, True)    # another one is the first now
 
 
 cdef inline void reader_wait(stream_reader_t* reader) noexcept nogil:
     """Be told when there may be room."""
-    cdef end_t** link = &reader.end.streams.waiting
     # The budget is looked at once more in the turn that follows, and that is not to be waited for.
     reader.end.streams.guest.is_busy = True
-    if not reader.end.is_waiting:
-        reader.end.is_waiting = True
-        reader.end.next_waiting = NULL
-        while link[0] is not NULL:
-            link = &link[0].next_waiting
-        link[0] = &reader.end
-
-
-cdef inline void reader_wait_no_more(stream_reader_t* reader) noexcept nogil:
-    cdef end_t** link = &reader.end.streams.waiting
-    if reader.end.is_waiting:
-        reader.end.is_waiting = False
-        while link[0] is not &reader.end:
-            link = &link[0].next_waiting
-        link[0] = reader.end.next_waiting
+    end_line_up(&reader.end, ROW_WAITING)
 
 
 cdef inline bint reader_must_wait(stream_reader_t* reader) noexcept nogil:
@@ -165,21 +145,15 @@ cdef inline bint reader_must_wait(stream_reader_t* reader) noexcept nogil:
     others than this loop's reading, only they make room.
     """
     cdef streams_t* streams = reader.end.streams
-    cdef end_t** link = &streams.filling
     cdef int64_t left
     if reader.body.size <= BODY_SMALL:
         return False
-    if not reader.end.is_filling:
-        reader.end.is_filling = True
-        reader.end.next_filling = NULL
-        while link[0] is not NULL:
-            link = &link[0].next_filling
-        link[0] = &reader.end
+    end_line_up(&reader.end, ROW_FILLING)
     left = budget_left(streams.budget)
     if left > 0:
         return False
     budget_wait(streams.budget, &streams.in_budget, True)
-    return left + streams.reading <= 0 or streams.filling is not &reader.end
+    return left + streams.reading <= 0 or streams.rows[ROW_FILLING] is not &reader.end
 
 
 cdef inline bint reader_make_room(stream_reader_t* reader, size_t need) noexcept nogil:
@@ -225,7 +199,7 @@ cdef inline bint reader_keep(stream_reader_t* reader, const uint8_t* data, size_
 cdef inline void reader_close(stream_reader_t* reader) noexcept nogil:
     """End the connection, if there is one, and let go of what was read on it."""
     end_close(&reader.end)
-    reader_wait_no_more(reader)
+    end_step_out(&reader.end, ROW_WAITING)
     reader_discount(reader)
     body_free(&reader.body)
     body_free(&reader.held)
@@ -625,7 +599,7 @@ cdef inline void reader_ready(io_t* io, uint32_t flags) noexcept nogil:
     cdef stream_reader_t* reader = <stream_reader_t*>io
     if flags & (EPOLLRDHUP | EPOLLHUP | EPOLLERR):
         reader.has_ended = True
-    if reader.end.conn.io.fd < 0 or reader.end.is_waiting:
+    if reader.end.conn.io.fd < 0 or reader.end.is_in[ROW_WAITING]:
         return
     if reader.state == READER_UP:
         if flags != EPOLLOUT:
@@ -653,7 +627,7 @@ cdef inline void reader_due(due_t* due) noexcept nogil:
             reader_dial(reader)
         else:
             reader_set_refused_due(reader)
-    elif reader.state == READER_UP and not reader.end.is_waiting:
+    elif reader.state == READER_UP and not reader.end.is_in[ROW_WAITING]:
         if now_ns - reader.heard_ns >= STREAM_TIMEOUT_NS:
             reader_lost(reader, ERROR_SILENT)
         else:
@@ -712,12 +686,12 @@ cdef inline void reader_returned(io_t* io) noexcept nogil:
 
 cdef inline void streams_admit(streams_t* streams) noexcept nogil:
     """There may be room: let in what waits, as long as there is."""
-    cdef end_t* end = streams.waiting
+    cdef end_t* end = streams.rows[ROW_WAITING]
     cdef end_t* following
-    streams.waiting = NULL
+    streams.rows[ROW_WAITING] = NULL
     while end is not NULL:
-        following = end.next_waiting
-        end.is_waiting = False
+        following = end.next_in[ROW_WAITING]
+        end.is_in[ROW_WAITING] = False
         reader_go_on(<stream_reader_t*>end)
         end = following
 

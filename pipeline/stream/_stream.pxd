@@ -52,6 +52,12 @@ cdef enum:
     ERROR_SILENT = -18      # nothing has come for STREAM_TIMEOUT_NS
     ERROR_HEAD = -19        # the answer's head does not end
 
+# Rows of readers, in the order in which they came.
+cdef enum:
+    ROW_WAITING = 0         # for room or memory
+    ROW_FILLING             # with a large frame that has not come whole
+    N_ROWS
+
 # What the streams of a node share. The loop's thread has it, from its start to its end.
 cdef struct streams_t:
     guest_t guest           # first
@@ -67,8 +73,7 @@ cdef struct streams_t:
     uint64_t max_bytes      # of a message
     budget_t* budget
     budget_loop_t in_budget
-    end_t* waiting          # readers, for room or memory, in the order of their coming
-    end_t* filling          # readers with a large frame, in the order of its beginning
+    end_t* rows[N_ROWS]     # the first of each
     int64_t reading         # bytes in the budget, of frames that are being read
     uint8_t scratch[STREAM_SCRATCH]
 
@@ -98,10 +103,8 @@ cdef struct end_t:
     bint is_joined          # the loop has seen it
     bint is_up
     bint is_chunked         # frames come in chunks (RFC 9112 section 7.1)
-    bint is_waiting         # on streams.waiting
-    bint is_filling         # on streams.filling
-    end_t* next_waiting
-    end_t* next_filling
+    bint is_in[N_ROWS]      # streams.rows
+    end_t* next_in[N_ROWS]
     event_t event
     event_t connect_event
 
@@ -168,6 +171,29 @@ cdef inline void end_close_next(end_t* end) noexcept nogil:
         end.has_next = False
         descriptors_shut(end.streams.sending.loop.descriptors, end.next_fd)
         tls_free(end.next_tls)
+
+
+cdef inline void end_line_up(end_t* end, int row) noexcept nogil:
+    """Put it at the end of a row, ROW_*, unless it is in it. By the loop."""
+    cdef end_t** link = &end.streams.rows[row]
+    if not end.is_in[row]:
+        end.is_in[row] = True
+        end.next_in[row] = NULL
+        while link[0] is not NULL:
+            link = &link[0].next_in[row]
+        link[0] = end
+
+
+cdef inline bint end_step_out(end_t* end, int row) noexcept nogil:
+    """Take it out of a row; whether it was in it. By the loop."""
+    cdef end_t** link = &end.streams.rows[row]
+    if not end.is_in[row]:
+        return False
+    end.is_in[row] = False
+    while link[0] is not end:
+        link = &link[0].next_in[row]
+    link[0] = end.next_in[row]
+    return True
 
 
 cdef inline int end_adopt(
