@@ -60,10 +60,10 @@ def require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{name}: {show(value)} is not one of {', '.join(allowed)}")
 
 
-def require_instance(name: str, value: object, kind: type[T]) -> T:
-    """Return ``value``, if it is a ``kind``."""
+def require_instance(name: str, value: object, kind: type[T], called: str = "") -> T:
+    """Return ``value``, if it is a ``kind``; ``called`` is the name by which it is imported."""
     if not isinstance(value, kind):
-        raise UsageError(f"{name}: {show(value)} is not a {kind.__name__}")
+        raise UsageError(f"{name}: {show(value)} is not a {called or kind.__name__}")
     return value
 
 

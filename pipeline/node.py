@@ -153,7 +153,7 @@ class Node:
         require_id("cluster_id", cluster_id)
         require_bool("allow_loopback_remotes", allow_loopback_remotes)
         if inbox is not None:
-            require_instance("inbox", inbox, Inbox)
+            require_instance("inbox", inbox, Inbox, "pipeline.Inbox")
         require_raft(raft, has_inbox=inbox is not None)
         require_callable("on_critical_error", on_critical_error)
         require_callable("on_peer_change", on_peer_change)

@@ -131,7 +131,7 @@ class Inbox(Generic[Taken]):
         return True
 
     def __repr__(self) -> str:
-        return repr(self.threaded)
+        return repr(self.threaded).replace("<", "<aio.", 1)
 
     async def _arrival(self) -> None:
         """Wait until the descriptor is readable."""

@@ -131,7 +131,7 @@ class Transport(Node):
         inbox: Inbox[Any] | None = None,
     ) -> None:
         if inbox is not None:
-            require_instance("inbox", inbox, Inbox)
+            require_instance("inbox", inbox, Inbox, "pipeline.aio.Inbox")
         require_raft(raft, has_inbox=inbox is not None, is_async_taken=True)
         require_callable("on_critical_error", on_critical_error, is_async_taken=True)
         require_callable("on_peer_change", on_peer_change, is_async_taken=True)

@@ -84,7 +84,7 @@ def _parse_url(name: str, url: str) -> str:
     scheme, separator, rest = text.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in ("http", "https", "unix", "unixs"):
-        raise UsageError(f"{name}: {show(url)}: the scheme must be http, https, unix or unixs")
+        raise UsageError(f"{name}: {show(url)}: the scheme must be http or https")
     if not _PRINTABLE.fullmatch(rest):
         raise UsageError(
             f"{name}: {show(url)}: an address of printable ASCII must follow the scheme"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import pipeline
 from pipeline import UsageError
 from pipeline.aio import Inbox, Transport
 from tests.support import LONG_TIMEOUT, SHORT_TIMEOUT
@@ -262,7 +263,7 @@ def test_the_plain_methods_may_be_called_from_any_thread(run: Callable[[Any], No
             seen = await asyncio.to_thread(
                 lambda: (len(inbox), bool(inbox), inbox.closed, inbox.stats()[:4], repr(inbox))
             )
-            assert seen == (1, True, False, (1, 0, 0, 1), "<Inbox: 1 queued, 1 waiting>")
+            assert seen == (1, True, False, (1, 0, 0, 1), "<aio.Inbox: 1 queued, 1 waiting>")
             assert inbox.fileno() == inbox.threaded.fileno()
             await inbox.take()
             assert await task == 204
@@ -280,6 +281,15 @@ def test_what_is_no_timeout_is_refused(timeout: Any) -> None:
 
 
 # Other loops
+
+
+def test_an_inbox_of_the_other_face_is_refused_by_its_name() -> None:
+    plain: Any = pipeline.Inbox()
+    ours: Any = Inbox()
+    with pytest.raises(UsageError, match="<Inbox: .* is not a pipeline.aio.Inbox"):
+        Transport(1, CLUSTER_ID, Reports(), inbox=plain)
+    with pytest.raises(UsageError, match="<aio.Inbox: .* is not a pipeline.Inbox"):
+        pipeline.Transport(1, CLUSTER_ID, Reports(), inbox=ours)
 
 
 def test_a_selector_wakes_for_what_has_come() -> None:
