@@ -184,8 +184,7 @@ class Prober:
         """
         with self._lock:
             return {
-                target.peer_id: target.round_trips.copy()
-                for target in list(self._targets.values())
+                target.peer_id: target.round_trips.copy() for target in list(self._targets.values())
             }
 
     def forget_after_fork(self) -> None:

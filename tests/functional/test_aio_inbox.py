@@ -286,9 +286,9 @@ def test_what_is_no_timeout_is_refused(timeout: Any) -> None:
 def test_an_inbox_of_the_other_face_is_refused_by_its_name() -> None:
     plain: Any = pipeline.Inbox()
     ours: Any = Inbox()
-    with pytest.raises(UsageError, match="<Inbox: .* is not a pipeline.aio.Inbox"):
+    with pytest.raises(UsageError, match=r"<Inbox: .* is not a pipeline\.aio\.Inbox"):
         Transport(1, CLUSTER_ID, Reports(), inbox=plain)
-    with pytest.raises(UsageError, match="<aio.Inbox: .* is not a pipeline.Inbox"):
+    with pytest.raises(UsageError, match=r"<aio\.Inbox: .* is not a pipeline\.Inbox"):
         pipeline.Transport(1, CLUSTER_ID, Reports(), inbox=ours)
 
 
