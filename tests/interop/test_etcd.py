@@ -34,6 +34,8 @@ from tests.support.etcd import (
     left_behind,
     move_leadership_to_us,
     puts_in_our_log,
+    streams,
+    wait_for_streams,
 )
 from tests.support.tls import Authority
 from tests.support.waiting import connections_to, eventually, is_listening
@@ -42,14 +44,30 @@ pytestmark = pytest.mark.etcd
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Both members running, etcd leading; the books are checked when they stop."""
-    cluster = Cluster(tmp_path)
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    """Both members running, etcd leading; the books are checked when they stop.
+
+    Joined by posts; or by streams, which are up at the beginning and at the end.
+    """
+    by = getattr(request, "param", "posts")
+    cluster = Cluster(
+        tmp_path,
+        config=TransportConfig(streams=by != "posts"),
+        authority=Authority(tmp_path / "certs") if by == "streams over TLS" else None,
+    )
     try:
         cluster.start()
+        wait_for_streams(cluster)
         yield cluster
+        if cluster.transport is not None:
+            wait_for_streams(cluster)
     finally:
         cluster.stop()
+
+
+either_way = pytest.mark.parametrize(
+    "cluster", ["posts", "streams", "streams over TLS"], indirect=True
+)
 
 
 def test_both_accept_the_posts_of_the_other(cluster: Cluster) -> None:
@@ -140,6 +158,7 @@ def test_a_linearizable_read_is_answered_because_we_echo_the_context(cluster: Cl
     assert asked, "etcd asked nobody whether it still leads"
 
 
+@either_way
 def test_etcd_hands_its_leadership_to_us_and_takes_it_back(cluster: Cluster) -> None:
     cluster.etcd.put(b"under etcd", b"1")
     move_leadership_to_us(cluster)
@@ -164,6 +183,7 @@ def test_etcd_hands_its_leadership_to_us_and_takes_it_back(cluster: Cluster) -> 
     assert cluster.follower.state().term > led_term
 
 
+@either_way
 @pytest.mark.parametrize("leader", ["etcd", "us"])
 def test_a_value_of_one_mebibyte_goes_through(cluster: Cluster, leader: str) -> None:
     if leader == "us":
@@ -175,8 +195,11 @@ def test_a_value_of_one_mebibyte_goes_through(cluster: Cluster, leader: str) -> 
     assert puts_in_our_log(cluster) == {b"large": value}
     if leader == "us":
         assert cluster.stats().sent_bytes > len(value)
+    if ends := streams(cluster):
+        assert ends["msgapp", "out" if leader == "us" else "in"].bytes > len(value)
 
 
+@either_way
 @pytest.mark.parametrize("leader", ["etcd", "us"])
 def test_the_cluster_goes_on_when_etcd_is_killed_and_started_again(
     cluster: Cluster, leader: str
@@ -212,6 +235,7 @@ def test_etcd_shutting_down_in_good_order_leaves_the_leadership_to_us(cluster: C
     assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
 
 
+@either_way
 @pytest.mark.parametrize("leader", ["etcd", "us"])
 def test_the_cluster_goes_on_when_our_transport_is_replaced(cluster: Cluster, leader: str) -> None:
     cluster.etcd.put(b"before", b"1")

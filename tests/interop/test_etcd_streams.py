@@ -21,7 +21,6 @@ from tests.support.etcd import (
     Cluster,
     assert_balanced,
     left_behind,
-    move_leadership_to_us,
     posts,
     puts_in_our_log,
     streams,
@@ -89,61 +88,6 @@ def test_in_the_steady_state_nothing_is_posted_dialled_or_complained_of(cluster:
     assert ends["message", "out"].messages >= len(written)
     between = f'{{Local="{cluster.etcd.id:x}",Remote="{follower.member_id:x}"}}'
     assert cluster.etcd.metric(f"etcd_network_active_peers{between}") == 1
-
-
-def test_the_leadership_goes_to_us_and_back(cluster: Cluster) -> None:
-    cluster.etcd.put(b"under etcd", b"1")
-    move_leadership_to_us(cluster)
-    cluster.etcd.put(b"under us", b"2")
-    assert cluster.etcd.get(b"under us") == b"2"
-    assert streams(cluster)["msgapp", "out"].messages > 0
-    eventually(cluster.follower.transfer_leadership, "etcd holds our whole log")
-    assert cluster.follower.wait_for(lambda s: s.leader == cluster.etcd.id, LONG_TIMEOUT)
-    cluster.etcd.put(b"under etcd again", b"3")
-    assert puts_in_our_log(cluster) == {
-        b"under etcd": b"1",
-        b"under us": b"2",
-        b"under etcd again": b"3",
-    }
-
-
-@pytest.mark.parametrize("leader", ["etcd", "us"])
-def test_a_value_of_one_mebibyte_goes_through(cluster: Cluster, leader: str) -> None:
-    if leader == "us":
-        move_leadership_to_us(cluster)
-    value = bytes(range(256)) * 4096
-    cluster.etcd.put(b"large", value)
-    assert cluster.etcd.get(b"large") == value
-    assert puts_in_our_log(cluster) == {b"large": value}
-    direction = "out" if leader == "us" else "in"
-    assert streams(cluster)["msgapp", direction].bytes > len(value)
-
-
-@pytest.mark.parametrize("leader", ["etcd", "us"])
-def test_streams_come_back_when_etcd_is_killed_and_started_again(
-    cluster: Cluster, leader: str
-) -> None:
-    cluster.etcd.put(b"before", b"1")
-    if leader == "us":
-        move_leadership_to_us(cluster)
-    cluster.etcd.commit_database()
-    cluster.etcd.stop()
-    eventually(lambda: all(end.since is None for end in streams(cluster).values()), "all are down")
-    cluster.etcd.start()
-    cluster.etcd.wait_ready()
-    cluster.etcd.put(b"after", b"2")
-    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
-    wait_for_streams(cluster)
-
-
-def test_streams_come_back_when_our_transport_is_replaced(cluster: Cluster) -> None:
-    cluster.etcd.put(b"before", b"1")
-    cluster.stop_ours()
-    cluster.start_ours()
-    cluster.etcd.wait_ready()
-    cluster.etcd.put(b"after", b"2")
-    assert puts_in_our_log(cluster) == {b"before": b"1", b"after": b"2"}
-    wait_for_streams(cluster)
 
 
 @pytest.mark.slow  # the five seconds of silence that end a stream
