@@ -224,7 +224,7 @@ class PeerPipeline(Sender):
             if (dial := worker.connection.dial) is not None:
                 self._dispatcher.dialer.cancel(dial)
         if dropped:
-            logger.warning("dropped %d queued messages to peer %s at stop", dropped, self._peer)
+            logger.info("dropped %d queued messages to peer %s at stop", dropped, self._peer)
         return dropped
 
     def stop_end(self, deadline: float) -> None:

@@ -65,9 +65,9 @@ class PeerStatus:
     Notes
     -----
     Thread-safe. A change is logged once, and the first failure of a peer that was never active;
-    further failures of an inactive peer are logged at debug. What time does not heal, such as
-    another cluster ID, is logged as an error when it comes or changes. Differs from etcd: there
-    nothing above debug tells of a peer that never worked.
+    further failures of an inactive peer, and what a stop of ours has ended, are logged at debug.
+    What time does not heal, such as another cluster ID, is logged as an error when it comes or
+    changes. Differs from etcd: there nothing above debug tells of a peer that never worked.
     Source: etcd ``rafthttp/peer_status.go``.
     """
 
@@ -148,7 +148,8 @@ class PeerStatus:
                 text = "peer deactivated again: %s"
             else:
                 text = "peer was never active (message send to peer failed): %s"
-            is_news = was_active or not (self._is_told or reason == STOPPED)
+            # A stop is our doing, and says nothing of the peer.
+            is_news = reason != STOPPED and (was_active or not self._is_told)
             self._is_told = self._is_told or is_news
             if _is_mismatch(reason) and reason != self._mismatch:
                 self._mismatch = reason

@@ -573,6 +573,23 @@ def test_a_stop_is_no_failure_of_a_peer_that_was_not_there(
     assert log_of_status(caplog) == []
 
 
+def test_a_stop_with_messages_on_the_way_to_a_peer_that_is_there_warns_of_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with ScriptedServer() as server, Transport(1, 1, FakeRaft()) as transport:
+        transport.add_peer(2, [server.url])
+        transport.send([message()])
+        eventually(lambda: transport.stats()[2].sent == 1)
+        server.script = server.hold
+        transport.send([message()] * 5)
+        server.wait_requests(5)  # on four connections, of which one was answered before
+        assert transport.stop() == 1
+    told = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert ("INFO", "dropped 1 queued messages to peer 2 at stop") in told
+    assert [line for line in told if line[0] != "INFO"] == []
+
+
 def test_what_concerns_the_whole_transport_is_told_in_one_place() -> None:
     raft = FakeRaft(process_error=ValueError())
     with Transport(1, CLUSTER_ID, raft) as transport:
