@@ -351,7 +351,9 @@ class Node:
 
         Notes
         -----
-        Never waits, and raises nothing for the network's reasons. Source: etcd ``Transport.Send``.
+        Never waits, and raises nothing for the network's reasons. A small message that comes alone
+        to a stream at rest is written in the calling thread; all others by the loop. Source: etcd
+        ``Transport.Send``.
         """
         if self._refusal is not None:
             raise UsageError(f"send: {self._refusal}")

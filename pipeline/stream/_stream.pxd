@@ -5,6 +5,7 @@ in the sending loop of their node, as its *guest*, whatever listener the connect
 
     who                 may touch                                           guarded by
     producers           a writer's channel: writer_offer                    its lock
+                        a writer that is lent: writer_write_alone           that; one thread
     Python              what is wanted of an end: another connection, an end   its lock
     the loop's thread   the same; everything else                           its lock; one thread
 

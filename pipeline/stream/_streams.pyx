@@ -68,6 +68,9 @@ __all__ = [
     "Appends", "Channels", "Reader", "StreamEvent", "Streams", "Writer", "error_text", "send_all",
 ]
 
+cdef extern from "Python.h":
+    Py_ssize_t PyObject_LengthHint(object o, Py_ssize_t default) except -1
+
 cdef enum:
     # A larger message never goes on a message stream: heartbeats would have to wait for it.
     MESSAGE_STREAM_MAX = 64 * 1024
@@ -473,17 +476,17 @@ cdef class Writer(End):
         """
         return self.hand_over(sock, head, is_chunked)
 
-    cdef int offer_job(self, job_t* job) noexcept:
+    cdef int offer_job(self, job_t* job, bint is_alone) noexcept:
         """Offer a job, which is the caller's unless it is accepted; OFFER_*."""
         cdef bint is_needed = False
         cdef int rc
         if try_lock(&self.c.lock):
-            rc = writer_offer(&self.w, job, &is_needed)
+            rc = writer_offer(&self.w, job, is_alone, &is_needed)
         else:
             with nogil:
                 # The lock's owner was preempted. Only C state is touched.
                 pthread_mutex_lock(&self.c.lock)
-                rc = writer_offer(&self.w, job, &is_needed)
+                rc = writer_offer(&self.w, job, False, &is_needed)
         if is_needed:
             loop_wake(&self.streams.loop.sending.loop)
         return rc
@@ -732,14 +735,14 @@ cdef class Channels:
             return self.message
         return None
 
-    cdef int offer(self, object message, int32_t* type) except -2:
-        """Offer a message, and tell of which type it is; OFFER_*."""
+    cdef int offer(self, object message, bint is_alone, int32_t* type) except -2:
+        """Offer a message, which others follow at once unless it ``is_alone``; its type; OFFER_*."""
         cdef job_t* job = self.pipeline.make_job(message)
         cdef Writer writer = self.pick(job.type, job.size_bytes)
         cdef int rc = OFFER_NOT_WORKING
         type[0] = job.type
         if writer is not None and is_plain(message, job):
-            rc = writer.offer_job(job)
+            rc = writer.offer_job(job, is_alone)
         if rc == OFFER_FULL:
             job_free(job)
         elif rc != OFFER_ACCEPTED:
@@ -754,7 +757,7 @@ cdef class Channels:
         if load_int(&self.paused):
             add_i64(&self.n_paused, 1)
             return None
-        return <object>RESULTS[self.offer(message, &type)]
+        return <object>RESULTS[self.offer(message, True, &type)]
 
     def name_for(self, message):
         """Return which would carry a message now: "msgapp", "message" or "pipeline"."""
@@ -847,6 +850,7 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
     cdef int32_t type
     cdef uint64_t to
     cdef Py_ssize_t not_queued = 0, n_appends = 0
+    cdef bint is_alone = PyObject_LengthHint(messages, 2) == 1
     try:
         for message in messages:
             if isinstance(message, Message):
@@ -869,7 +873,7 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
                 not_queued += 1
                 n_appends += message.type == TYPE_APP
                 continue
-            not_queued += channels.offer(message, &type) != OFFER_ACCEPTED
+            not_queued += channels.offer(message, is_alone, &type) != OFFER_ACCEPTED
             n_appends += type == TYPE_APP
     finally:
         if n_appends > 0:

@@ -1,8 +1,14 @@
-"""A writer: the end of a stream at which messages are sent, in the loop.
+"""A writer: the end of a stream at which messages are sent.
 
 Source: etcd rafthttp/stream.go, streamWriter. What is offered goes through a channel of its own, as
 to a pipeline; what has gathered there by the time the last is written goes out together, as one
 chunk, in frames (``wire/_frames.pxd``). A message is sent when all of its frame is written.
+
+The loop writes. But to wake it for a message that comes alone takes longer than to write it: where
+nothing is queued or under way, and nothing was for a while, the writer is *lent* to the caller, who
+writes the one message and gives it back (``writer_write_alone``). What the socket does not take is
+the loop's, as is all that it wanted meanwhile. Callers who send one message after the other find
+that there is no rest, and the loop gathers.
 
 A frame that borrows is written from where its payloads lie, as a chunk of its own; all others are
 copied. When a stream breaks, what it has not written fails, all at once; Raft hears of that as of
@@ -40,7 +46,7 @@ from pipeline.wire._frames cimport (
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decoded_t
 from pipeline.wire._types cimport TYPE_APP
 from pipeline._system cimport (
-    EAGAIN, EINTR, EPOLLOUT, errno, pthread_mutex_lock, pthread_mutex_unlock, store_int,
+    EAGAIN, EINTR, EPOLLOUT, clock_ns, errno, pthread_mutex_lock, pthread_mutex_unlock, store_int,
 )
 
 cdef enum:
@@ -52,6 +58,10 @@ cdef enum:
     WRITER_BORROW_MIN = 4096
     # A larger message is a chunk of its own.
     WRITER_COPIED_MAX = 16 * 1024
+    # A caller writes no larger message himself.
+    WRITER_ALONE_MAX = 4096
+    # Nor before the last one was taken so long ago: 20,000 a second are the loop's to gather.
+    WRITER_REST_NS = 50000
     # Room for the longest "<size> CR LF", and for the CR LF behind the data.
     CHUNK_HEAD_MAX = 10
     CHUNK_TAIL = 2
@@ -65,8 +75,13 @@ cdef struct writer_t:
     follower_t follower
     int working             # atomic: an end is attached; changed under the lock
     bint is_idle            # nothing is offered, and all is written
+    bint is_used            # the loop is at work on what follows the blank line
+    bint is_lent            # a caller is; never both
+    bint is_missed          # the loop wanted it meanwhile, or is to write what is left
     uint64_t n_lost         # messages that failed with the stream, of which Python is to hear
 
+    int64_t now_ns          # when whoever is at work came to it
+    int64_t took_ns         # when messages were taken last
     int profile             # of the link's heartbeat
     follower_t counted      # what ``follower`` is a copy of
     job_t* taken            # in flight, no frame of them is written yet; the oldest first
@@ -85,10 +100,12 @@ cdef struct writer_t:
 
 # -- from other threads
 
-cdef inline int writer_offer(writer_t* writer, job_t* job, bint* is_needed) noexcept nogil:
+cdef inline int writer_offer(
+        writer_t* writer, job_t* job, bint is_alone, bint* is_needed) noexcept nogil:
     """Accept or refuse a job, and let go of the lock, which the caller has taken; OFFER_*.
 
-    The caller owns a job that is not accepted, and wakes the loop if ``is_needed``.
+    The caller owns a job that is not accepted. He wakes the loop if ``is_needed``. A job that
+    ``is_alone`` may have been written when this returns.
     """
     cdef int rc = OFFER_NOT_WORKING
     is_needed[0] = False
@@ -96,26 +113,98 @@ cdef inline int writer_offer(writer_t* writer, job_t* job, bint* is_needed) noex
         rc = channel_offer(&writer.channel, job)
         if rc == OFFER_ACCEPTED and writer.is_idle:
             writer.is_idle = False
+            if is_alone and writer_lend(writer, job):
+                pthread_mutex_unlock(&writer.end.lock)
+                is_needed[0] = writer_write_alone(writer)
+                return rc
             is_needed[0] = end_schedule(&writer.end)
     pthread_mutex_unlock(&writer.end.lock)
     return rc
 
 
-# -- what has become of messages; by the loop
+cdef inline bint writer_lend(writer_t* writer, const job_t* job) noexcept nogil:
+    """Lend the writer to who has offered the only job there is, and take that; False if it cannot.
+
+    The caller holds the lock.
+    """
+    cdef int64_t now_ns
+    if writer.is_used or writer.end.is_scheduled or job.n_owners > 0 \
+            or job.size_bytes > WRITER_ALONE_MAX:
+        return False
+    if writer.is_large or writer.out_at < writer.out_len:   # a heartbeat that the socket did not take
+        return False
+    now_ns = clock_ns()
+    if now_ns - writer.took_ns < WRITER_REST_NS:
+        return False
+    writer.is_lent = True
+    writer.now_ns = writer.took_ns = now_ns
+    writer.taken = channel_take_run(&writer.channel, 1, <size_t>-1, &writer.taken_last)
+    writer.taken.taken_ns = now_ns
+    return True
+
+
+cdef inline bint writer_write_alone(writer_t* writer) noexcept nogil:
+    """Write the job that was taken, in its caller's thread, and give the writer back.
+
+    What comes of it is the loop's business, but for all being well. Whether to wake the loop.
+    """
+    cdef end_t* end = &writer.end
+    cdef bint is_written = False
+    cdef bint is_needed
+    cdef ssize_t n
+    if writer_fill(writer):
+        n = conn_send(&end.conn, writer.out + writer.out_at, writer.out_len - writer.out_at)
+        if n > 0:
+            writer.out_at += <size_t>n
+        is_written = writer.out_at == writer.out_len
+    if is_written:
+        writer_settle(writer, writer.framed, OUTCOME_SENT)
+        writer_free(writer, writer.framed)
+        writer.framed = NULL
+    pthread_mutex_lock(&end.lock)
+    writer.is_lent = False
+    writer.is_idle = is_written and writer.channel.books.queued == 0
+    if not is_written:
+        writer.is_missed = True
+    is_needed = (not writer.is_idle or writer.is_missed) and end_schedule(end)
+    pthread_mutex_unlock(&end.lock)
+    return is_needed
+
+
+# -- by the loop: to have it, and to have had it
+
+cdef inline bint writer_enter(writer_t* writer) noexcept nogil:
+    """Let nobody else have the writer. False while a caller has it, who then hands it over."""
+    pthread_mutex_lock(&writer.end.lock)
+    writer.is_used = not writer.is_lent
+    if writer.is_lent:
+        writer.is_missed = True
+    pthread_mutex_unlock(&writer.end.lock)
+    if writer.is_used:
+        writer.now_ns = writer.end.streams.sending.loop.now_ns
+    return writer.is_used
+
+
+cdef inline void writer_leave(writer_t* writer) noexcept nogil:
+    pthread_mutex_lock(&writer.end.lock)
+    writer.is_used = False
+    pthread_mutex_unlock(&writer.end.lock)
+
+
+# -- what has become of messages
 
 cdef inline void writer_settle(writer_t* writer, const job_t* job, int outcome) noexcept nogil:
     """Write the outcome of some jobs in flight, OUTCOME_*, into the books.
 
     Producers want the lock, so it is held for the sums alone.
     """
-    cdef int64_t now_ns = writer.end.streams.sending.loop.now_ns
     cdef uint64_t n = 0
     cdef size_t size = 0
     while job is not NULL:
         n += 1
         size += job.size_bytes
         if job.type == TYPE_APP and outcome == OUTCOME_SENT:
-            follower_success(&writer.counted, now_ns - job.taken_ns)
+            follower_success(&writer.counted, writer.now_ns - job.taken_ns)
         elif job.type == TYPE_APP and outcome == OUTCOME_FAILED:
             writer.counted.fail += 1
         job = job.next
@@ -201,7 +290,7 @@ cdef inline void writer_attach(writer_t* writer) noexcept nogil:
     memcpy(writer.out, head, writer.out_len)
     free(head)
     frames_init(&end.frames, end.frames.stream, end.frames.from_, end.frames.to)
-    writer.heartbeat_ns = end.streams.sending.loop.now_ns
+    writer.heartbeat_ns = writer.now_ns
     pthread_mutex_lock(&end.lock)
     store_int(&writer.working, not end.is_stopping)     # which it may do by now
     writer.is_idle = False
@@ -226,7 +315,6 @@ cdef inline size_t chunk_head(uint8_t* end, size_t size) noexcept nogil:
 
 cdef inline void writer_take(writer_t* writer) noexcept nogil:
     """Settle what is written, and take what has been offered meanwhile, if none is left."""
-    cdef int64_t now_ns = writer.end.streams.sending.loop.now_ns
     cdef job_t* job
     writer_settle(writer, writer.framed, OUTCOME_SENT)
     writer_free(writer, writer.framed)
@@ -239,8 +327,10 @@ cdef inline void writer_take(writer_t* writer) noexcept nogil:
     writer.is_idle = writer.taken is NULL
     pthread_mutex_unlock(&writer.end.lock)
     job = writer.taken
+    if job is not NULL:
+        writer.took_ns = writer.now_ns
     while job is not NULL:
-        job.taken_ns = now_ns
+        job.taken_ns = writer.now_ns
         job = job.next
 
 
@@ -295,7 +385,6 @@ cdef inline bint writer_fill(writer_t* writer) noexcept nogil:
     Nothing is in ``out`` afterwards, and the cursor at its end, if there is nothing to say.
     """
     cdef end_t* end = &writer.end
-    cdef int64_t now_ns = end.streams.sending.loop.now_ns
     cdef uint8_t* begin = writer.out + CHUNK_HEAD_MAX
     cdef uint8_t* at = begin
     cdef uint8_t* limit = writer.out + WRITER_OUT_BYTES - CHUNK_TAIL
@@ -303,12 +392,12 @@ cdef inline bint writer_fill(writer_t* writer) noexcept nogil:
     cdef frame_t frame
     cdef job_t* job
     writer.out_at = writer.out_len = 0
-    if now_ns >= writer.heartbeat_ns:
+    if writer.now_ns >= writer.heartbeat_ns:
         at = frame_write_heartbeat(&end.frames, writer.profile, at)
         # On its tick, whenever that was looked at.
         writer.heartbeat_ns += STREAM_HEARTBEAT_NS
-        if writer.heartbeat_ns <= now_ns:
-            writer.heartbeat_ns = now_ns + STREAM_HEARTBEAT_NS
+        if writer.heartbeat_ns <= writer.now_ns:
+            writer.heartbeat_ns = writer.now_ns + STREAM_HEARTBEAT_NS
     writer_take(writer)
     while writer.taken is not NULL:
         job = writer.taken
@@ -380,12 +469,12 @@ cdef inline void writer_write(writer_t* writer) noexcept nogil:
                 writer_lost(writer, errno)
                 return
             if has_moved or writer.stall_ns == 0 or conn_has_moved(&end.conn):
-                writer.stall_ns = loop.now_ns + STREAM_TIMEOUT_NS
+                writer.stall_ns = writer.now_ns + STREAM_TIMEOUT_NS
             break
         has_moved = True
         budget -= min(budget, <size_t>n)
         if budget == 0 and (writer.is_large or writer.out_at < writer.out_len):
-            writer.stall_ns = loop.now_ns + STREAM_TIMEOUT_NS
+            writer.stall_ns = writer.now_ns + STREAM_TIMEOUT_NS
             runnable_add(&loop.runnable, &end.conn.io)
             break
     writer_set_due(writer)
@@ -423,28 +512,30 @@ cdef inline void writer_hear(writer_t* writer) noexcept nogil:
 cdef inline void writer_ready(io_t* io, uint32_t flags) noexcept nogil:
     """Act on what epoll says, or go on when it was runnable."""
     cdef writer_t* writer = <writer_t*>io
-    if not writer.end.is_up:
+    if not writer_enter(writer):
         return
-    if flags & ~EPOLLOUT or flags == IO_TURN:
+    if writer.end.is_up and (flags & ~EPOLLOUT or flags == IO_TURN):
         writer_hear(writer)
     if writer.end.is_up and (flags & EPOLLOUT or flags == IO_TURN) \
             and (writer.is_large or writer.out_at < writer.out_len or flags == IO_TURN):
         writer_write(writer)
+    writer_leave(writer)
 
 
 cdef inline void writer_due(due_t* due) noexcept nogil:
     """Send a heartbeat, or end what does not move."""
     cdef writer_t* writer = <writer_t*>end_of_due(due)
-    cdef int64_t now_ns = writer.end.streams.sending.loop.now_ns
+    if not writer_enter(writer):
+        return
     if not writer.end.is_up:
-        return
-    if writer.stall_ns and now_ns >= writer.stall_ns:
+        pass
+    elif writer.stall_ns and writer.now_ns >= writer.stall_ns:
         writer_lost(writer, ERROR_STALLED)
-        return
-    if not writer.is_large and writer.out_at == writer.out_len:
+    elif not writer.is_large and writer.out_at == writer.out_len:
         writer_write(writer)
     else:
         writer_set_due(writer)
+    writer_leave(writer)
 
 
 # -- what is wanted of it
@@ -453,22 +544,31 @@ cdef inline void writer_returned(io_t* io) noexcept nogil:
     """See to what is wanted of a writer: what was offered, another connection, an end."""
     cdef writer_t* writer = <writer_t*>io
     cdef end_t* end = &writer.end
-    cdef bint is_stopping, is_renewing, has_next
+    cdef loop_t* loop = &end.streams.sending.loop
+    cdef bint is_stopping, is_renewing, has_next, is_missed
     pthread_mutex_lock(&end.lock)
     end.is_scheduled = False
+    if writer.is_lent:
+        writer.is_missed = True     # who has it hands it over
+        pthread_mutex_unlock(&end.lock)
+        return
+    writer.is_used = True
     is_stopping, is_renewing, has_next = end.is_stopping, end.is_renewing, end.has_next
-    end.is_renewing = False
+    is_missed = writer.is_missed
+    end.is_renewing = writer.is_missed = False
     if is_stopping:
         end_close_next(end)
     pthread_mutex_unlock(&end.lock)
+    writer.now_ns = loop.now_ns
     if not end.is_joined:
         end.is_joined = True
-        loop_join(&end.streams.sending.loop, &end.due)
+        loop_join(loop, &end.due)
     if is_stopping:
         writer_close(writer)
         writer_let_go(writer, OUTCOME_DROPPED)
-        loop_leave(&end.streams.sending.loop, &end.due)
+        loop_leave(loop, &end.due)
         pthread_mutex_lock(&end.lock)
+        writer.is_used = False
         end_let_go(end)
         pthread_mutex_unlock(&end.lock)
         return
@@ -476,8 +576,11 @@ cdef inline void writer_returned(io_t* io) noexcept nogil:
         writer_lost(writer, 0)
     if has_next:
         writer_attach(writer)
+    elif end.is_up and is_missed:
+        runnable_add(&loop.runnable, io)
     elif end.is_up and not writer.is_large and writer.out_at == writer.out_len:
         writer_write(writer)
+    writer_leave(writer)
 
 
 cdef inline job_t* writer_begin_stop(writer_t* writer, bint* is_needed) noexcept nogil:

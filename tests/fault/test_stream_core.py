@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
+import struct
 import threading
 import time
 import traceback
@@ -388,6 +390,26 @@ def test_heartbeats_come_on_their_tick(kind: str) -> None:
         assert writer.lost.get(timeout=LONG_TIMEOUT) == (error_text(0), 0)
 
 
+def written(peer: socket.socket, count: int) -> list[Message]:
+    """Read so many messages of what a writer writes."""
+    reader = FrameReader("msgapp", from_=MEMBER, to=PEER)
+    left = b""
+    found: list[Message] = []
+    while len(found) < count:
+        left += peer.recv(1 << 20)
+        while b"\r\n" in left:
+            size = int(left[: left.index(b"\r\n")], 16)
+            begin = left.index(b"\r\n") + 2
+            if len(left) < begin + size + 2:
+                break
+            reader.feed(left[begin : begin + size])
+            left = left[begin + size + 2 :]
+        while (message := reader.read()) is not None:
+            if message.type == MessageType.APP:
+                found.append(plain(message))
+    return found
+
+
 def test_messages_of_all_sizes_arrive_whole_and_in_order() -> None:
     sizes = [0, 1, 4000, 4096, 16 << 10, 64 << 10, 5 * MIB, 10, 200, 3 * MIB, 0]
     with Node() as node:
@@ -396,24 +418,123 @@ def test_messages_of_all_sizes_arrive_whole_and_in_order() -> None:
         datas = [os.urandom(size) for size in sizes]
         for index, data in enumerate(datas):
             assert channels.send(outgoing(index, data)) is SendResult.ACCEPTED
-        reader = FrameReader("msgapp", from_=MEMBER, to=PEER)
-        left = b""
-        found: list[bytes] = []
-        while len(found) < len(sizes):
-            left += lines.peer.recv(1 << 20)
-            while b"\r\n" in left:
-                size = int(left[: left.index(b"\r\n")], 16)
-                begin = left.index(b"\r\n") + 2
-                if len(left) < begin + size + 2:
-                    break
-                reader.feed(left[begin : begin + size])
-                left = left[begin + size + 2 :]
-            while (message := reader.read()) is not None:
-                if message.type == MessageType.APP:
-                    found.append(bytes(plain(message).entries[0].data or b""))
-        assert found == datas
+        found = written(lines.peer, len(sizes))
+        assert [bytes(each.entries[0].data or b"") for each in found] == datas
         eventually(lambda: writer.stats().sent == len(sizes))
         assert_balanced(writer.stats())
+
+
+# -- by the caller: a message that comes alone
+
+
+def rest() -> None:
+    """Let a writer be without work for long enough to be lent."""
+    time.sleep(0.001)
+
+
+def test_a_message_that_comes_alone_is_written_when_send_returns() -> None:
+    with Node() as node:
+        writer, lines = node.attached()
+        channels = node.channels(writer)
+        at_once = 0
+        for index in range(100):
+            eventually(lambda before=index: writer.stats().sent == before)
+            rest()
+            assert channels.send(outgoing(index)) is SendResult.ACCEPTED
+            at_once += writer.stats().sent == index + 1
+        assert at_once > 90  # but for those that meet a heartbeat
+        assert [each.index for each in written(lines.peer, 100)] == list(range(100))
+
+
+def test_what_a_caller_writes_stays_in_order_with_what_the_loop_writes() -> None:
+    count = 20000
+    found: list[Message] = []
+    with Node() as node:
+        writer, lines = node.attached()
+        channels = node.channels(writer)
+        thread = threading.Thread(target=lambda: found.extend(written(lines.peer, count)))
+        thread.start()
+        for index in range(count):
+            if index % 8 == 0:
+                time.sleep(0)
+                until = time.perf_counter_ns() + index % 97 * 1000
+                while time.perf_counter_ns() < until:
+                    pass
+            while channels.send(outgoing(index)) is not SendResult.ACCEPTED:
+                rest()
+        thread.join(LONG_TIMEOUT)
+        assert [each.index for each in found] == list(range(count))
+        eventually(lambda: writer.stats().sent == count)
+
+
+def test_what_the_socket_does_not_take_of_it_is_left_to_the_loop() -> None:
+    data = os.urandom(3000)
+    with Node() as node:
+        writer, lines = node.attached(receive_buffer=4096)
+        channels = node.channels(writer)
+        sent = 0
+        while writer.stats().sent == sent:
+            rest()
+            assert channels.send(outgoing(sent, data)) is SendResult.ACCEPTED
+            sent += 1
+        found = written(lines.peer, sent)
+        assert [each.index for each in found] == list(range(sent))
+        assert all(each.entries[0].data == data for each in found)
+        eventually(lambda: writer.stats().sent == sent)
+
+
+def test_when_the_connection_is_gone_it_fails_once() -> None:
+    for _ in range(20):
+        with Node() as node:
+            writer, lines = node.attached()
+            channels = node.channels(writer)
+            rest()
+            lines.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            lines.peer.close()
+            by_stream = channels.name_for(outgoing(0)) == "msgapp"
+            assert channels.send(outgoing(0)) is SendResult.ACCEPTED
+            _, lost = writer.lost.get(timeout=LONG_TIMEOUT)
+            books = writer.stats()
+            assert_balanced(books)
+            assert books.failed == lost == books.offered - books.sent
+            assert by_stream or books.offered == 0
+            assert writer.lost.empty()
+
+
+def test_it_may_be_written_while_the_stream_is_renewed_or_stops() -> None:
+    with Node() as node:
+        writer, _ = node.attached()
+        channels = node.channels(writer)
+        has_ended = threading.Event()
+
+        def offer() -> None:
+            while not has_ended.is_set():
+                time.sleep(0.0001)
+                channels.send(outgoing(0))
+
+        threads = [threading.Thread(target=offer) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            lines = Lines()
+            assert writer.attach(lines.ours, HEAD, is_chunked=True)
+            eventually(lambda: writer.working)
+            rest()
+            writer.renew()
+            assert lines.read_to_end().endswith(LAST_CHUNK)
+            assert_balanced(writer.stats())
+        last = Lines()
+        assert writer.attach(last.ours, HEAD, is_chunked=True)
+        eventually(lambda: writer.working)
+        writer.begin_stop()
+        assert writer.wait_stopped(LONG_TIMEOUT)
+        has_ended.set()
+        for thread in threads:
+            thread.join(LONG_TIMEOUT)
+        books = writer.stats()
+        assert_balanced(books)
+        assert (books.queued, books.in_flight) == (0, 0)
+        last.read_to_end()
 
 
 # -- the end
