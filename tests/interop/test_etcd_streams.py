@@ -50,16 +50,18 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
 
 
 def lines_about_us(cluster: Cluster) -> list[str]:
-    """What etcd has logged of us at warn and above."""
+    """What etcd has logged of us at warn and above, but for its own being late."""
     return lines_at_warn(cluster.etcd, f"{cluster.follower.member_id:x}")
 
 
 def lines_at_warn(etcd: EtcdMember, member: str) -> list[str]:
-    """What it has logged of a member at warn and above."""
+    """What it has logged of a member at warn and above, but for its own being late."""
     return [
         line
         for line in etcd.log_tail(100_000).splitlines()
-        if member in line and any(f'"level":"{level}"' in line for level in ("warn", "error"))
+        if member in line
+        and any(f'"level":"{level}"' in line for level in ("warn", "error"))
+        and "leader failed to send out heartbeat on time" not in line  # on a busy machine
     ]
 
 
