@@ -168,6 +168,7 @@ def table(results: Results) -> str:
         line("the same by `Raft.process`, which needs the GIL", busy._replace(ours=OURS)),
         line("a lone MsgApp by a stream: p50, us", lone),
         line("the same without TLS", lone._replace(side="stream-msgapp")),
+        line("a lone heartbeat, without TLS: p50, us", lone._replace(side="stream-message")),
         line(
             "a handshake, as the client: CPU, us (C: `openssl s_time`)",
             Asked(tls, "tls-dial", cpu, OURS, OPENSSL),
