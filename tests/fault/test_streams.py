@@ -200,12 +200,19 @@ def test_what_a_dialler_says_is_not_listened_to(lab: Lab, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_dialler_that_comes_again_and_again_leaves_one_stream(lab: Lab, kind: str) -> None:
+def test_a_dialler_that_comes_again_and_again_leaves_one_stream(
+    lab: Lab, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     node = lab.start()
+    began = time.monotonic()
     asked = [lab.peer.ask(lab.url, kind) for _ in range(20)]
     eventually(lambda: connections_to(lab.url) == 1, "of all connections one is left")
     node.send([of_kind(kind, 1, from_=1, to=2)])
     eventually(lambda: stream_of(node, kind, "out").messages == 1, "which is the stream")
+    warned = [r for r in caplog.records if r.name == "pipeline.stream.writer" and r.levelno >= 30]
+    assert (
+        1 <= len(warned) <= 2 + 2 * (time.monotonic() - began)
+    )  # of two texts, each once a second
     node.stop()
     for one in asked:
         assert one.is_ended()
