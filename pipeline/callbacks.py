@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from typing import TypeVar
 
 from pipeline.errors import UsageError
-from pipeline.logs import Counter, Logger, Throttle, is_for_caller, show
+from pipeline.logs import About, Counter, Logger, Throttle, is_for_caller, show
 
 __all__ = [
     "Callbacks",
@@ -124,29 +124,43 @@ class Callbacks:
         """Call a method of ``raft``; that it is not to be had any more is a failure like others."""
         self.call(name, about, lambda: getattr(raft, name)(*args))
 
-    def ask(self, name: str, about: str, callback: Callable[..., object], *args: object) -> bool:
-        """Call a callback that decides; False is also what it says that raises."""
+    def ask(
+        self,
+        name: str,
+        about: str,
+        callback: Callable[..., object],
+        *args: object,
+        fields: About | None = None,
+    ) -> bool:
+        """Call a callback that decides; False is also what it says that raises.
+
+        ``fields`` are those of what is logged then.
+        """
         try:
             result = callback(*args)
             if not isinstance(result, bool):
                 require_no_awaitable(name, result)
             return bool(result)
         except BaseException as error:
-            self.failed(name, about, error)
+            self.failed(name, about, error, fields)
             return False
 
-    def failed(self, name: str, about: str, error: BaseException) -> None:
+    def failed(
+        self, name: str, about: str, error: BaseException, fields: About | None = None
+    ) -> None:
         """Count and log what a callback raised."""
         self.count(name, error)
         if not isinstance(error, NotAwaitedError):
-            self._throttle.error(f"{name} raised for %s", about, exc_info=error)
+            whose = fields or About()
+            text, reason = f"{name} raised for %s", f"{name} raised"
+            self._throttle.error(text, about, exc_info=error, reason=reason, **whose)
 
     def count(self, name: str, error: BaseException) -> None:
         """Count what a callback raised, and is logged elsewhere; tell of one that is async."""
         self._add()
         if isinstance(error, NotAwaitedError) and name not in self._told:
             self._told.add(name)
-            self._logger.error("%s", error)
+            self._logger.error("%s", error, reason=str(error))
         if is_for_caller(error):
             raise error
 

@@ -1,4 +1,7 @@
-"""How the library logs: with Python's ``logging``, and without ever raising.
+"""How the library logs: with Python's ``logging``, with fields, and without ever raising.
+
+Every record has the attributes of :class:`Fields`, None where there is nothing to say: what a
+program filters by, and a formatter may name in any line (docs/operations.md).
 
 Logging runs the application's code: handlers, filters, formatters, and ``__repr__`` of what is
 shown. A thread that has workers, peers or connections to serve must survive all of it, and a line
@@ -11,16 +14,64 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 from pipeline.locks import lock_of
+from pipeline.reasons import explanation_of
 
-__all__ = ["Counter", "Logger", "Throttle", "get_logger", "is_for_caller", "lost_lines", "show"]
+__all__ = [
+    "FIELDS",
+    "About",
+    "Counter",
+    "Fields",
+    "Logger",
+    "Throttle",
+    "get_logger",
+    "is_for_caller",
+    "lost_lines",
+    "show",
+]
 
 #: Between two warnings of one text: what a peer does a thousand times a second is told once.
 INTERVAL_S = 1.0
 
 #: Characters of an object that ``show`` shows: the ``__repr__`` of a message may be megabytes.
 SHOWN_MAX = 200
+
+
+class About(TypedDict, total=False):
+    """Whom and what a record is about; attributes of it, by these names."""
+
+    #: Whose log it is: our member ID, as the headers have it.
+    local: str
+    #: The member that it is about, likewise.
+    peer: str
+    #: Where that member was dialled, or is to be.
+    url: str
+    #: What carries the messages: "pipeline", "msgapp", "message", or "snapshot".
+    channel: str
+    #: Who has called us, ``ip:port``.
+    address: str
+
+
+class Fields(About, total=False):
+    """All that is attributes of a record."""
+
+    #: Why, in the words of the line.
+    reason: str
+    #: What ``raft-pipeline explain`` makes of the reason, in one word; made of it if not given.
+    verdict: str
+
+
+class _How(TypedDict):
+    """What ``logging`` is told besides."""
+
+    exc_info: bool | BaseException | None
+    stacklevel: int
+
+
+FIELDS = tuple(Fields.__annotations__)
+_NOTHING: dict[str, object] = dict.fromkeys(FIELDS)
 
 
 class Counter:
@@ -82,6 +133,8 @@ class Logger:
     ----------
     logger : logging.Logger
         Where the lines go.
+    fields : Fields, optional
+        What all of them are about.
 
     Notes
     -----
@@ -89,33 +142,47 @@ class Logger:
     not logged costs what it costs with ``logging``.
     """
 
-    __slots__ = ("_logger",)
+    __slots__ = ("_fields", "_logger")
 
-    def __init__(self, logger: logging.Logger) -> None:
+    def __init__(self, logger: logging.Logger, fields: Fields | None = None) -> None:
         self._logger = logger
+        self._fields = {**_NOTHING, **(fields or {})}
 
-    def debug(self, text: str, *args: object) -> None:
+    def about(self, **fields: Unpack[Fields]) -> Logger:
+        """Return one whose lines are about something more."""
+        return Logger(self._logger, Fields(**{**self._fields, **fields}))  # type: ignore[typeddict-item]
+
+    def debug(self, text: str, *args: object, **fields: Unpack[Fields]) -> None:
         """Log what only the library's own people want to know."""
-        if self._logger.isEnabledFor(logging.DEBUG):
-            self.log(logging.DEBUG, text, *args, stacklevel=2)
+        self.log(logging.DEBUG, text, *args, stacklevel=2, **fields)
 
-    def info(self, text: str, *args: object) -> None:
+    def info(self, text: str, *args: object, **fields: Unpack[Fields]) -> None:
         """Log a change that was to be expected."""
-        self.log(logging.INFO, text, *args, stacklevel=2)
+        self.log(logging.INFO, text, *args, stacklevel=2, **fields)
 
     def warning(
-        self, text: str, *args: object, exc_info: bool | BaseException | None = None
+        self,
+        text: str,
+        *args: object,
+        exc_info: bool | BaseException | None = None,
+        **fields: Unpack[Fields],
     ) -> None:
         """Log what somebody should look at one day."""
-        self.log(logging.WARNING, text, *args, exc_info=exc_info, stacklevel=2)
+        self.log(logging.WARNING, text, *args, exc_info=exc_info, stacklevel=2, **fields)
 
-    def error(self, text: str, *args: object, exc_info: bool | BaseException | None = None) -> None:
+    def error(
+        self,
+        text: str,
+        *args: object,
+        exc_info: bool | BaseException | None = None,
+        **fields: Unpack[Fields],
+    ) -> None:
         """Log what somebody should look at."""
-        self.log(logging.ERROR, text, *args, exc_info=exc_info, stacklevel=2)
+        self.log(logging.ERROR, text, *args, exc_info=exc_info, stacklevel=2, **fields)
 
-    def exception(self, text: str, *args: object) -> None:
+    def exception(self, text: str, *args: object, **fields: Unpack[Fields]) -> None:
         """Log an error with the exception that is being handled."""
-        self.log(logging.ERROR, text, *args, exc_info=True, stacklevel=2)
+        self.log(logging.ERROR, text, *args, exc_info=True, stacklevel=2, **fields)
 
     def log(
         self,
@@ -124,14 +191,36 @@ class Logger:
         *args: object,
         exc_info: bool | BaseException | None = None,
         stacklevel: int = 1,
+        **fields: Unpack[Fields],
     ) -> None:
         """Log at a level; ``stacklevel`` frames above is where it is said to come from."""
         try:
-            self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=stacklevel + 1)
+            if self._logger.isEnabledFor(level):
+                about = {**self._fields, **fields}
+                how: _How = {"exc_info": exc_info, "stacklevel": stacklevel + 2}
+                self._log(level, text, args, about, how)
         except BaseException as error:
             if is_for_caller(error):
                 raise
             _lost.add()
+
+    def _log(
+        self,
+        level: int,
+        text: str,
+        args: tuple[object, ...],
+        fields: dict[str, object],
+        how: _How,
+    ) -> None:
+        if (reason := fields["reason"]) is not None and fields["verdict"] is None:
+            fields["verdict"] = explanation_of(show(reason, str)).verdict
+        try:
+            self._logger.log(level, text, *args, extra=fields, **how)
+        except KeyError as error:
+            if "overwrite" not in str(error):
+                raise
+            # The records of this program have one of our names already: they keep theirs.
+            self._logger.log(level, text, *args, **how)
 
     def survive(self, what: str, work: Callable[..., object], *args: object) -> bool:
         """Do a thread's own work, so that the thread goes on whatever it raises.
@@ -171,14 +260,24 @@ class Throttle:
         self._next: dict[str, float] = {}  # by text, time.monotonic()
 
     def warning(
-        self, text: str, *args: object, exc_info: bool | BaseException | None = None
+        self,
+        text: str,
+        *args: object,
+        exc_info: bool | BaseException | None = None,
+        **fields: Unpack[Fields],
     ) -> None:
         """Log a warning, if it is due."""
-        self._log(logging.WARNING, text, args, exc_info)
+        self._log(logging.WARNING, text, args, exc_info, fields)
 
-    def error(self, text: str, *args: object, exc_info: bool | BaseException | None = None) -> None:
+    def error(
+        self,
+        text: str,
+        *args: object,
+        exc_info: bool | BaseException | None = None,
+        **fields: Unpack[Fields],
+    ) -> None:
         """Log an error, if it is due."""
-        self._log(logging.ERROR, text, args, exc_info)
+        self._log(logging.ERROR, text, args, exc_info, fields)
 
     def _log(
         self,
@@ -186,10 +285,11 @@ class Throttle:
         text: str,
         args: tuple[object, ...],
         exc_info: bool | BaseException | None,
+        fields: Fields,
     ) -> None:
         now = time.monotonic()
         if now < self._next.get(text, 0.0):
             level = logging.DEBUG
         else:
             self._next[text] = now + INTERVAL_S
-        self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3)
+        self._logger.log(level, text, *args, exc_info=exc_info, stacklevel=3, **fields)

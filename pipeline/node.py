@@ -179,7 +179,8 @@ class Node:
         self._on_critical_error = on_critical_error
         self._on_peer_change = on_peer_change
         #: How the application is called on behalf of all of it.
-        self.callbacks = Callbacks(logger)
+        self._log = logger.about(local=format_id(member_id))
+        self.callbacks = Callbacks(self._log)
         self._versions = Versions(self.config.server_version, lambda: self._peers)
         self._dispatcher = Dispatcher(
             format_id(member_id),
@@ -222,6 +223,7 @@ class Node:
                 self._dispatcher.poller,
                 self._dispatcher.dialer,
                 interval_s=self.config.probe_interval_s,
+                member_id=member_id,
                 credentials=self.credentials,
                 versions=self._versions,
             )
@@ -377,7 +379,9 @@ class Node:
         if not isinstance(to, int):
             raise UsageError(f"messages: {show(message)} is not a message")
         if to:
-            logger.debug("ignored message to unknown member %s", format_id(to))
+            self._log.debug(
+                "ignored message to unknown member %s", format_id(to), peer=format_id(to)
+            )
         return not to
 
     def _send_snapshot(
@@ -453,7 +457,7 @@ class Node:
             self._peers.pop(peer_id, None)
             self._end_peers((peer,))
             raise UsageError("add_peer: transport stopped")
-        logger.info("added remote peer %s", format_id(peer_id))
+        self._log.info("added remote peer %s", format_id(peer_id), peer=format_id(peer_id))
 
     def add_remote(self, member_id: int, urls: Iterable[str]) -> None:
         """Be able to answer a node that is not a peer, until :meth:`stop`.
@@ -487,7 +491,7 @@ class Node:
         if peer is not None:
             peer.update(checked)
             self._probe(peer)
-            logger.info("updated remote peer %s", format_id(peer_id))
+            self._log.info("updated remote peer %s", format_id(peer_id), peer=format_id(peer_id))
 
     def _remove_peer(self, peer_id: int) -> int:
         """Stop to send to a member; the number of messages dropped."""
@@ -500,11 +504,13 @@ class Node:
             if peer.peer_id == peer_id and (peer is removed or peer.is_stopping)
         ]
         if not peers:
-            logger.warning("ignored the removal of unknown peer %s", format_id(peer_id))
+            peer = format_id(peer_id)
+            text = "ignored the removal of unknown peer %s"
+            self._log.warning(text, peer, peer=peer, reason="no such peer")
             return 0
         self._forget(peer_id)
         dropped = self._end_peers(peers)
-        logger.info("removed remote peer %s", format_id(peer_id))
+        self._log.info("removed remote peer %s", format_id(peer_id), peer=format_id(peer_id))
         return dropped
 
     def _remove_all_peers(self) -> int:

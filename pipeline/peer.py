@@ -92,7 +92,11 @@ class Peer:
             pipeline, writers.get("msgapp"), writers.get("message"), self._note_full
         )
         self._dispatcher = dispatcher
-        self._throttle = Throttle(logger)
+        self._throttle = Throttle(
+            logger.about(
+                local=format_id(pipeline.identity.member_id), peer=format_id(pipeline.peer_id)
+            )
+        )
         self._lock = lock_of(self)  # guards what follows
         self._refused = 0  # messages, not told to Raft yet
         self._refused_snapshots = 0
@@ -220,12 +224,15 @@ class Peer:
             self._refused_snapshots += message.type == MessageType.SNAP
         if is_first:
             self._dispatcher.call_soon(self._report_full)
+        channel = self.channels.name_for(message)
         self._throttle.warning(
             "dropped internal Raft message since sending buffer is full "
             "(overloaded network): type %s, to %s, channel %s",
             message.type,
             format_id(self.peer_id),
-            self.channels.name_for(message),
+            channel,
+            channel=channel,
+            reason="sending buffer is full",
         )
 
     def _report_full(self) -> None:

@@ -355,7 +355,16 @@ _KNOWN: tuple[tuple[str, Explanation], ...] = (
         ),
     ),
     (
-        r"cancelled|stopped",
+        r" raised\b|is not awaited|\bblocks$",
+        Explanation(
+            "application",
+            EXIT_HERE,
+            "the node's own code has raised, or does not return",
+            "look at the log, which has the traceback of what was raised",
+        ),
+    ),
+    (
+        r"cancelled|stopped|replaced|the loop has ended",
         Explanation(
             "ended-here",
             EXIT_HERE,

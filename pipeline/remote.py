@@ -17,7 +17,7 @@ from urllib3.util import parse_url
 from pipeline.callbacks import Callbacks
 from pipeline.errors import UsageError
 from pipeline.locks import lock_of
-from pipeline.logs import Throttle, get_logger
+from pipeline.logs import About, Throttle, get_logger
 from pipeline.names import literal_address
 from pipeline.send.pipeline import STOP_TIMEOUT_S, PeerPipeline
 from pipeline.send.sendable import Sendable
@@ -74,7 +74,10 @@ class Remote:
         self._lock = lock_of(self)  # guards what follows
         self._is_paused = False
         self._paused_drops = 0
-        self._throttle = Throttle(logger)
+        identity = pipeline.identity
+        self._throttle = Throttle(
+            logger.about(local=format_id(identity.member_id), peer=format_id(pipeline.peer_id))
+        )
 
     def send(self, message: Sendable) -> SendResult | None:
         """Offer a message without waiting; None if it was dropped while cut off.
@@ -95,6 +98,8 @@ class Remote:
                 "type %s, to remote %s",
                 message.type,
                 format_id(self.pipeline.peer_id),
+                channel="pipeline",
+                reason="sending buffer is full",
             )
         return result
 
@@ -165,7 +170,8 @@ class Remotes:
         self._live: set[Remote] = set()  # those that are not seen to their end
         self._beginning = Once()
         self._ending = Once()
-        self._warn = Throttle(logger).warning
+        self._log = logger.about(local=format_id(member_id))
+        self._throttle = Throttle(self._log)
 
     def open(self) -> None:
         """Take remotes from now on."""
@@ -212,7 +218,8 @@ class Remotes:
             if not is_added:
                 self._end(remote)
                 return False
-        logger.info("added remote %s at %s", format_id(member_id), remote.pipeline.picker.urls)
+        peer = format_id(member_id)
+        self._log.info("added remote %s at %s", peer, remote.pipeline.picker.urls, peer=peer)
         return True
 
     def is_watched(self, sender: int, *, is_authenticated: bool) -> bool:
@@ -246,7 +253,7 @@ class Remotes:
         if sender in self._remotes:
             return
         if self._count_learned() >= REMOTES_MAX:
-            self._warn("did not learn remote %s: there are %d", format_id(sender), REMOTES_MAX)
+            self._not_learned(sender, caller, f"there are {REMOTES_MAX}")
             return
         try:
             checked = parse_urls(urls)
@@ -254,16 +261,29 @@ class Remotes:
         except UsageError as error:
             reason = str(error)
         if reason is not None:
-            self._warn("did not learn remote %s from %s: %s", format_id(sender), caller, reason)
+            self._not_learned(sender, caller, reason)
             return
         if self._policy is not None:
             about, ask = f"{format_id(sender)} at {caller}", self._callbacks.ask
-            if not ask("remote_policy", about, self._policy, sender, checked, str(caller)):
+            fields = About(peer=format_id(sender), address=str(caller))
+            asked = (sender, checked, str(caller))
+            if not ask("remote_policy", about, self._policy, *asked, fields=fields):
                 return
         try:
             self.add(sender, checked, is_learned=True)
         except UsageError as error:  # https, not to be dialled
-            self._warn("did not learn remote %s from %s: %s", format_id(sender), caller, error)
+            self._not_learned(sender, caller, str(error))
+
+    def _not_learned(self, sender: int, caller: object, reason: str) -> None:
+        self._throttle.warning(
+            "did not learn remote %s from %s: %s",
+            format_id(sender),
+            caller,
+            reason,
+            peer=format_id(sender),
+            address=str(caller),
+            reason=reason,
+        )
 
     def retire_connections(self) -> None:
         """Have every remote dial anew before its next message."""
@@ -298,7 +318,8 @@ class Remotes:
             for member_id in unused:
                 self._remotes.pop(member_id, None)
         for member_id, remote in unused.items():
-            logger.info("forgot remote %s: unused for %g s", format_id(member_id), UNUSED_S)
+            peer = format_id(member_id)
+            self._log.info("forgot remote %s: unused for %g s", peer, UNUSED_S, peer=peer)
             self._end(remote)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from pipeline.send import probing
 from tests.support import DEFAULTS, LONG_TIMEOUT, tls_use
+from tests.support.logs import FieldsWatch
 
 tls_use.watch()
 
@@ -61,6 +63,16 @@ def no_tls_shared() -> Iterator[None]:
     tls_use.shared.clear()
     yield
     assert not tls_use.shared, tls_use.shared[0]
+
+
+@pytest.fixture(autouse=True)
+def every_record_has_its_fields() -> Iterator[None]:
+    """Fail a test in which the library logged a line without what docs/operations.md promises."""
+    watch = FieldsWatch()
+    logging.getLogger("pipeline").addHandler(watch)
+    yield
+    logging.getLogger("pipeline").removeHandler(watch)
+    assert watch.faults == []
 
 
 @pytest.fixture(autouse=True)

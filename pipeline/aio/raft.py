@@ -117,4 +117,6 @@ class Bridge:
         try:
             self.deliveries.call(member_id, function, is_report=True)
         except Refused:
-            logger.debug("nobody is told of peer %s: the loop has ended", format_id(member_id))
+            peer = format_id(member_id)
+            text = "nobody is told of peer %s: the loop has ended"
+            logger.debug(text, peer, peer=peer, reason="the loop has ended")

@@ -16,7 +16,7 @@ from pipeline.callbacks import Callbacks, NotAwaitedError, require_no_awaitable
 from pipeline.config import ReceiverConfig
 from pipeline.errors import RequestRejected, UnmarshalError, UsageError
 from pipeline.identity import Identity, Version
-from pipeline.logs import Throttle, get_logger
+from pipeline.logs import About, Fields, Throttle, get_logger
 from pipeline.net._budget import SMALL_BODY_BYTES, BodyBudget
 from pipeline.net._sockets import OwnSocket
 from pipeline.raft import AnyRaft
@@ -212,7 +212,9 @@ class Handlers:
         self._versions = versions
         self._on_append = on_append
         self._allow_member = allow_member
-        self._callbacks = callbacks or Callbacks(logger)
+        #: Where the lines of all that is received go.
+        self.log = logger.about(local=format_id(identity.member_id))
+        self._callbacks = callbacks or Callbacks(self.log)
         self.config = config or ReceiverConfig()
         # Whoever reads bodies for us takes from it. As many small ones as there are connections
         # have a room of their own.
@@ -241,7 +243,7 @@ class Handlers:
         )
         #: The header line of every answer, as the compiled receiver writes it.
         self.cluster_header = f"{CLUSTER_ID}: {self._cluster_id}\r\n".encode()
-        self._warn = Throttle(logger).warning
+        self._warn = Throttle(self.log).warning
         self._is_foreign = False
         self._is_stopped = False
 
@@ -256,7 +258,9 @@ class Handlers:
         if self._is_foreign or self._is_stopped:
             if self._is_foreign:
                 text = "refused a request from %s: a forked child cannot answer it"
-                self._refuse(text, request.remote, verdict="forked")
+                self._refuse(
+                    "forked", _from(request), text, request.remote, reason="a forked child"
+                )
             return self.shutting_down()
         if path == RAFT_PATH:
             return self._check_post(request) or self._note_sender(request)
@@ -322,7 +326,7 @@ class Handlers:
     def undecodable(self, remote: object, error: UnmarshalError) -> Answer:
         """Answer a body that is no message."""
         text = "failed to unmarshal Raft message from %s: %s"
-        self._refuse(text, remote, error, verdict="undecodable")
+        self._refuse("undecodable", _at(remote), text, remote, error, reason=str(error))
         self.received.count_failure(remote)
         return self._answer(400, "error unmarshalling raft message")
 
@@ -333,12 +337,14 @@ class Handlers:
         It is of a raft with another schema, whose replicas would come to differ without a word.
         """
         if self.received.count_unknown_fields(sender, messages):
-            logger.warning(
+            self.log.warning(
                 "Raft message from member %s at %s has fields that raftpb does not have: they are "
                 "lost, as in all of its messages; encoded=True, of ReceiverConfig or of the Inbox, "
                 "would keep them",
                 format_id(sender),
                 remote,
+                **_by(sender, remote),
+                reason="fields that raftpb does not have",
             )
 
     def process(
@@ -389,7 +395,8 @@ class Handlers:
         """Answer a message of a type that is not for Raft; None is the plain 204."""
         if kind < 0:
             text = "refused Raft message from %s: type %d is negative"
-            self._refuse(text, remote, kind, verdict="undecodable")
+            reason = f"type {kind} is negative"
+            self._refuse("undecodable", _at(remote), text, remote, kind, reason=reason)
             self.received.count_failure(remote)
             return self._answer(400, "error unmarshalling raft message")
         self.received.count_bytes(sender, size_bytes)
@@ -404,7 +411,8 @@ class Handlers:
         if answer is None:
             text = "failed to process Raft message of %s from %s"
             trace = None if isinstance(error, NotAwaitedError) else error  # it is told elsewhere
-            self._warn(text, format_id(sender), remote, exc_info=trace)
+            whose, reason = _by(sender, remote), "process raised"
+            self._warn(text, format_id(sender), remote, exc_info=trace, reason=reason, **whose)
             # Differs from etcd: the answer is complete. etcd breaks it off, so that a Go sender
             # sees an unexpected EOF; to both it is a failure.
             answer = self._answer(500, "error processing raft message", close=True)
@@ -418,26 +426,27 @@ class Handlers:
         message and does nothing with it.
         """
         if self.received.count_unknown(kind):
-            logger.warning(
+            self.log.warning(
                 "Raft message of type %d from member %s at %s is of a later raft than we know: "
                 "answered 204 and not delivered, like all of this type from now on",
                 kind,
                 format_id(sender),
                 remote,
+                **_by(sender, remote),
+                reason="of a later raft",
             )
 
     def read_failed(self, remote: object) -> Answer:
         """Answer a request whose body broke off or stalled."""
         text = "failed to read Raft message from %s: the body is incomplete"
-        self._refuse(text, remote, verdict="incomplete")
+        self._refuse("incomplete", _at(remote), text, remote, reason="the body is incomplete")
         self.received.count_failure(remote)
         return self._answer(400, "error reading raft message", close=True)
 
     def body_too_large(self, remote: object) -> Answer:
         """Answer a request whose body is larger than ``max_body_bytes``."""
-        self._refuse(
-            "refused Raft message from %s: the body is too large", remote, verdict="too-large"
-        )
+        text = "refused Raft message from %s: the body is too large"
+        self._refuse("too-large", _at(remote), text, remote, reason="the body is too large")
         self.received.count_failure(remote)
         return self._answer(413, "request body too large", close=True)
 
@@ -447,7 +456,8 @@ class Handlers:
 
     def overloaded(self, remote: object) -> Answer:
         """Answer a request whose body there is no memory for just now."""
-        self._refuse("no memory for a Raft message from %s", remote, verdict="no-memory")
+        text = "no memory for a Raft message from %s"
+        self._refuse("no-memory", _at(remote), text, remote, reason="no memory")
         self.received.count_failure(remote)
         return self._answer(503, "too many bytes in requests", close=True)
 
@@ -456,9 +466,8 @@ class Handlers:
 
         Differs from etcd: there is no limit there.
         """
-        self._refuse(
-            "refused a snapshot from %s: others are being received", remote, verdict="busy"
-        )
+        text = "refused a snapshot from %s: others are being received"
+        self._refuse("busy", _at(remote), text, remote, reason="others are being received")
         self._count_refused_snapshot()
         return self._answer(503, "too many snapshots at once", close=True)
 
@@ -471,7 +480,9 @@ class Handlers:
         error: BaseException | None = None,
     ) -> Answer:
         """Answer a snapshot that was not taken; ``error`` is shown in the log."""
-        self._warn("refused a snapshot of %s from %s: %s", sender, remote, text, exc_info=error)
+        about = Fields(peer=sender, address=str(remote), reason=text, channel="snapshot")
+        line = "refused a snapshot of %s from %s: %s"
+        self._warn(line, sender, remote, text, exc_info=error, **about)
         return self._answer(status, text)
 
     def shutting_down(self) -> Answer:
@@ -507,25 +518,29 @@ class Handlers:
             _, sender = parse_stream_path(request.path)
         except UsageError as error:
             return self._answer(404, str(error))
-        about = format_id(sender)
+        about, whose = format_id(sender), _by(sender, request.remote)
         if self.binds_members and request.certificate and sender != sender_of(request):
             # Differs from etcd: what is for one member is not given to another.
             text = "refused stream of %s from %s: it says it is another"
-            self._refuse(text, about, request.remote, verdict="wrong-member")
+            reason = "it says it is another"
+            self._refuse("wrong-member", whose, text, about, request.remote, reason=reason)
             return self._answer(412, "certificate not allowed for this member")
-        if self._callbacks.ask("is_id_removed", about, self._raft.is_id_removed, sender):
+        ask = self._callbacks.ask
+        if ask("is_id_removed", about, self._raft.is_id_removed, sender, fields=whose):
             text = "refused stream of %s from %s: it was removed"
-            self._refuse(text, about, request.remote, verdict="removed")
+            self._refuse("removed", whose, text, about, request.remote, reason="it was removed")
             return self._answer(410, "removed member")
         if not streams.has_peer(sender):
             self._show_sender(request, sender)
             text = "refused stream of %s from %s: it is no peer"
-            self._refuse(text, about, request.remote, verdict="unknown-member")
+            reason = "it is no peer"
+            self._refuse("unknown-member", whose, text, about, request.remote, reason=reason)
             return self._answer(404, "error sender not found")
         to = request.headers.get(RAFT_TO.lower(), "")
         if to != self._member_id:
             text = "refused stream of %s: it is for %r, we are not"
-            self._refuse(text, about, to[:64], verdict="wrong-peer")
+            reason = f"it is for {to[:64]!r}"
+            self._refuse("wrong-peer", whose, text, about, to[:64], reason=reason)
             return self._answer(412, "to field mismatch")
         return None
 
@@ -554,6 +569,8 @@ class Handlers:
         )
         if reason is not None:
             self._refuse(
+                "wrong-version",
+                _from(request),
                 "failed to check version compatibility with %s: %s "
                 "(remote server %.64s, min cluster %.64s; local server %s, min cluster %s)",
                 request.remote,
@@ -562,18 +579,20 @@ class Handlers:
                 min_cluster,
                 self._local,
                 self._local_min,
-                verdict="wrong-version",
+                reason=reason,
             )
             return self._answer(412, INCOMPATIBLE_VERSION)
         # The text is compared, as etcd does: another spelling of the same number is a mismatch.
         cluster_id = headers.get(CLUSTER_ID.lower(), "")
         if cluster_id != self._cluster_id:
             self._refuse(
+                "wrong-cluster",
+                _from(request),
                 "request cluster ID mismatch from %s: %r is not %s",
                 request.remote,
                 cluster_id[:64],
                 self._cluster_id,
-                verdict="wrong-cluster",
+                reason=CLUSTER_ID_MISMATCH,
             )
             return self._answer(412, CLUSTER_ID_MISMATCH)
         refusal = self.check_member(request)
@@ -598,16 +617,19 @@ class Handlers:
         if sender is not None:
             about, certificate = f"{request.remote}", request.certificate
             ask = self._callbacks.ask
-            if ask("allow_member", about, self._allow_member, certificate, sender):
+            whose = _by(sender, about)
+            if ask("allow_member", about, self._allow_member, certificate, sender, fields=whose):
                 return None
         name = request.headers.get(SERVER_FROM.lower(), "")[:64]
         text = "refused Raft message from %s: not the certificate of %r"
-        self._refuse(text, request.remote, name, verdict="wrong-member")
+        reason = "not its certificate"
+        self._refuse("wrong-member", _from(request), text, request.remote, name, reason=reason)
         return self._answer(412, "certificate not allowed for this member")
 
     def handshake_failed(self, remote: object, reason: str) -> None:
         """Hear of a caller that TLS does not let in."""
-        self._warn("rejected connection from %s: %s", remote, reason)
+        text, about = "rejected connection from %s: %s", Fields(address=str(remote), reason=reason)
+        self._warn(text, remote, reason, **about)
 
     def _check_snapshot(self, request: Request, *, can_detach: bool) -> Answer | None:
         """Do the same for a snapshot. Differs from etcd: 501 where it is not to be stored."""
@@ -654,7 +676,10 @@ class Handlers:
         encoding = request.headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
             text = "refused Raft message from %s: content encoding %r"
-            self._refuse(text, request.remote, encoding[:64], verdict="encoded")
+            reason = f"content encoding {encoding[:64]!r}"
+            self._refuse(
+                "encoded", _from(request), text, request.remote, encoding[:64], reason=reason
+            )
             self.received.count_failure(request.remote)
             return self._answer(415, "unsupported content encoding", close=True)
         # Framing is for the listener to check. Numbers of more than 19 digits are not even read.
@@ -686,10 +711,10 @@ class Handlers:
         self._callbacks.count("process", error)
         return None
 
-    def _refuse(self, text: str, *args: object, verdict: str) -> None:
+    def _refuse(self, verdict: str, whose: About, text: str, *args: object, reason: str) -> None:
         """Count a request that is not taken, by one word that says why, and warn of it."""
         self.received.count_refusal(verdict)
-        self._warn(text, *args)
+        self._warn(text, *args, reason=reason, verdict=verdict, **whose)
 
     def _answer(self, status: int, text: str, *, close: bool = False) -> Answer:
         return text_answer(status, text, self._cluster_header, close=close)
@@ -732,6 +757,22 @@ def behind_prefix(path: str, prefix: str) -> str:
         if path.startswith(mounted) and path[len(mounted) :][:1] in ("", "/"):
             return path[len(mounted) :]
     return path
+
+
+def _at(remote: object) -> About:
+    """Return what a record says of who sends, while it has not said which member it is."""
+    return About(address=f"{remote}")
+
+
+def _from(request: Request) -> About:
+    """Return what a record says of who sends a request, and says who it is."""
+    sender = sender_of(request)
+    return _at(request.remote) if sender is None else _by(sender, request.remote)
+
+
+def _by(sender: int, remote: object) -> About:
+    """Return what a record says of a member that sends."""
+    return About(peer=format_id(sender), address=f"{remote}")
 
 
 def _not_allowed(method: str) -> Answer:

@@ -197,7 +197,8 @@ class Listener:
             if self._snapshots is not None:
                 is_whole &= self._snapshots.wait_closed(deadline - 0.1 * deadline_s)
             if not is_whole:
-                logger.warning("listener at %s closed with requests unanswered", self.url)
+                text = "listener at %s closed with requests unanswered"
+                logger.warning(text, self.url, url=self.url, reason="process blocks")
             deadline = max(deadline, time.monotonic() + 0.05)
             for thread in self._threads:
                 thread.wait_ended(deadline)
@@ -318,7 +319,7 @@ def _bind_addresses(
             raise OSError(*absent[0])
         undo.pop_all()
     for _, text in absent:
-        logger.warning("%s", text)
+        logger.warning("%s", text, url=url, reason=text)
     return sockets
 
 

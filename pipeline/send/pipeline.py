@@ -133,7 +133,12 @@ class PeerPipeline(Sender):
         self.identity = identity
         self.picker = URLPicker(urls) if picker is None else picker
         self.status = status or PeerStatus(identity.member_id, peer_id, ActiveFlag())
-        self._callbacks = Callbacks(logger, callbacks)
+        self._log = logger.about(
+            local=protocol.format_id(identity.member_id),
+            peer=protocol.format_id(peer_id),
+            channel="pipeline",
+        )
+        self._callbacks = Callbacks(self._log, callbacks)
         if on_peer_change is not None:
             self.status.changes = PeerChanges(peer_id, on_peer_change, self._callbacks)
         self._peer = protocol.format_id(peer_id)
@@ -154,7 +159,7 @@ class PeerPipeline(Sender):
         self._versions = versions
         self._dispatcher = dispatcher
         self._pools: dict[str, Pool] = {}
-        self._throttle = Throttle(logger)
+        self._throttle = Throttle(self._log)
         self._lock = lock_of(self)  # guards the pools
         self._beginning = Once()
         self._ending = Once()
@@ -189,7 +194,7 @@ class PeerPipeline(Sender):
         self._dispatcher.open(self, self.status.flag, self._config, connections)
         if self._ending.is_taken():  # meanwhile, perhaps before there were workers to be ended
             self.stop()
-        logger.info("started HTTP pipelining with remote peer %s", self._peer)
+        self._log.info("started HTTP pipelining with remote peer %s", self._peer)
 
     def stop(self) -> int:
         """Refuse further messages, drop what is queued, end what is in flight.
@@ -224,7 +229,8 @@ class PeerPipeline(Sender):
             if (dial := worker.connection.dial) is not None:
                 self._dispatcher.dialer.cancel(dial)
         if dropped:
-            logger.info("dropped %d queued messages to peer %s at stop", dropped, self._peer)
+            text = "dropped %d queued messages to peer %s at stop"
+            self._log.info(text, dropped, self._peer, reason=STOPPED)
         return dropped
 
     def stop_end(self, deadline: float) -> None:
@@ -236,16 +242,17 @@ class PeerPipeline(Sender):
             if live <= mine or left_s <= WAIT_STEP_S:
                 break
         if live > mine:
-            logger.warning(
+            self._log.warning(
                 "%d workers for peer %s are still in a callback of Raft; they end after it",
                 live - mine,
                 self._peer,
+                reason="a callback blocks",
             )
         for worker in self.workers:
             if worker.is_retired():
                 worker.connection.close()
         if live == 0:
-            logger.info("stopped HTTP pipelining with remote peer %s", self._peer)
+            self._log.info("stopped HTTP pipelining with remote peer %s", self._peer)
 
     def update(self, urls: Iterable[str]) -> None:
         """Send to other URLs from the next message on; ``UsageError`` for a bad one."""
@@ -271,7 +278,7 @@ class PeerPipeline(Sender):
             self._handle(worker, event, error)
         except BaseException as failure:
             # Ours to fix, not the worker's to die of: its message fails like any other.
-            logger.exception("internal error, please report: event %s", event.name)
+            self._log.exception("internal error, please report: event %s", event.name)
             if worker.has_job():
                 self._fail(worker, self._unreachable(worker, f"internal error: {show(failure)}"))
             else:
@@ -357,7 +364,7 @@ class PeerPipeline(Sender):
             worker.not_dialled()  # or the pipeline has been stopped meanwhile
 
     def _broken_dial(self, worker: Worker, failure: BaseException) -> None:
-        logger.exception("internal error, please report: a dial")
+        self._log.exception("internal error, please report: a dial")
         if worker.has_job():
             worker.connection.failure = f"internal error: {show(failure)}"
             worker.not_dialled()
@@ -450,6 +457,7 @@ class PeerPipeline(Sender):
             len(expired),
             self._peer,
             self._config.max_queue_age,
+            reason=f"waited longer than {self._config.max_queue_age:g} s",
         )
 
     def pool(self, url: str) -> Pool:

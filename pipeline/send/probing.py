@@ -112,6 +112,8 @@ class Prober:
     dialer : Dialer
     interval_s : float
         Between two probes of a peer. The first comes after a fifth of it.
+    member_id : int
+        Ours, for the log.
     credentials : Credentials, optional
         For ``https`` URLs.
     versions : Versions, optional
@@ -129,9 +131,11 @@ class Prober:
         dialer: Dialer,
         *,
         interval_s: float,
+        member_id: int = 0,
         credentials: Credentials | None = None,
         versions: Versions | None = None,
     ) -> None:
+        self._log = logger.about(local=format_id(member_id))
         self._poller = poller
         self._dialer = dialer
         self._interval_s = interval_s
@@ -363,7 +367,10 @@ class Prober:
             target.round_trips.observe(rtt_s)
         self._done(target)
         if not old.is_healthy:
-            logger.info("peer %s answers probes at %s", format_id(target.peer_id), target.url)
+            peer = format_id(target.peer_id)
+            self._log.info(
+                "peer %s answers probes at %s", peer, target.url, peer=peer, url=target.url
+            )
 
     def _fail(self, target: _Target, reason: str) -> None:
         self._close(target)
@@ -377,7 +384,9 @@ class Prober:
         self._done(target)
         is_change = old.is_healthy or old.total == 0
         level = logging.WARNING if is_change else logging.DEBUG
-        logger.log(level, "probe of peer %s at %s: %s", format_id(target.peer_id), url, reason)
+        peer = format_id(target.peer_id)
+        text = "probe of peer %s at %s: %s"
+        self._log.log(level, text, peer, url, reason, peer=peer, url=url, reason=reason)
 
     def _done(self, target: _Target) -> None:
         target.is_busy = False

@@ -87,7 +87,7 @@ class Reports:
         """
         self._picker.unreachable(url)
         self._tell_critical(error)
-        is_news = self._status.deactivate("pipeline", "write", error.reason)
+        is_news = self._status.deactivate("pipeline", "write", error.reason, url=url)
         self.tell_changes()
         count()
         self._tell_unreachable(to, is_news=is_news)
@@ -119,14 +119,16 @@ class Reports:
         self._picker.unreachable(error.url)
         if not isinstance(error, MemberRemovedError) or self._removal.take():
             self._tell_critical(error)
-        self.stream_down("dial", error.reason, source=source)
+        self.stream_down("dial", error.reason, source=source, url=error.url)
 
-    def stream_down(self, action: str, reason: str, *, source: str, messages: int = 0) -> None:
-        """Tell that there is no stream, or not any more.
+    def stream_down(
+        self, action: str, reason: str, *, source: str, url: str | None = None, messages: int = 0
+    ) -> None:
+        """Tell that there is no stream, or not any more; ``url`` is that of a dial of ours.
 
         Of the ``messages`` that failed with it Raft hears as of one, as in etcd.
         """
-        is_news = self._status.deactivate(source, action, reason)
+        is_news = self._status.deactivate(source, action, reason, url=url)
         self.tell_changes()
         if messages:
             self._tell_unreachable(self._peer_id, is_news=is_news)
@@ -143,7 +145,7 @@ class Reports:
         """Tell of a snapshot that the peer, or the network, did not take at ``url``."""
         self._tell_critical(error)
         self._picker.unreachable(url)
-        is_news = self._status.deactivate("sendMsgSnap", "post", str(error))
+        is_news = self._status.deactivate("sendMsgSnap", "post", str(error), url=url)
         self.tell_changes()
         self._tell_unreachable(self._peer_id, is_news=is_news)
         self.snapshot_given_up()

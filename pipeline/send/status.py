@@ -9,7 +9,7 @@ from pipeline._core import ActiveFlag
 from pipeline.arguments import require_id
 from pipeline.errors import STOPPED
 from pipeline.locks import lock_of
-from pipeline.logs import get_logger
+from pipeline.logs import Fields, get_logger
 from pipeline.reasons import explanation_of
 from pipeline.send.changes import PeerChange, PeerChanges, PeerState
 from pipeline.wire.protocol import (
@@ -22,6 +22,15 @@ from pipeline.wire.protocol import (
 __all__ = ["LastError", "PeerStatus"]
 
 logger = get_logger(__name__)
+
+
+#: By whom etcd says that it failed, with what a record's ``channel`` calls it.
+_CHANNELS = {
+    "pipeline": "pipeline",
+    "stream MsgApp v2": "msgapp",
+    "stream Message": "message",
+    "sendMsgSnap": "snapshot",
+}
 
 
 class LastError(NamedTuple):
@@ -90,6 +99,7 @@ class PeerStatus:
         # Guards every change. Reentrant and held while logging: lines come in the order of the
         # changes, and a log handler may ask us or even send to the peer.
         self._lock = lock_of(self)
+        self._log = logger.about(local=format_id(member_id), peer=format_id(peer_id))
 
     @property
     def is_active(self) -> bool:
@@ -115,9 +125,9 @@ class PeerStatus:
             self._mismatch = ""
             self.flag.set(True)
             self._become(PeerState.ACTIVE, "")
-            logger.info("peer became active: %s", format_id(self.peer_id))
+            self._log.info("peer became active: %s", format_id(self.peer_id))
 
-    def deactivate(self, source: str, action: str, reason: str) -> bool:
+    def deactivate(self, source: str, action: str, reason: str, *, url: str | None) -> bool:
         """Note a failure.
 
         Parameters
@@ -126,6 +136,8 @@ class PeerStatus:
             Which channel failed at what: ``pipeline`` and ``write``, as etcd's log has them.
         reason : str
             The text of the error.
+        url : str or None
+            Where the peer was dialled, if we have done so.
 
         Returns
         -------
@@ -151,13 +163,16 @@ class PeerStatus:
             # A stop is our doing, and says nothing of the peer.
             is_news = reason != STOPPED and (was_active or not self._is_told)
             self._is_told = self._is_told or is_news
+            about = Fields(reason=reason, channel=_CHANNELS.get(source, source))
+            if url:  # none was picked, if that was what failed
+                about["url"] = url
             if _is_mismatch(reason) and reason != self._mismatch:
                 self._mismatch = reason
-                logger.error(text, failure)
+                self._log.error(text, failure, **about)
             elif is_news:
-                logger.warning(text, failure)
+                self._log.warning(text, failure, **about)
             else:
-                logger.debug(text, failure)
+                self._log.debug(text, failure, **about)
             return is_first
 
     def count(self, verdict: str, times: int = 1) -> None:

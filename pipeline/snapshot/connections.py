@@ -134,7 +134,9 @@ class SnapshotConnections:
                     del self._threads[thread]
                     raise
         except (RuntimeError, MemoryError, OSError) as error:
-            logger.warning("no thread for a snapshot from %s: %s", begun.request.remote, error)
+            address, reason = str(begun.request.remote), str(error)
+            text = "no thread for a snapshot from %s: %s"
+            logger.warning(text, address, reason, address=address, reason=reason)
             return False
         return True
 

@@ -19,7 +19,7 @@ from pipeline.callbacks import require_no_awaitable
 from pipeline.config import MIB, ReceiverConfig
 from pipeline.errors import UnmarshalError
 from pipeline.locks import lock_of
-from pipeline.logs import get_logger, show
+from pipeline.logs import Fields, show
 from pipeline.net._budget import BodyShare
 from pipeline.raft import AnyRaft
 from pipeline.receive.handlers import Handlers
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from pipeline.snapshot.connections import SnapshotConnections
 
 __all__ = ["SnapshotCounts", "SnapshotReceiver"]
-
-logger = get_logger(__name__)
 
 #: The message alone, without the database; etcd ``snapshotLimitByte``.
 MAX_MESSAGE_BYTES = 64 * MIB
@@ -184,7 +182,8 @@ class SnapshotReceiver:
             handlers.received.count_bytes(message.from_, saved)
             text = "stored the database of snapshot %d of %s from %s: %d bytes in %.3f s"
             seconds = time.monotonic() - begin
-            logger.info(text, index, sender, request.remote, saved, seconds)
+            about = Fields(peer=sender, address=str(request.remote), channel="snapshot")
+            handlers.log.info(text, index, sender, request.remote, saved, seconds, **about)
             try:
                 self._hand_on(message, data)
             except BaseException as error:  # whatever a node raises, its listener goes on

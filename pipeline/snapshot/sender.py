@@ -304,10 +304,13 @@ class SnapshotTransfer:
         try:
             self.source.close()
         except BaseException as failure:
-            logger.exception("the source of a snapshot for %x cannot be closed", self.peer_id)
+            peer = protocol.format_id(self.peer_id)
+            reason = f"the source cannot be closed: {show(failure)}"
+            text = "the source of a snapshot for %s cannot be closed"
+            logger.exception(text, peer, peer=peer, channel="snapshot", reason=reason)
             if error is None:
                 # As in etcd, which then tells the node that it failed.
-                error = SnapshotSourceError(f"the source cannot be closed: {show(failure)}")
+                error = SnapshotSourceError(reason)
                 error.__cause__ = failure
         if self._rate is None:
             self._rate = 0.0
@@ -396,6 +399,11 @@ class SnapshotSender:
         self._pipeline = pipeline
         self._reports = pipeline.reports
         self._peer = protocol.format_id(pipeline.peer_id)
+        self._log = logger.about(
+            local=protocol.format_id(pipeline.identity.member_id),
+            peer=self._peer,
+            channel="snapshot",
+        )
         self._dispatcher = dispatcher
         self._config = config
         self._answer_timeout_s = answer_timeout_s
@@ -460,9 +468,10 @@ class SnapshotSender:
         """Wait until ``deadline`` (``time.monotonic()``) for the thread, unless it is this one."""
         thread = self._thread
         if thread is not None and not thread.wait_ended(deadline):
-            logger.warning(
+            self._log.warning(
                 "the snapshot for peer %s is still in a callback or its source; it ends after it",
                 self._peer,
+                reason="a callback or the source blocks",
             )
 
     def counts(self) -> SnapshotSendCounts:
@@ -558,21 +567,22 @@ class SnapshotSender:
             self._in_flight += 1
         error: PipelineError | None = None
         try:
-            logger.info(
+            self._log.info(
                 "start to send database snapshot of %d bytes to %s",
                 transfer.total_bytes,
                 self._peer,
+                url=url,
             )
             self._post(transfer, url)
         except PipelineError as failure:
             error = failure
         except BaseException as failure:
-            logger.exception("internal error, please report: a snapshot was not sent")
+            self._log.exception("internal error, please report: a snapshot was not sent", url=url)
             error = InternalError(f"a snapshot was not sent: {show(failure)}")
             error.__cause__ = failure
         try:
             if error is None:
-                self._succeed(transfer, time.monotonic() - begun_at)
+                self._succeed(transfer, url, time.monotonic() - begun_at)
             else:
                 self._fail(url, error)
         finally:
@@ -580,16 +590,18 @@ class SnapshotSender:
                 self._in_flight -= 1
             transfer.finish(error)
 
-    def _succeed(self, transfer: SnapshotTransfer, took_s: float) -> None:
+    def _succeed(self, transfer: SnapshotTransfer, url: str, took_s: float) -> None:
         self._reports.snapshot_delivered()
-        logger.info("database snapshot was sent to %s in %.1f s", self._peer, took_s)
+        self._log.info("database snapshot was sent to %s in %.1f s", self._peer, took_s, url=url)
         with self._lock:
             self._sent_bytes += len(transfer.message) + transfer.total_bytes
             self._success += 1
             self._durations.observe(took_s)
 
     def _fail(self, url: str, error: PipelineError) -> None:
-        logger.warning("failed to send database snapshot to %s: %s", self._peer, error)
+        text = "failed to send database snapshot to %s: %s"
+        reason = error.reason if isinstance(error, PostError) else show(error, str)
+        self._log.warning(text, self._peer, error, url=url, reason=reason)
         # Differs from etcd: what happened on our side says nothing of the peer. There only a stop
         # ends a transfer, and a database that cannot be read makes its peer unreachable.
         is_stop = isinstance(error, SnapshotCancelledError) and self._ending.is_taken()

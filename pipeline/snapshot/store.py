@@ -148,6 +148,7 @@ class SnapshotStore:
                 what,
                 self.directory,
                 error.strerror,
+                reason=f"{error.strerror}",
             )
 
     def _free_bytes(self) -> int | None:
@@ -247,7 +248,8 @@ class Saving:
             except FileNotFoundError:
                 pass
             except OSError as error:  # why it is discarded is told, and not hidden by this
-                logger.warning("cannot remove %s: %s", self._temporary, error.strerror)
+                text, reason = "cannot remove %s: %s", f"{error.strerror}"
+                logger.warning(text, self._temporary, reason, reason=reason)
 
     def close(self) -> None:
         """Discard what was not committed, and let go of the file."""

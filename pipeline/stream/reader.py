@@ -19,7 +19,7 @@ from pipeline.errors import (
     UnexpectedStatusError,
 )
 from pipeline.identity import Version
-from pipeline.logs import Throttle, get_logger
+from pipeline.logs import Fields, Throttle, get_logger
 from pipeline.net.dialling import Dial, Dialer
 from pipeline.send.dispatcher import Dispatcher
 from pipeline.send.pipeline import PeerPipeline
@@ -104,7 +104,10 @@ class StreamReader(Reader):
         self._retry_s = RETRY_S
         self._next_at = 0.0  # time.monotonic(): no dial begins before
         self._accepted_at = 0.0  # time.monotonic()
-        self._throttle = Throttle(logger)
+        self._log = logger.about(
+            local=format_id(pipeline.identity.member_id), peer=self._peer, channel=self.kind
+        )
+        self._throttle = Throttle(self._log)
         self._is_stopping = False
         self._since: float | None = None
 
@@ -184,7 +187,7 @@ class StreamReader(Reader):
             try:
                 self._judge(self.head(), error)
             except Exception:
-                logger.exception("internal error, please report: an answer was not judged")
+                self._log.exception("internal error, please report: an answer was not judged")
                 self.refuse()
                 self.dial_after(self._retry_s)
             return
@@ -194,9 +197,13 @@ class StreamReader(Reader):
             self._peer,
             SOURCES[self.kind],
             reason,
+            url=self._url,
+            reason=reason,
         )
         if error:
-            self._pipeline.reports.stream_down("read", reason, source=SOURCES[self.kind])
+            self._pipeline.reports.stream_down(
+                "read", reason, source=SOURCES[self.kind], url=self._url
+            )
         if time.monotonic() - self._accepted_at < LASTING_S:
             self._note_refusal()
         else:
@@ -237,10 +244,11 @@ class StreamReader(Reader):
             self._since = time.time()
             # First, for another thread may hear of its end as soon as it is accepted.
             self._pipeline.reports.stream_up()
-            logger.info(
+            self._log.info(
                 "established TCP streaming connection with remote peer %s: %s, in",
                 self._peer,
                 SOURCES[self.kind],
+                url=self._url,
             )
             self.accept(head_len(data), is_chunked=is_chunked)
             self._pipeline.reports.tell_changes()
@@ -272,7 +280,8 @@ class StreamReader(Reader):
             return
         if isinstance(error, StreamNotSupportedError):
             self._pipeline.picker.unreachable(error.url)
-            logger.debug("%s of peer %s: %s", SOURCES[self.kind], self._peer, error)
+            text, about = "%s of peer %s: %s", Fields(url=error.url, reason=error.reason)
+            self._log.debug(text, SOURCES[self.kind], self._peer, error, **about)
         else:
             self._pipeline.reports.stream_refused(error, source=SOURCES[self.kind])
         if not is_waiting:

@@ -82,7 +82,10 @@ class StreamWriter(Writer):
         self._dispatcher = dispatcher
         self._peer = format_id(pipeline.peer_id)
         self._since = 0.0
-        self._throttle = Throttle(logger)
+        self._log = logger.about(
+            local=format_id(pipeline.identity.member_id), peer=self._peer, channel=self.kind
+        )
+        self._throttle = Throttle(self._log)
         self.queue_length, self.queue_bytes = queue_length, config.queue_bytes
 
     def serve(self, connection: OwnSocket, head: bytes, *, is_chunked: bool) -> None:
@@ -91,7 +94,7 @@ class StreamWriter(Writer):
         reports = self._pipeline.reports
         # First, for another thread may hear of its end as soon as it is attached.
         reports.stream_up()
-        logger.info(
+        self._log.info(
             "established TCP streaming connection with remote peer %s: %s, out",
             self._peer,
             SOURCES[self.kind],
@@ -117,6 +120,7 @@ class StreamWriter(Writer):
                 SOURCES[self.kind],
                 reason,
                 lost,
+                reason=reason,
             )
         else:
             self._throttle.warning(
@@ -124,6 +128,7 @@ class StreamWriter(Writer):
                 self._peer,
                 SOURCES[self.kind],
                 lost,
+                reason="replaced",
             )
         reports = self._pipeline.reports
         # A peer that has dialled again by now is there.

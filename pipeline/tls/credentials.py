@@ -210,7 +210,8 @@ class Credentials:
             old = self._state
             self._state = _State(old.loaded, seen, time.monotonic() + RETRY_INTERVAL_S, failure)
             level = logging.DEBUG if failure == old.failure else logging.ERROR
-            logger.log(level, "TLS files not loaded, the last good ones stay: %s", failure)
+            text = "TLS files not loaded, the last good ones stay: %s"
+            logger.log(level, text, failure, reason=failure, verdict="failed")
             return False
         self._state = _State(loaded, seen)
         self.generation += 1

@@ -143,6 +143,8 @@ class Versions:
                 why,
                 reason,
                 wanted,
+                reason=why,
+                verdict="wrong-version",
             )
 
 

@@ -83,9 +83,9 @@ def outcome(channel: str, transport: Transport, peer: int = PEER) -> str:
     status = transport._peers[peer].status
     deactivate = status.deactivate
 
-    def note(source: str, action: str, reason: str) -> bool:
+    def note(source: str, action: str, reason: str, *, url: str | None = None) -> bool:
         reasons.append(reason)
-        return deactivate(source, action, reason)
+        return deactivate(source, action, reason, url=url)
 
     status.deactivate = note  # type: ignore[method-assign]
     done = transport.stats()[peer].sent + transport.stats()[peer].failed

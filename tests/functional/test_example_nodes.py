@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any
 import pytest
 import urllib3
 
+from pipeline.examples import json_logging
 from pipeline.examples.etcd import free_port
+from pipeline.logs import FIELDS
 from tests.support.processes import TIMEOUT_S, Program
 from tests.support.server import refused_port
 from tests.support.waiting import eventually
@@ -152,3 +157,33 @@ def test_a_feed_that_finds_no_etcd_says_where_it_has_looked() -> None:
             for client in clients:
                 program.wait_line(f"^{client}: .*refused")
         assert "Traceback" not in "\n".join(program.lines)
+
+
+# -- logs as JSON
+
+
+def test_logs_are_json_with_the_fields_of_the_library() -> None:
+    assert json_logging.FIELDS == FIELDS
+    with Program(f"{EXAMPLES}json_logging") as program:
+        program.wait_line("stopped HTTP pipelining")
+        assert program.process.wait(TIMEOUT_S) == 0
+        lines = [json.loads(line) for line in program.lines]
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= line.keys()
+        assert line["local"] == "a1"
+    (failure,) = [line for line in lines if line["level"] == "warning"]
+    assert failure["url"] == "http://127.0.0.1:1"
+    assert failure["reason"] == "127.0.0.1:1: Connection refused"
+    assert (failure["peer"], failure["verdict"]) == ("b2", "refused")
+
+
+def test_a_traceback_and_a_line_of_another_library_are_json_as_well() -> None:
+    formatter = json_logging.JSONFormatter()
+    try:
+        int("x")
+    except ValueError:
+        record = logging.LogRecord("other", 40, __file__, 1, "%s!", ("it",), sys.exc_info())
+    line = json.loads(formatter.format(record))
+    assert (line["message"], line["level"]) == ("it!", "error")
+    assert line["traceback"].endswith("invalid literal for int() with base 10: 'x'")
+    assert line.keys() == {"time", "level", "logger", "message", "traceback"}

@@ -201,9 +201,11 @@ class Recorder:
                 calls.append(("activate",))
                 super().activate()
 
-            def deactivate(self, source: str, action: str, reason: str) -> bool:
+            def deactivate(
+                self, source: str, action: str, reason: str, *, url: str | None = None
+            ) -> bool:
                 calls.append(("deactivate", source, action, reason))
-                return super().deactivate(source, action, reason)
+                return super().deactivate(source, action, reason, url=url)
 
         self.pipeline = Pipeline(
             PEER,

@@ -143,10 +143,10 @@ class Order(FakeRaft):
             setattr(thing, name, self._noting(name, getattr(thing, name)))
 
     def _noting(self, name: str, method: Callable[..., None]) -> Callable[..., None]:
-        def noting(*args: object) -> None:
+        def noting(*args: object, **named: object) -> None:
             arguments = ", ".join(map(str, args))
             self.calls.append(f"{name}({arguments})")
-            method(*args)
+            method(*args, **named)
 
         return noting
 

@@ -246,7 +246,7 @@ def failure_by(channel: str, url: str, authority: Authority, server_name: str | 
             return str(error or "")
         reasons: list[str] = []
         status = transport._peers[PEER].status
-        status.deactivate = lambda source, action, reason: reasons.append(reason)  # type: ignore[method-assign, assignment, return-value]
+        status.deactivate = lambda source, action, reason, url: reasons.append(reason)  # type: ignore[method-assign, assignment, return-value]
         transport.send([message()])
 
         def is_done() -> bool:

@@ -78,7 +78,7 @@ def test_an_expired_message_is_told_while_the_peer_can_be_reached() -> None:
         for count in (1, 2):
             pipeline.send(message())
             raft.wait_unreachable(count)
-        pipeline.status.deactivate("pipeline", "write", "as another channel does")
+        pipeline.status.deactivate("pipeline", "write", "as another channel does", url="http://a")
         pipeline.send(message(MessageType.SNAP))
         assert raft.wait_snapshots(1) == [(PEER, SnapshotStatus.FAILURE)]
         assert raft.unreachable == [PEER] * 2
@@ -97,7 +97,7 @@ def test_a_refusal_is_told_unless_raft_knows(is_unreachable: bool) -> None:
         peer = peer_to(server.url, dispatcher, raft, config)
         peer.start()
         if is_unreachable:
-            peer.status.deactivate("sendMsgSnap", "post", "as another channel does")
+            peer.status.deactivate("sendMsgSnap", "post", "as another channel does", url="http://a")
         for _ in range(2):
             peer.send(message())
             server.wait_requests(1)

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -351,20 +352,35 @@ def test_operations_md_shows_every_warning_and_error() -> None:
         for line in lines
     ]
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
-        for call in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
                 continue
-            if call.func.attr not in ("warning", "error", "exception", "_warn", "_refuse", "log"):
-                continue
-            for argument in call.args[:2]:
-                if not (isinstance(argument, ast.Constant) and isinstance(argument.value, str)):
-                    continue
-                text = _PLACEHOLDER.sub("?", argument.value)
+            for line in logged_by(function):
+                text = _PLACEHOLDER.sub("?", line)
                 if len(text) > len("?"):
-                    assert any(pattern.match(text) for pattern in shown), (
-                        path.name,
-                        argument.value,
-                    )
+                    assert any(pattern.match(text) for pattern in shown), (path.name, line)
+
+
+def logged_by(function: ast.FunctionDef) -> Iterator[str]:
+    """The texts of the warnings and errors of a function, given as they are or by a name."""
+    named: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=True))
+                for name, value in pairs:
+                    named.setdefault(getattr(name, "id", ""), []).append(value)
+    for call in ast.walk(function):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+            continue
+        # What is passed over: levels, and of `_refuse` the verdict and the request.
+        passed = {"warning": 0, "error": 0, "exception": 0, "_warn": 0, "log": 1, "_refuse": 2}
+        texts = call.args[passed[call.func.attr] :][:1] if call.func.attr in passed else []
+        for text in [value for it in texts for value in named.get(getattr(it, "id", ""), [it])]:
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                yield text.value
 
 
 def test_the_signs_of_operations_md_are_numbers_there_are() -> None:

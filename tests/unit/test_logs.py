@@ -9,11 +9,13 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pipeline
-from pipeline.logs import Logger, Throttle, get_logger, lost_lines, show
+from pipeline.logs import FIELDS, Logger, Throttle, get_logger, lost_lines, show
+from tests.support.logs import faults_of
 
 NAME = "pipeline.tested"
 ENDINGS = [ValueError, RecursionError, SystemExit, KeyboardInterrupt, GeneratorExit]
@@ -181,3 +183,89 @@ def test_whatever_is_shown_is_shown(error: type[BaseException]) -> None:
     assert show(1) == "1"
     assert show(Rude(error)) == f"<Rude that raises {error.__name__} when it is shown>"
     assert show("x" * 1000) == "'" + "x" * 199 + "..."
+
+
+# -- fields
+
+
+def test_a_record_has_every_field_and_none_for_what_there_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = get_logger(NAME).about(local="a1", peer="b2")
+    log.warning("%d", 1, url="http://b", reason="b: Connection refused")
+    Throttle(log.about(channel="pipeline")).error("%d", 2, peer="c3")
+    log.info("%d", 3)  # not logged
+    get_logger(NAME).warning("%d", 4, reason="stopped", verdict="of its own")
+    found = [{name: getattr(record, name) for name in FIELDS} for record in caplog.records]
+    nothing = dict.fromkeys(FIELDS)
+    refused = {"reason": "b: Connection refused", "verdict": "refused"}
+    assert found == [
+        {**nothing, "local": "a1", "peer": "b2", "url": "http://b", **refused},
+        {**nothing, "local": "a1", "peer": "c3", "channel": "pipeline"},
+        {**nothing, "reason": "stopped", "verdict": "of its own"},
+    ]
+
+
+def test_no_field_is_what_logging_calls_something_of_its_own() -> None:
+    record = logging.LogRecord(NAME, logging.INFO, __file__, 1, "text", (), None)
+    assert not set(FIELDS) & {*vars(record), "message", "asctime", "taskName"}
+
+
+def test_a_program_that_has_a_field_of_that_name_keeps_it_and_loses_no_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make = logging.getLogRecordFactory()
+
+    def with_peer(*args: Any, **more: Any) -> logging.LogRecord:
+        record = make(*args, **more)
+        record.peer = "the program's"
+        return record
+
+    before = lost_lines()
+    logging.setLogRecordFactory(with_peer)
+    try:
+        get_logger(NAME).warning("%d", 1, peer="b2", reason="stopped")
+    finally:
+        logging.setLogRecordFactory(make)
+    (record,) = caplog.records
+    assert (record.getMessage(), record.peer, lost_lines()) == ("1", "the program's", before)  # type: ignore[attr-defined]
+    assert not hasattr(record, "reason")
+
+
+def test_a_line_that_is_not_logged_is_not_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise AssertionError("explained")
+
+    monkeypatch.setattr("pipeline.logs.explanation_of", fail)
+    before = lost_lines()
+    get_logger(NAME).debug("%s", "b2", peer="b2", reason="stopped")
+    assert lost_lines() == before
+    get_logger(NAME).warning("%s", "b2", peer="b2", reason="stopped")
+    assert lost_lines() == before + 1
+
+
+@pytest.mark.parametrize(
+    ("line", "fields", "fault"),
+    [
+        ("peer became inactive", {"reason": "x"}, "is about a peer"),
+        ("dropped to peer %s", {"reason": "x"}, "is about a peer"),
+        ("what %s", {"peer": "b2"}, "does not say why"),
+        ("what %s", {"reason": "x", "url": 7}, "url is 7"),
+        ("what %s", {"url": "", "reason": "x"}, "url is ''"),
+        ("failed to dial %s on stream", {"peer": "b2", "reason": "x"}, "does not say where"),
+        ("what %s", {"peer": "b2", "reason": "x"}, ""),
+    ],
+)
+def test_what_a_record_lacks_is_seen(
+    caplog: pytest.LogCaptureFixture, line: str, fields: dict[str, Any], fault: str
+) -> None:
+    get_logger(NAME).warning(line, *["b2"] * line.count("%s"), **fields)
+    (record,) = caplog.records
+    found = faults_of(record)
+    assert len(found) == (1 if fault else 0)
+    assert "".join(found).startswith(fault)
+
+
+def test_a_record_without_fields_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger(NAME).warning("plain")
+    assert faults_of(caplog.records[0]) == [f"has no {', '.join(FIELDS)}"]

@@ -9,12 +9,13 @@ import time
 import pytest
 
 from pipeline.callbacks import Callbacks
-from pipeline.logs import get_logger
+from pipeline.logs import FIELDS, get_logger
 from pipeline.send.changes import PeerChange, PeerChanges, PeerState
 from pipeline.send.status import PeerStatus
 from tests.support import LONG_TIMEOUT
 
 PEER = 0x8E9E05C52164694D
+URL = "http://10.0.0.2:2380"
 
 
 class Flag:
@@ -68,13 +69,38 @@ def test_activate_is_noted_and_logged_once(
     assert lines(caplog) == [("INFO", "peer became active: 8e9e05c52164694d")]
 
 
+@pytest.mark.parametrize(
+    ("source", "channel"),
+    [
+        ("pipeline", "pipeline"),
+        ("stream MsgApp v2", "msgapp"),
+        ("stream Message", "message"),
+        ("sendMsgSnap", "snapshot"),
+    ],
+)
+def test_a_failure_is_logged_with_where_it_was_and_why(
+    status: PeerStatus, caplog: pytest.LogCaptureFixture, source: str, channel: str
+) -> None:
+    status.deactivate(source, "dial", "10.0.0.2:2380: Connection refused", url=URL)
+    (record,) = caplog.records
+    assert {name: getattr(record, name) for name in FIELDS} == {
+        "local": f"{status.member_id:x}",
+        "peer": "8e9e05c52164694d",
+        "url": URL,
+        "reason": "10.0.0.2:2380: Connection refused",
+        "verdict": "refused",
+        "channel": channel,
+        "address": None,
+    }
+
+
 def test_deactivate_is_warned_of_once_and_then_debug(
     status: PeerStatus, flag: Flag, caplog: pytest.LogCaptureFixture
 ) -> None:
     status.activate()
     caplog.clear()
-    status.deactivate("pipeline", "write", "connection refused")
-    status.deactivate("sendMsgSnap", "post", "stopped")
+    status.deactivate("pipeline", "write", "connection refused", url=URL)
+    status.deactivate("sendMsgSnap", "post", "stopped", url=URL)
     assert not status.is_active
     assert not flag.value
     assert status.active_since is None
@@ -95,9 +121,9 @@ def test_deactivate_is_warned_of_once_and_then_debug(
 def test_a_peer_never_active_has_not_disconnected_and_is_warned_of_once(
     status: PeerStatus, caplog: pytest.LogCaptureFixture
 ) -> None:
-    status.deactivate("pipeline", "write", "stopped")
+    status.deactivate("pipeline", "write", "stopped", url=URL)
     for reason in ("refused", "refused", "timeout"):
-        status.deactivate("pipeline", "write", reason)
+        status.deactivate("pipeline", "write", reason, url=URL)
     assert status.disconnects == 0
     assert [level for level, _ in lines(caplog)] == ["DEBUG", "WARNING", "DEBUG", "DEBUG"]
     assert lines(caplog)[1][1] == (
@@ -111,7 +137,7 @@ def test_a_mismatch_is_an_error_once_per_change(
 ) -> None:
     def fail(reason: str) -> str:
         caplog.clear()
-        status.deactivate("pipeline", "write", reason)
+        status.deactivate("pipeline", "write", reason, url=URL)
         ((level, text),) = lines(caplog)
         assert text.endswith(f"failed to write 8e9e05c52164694d on pipeline ({reason})")
         return level
@@ -132,7 +158,7 @@ def test_the_last_error_is_kept_with_its_time_and_how_often_in_a_row(status: Pee
     before = time.time()
     told = []
     for reason in ("refused", "refused", "timeout", "refused"):
-        status.deactivate("pipeline", "write", reason)
+        status.deactivate("pipeline", "write", reason, url=URL)
         told.append(status.last_error)
     assert [(error.text, error.times) for error in told if error] == [
         ("refused", 1),
@@ -143,7 +169,7 @@ def test_the_last_error_is_kept_with_its_time_and_how_often_in_a_row(status: Pee
     assert all(before <= error.at <= time.time() for error in told if error)
     status.activate()
     assert status.last_error == told[-1]
-    status.deactivate("pipeline", "write", "refused")
+    status.deactivate("pipeline", "write", "refused", url=URL)
     assert status.last_error is not None
     assert status.last_error.times == 1
 
@@ -190,7 +216,7 @@ def test_a_change_is_told_once(
     status.changes = PeerChanges(PEER, changes.append, Callbacks(get_logger(__name__)))
     for reason in heard:
         if reason:
-            status.deactivate("pipeline", "write", reason)
+            status.deactivate("pipeline", "write", reason, url=URL)
         else:
             status.activate()
     assert changes == []  # it is not for the status to call anybody
@@ -220,8 +246,8 @@ HEALED = [
 def test_what_time_does_not_heal_is_an_error(
     status: PeerStatus, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    status.deactivate("pipeline", "write", "first")
-    status.deactivate("pipeline", "write", reason)
+    status.deactivate("pipeline", "write", "first", url=URL)
+    status.deactivate("pipeline", "write", reason, url=URL)
     expected = "ERROR" if reason in UNHEALED else "DEBUG"
     assert [level for level, _ in lines(caplog)] == ["WARNING", expected]
 
@@ -229,7 +255,7 @@ def test_what_time_does_not_heal_is_an_error(
 def test_each_going_away_counts(status: PeerStatus) -> None:
     for _ in range(3):
         status.activate()
-        status.deactivate("pipeline", "write", "refused")
+        status.deactivate("pipeline", "write", "refused", url=URL)
     assert status.disconnects == 3
 
 
@@ -251,7 +277,7 @@ def test_activate_while_active_waits_for_no_lock(status: PeerStatus) -> None:
 def test_a_log_handler_may_ask_the_status(status: PeerStatus) -> None:
     class Nosy(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            status.deactivate("pipeline", "write", "asked by a handler")
+            status.deactivate("pipeline", "write", "asked by a handler", url=URL)
 
     nosy, log = Nosy(level=logging.INFO), logging.getLogger("pipeline.send.status")
     log.addHandler(nosy)
@@ -295,7 +321,7 @@ def test_many_threads_make_one_transition_each_way(
         barrier.wait(LONG_TIMEOUT)
         status.activate()
         barrier.wait(LONG_TIMEOUT)
-        status.deactivate("pipeline", "write", "refused")
+        status.deactivate("pipeline", "write", "refused", url=URL)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -308,9 +334,9 @@ def test_many_threads_make_one_transition_each_way(
 
 
 def test_the_first_failure_after_a_success_or_the_start_is_told_apart(status: PeerStatus) -> None:
-    told = [status.deactivate("pipeline", "write", "x") for _ in range(2)]
+    told = [status.deactivate("pipeline", "write", "x", url=URL) for _ in range(2)]
     status.activate()
     assert not status.is_unreachable
-    told += [status.deactivate("pipeline", "write", "x") for _ in range(2)]
+    told += [status.deactivate("pipeline", "write", "x", url=URL) for _ in range(2)]
     assert status.is_unreachable
     assert told == [True, False, True, False]
