@@ -34,8 +34,8 @@ MODULES = ROOT / "tools" / "etcds"
 WORK = ROOT / "build" / "etcds"
 BIN = Path(sys.executable).parent
 
-#: For one program beside one etcd. The longest, all interop tests, takes a minute if the machine is
-#: idle.
+#: For one program beside one etcd. The longest, all interop tests, takes some minutes, half of them
+#: with links that are cut.
 RUN_TIMEOUT_S = 900.0
 
 WRITES = 500

@@ -40,11 +40,6 @@ class Linked(Cluster):
         self.links = {"etcd to us": [to_us], "us to etcd": [to_etcd], "both": [to_us, to_etcd]}
 
 
-@pytest.fixture(params=["plain", "TLS"])
-def authority(request: pytest.FixtureRequest, tmp_path: Path) -> Authority | None:
-    return Authority(tmp_path / "certs") if request.param == "TLS" else None
-
-
 @pytest.fixture
 def network() -> Iterator[Network]:
     with Network() as network:
@@ -74,10 +69,15 @@ def test_a_link_that_is_reset_and_refused_for_a_moment_is_used_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [Fault.CUT, Fault.HOLE, Fault.MUTE])
-@pytest.mark.parametrize("links", ["etcd to us", "us to etcd", "both"])
+@pytest.mark.parametrize(
+    ("links", "has_tls"),
+    [("etcd to us", False), ("us to etcd", False), ("both", False), ("both", True)],
+    ids=["etcd to us", "us to etcd", "both", "both, TLS"],
+)
 def test_a_link_that_is_cut_for_longer_than_silence_is_listened_to_is_used_again(
-    tmp_path: Path, network: Network, authority: Authority | None, links: str, fault: Fault
+    tmp_path: Path, network: Network, links: str, has_tls: bool, fault: Fault
 ) -> None:
+    authority = Authority(tmp_path / "certs") if has_tls else None
     cluster = Linked(tmp_path, network, authority)
     go_through_fault(cluster, network, cluster.links[links], fault)
 
