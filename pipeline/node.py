@@ -624,6 +624,7 @@ class Node:
             self.handlers.received.counts(),
             self._snapshots.counts(),
             self._snapshots.stored_bytes,
+            self._snapshots.left_bytes(),
             None if store is None else store.histograms(),
             self.certificate_expires_at,
             tuple((it.url, it.stats()) for it in tuple(self._listeners) if not it.is_closed),

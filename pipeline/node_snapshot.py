@@ -73,6 +73,8 @@ class NodeSnapshot(NamedTuple):
     received_snapshots: dict[str, SnapshotCounts]
     #: Bytes of databases that have been written to the disk, those given up included.
     received_snapshot_bytes: int
+    #: Of databases that are arriving: still to come; None if one does not say how long it is.
+    received_snapshot_left_bytes: int | None
     #: Seconds to store a database, and those of its fsync; None without a ``snapshot_dir``.
     stores: tuple[Histogram, Histogram] | None
     #: Seconds since the epoch; None without TLS.

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import ssl
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import urllib3
 
 from pipeline import TLSInfo
 from pipeline.net._sockets import OwnSocket
@@ -27,6 +30,8 @@ __all__ = ["Exchange", "ExchangeError"]
 READ_BYTES = 64 * 1024
 #: Who speaks TLS answers a hello at once.
 HELLO_TIMEOUT_S = 0.5
+#: OpenSSL's ``X509_V_FLAG_NO_CHECK_TIME``, for which ``ssl`` has no name.
+NO_CHECK_TIME = 0x200000
 
 
 class ExchangeError(Exception):
@@ -57,6 +62,7 @@ class Exchange:
 
     def __init__(self, url: str, *, tls: TLSInfo | None, timeout_s: float) -> None:
         self.credentials = None if tls is None else Credentials(tls)
+        self._url = url
         self._timeout_s = timeout_s
         self._pool = Pool(
             url,
@@ -123,6 +129,42 @@ class Exchange:
         if self.sock is None:
             self.dial()
         return self._ask(request, telling)
+
+    def time(self, request: bytes) -> tuple[float, PeerAnswer]:
+        """Ask on a connection that is there; the seconds it took, without connecting."""
+        if self.sock is None:
+            self.dial()
+        began = time.perf_counter()
+        answer = self.ask(request)
+        return time.perf_counter() - began, answer
+
+    def refused_certificate(self) -> dict[str, Any] | None:
+        """Return the peer's certificate, as ``getpeercert`` has it, whatever its dates and names.
+
+        For one that a handshake was refused for: it is looked at on a connection of its own, and
+        nothing is sent there. None unless it is signed by whom we trust: what another says of
+        itself is not worth showing.
+        """
+        if self.credentials is None:
+            return None
+        info, url = self.credentials.info, urllib3.util.parse_url(self._url)
+        host = (url.host or "").strip("[]")
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False
+            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME
+            context.load_cert_chain(info.cert_file, info.key_file)
+            if info.trusted_ca_file is None:
+                context.load_default_certs()
+            else:
+                context.load_verify_locations(info.trusted_ca_file)
+            with (
+                socket.create_connection((host, url.port or 443), self._timeout_s) as plain,
+                context.wrap_socket(plain, server_hostname=info.server_name or host) as shaken,
+            ):
+                return dict(shaken.getpeercert() or {}) or None
+        except (OSError, ValueError):
+            return None
 
     def _ask(self, request: bytes, telling: int) -> PeerAnswer:
         assert self.sock is not None

@@ -53,18 +53,21 @@ def tls_options(command: Command) -> Command:
 
 
 def tls_of(
+    url: str,
     *,
     cert: Path | None,
     key: Path | None,
     cacert: Path | None,
     server_name: str | None,
-    is_needed: bool,
 ) -> TLSInfo | None:
-    """Return what the TLS options say; a usage error if they are needed and not given."""
-    if cert is None:
-        if is_needed:
-            raise click.UsageError("https needs --cert (with --key and --cacert), as a peer's")
+    """Return what the TLS options say of a URL; a usage error if it is https and they are missing.
+
+    None for an http URL, whatever they say.
+    """
+    if not url.startswith("https://"):
         return None
+    if cert is None:
+        raise click.UsageError("https needs --cert (with --key and --cacert), as a peer's")
     try:
         return TLSInfo(
             cert_file=cert,

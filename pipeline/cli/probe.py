@@ -54,6 +54,8 @@ OK = Explanation("ok", EXIT_OK, "the peer answers, and nothing is wrong with it"
 SERVER = TransportConfig().server_version
 #: A certificate that expires sooner is told.
 EXPIRES_SOON_DAYS = 7.0
+#: What is wrong is said by the certificate itself, if it is signed by whom we trust.
+_OF_THE_CERTIFICATE = ("expired", "not-yet-valid", "wrong-name")
 
 
 @dataclass(kw_only=True)
@@ -92,6 +94,13 @@ class Probed:
         """Take what is wrong, and why."""
         self.verdict, self.exit_code, self.meaning, self.advice = explanation
         self.reason = reason
+
+    def show(self, certificate: Mapping[str, Any]) -> None:
+        """Take the peer's certificate, as ``getpeercert`` has it."""
+        if certificate:
+            self.certificate = _describe(certificate)
+        if "notAfter" in certificate:
+            self.expires_in_days = _days_until(ssl.cert_time_to_seconds(certificate["notAfter"]))
 
     @property
     def line(self) -> str:
@@ -140,6 +149,8 @@ def probe_peer(
             if url.startswith("http://") and _may_be_tls(reason) and exchange.speaks_tls():
                 reason = f"the peer speaks TLS: {reason}"
             found.judge(explanation_of(reason), reason)
+            if found.verdict in _OF_THE_CERTIFICATE:
+                found.show(exchange.refused_certificate() or {})
     if found.ours_expires_in_days is not None and found.ours_expires_in_days < 0:
         found.notes.append("our own certificate has expired")
     for whose, days in (
@@ -161,10 +172,7 @@ def _connect(exchange: Exchange, found: Probed) -> None:
         return
     found.handshake_ms = _ms(dial.tls_s or 0.0)
     found.tls = session.version
-    certificate = session.certificate or {}
-    found.certificate = _describe(certificate)
-    if "notAfter" in certificate:
-        found.expires_in_days = _days_until(ssl.cert_time_to_seconds(certificate["notAfter"]))
+    found.show(session.certificate or {})
 
 
 def _ask_probing(exchange: Exchange, found: Probed) -> None:
@@ -279,11 +287,8 @@ def _time_round_trips(exchange: Exchange, found: Probed, count: int) -> None:
     took: list[float] = []
     request = probe_head(found.url)
     for _ in range(count):
-        if exchange.sock is None:
-            exchange.dial()  # which is no part of a round trip
-        began = time.perf_counter()
-        answer = exchange.ask(request)
-        took.append(time.perf_counter() - began)
+        seconds, answer = exchange.time(request)
+        took.append(seconds)
         if not _is_probed(answer):
             raise _SickError(_not_a_peer(answer))
     found.round_trips = len(took)
@@ -303,6 +308,12 @@ def _ms(seconds: float) -> float:
 
 def _days_until(when: float) -> float:
     return round((when - time.time()) / 86400, 2)
+
+
+def _until(found: Probed) -> str:
+    assert found.certificate is not None
+    until, days = found.certificate["not_after"], found.expires_in_days or 0.0
+    return f"{until} (in {days} days)" if days >= 0 else f"{until} ({-days} days ago)"
 
 
 def _describe(certificate: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,12 +378,11 @@ def probe(
     else listens there, 6 if cluster, version or member do not fit, 7 if the member was removed, 8
     for a fault of this machine, 1 for anything else.
     """
-    is_needed = url.startswith("https://")
-    tls = tls_of(cert=cert, key=key, cacert=cacert, server_name=server_name, is_needed=is_needed)
+    tls = tls_of(url, cert=cert, key=key, cacert=cacert, server_name=server_name)
     try:
         found = probe_peer(
             url,
-            tls=tls if is_needed else None,
+            tls=tls,
             member_id=as_member,
             cluster_id=cluster_id,
             server_version=server_version,
@@ -402,7 +412,8 @@ def _print(found: Probed) -> None:
             ("certificate of", found.certificate["subject"]),
             ("issued by", found.certificate["issuer"]),
             ("valid for", ", ".join(found.certificate["names"])),
-            ("expires", f"{found.certificate['not_after']} (in {found.expires_in_days} days)"),
+            ("valid from", found.certificate["not_before"]),
+            ("valid until", _until(found)),
         ]
     if found.dial_ms is not None:
         shake = "" if found.handshake_ms is None else f", {found.handshake_ms} ms to shake hands"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import click
 from rich.console import Console
@@ -17,6 +18,8 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -54,6 +57,15 @@ EXIT_INTERRUPTED = 130
 @click.group()
 def snapshot() -> None:
     """Send a database to a peer, or receive those that peers send."""
+
+
+def _columns() -> Iterator[ProgressColumn]:
+    """Make what a bar shows; each bar needs its own."""
+    yield TextColumn("{task.description:9}")
+    yield BarColumn()
+    yield DownloadColumn()
+    yield TransferSpeedColumn()
+    yield TimeRemainingColumn()
 
 
 @contextmanager
@@ -116,8 +128,7 @@ def send(
     The peer takes it as a snapshot of its leader: it replaces what it has. The exit codes are those
     of probe; 130 if it was interrupted.
     """
-    is_tls = url.startswith("https://")
-    tls = tls_of(cert=cert, key=key, cacert=cacert, server_name=server_name, is_needed=is_tls)
+    tls = tls_of(url, cert=cert, key=key, cacert=cacert, server_name=server_name)
     message = Message(
         type=MessageType.SNAP,
         from_=from_,
@@ -140,9 +151,7 @@ def send(
             probe_interval_s=0,
             streams=False,
         )
-        transport = Transport(
-            from_, cluster_id, Quiet(), inbox=Inbox(), tls=tls if is_tls else None, config=config
-        )
+        transport = Transport(from_, cluster_id, Quiet(), inbox=Inbox(), tls=tls, config=config)
         with _interrupts() as interrupts, transport:
             transport.add_peer(to, [url])
             transfer = transport.send_snapshot(message, file)
@@ -181,14 +190,7 @@ def send(
 
 def _follow(transfer: SnapshotTransfer, interrupts: list[int], console: Console) -> None:
     """Show how far it is until it has ended."""
-    columns = (
-        TextColumn("{task.description:9}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*_columns(), console=console) as progress:
         task = progress.add_task("waiting", total=transfer.progress.total_bytes)
         while not transfer.done():
             if interrupts:
@@ -238,31 +240,69 @@ def receive(
     Each is told when it is whole and on the disk; messages that come besides are taken and dropped.
     With --json there is one object on each line, the first one with the URL.
     """
-    is_tls = url.startswith("https://")
-    tls = tls_of(cert=cert, key=key, cacert=cacert, server_name=server_name, is_needed=is_tls)
+    tls = tls_of(url, cert=cert, key=key, cacert=cacert, server_name=server_name)
     inbox: Inbox[Message] = Inbox()
     try:
         receiver = ReceiverConfig(snapshot_dir=directory, snapshot_max_bytes=max_bytes)
         config = TransportConfig(
             receiver=receiver, server_version=server_version, probe_interval_s=0
         )
-        transport = Transport(
-            ours, cluster_id, Quiet(), inbox=inbox, tls=tls if is_tls else None, config=config
-        )
+        transport = Transport(ours, cluster_id, Quiet(), inbox=inbox, tls=tls, config=config)
         with _interrupts() as interrupts, transport:
             listener = transport.listen(url)
             _say(as_json, f"listening at {listener.url}", {"url": listener.url})
             taken = 0
-            while taken < count and not interrupts:
-                for message in inbox.take(timeout=TICK_S):
-                    if message.type == MessageType.SNAP:
-                        taken += 1
-                        _tell(message, directory, as_json)
+            with Arriving(transport, Console(quiet=as_json, stderr=True)) as arriving:
+                while taken < count and not interrupts:
+                    for message in inbox.take(timeout=TICK_S):
+                        if message.type == MessageType.SNAP:
+                            taken += 1
+                            arriving.end()
+                            _tell(message, directory, as_json)
+                    arriving.show()
     except UsageError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
         raise click.ClickException(str(error)) from error
     sys.exit(0 if taken >= count else EXIT_INTERRUPTED)
+
+
+class Arriving:
+    """Shows how far the databases are that are arriving, together, while there are any."""
+
+    def __init__(self, transport: Transport, console: Console) -> None:
+        self._transport = transport
+        self.progress = Progress(*_columns(), console=console, transient=True)
+        self._task: TaskID | None = None
+        self._begin = 0  # bytes received before
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self) -> None:
+        """Look how far they are."""
+        now = self._transport.snapshot()
+        left, received = now.received_snapshot_left_bytes, now.received_snapshot_bytes
+        if not any(counts.in_flight for counts in now.received_snapshots.values()):
+            self.end()
+            self._begin = received
+            return
+        if self._task is None:
+            self._task = self.progress.add_task("receiving", total=None)
+        done = received - self._begin
+        # One that comes in chunks does not say how long it is.
+        total = None if left is None else done + left
+        self.progress.update(self._task, completed=done, total=total)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._task is not None:
+            self.progress.remove_task(self._task)
+            self._task = None
 
 
 def _tell(message: Message, directory: Path, as_json: bool) -> None:

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from pipeline.cli.options import json_option
 
-__all__ = ["Node", "Row", "judge", "parse", "top"]
+__all__ = ["Node", "Row", "ago", "judge", "parse", "top"]
 
 #: A name and its labels, in order.
 Series: TypeAlias = tuple[str, tuple[tuple[str, str], ...]]
@@ -68,6 +68,9 @@ class Row:
     queued: int | None = None
     queued_bytes: int | None = None
     in_flight: int | None = None
+    #: Why the last failure was, in one word (``explain``), and how many seconds ago.
+    last_error: str | None = None
+    last_error_s: float | None = None
     #: Of the probes since the last scrape, or ever if there was none.
     rtt_ms: float | None = None
 
@@ -133,10 +136,13 @@ class _Of:
 
     def __init__(self, scrape: Scrape, local: str, peer: str) -> None:
         self._found: dict[str, list[float]] = {}
+        self._errors: list[tuple[str, float]] = []
         for (name, labels), value in scrape.items():
             about = dict(labels)
             if about.get("To", about.get("Remote")) == peer and about.get("Local", local) == local:
                 self._found.setdefault(name, []).append(value)
+                if name == "raft_pipeline_peer_last_error_timestamp_seconds":
+                    self._errors.append((about.get("Verdict", ""), value))
 
     def total(self, name: str) -> float | None:
         """Return the sum of a name's series; None if there is none."""
@@ -146,6 +152,10 @@ class _Of:
     def count(self, name: str) -> int:
         """Return how many series a name has."""
         return len(self._found.get(name, ()))
+
+    def last_error(self) -> tuple[str, float] | None:
+        """Return the verdict of the last failure, and when it was."""
+        return max(self._errors, key=lambda it: it[1], default=None)
 
     def whole(self, name: str) -> int | None:
         """Return ``total`` as an int."""
@@ -182,6 +192,9 @@ def _fill(row: Row, now: _Of, before: _Of | None, seconds: float) -> None:
         if earlier_total is not None and earlier is not None and count > earlier:
             total, count = total - earlier_total, count - earlier
     row.rtt_ms = round(1000 * total / count, 3) if count else None
+    if (last := now.last_error()) is not None:
+        row.last_error, at = last
+        row.last_error_s = round(max(0.0, time.time() - at), 1)
 
 
 class _Watch:
@@ -231,6 +244,7 @@ def _table(nodes: list[Node]) -> Group:
         table.add_column(name, justify="right")
     for name in ("queued KiB", "in flight", "rtt ms"):
         table.add_column(name, justify="right")
+    table.add_column("last failure")
     notes: list[Text] = []
     for node in nodes:
         if node.error:
@@ -263,7 +277,16 @@ def _cells(node: Node, row: Row) -> list[str]:
         show(row.queued_bytes, 1024),
         show(row.in_flight),
         show(row.rtt_ms),
+        "" if row.last_error_s is None else f"{row.last_error}, {ago(row.last_error_s)} ago",
     ]
+
+
+def ago(seconds: float) -> str:
+    """Write how long ago something was."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -300,9 +323,9 @@ def top(
     """Watch the peers of nodes, out of the /metrics at each URL: rates, queues, failures.
 
     Without a path, /metrics is asked for. With --json there is one object on each line, for each
-    look; rates are of the time since the look before. Why a peer fails is not in metrics, whose
-    labels are bounded: ask probe. The exit code is 1 if at the last look a URL did not answer or a
-    peer was inactive.
+    look; rates are of the time since the look before. The last failure of a peer is one word:
+    explain says what it means, and probe finds out more. The exit code is 1 if at the last look a
+    URL did not answer or a peer was inactive.
     """
     manager = urllib3.PoolManager(
         timeout=urllib3.Timeout(total=max(interval, 1.0)),

@@ -106,6 +106,7 @@ class SnapshotReceiver:
         self._senders: dict[str, _Sender] = {}
         #: Bytes of databases written to the disk, of those that were given up as well.
         self.stored_bytes = 0
+        self._arriving: set[SnapshotBody] = set()
 
     def prepare(self) -> None:
         """Make the directory, if there is to be one; ``OSError`` if it cannot be made."""
@@ -134,6 +135,14 @@ class SnapshotReceiver:
                 name: SnapshotCounts(s.success, s.failures, s.in_flight, s.duration.copy())
                 for name, s in list(self._senders.items())
             }
+
+    def left_bytes(self) -> int | None:
+        """Return how much of the databases that are arriving is still to come; None if one does
+        not say.
+        """
+        with self._lock:
+            lefts = [body.left for body in self._arriving]
+        return None if None in lefts else sum(left or 0 for left in lefts)
 
     def forget(self, sender: int) -> None:
         """Drop what was counted for a member that is one no more."""
@@ -211,6 +220,8 @@ class SnapshotReceiver:
         """Store the rest of the body; the bytes it has."""
         assert self.store is not None
         body.saving = saving = self.store.begin(index, body.left)
+        with self._lock:
+            self._arriving.add(body)
         try:
             while n := body.readinto(buffer):
                 saving.write(buffer[:n])
@@ -220,6 +231,8 @@ class SnapshotReceiver:
             return saving.size
         finally:
             body.saving = None
+            with self._lock:
+                self._arriving.discard(body)
             saving.close()
 
     def _failed(

@@ -226,7 +226,14 @@ def test_https_where_no_tls_is_spoken_is_told(clinic: Clinic) -> None:
 
 def test_an_expired_certificate_is_told(clinic: Clinic) -> None:
     server = clinic.authority.server("old", not_after=now() - DAY)
-    assert_sick(diagnosis(clinic.server(tls=server), *clinic.files), "expired", 4)
+    url = clinic.server(tls=server)
+    found = diagnosis(url, *clinic.files)
+    assert_sick(found, "expired", 4)
+    assert found["expires_in_days"] == pytest.approx(-1, abs=0.1)
+    until = ssl.cert_time_to_seconds(found["certificate"]["not_after"])
+    assert until == pytest.approx((now() - DAY).timestamp(), abs=120)
+    shown = run(url, *clinic.files).output
+    assert f"{found['certificate']['not_after']} ({-found['expires_in_days']} days ago)" in shown
 
 
 def test_our_own_expired_certificate_is_told_from_the_peer_s(clinic: Clinic) -> None:
@@ -239,12 +246,15 @@ def test_our_own_expired_certificate_is_told_from_the_peer_s(clinic: Clinic) -> 
 def test_a_certificate_that_is_not_valid_yet_is_told(clinic: Clinic) -> None:
     found = diagnosis(clinic.server(tls=clinic.young_server()), *clinic.files)
     assert_sick(found, "not-yet-valid", 4)
+    begin = ssl.cert_time_to_seconds(found["certificate"]["not_before"])
+    assert begin > now().timestamp()
 
 
 def test_a_certificate_of_another_authority_is_told(clinic: Clinic) -> None:
     other = Authority(clinic.directory / "theirs")
     found = diagnosis(clinic.node(tls=other.info()), *clinic.files)
     assert_sick(found, "wrong-ca", 4)
+    assert found["certificate"] is None  # what a stranger says of itself proves nothing
 
 
 def test_a_peer_that_does_not_trust_our_authority_is_told(clinic: Clinic) -> None:
@@ -256,7 +266,9 @@ def test_a_peer_that_does_not_trust_our_authority_is_told(clinic: Clinic) -> Non
 
 def test_a_certificate_for_another_name_is_told(clinic: Clinic) -> None:
     url = clinic.server(tls=clinic.authority.server("elsewhere", "node-2.example"))
-    assert_sick(diagnosis(url, *clinic.files), "wrong-name", 4)
+    found = diagnosis(url, *clinic.files)
+    assert_sick(found, "wrong-name", 4)
+    assert found["certificate"]["names"] == ["DNS:node-2.example"]
     server_name = ["--server-name", "node-2.example"]
     assert diagnosis(url, *clinic.files, *server_name)["certificate"]["names"] == [
         "DNS:node-2.example"

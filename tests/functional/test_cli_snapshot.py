@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
+from pipeline import Inbox, ReceiverConfig, Transport, TransportConfig
 from pipeline.cli.commands import commands
+from pipeline.cli.nodes import Quiet
+from pipeline.cli.snapshot import Arriving
+from tests.support import LONG_TIMEOUT
 from tests.support.processes import TIMEOUT_S
 from tests.support.server import ScriptedServer, always, answer, refused_port
+from tests.support.snapshots import snapshot
 from tests.support.tls import Authority
+from tests.support.waiting import eventually
 
 ABOUT = [
     *("--cluster-id", "7", "--from", "1", "--to", "2", "--index", "26", "--term", "3"),
@@ -92,6 +101,39 @@ def test_what_one_sends_the_other_has(receive: Any, database: Path) -> None:
     assert told["message"]["snapshot"]["voters"] == ["1", "2"]
     assert told["bytes"] == database.stat().st_size
     assert Path(told["path"]).read_bytes() == database.read_bytes()
+
+
+def test_what_arrives_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
+    may_go_on = threading.Event()
+
+    def chunks() -> Iterator[bytes]:
+        yield b"x" * 400
+        assert may_go_on.wait(LONG_TIMEOUT)
+        yield b"x" * 600
+
+    config = TransportConfig(receiver=ReceiverConfig(snapshot_dir=tmp_path))
+    screen = io.StringIO()
+    with (
+        Transport(1, 7, Quiet(), inbox=Inbox()) as sender,
+        Transport(2, 7, Quiet(), inbox=Inbox(), config=config) as taker,
+        Arriving(taker, Console(file=screen, force_terminal=True, width=80)) as arriving,
+    ):
+        arriving.show()
+        assert arriving.progress.tasks == []
+        sender.add_peer(2, [taker.listen("http://127.0.0.1:0").url])
+        transfer = sender.send_snapshot(snapshot(), chunks(), size=1000)
+
+        def shown() -> list[tuple[float, float | None]]:
+            arriving.show()
+            return [(task.completed, task.total) for task in arriving.progress.tasks]
+
+        eventually(lambda: shown() == [(400, 1000)])
+        may_go_on.set()
+        eventually(lambda: shown() == [(1000, 1000)])  # until the node takes its message
+        arriving.end()
+        assert arriving.progress.tasks == []
+        transfer.cancel()
+    assert "receiving" in screen.getvalue()
 
 
 def test_over_tls_as_well(receive: Any, database: Path, tmp_path: Path) -> None:

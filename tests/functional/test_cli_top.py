@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -13,7 +14,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 
 from pipeline import Message, MessageType, Transport, TransportConfig
 from pipeline.cli.commands import commands
-from pipeline.cli.top import judge, parse
+from pipeline.cli.top import ago, judge, parse
+from tests.support import LONG_TIMEOUT
 from tests.support.raft import FakeRaft
 from tests.support.server import refused_port
 from tests.support.waiting import eventually
@@ -77,8 +79,12 @@ def test_an_inactive_peer_and_a_url_that_does_not_answer_are_seen(stack: ExitSta
         assert sick["rows"][0]["failed"] == 1
         assert (sick["rows"][0]["streams_up"], sick["rows"][0]["streams"]) == (0, 4)
         assert "refused" in dead["error"]
-        shown = CliRunner().invoke(commands, ["top", url, "--count", "1"], env={"COLUMNS": "150"})
+        shown = CliRunner().invoke(commands, ["top", url, "--count", "1"], env={"COLUMNS": "180"})
         assert "INACTIVE" in shown.output
+        row = sick["rows"][0]
+        assert row["last_error"] == "refused"
+        assert 0 <= row["last_error_s"] < LONG_TIMEOUT
+        assert re.search(r"refused, \d+ s ago", shown.output)
 
 
 BEFORE = r"""
@@ -113,6 +119,13 @@ def test_what_should_be_zero_is_noted_when_it_is_not() -> None:
     text += 'raft_pipeline_certificate_expiry_days{Local="a1"} 3.25\n'
     notes = judge("http://node", parse(text), None, 0.0).notes
     assert notes == ["2 calls of process raised", "the certificate expires in 3.2 days"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (7300, "2 h"), (2e5, "2 d")]
+)
+def test_the_time_since_the_last_failure_is_said_in_one_unit(seconds: float, shown: str) -> None:
+    assert ago(seconds) == shown
 
 
 def test_labels_are_read_as_they_are_escaped() -> None:
