@@ -17,7 +17,7 @@ from pipeline.net._budget cimport BODY_SMALL, budget_add, budget_left, budget_wa
 from pipeline.net._conn cimport (
     conn_has_ended, conn_has_more, conn_is_unread, conn_recv, conn_send,
 )
-from pipeline.net._loop cimport due_t, io_t, loop_join, loop_leave, loop_set_due, runnable_add
+from pipeline.net._loop cimport due_t, io_t, loop_set_due, runnable_add
 from pipeline.net._memory cimport body_free, body_grown, body_init, body_resident, body_t
 from pipeline.receive._inbox cimport (
     INBOX_FULL, INBOX_NO_MEMORY, inbox_put, reader_is_due, reader_show,
@@ -28,8 +28,8 @@ from pipeline.send._pipe cimport (
 )
 from pipeline.stream._stream cimport (
     ERROR_CHUNKS, ERROR_FRAME, ERROR_HEAD, ERROR_SILENT, ROW_FILLING, ROW_WAITING, STREAM_SCRATCH,
-    STREAM_STEP_BYTES, STREAM_TIMEOUT_NS, end_adopt, end_ask, end_close, end_close_next, end_let_go,
-    end_line_up, end_of_due, end_step_out, end_t, end_tell, streams_t,
+    STREAM_STEP_BYTES, STREAM_TIMEOUT_NS, end_adopt, end_ask, end_close, end_let_go,
+    end_line_up, end_look, end_of_due, end_step_out, end_t, end_tell, streams_t,
 )
 from pipeline.wire._chunks cimport CHUNKS_END, CHUNKS_MORE, chunks_read, chunks_t
 from pipeline.wire._frames cimport (
@@ -641,27 +641,19 @@ cdef inline void reader_returned(io_t* io) noexcept nogil:
     """See to what is wanted of a reader: a dial, its connection, a verdict, an end."""
     cdef stream_reader_t* reader = <stream_reader_t*>io
     cdef end_t* end = &reader.end
-    cdef bint is_stopping, is_renewing, has_next, wants_dial
+    cdef bint is_stopping, wants_dial
+    cdef bint is_renewing = False, has_next = False
     cdef int verdict
     cdef int64_t dial_ns
     pthread_mutex_lock(&end.lock)
-    end.is_scheduled = False
-    is_stopping, is_renewing, has_next = end.is_stopping, end.is_renewing, end.has_next
+    is_stopping = end_look(end, &is_renewing, &has_next)
     wants_dial, dial_ns, verdict = reader.wants_dial, reader.dial_ns, reader.verdict
-    end.is_renewing = reader.wants_dial = False
+    reader.wants_dial = False
     reader.verdict = VERDICT_NONE
-    if is_stopping:
-        end_close_next(end)
     pthread_mutex_unlock(&end.lock)
-    if not end.is_joined:
-        end.is_joined = True
-        loop_join(&end.streams.sending.loop, &end.due)
     if is_stopping:
         reader_close(reader)
-        loop_leave(&end.streams.sending.loop, &end.due)
-        pthread_mutex_lock(&end.lock)
         end_let_go(end)
-        pthread_mutex_unlock(&end.lock)
         return
     if is_renewing and reader.state == READER_UP:
         reader_lost(reader, 0)

@@ -24,7 +24,8 @@ from pipeline.net._budget cimport budget_loop_t, budget_t
 from pipeline.net._conn cimport conn_end, conn_t
 from pipeline.net._descriptors cimport descriptors_shut
 from pipeline.net._loop cimport (
-    LOOP_EDGES, due_t, io_t, loop_add, loop_remove, loop_return, loop_wake, runnable_remove,
+    LOOP_EDGES, due_t, io_t, loop_add, loop_join, loop_leave, loop_remove, loop_return, loop_wake,
+    runnable_remove,
 )
 from pipeline.receive._inbox cimport inbox_t, reader_t, source_t
 from pipeline.send._pipe cimport (
@@ -33,7 +34,8 @@ from pipeline.send._pipe cimport (
 from pipeline.tls._engine cimport tls_free
 from pipeline.tls._tls cimport tls_t
 from pipeline._system cimport (
-    pthread_cond_broadcast, pthread_cond_t, pthread_mutex_t, pthread_mutex_unlock, store_int,
+    pthread_cond_broadcast, pthread_cond_t, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock, store_int,
 )
 from pipeline.wire._frames cimport frames_t
 
@@ -215,7 +217,26 @@ cdef inline bint end_begin_stop(end_t* end) noexcept nogil:
     return end_schedule(end)
 
 
+cdef inline bint end_look(end_t* end, bint* is_renewing, bint* has_next) noexcept nogil:
+    """Look at an end that is wanted for something: whether that is to let go of it.
+
+    By the loop, which has the lock.
+    """
+    end.is_scheduled = False
+    is_renewing[0], has_next[0] = end.is_renewing, end.has_next
+    end.is_renewing = False
+    if end.is_stopping:
+        end_close_next(end)
+    if not end.is_joined:
+        end.is_joined = True
+        loop_join(&end.streams.sending.loop, &end.due)
+    return end.is_stopping
+
+
 cdef inline void end_let_go(end_t* end) noexcept nogil:
-    """Be done with it: nobody of ours touches it again. The caller holds the lock."""
+    """Be done with it: nobody of ours touches it again. By the loop, which has closed it."""
+    loop_leave(&end.streams.sending.loop, &end.due)
+    pthread_mutex_lock(&end.lock)
     end.is_ended = True
     pthread_cond_broadcast(&end.ended)
+    pthread_mutex_unlock(&end.lock)

@@ -736,7 +736,10 @@ cdef class Channels:
         return None
 
     cdef int offer(self, object message, bint is_alone, int32_t* type) except -2:
-        """Offer a message, which others follow at once unless it ``is_alone``; its type; OFFER_*."""
+        """Offer a message, and tell of which type it is; OFFER_*.
+
+        It ``is_alone`` unless others follow at once.
+        """
         cdef job_t* job = self.pipeline.make_job(message)
         cdef Writer writer = self.pick(job.type, job.size_bytes)
         cdef int rc = OFFER_NOT_WORKING

@@ -24,9 +24,7 @@ from pipeline.net._conn cimport (
     conn_has_moved, conn_is_unread, conn_recv, conn_send, conn_send_next,
 )
 from pipeline.net._cursor cimport cursor_begin, cursor_is_at_end, cursor_t
-from pipeline.net._loop cimport (
-    IO_TURN, due_t, io_t, loop_join, loop_leave, loop_set_due, loop_t, runnable_add,
-)
+from pipeline.net._loop cimport IO_TURN, due_t, io_t, loop_set_due, loop_t, runnable_add
 from pipeline.send._books cimport (
     OUTCOME_DROPPED, OUTCOME_FAILED, OUTCOME_SENT, books_settle_run, follower_success, follower_t,
 )
@@ -36,8 +34,8 @@ from pipeline.send._channel cimport (
 from pipeline.send._pipe cimport ERROR_CLOSED, ERROR_STALLED, EVENT_LOST, sending_job_done
 from pipeline.stream._stream cimport (
     ERROR_FRAME, STREAM_HEARTBEAT_NS, STREAM_SCRATCH, STREAM_STEP_BYTES, STREAM_TIMEOUT_NS,
-    end_adopt, end_begin_stop, end_close, end_close_next, end_let_go, end_of_due, end_schedule,
-    end_t, end_tell,
+    end_adopt, end_begin_stop, end_close, end_let_go, end_look, end_of_due, end_schedule, end_t,
+    end_tell,
 )
 from pipeline.wire._frames cimport (
     frame_gather, frame_of, frame_plan, frame_plan_t, frame_t, frame_write,
@@ -131,7 +129,7 @@ cdef inline bint writer_lend(writer_t* writer, const job_t* job) noexcept nogil:
     if writer.is_used or writer.end.is_scheduled or job.n_owners > 0 \
             or job.size_bytes > WRITER_ALONE_MAX:
         return False
-    if writer.is_large or writer.out_at < writer.out_len:   # a heartbeat that the socket did not take
+    if writer.is_large or writer.out_at < writer.out_len:   # of a heartbeat, for want of room
         return False
     now_ns = clock_ns()
     if now_ns - writer.took_ns < WRITER_REST_NS:
@@ -545,32 +543,24 @@ cdef inline void writer_returned(io_t* io) noexcept nogil:
     cdef writer_t* writer = <writer_t*>io
     cdef end_t* end = &writer.end
     cdef loop_t* loop = &end.streams.sending.loop
-    cdef bint is_stopping, is_renewing, has_next, is_missed
+    cdef bint is_stopping, is_missed
+    cdef bint is_renewing = False, has_next = False
     pthread_mutex_lock(&end.lock)
-    end.is_scheduled = False
     if writer.is_lent:
+        end.is_scheduled = False
         writer.is_missed = True     # who has it hands it over
         pthread_mutex_unlock(&end.lock)
         return
-    writer.is_used = True
-    is_stopping, is_renewing, has_next = end.is_stopping, end.is_renewing, end.has_next
+    is_stopping = end_look(end, &is_renewing, &has_next)
     is_missed = writer.is_missed
-    end.is_renewing = writer.is_missed = False
-    if is_stopping:
-        end_close_next(end)
+    writer.is_missed = False
+    writer.is_used = True
     pthread_mutex_unlock(&end.lock)
     writer.now_ns = loop.now_ns
-    if not end.is_joined:
-        end.is_joined = True
-        loop_join(loop, &end.due)
     if is_stopping:
         writer_close(writer)
         writer_let_go(writer, OUTCOME_DROPPED)
-        loop_leave(loop, &end.due)
-        pthread_mutex_lock(&end.lock)
-        writer.is_used = False
         end_let_go(end)
-        pthread_mutex_unlock(&end.lock)
         return
     if end.is_up and (is_renewing or has_next):
         writer_lost(writer, 0)
