@@ -12,8 +12,8 @@ from libc.stdlib cimport realloc
 from libc.string cimport memset
 
 from pipeline._system cimport (
-    SHUT_RDWR, close, connect, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
-    pthread_mutex_unlock, shutdown, sockaddr, sockaddr_storage,
+    SHUT_RDWR, close, connect, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, shutdown,
+    sockaddr, sockaddr_storage,
 )
 
 
@@ -78,9 +78,9 @@ cdef inline void descriptors_forked(descriptors_t* open) noexcept nogil:
     """In the child, which has one thread: close them all. The parent's are not shut by this."""
     cdef size_t word
     cdef int bit
-    pthread_mutex_init(&open.lock, NULL)    # it was locked for the fork
     for word in range(open.words):
         for bit in range(64):
             if open.bits[word] >> bit & 1:
                 close(<int>(64 * word) + bit)
         open.bits[word] = 0
+    pthread_mutex_unlock(&open.lock)        # taken for the fork, by this very thread

@@ -27,6 +27,9 @@ cdef class HeldBuffer:
     cdef const uint8_t* data    # the payload, within the view
     cdef size_t size
     cdef object source          # what the user passed
+    cdef int n_views            # atomic: of this object's own buffer
+    cdef bint is_lent           # to the last of them, which gives the view back
+    cdef int is_given_back      # atomic
 
 
 # Of each of those that follow the guard guards all that can be assigned to. What is reached through

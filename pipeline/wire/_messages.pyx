@@ -37,7 +37,9 @@ cdef extern from "Python.h":
     void PyObject_GC_UnTrack(void*)
     unsigned long long unsigned_of "PyLong_AsUnsignedLongLong"(object) noexcept
 
-from pipeline._system cimport count_get, count_set, get_int, note_int
+from pipeline._system cimport (
+    add_int, count_get, count_set, get_int, load_int, note_int, store_int,
+)
 from pipeline.wire._guard cimport (
     GUARD_IS_NEEDED, guard_change, guard_change_end, guard_read, guard_read_end, guard_t,
 )
@@ -226,7 +228,15 @@ cdef enum:
 @cython.no_gc_clear     # the memory may be in use until the very end
 cdef class HeldBuffer:
     def __getbuffer__(self, Py_buffer* view, int flags):
+        if load_int(&self.is_given_back):
+            raise BufferError("what is viewed was given back")
         PyBuffer_FillInfo(view, self, <void*>self.data, <Py_ssize_t>self.size, 1, flags)
+        add_int(&self.n_views, 1)
+
+    def __releasebuffer__(self, Py_buffer* view):
+        if add_int(&self.n_views, -1) == 0 and self.is_lent:
+            store_int(&self.is_given_back, True)
+            PyBuffer_Release(&self.view)
 
     def __dealloc__(self):
         PyBuffer_Release(&self.view)
@@ -257,7 +267,10 @@ def byte_view(value):
     TypeError, BufferError, ValueError
         If ``value`` is not such a buffer, or not any more.
     """
-    return memoryview(hold_buffer(value))
+    cdef HeldBuffer held = hold_buffer(value)
+    # At once: without a GIL an object is freed when the thread that made it next runs Python.
+    held.is_lent = True
+    return memoryview(held)
 
 
 cdef object as_owner(object value, str field, const uint8_t** data, size_t* size):
