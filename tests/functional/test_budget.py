@@ -26,7 +26,7 @@ from pipeline.tls.credentials import Credentials
 from tests.support import LONG_TIMEOUT, MIB
 from tests.support.http import HEARTBEAT, handlers_of, peer_headers
 from tests.support.listening import GOOD, dial, raw_head, read_status
-from tests.support.memory import rss
+from tests.support.memory import frees_at_once, rss
 from tests.support.raft import FakeRaft
 from tests.support.snapshots import LINE, framed
 from tests.support.tls import Authority
@@ -220,6 +220,7 @@ def test_a_body_of_the_core_without_room_waits_for_whoever_gives_it_back(
     assert answers == [204]
 
 
+@frees_at_once
 @pytest.mark.parametrize("has_tls", [False, True], ids=["plain", "TLS"])
 def test_memory_that_is_used_again_counts_from_its_first_byte(node: Node, has_tls: bool) -> None:
     size = 8 * MIB
@@ -253,6 +254,7 @@ def test_a_large_page_counts_as_a_whole(node: Node, has_tls: bool) -> None:
     eventually(lambda: node.used == 4 * MIB)
 
 
+@frees_at_once
 def test_memory_that_is_kept_is_freed_when_others_need_it(node: Node) -> None:
     size = 12 * MIB
     sock = node.call()

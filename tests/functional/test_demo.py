@@ -17,6 +17,7 @@ import urllib3
 
 import pipeline.cli
 from pipeline.cli.demo import demo
+from tests.support import has_trustme
 from tests.support.etcd import hide_etcds, make_pretender
 from tests.support.processes import TIMEOUT_S, assert_nothing_is_left, commands_with
 from tests.support.waiting import eventually
@@ -96,6 +97,7 @@ def test_json_is_one_object_and_nothing_else(start_demo: StartDemo) -> None:
 
 
 @pytest.mark.etcd
+@has_trustme
 def test_over_tls_every_write_is_committed_by_connections_that_shook_hands(
     start_demo: StartDemo, tmp_path: Path
 ) -> None:

@@ -47,7 +47,7 @@ from tests.support.listening import (
     read_answers,
     read_status,
 )
-from tests.support.memory import IS_SANITIZED, rss
+from tests.support.memory import IS_SANITIZED, frees_at_once, rss
 from tests.support.raft import FakeRaft
 from tests.support.waiting import eventually
 
@@ -582,6 +582,7 @@ def test_a_body_of_any_size_arrives_as_it_was_sent(size: int) -> None:
     assert [message.context for message in raft.processed] == [data, data]
 
 
+@frees_at_once
 def test_a_64_mib_snapshot_is_one_copy_whose_memory_is_given_back() -> None:
     raft = FakeRaft()
     data = os.urandom(MIB) * 64
@@ -626,6 +627,7 @@ def test_memory_used_again_holds_the_new_body_and_only_that() -> None:
             assert message.entries[0].data == data
 
 
+@frees_at_once
 def test_memory_of_four_bodies_is_used_again() -> None:
     raft = FakeRaft()
     size = 12 * MIB

@@ -25,6 +25,7 @@ from pipeline.examples.etcd import (
     puts_in,
 )
 from pipeline.examples.three_nodes import Put
+from tests.support import has_trustme
 from tests.support.etcd import hide_etcds, make_pretender
 from tests.support.processes import TIMEOUT_S, assert_nothing_is_left
 
@@ -74,6 +75,7 @@ def test_each_node_goes_and_comes_back_and_no_write_is_lost(tmp_path: Path) -> N
 
 
 @pytest.mark.etcd
+@has_trustme
 def test_a_node_that_misses_a_write_ends_the_story(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +175,7 @@ def test_a_free_port_is_no_other_process_s() -> None:
     assert not set(theirs) & set(ours)
 
 
+@has_trustme
 def test_an_etcd_that_does_not_start_is_told_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +186,7 @@ def test_an_etcd_that_does_not_start_is_told_and_leaves_nothing(
     assert_nothing_is_left(tmp_path / "temporary")
 
 
+@has_trustme
 @pytest.mark.parametrize("binary", ["/bin/false", "/nowhere/etcd"])
 def test_what_is_no_etcd_is_told(binary: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert three_nodes.main(["--etcd", binary]) == 1

@@ -1180,7 +1180,7 @@ def test_nothing_is_kept_of_a_connection_that_has_ended(node: Node) -> None:
         node.call().unwrap()
     eventually(lambda: listener.stats().connections == 0)
     eventually(lambda: session_count() == sessions)
-    eventually(lambda: not any(isinstance(kept, OddRequest) for kept in gc.get_objects()))
+    eventually(lambda: not any(type(kept) is OddRequest for kept in gc.get_objects()))
 
 
 def test_an_announced_length_is_no_memory(node: Node) -> None:

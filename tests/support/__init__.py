@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 
 import pytest
@@ -33,3 +34,7 @@ def _has_ipv6() -> bool:
 
 
 ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this machine has no IPv6 loopback")
+
+has_trustme = pytest.mark.skipif(
+    importlib.util.find_spec("trustme") is None, reason="trustme is not installed"
+)

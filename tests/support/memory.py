@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import sysconfig
 from pathlib import Path
+
+import pytest
 
 #: Sanitizers keep freed memory, and shadow the rest: no bound holds under them.
 IS_SANITIZED = "san.so" in os.environ.get("LD_PRELOAD", "")
+
+#: Without a GIL an object that another thread was the last to use is freed by the thread that made
+#: it, when that runs Python again, which is at its next request for a handler thread.
+frees_at_once = pytest.mark.skipif(
+    sysconfig.get_config_var("Py_GIL_DISABLED") == 1,
+    reason="without a GIL a large body stays until the thread that made its message runs again",
+)
 
 
 def rss() -> int:

@@ -74,6 +74,7 @@ class Issued:
     def __init__(self, cert: bytes, key: bytes) -> None:
         self.cert_chain_pems = [Pem(cert)]
         self.private_key_pem = Pem(key)
+        self.private_key_and_cert_chain_pem = Pem(key + cert)
 
 
 class CA:
