@@ -1,7 +1,7 @@
 """Run the suite on a CPython without a GIL, which is built out of Debian's source if need be.
 
 ``make free-threaded`` takes the interpreter that ``PYTHON`` names, one on the path, or builds one
-(some minutes, once) below ``build/free-threaded``. The package is built with it as a wheel. Its
+(some minutes, once) below ``build/free-threaded``. The package is built with it, in place. Its
 modules must leave the GIL off; then the suite runs with ``PYTHON_GIL=0``. What of the tests'
 requirements has no wheel for such an interpreter is named, and what needs it is skipped by pytest.
 """
@@ -18,7 +18,7 @@ import tarfile
 import tomllib
 from pathlib import Path
 
-from wheels import ROOT, environment, run
+from wheels import ASK_VERSION, ROOT, run
 
 WORK = ROOT / "build" / "free-threaded"
 #: What is built where none is at hand: the oldest that we support without a GIL.
@@ -39,10 +39,10 @@ NEEDED = ("pytest", "pytest-timeout", "pytest-benchmark", "hypothesis", "Cython"
 _IS_FREE = "import sysconfig; print(sysconfig.get_config_var('Py_GIL_DISABLED') == 1)"
 # The environment says nothing here: it is the modules that must not ask for a GIL.
 _LOOK = """
-import importlib, pathlib, sys
+import importlib, pathlib, sys, sysconfig
 import pipeline
 root = pathlib.Path(pipeline.__file__).parent
-modules = sorted(root.rglob("*.so"))
+modules = sorted(root.rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"))
 for path in modules:
     name = ".".join(["pipeline", *path.relative_to(root).parent.parts, path.name.split(".")[0]])
     importlib.import_module(name)
@@ -167,9 +167,10 @@ def requirements() -> list[str]:
 
 def prepare(python: Path) -> tuple[Path, list[str]]:
     """Make an environment for the suite; its interpreter, and what could not be installed."""
-    name = run(python, "-c", "import sys; print('venv-%d.%d' % sys.version_info[:2])").strip()
-    # wheels.environment has a folder of its own for each name.
-    interpreter = environment(f"../free-threaded/{name}", python)
+    folder = WORK / f"venv-{run(python, '-c', ASK_VERSION).strip()}"
+    interpreter = folder / "bin" / "python"
+    if not interpreter.exists():
+        run(python, "-m", "venv", folder)
     skipped = []
     for requirement in requirements():
         command = (interpreter, "-m", "pip", "install", "--quiet", "--only-binary", ":all:")
@@ -185,13 +186,12 @@ def prepare(python: Path) -> tuple[Path, list[str]]:
     return interpreter, skipped
 
 
-def build_package(python: Path) -> Path:
-    """Build the package as a wheel and unpack it; the folder."""
-    site = WORK / "site"
-    shutil.rmtree(site, ignore_errors=True)
+def build_package(python: Path) -> None:
+    """Build the package where it lies: the modules' names say which Python they are for."""
+    for old in (ROOT / "pipeline").rglob("*.cpython-3*t-*.so"):
+        old.unlink()
     pip = (python, "-m", "pip", "--quiet")
-    run(*pip, "install", "--no-deps", "--no-build-isolation", "--target", site, ROOT)
-    return site
+    run(*pip, "install", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 
 
 def main() -> int:
@@ -206,18 +206,12 @@ def main() -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     python = Path(given.python) if given.python else find_python(given.source)
     interpreter, skipped = prepare(python)
-    site = build_package(interpreter)
-    # The tree comes after what was built: there are the tests and no compiled module for it.
-    settings = {
-        **os.environ,
-        "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)]),
-    }
-    settings.pop("PYTHON_GIL", None)
+    build_package(interpreter)
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHON_GIL"}
     print(run(interpreter, "-W", "error", "-c", _LOOK, env=settings).strip(), flush=True)
     command = [
-        *(str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-        *("--import-mode=append", "-m", "not slow", *(given.tests or ["tests"])),
+        *(str(interpreter), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"),
+        *(given.tests or ["tests"]),
     ]
     settings["PYTHON_GIL"] = "0"
     status = subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
