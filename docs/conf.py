@@ -126,14 +126,16 @@ def _page_of_file(file: str) -> str:
 
 def _pages_of_files(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     assert isinstance(app.builder, StandaloneHTMLBuilder)
-    for file in sorted(app.env.dlfiles):
+    for file, (_, copy_of_it) in sorted(app.env.dlfiles.items()):
         path = DOCS / file
         if path.suffix in _LANGUAGES:
             text = path.read_text("utf-8")
             shown = app.builder.highlighter.highlight_block(text, _LANGUAGES[path.suffix])
             page = _page_of_file(str(file))
             title = html.escape(page.removeprefix("files/"))
-            yield page, {"title": title, "body": f"<h1>{title}</h1>{shown}"}, "page.html"
+            there = posixpath.relpath(f"_downloads/{copy_of_it}", posixpath.dirname(page))
+            link = f'<p><a href="{html.escape(there)}" download>Download</a></p>'
+            yield page, {"title": title, "body": f"<h1>{title}</h1>{link}{shown}"}, "page.html"
 
 
 # The reference. What autodoc finds in a compiled module has no types: its stub has them.
