@@ -17,6 +17,7 @@ from pipeline.send._books cimport (
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push,
 )
+from pipeline.wire._frames cimport facts_t
 from pipeline._system cimport add_i64, clock_ns, load_i64
 
 cdef enum:
@@ -33,6 +34,8 @@ cdef struct job_t:
     int64_t offered_ns      # only with limits.max_age_ns
     int64_t taken_ns        # when a worker took it; latency counts from here
     int32_t type
+    bint has_facts          # ``facts`` are told
+    facts_t facts           # for its frame, if it goes by a stream
     bint retried            # already moved once to a fresh connection
     int n_segments
     int n_owners

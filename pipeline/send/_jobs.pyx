@@ -15,7 +15,7 @@ from posix.uio cimport iovec
 from pipeline.send._channel cimport job_t
 from pipeline.wire._guard cimport guard_read, guard_read_end
 from pipeline.wire._messages cimport (
-    EncodedMessage, Message, as_int32, as_uint64, gather_plan_t, message_gather,
+    EncodedMessage, Message, as_int32, as_uint64, gather_plan_t, message_facts, message_gather,
     message_gather_plan, message_hold, message_let_go, message_size, message_write,
 )
 from pipeline.wire._raftpb cimport WIRE_MAX_BYTES
@@ -45,6 +45,7 @@ cdef job_t* job_new(size_t size, size_t framing, int n_body, int n_owners) excep
     if job is NULL:
         raise MemoryError
     job.size_bytes = size
+    job.has_facts = False
     job.retried = False
     job.n_segments = n_segments
     job.n_owners = n_owners
@@ -109,6 +110,8 @@ cdef job_t* job_from_message(Message message, int profile) except NULL:
             job = job_new(size, plan.framing_bytes, plan.segments, plan.owners)
             message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments + 1,
                            <PyObject**>job.owners)
+        message_facts(message, profile, &job.facts)
+        job.has_facts = True
         job.type = message.c.type
         job.to = message.c.to
     finally:

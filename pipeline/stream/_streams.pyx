@@ -53,7 +53,9 @@ from pipeline.stream._writer cimport (
 )
 from pipeline.tls._engine cimport Session, tls_free
 from pipeline.tls._tls cimport tls_t
-from pipeline.wire._frames cimport FRAME_LIMIT, STREAM_MESSAGE, STREAM_MSGAPP, frames_init
+from pipeline.wire._frames cimport (
+    FRAME_LIMIT, STREAM_MESSAGE, STREAM_MSGAPP, facts_of, frames_init,
+)
 from pipeline.wire._messages cimport EncodedMessage, Message, profile_index
 from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
 from pipeline.wire._types cimport TYPE_APP, TYPE_SNAP
@@ -886,7 +888,7 @@ def send_all(dict peers not None, messages, send_other not None, Appends appends
     return not_queued
 
 
-cdef bint is_plain(object message, const job_t* job) noexcept:
+cdef bint is_plain(object message, job_t* job) noexcept:
     """Tell whether a message is one that a frame may carry.
 
     An etcd ends itself at a frame of a msgapp stream with no message in it; to an older one a field
@@ -894,9 +896,15 @@ cdef bint is_plain(object message, const job_t* job) noexcept:
     encoded is read for it, unless it was when the message was made.
     """
     cdef wire_decoded_t decoded
-    if isinstance(message, Message):
+    if job.has_facts:
         return True
     if isinstance(message, EncodedMessage) and get_int(&(<EncodedMessage>message).is_plain):
         return True
-    return wire_decode(<const uint8_t*>job.segments[1].iov_base, job.segments[1].iov_len,
-                       &decoded) == WIRE_OK and not decoded.has_unknown
+    if wire_decode(<const uint8_t*>job.segments[1].iov_base, job.segments[1].iov_len,
+                   &decoded) != WIRE_OK or decoded.has_unknown:
+        return False
+    if job.n_owners == 0:
+        # What is borrowed is read again before it is written: that it does not change is not ours.
+        facts_of(&decoded, &job.facts)
+        job.has_facts = True
+    return True

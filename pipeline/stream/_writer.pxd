@@ -38,10 +38,10 @@ from pipeline.stream._stream cimport (
     end_tell,
 )
 from pipeline.wire._frames cimport (
-    frame_gather, frame_of, frame_plan, frame_plan_t, frame_t, frame_write,
+    facts_of, frame_gather, frame_of, frame_plan, frame_plan_t, frame_t, frame_write,
     frame_write_heartbeat, frames_init,
 )
-from pipeline.wire._raftpb cimport WIRE_OK, wire_decoded_t
+from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t
 from pipeline.wire._types cimport TYPE_APP
 from pipeline._system cimport (
     EAGAIN, EINTR, EPOLLOUT, clock_ns, errno, pthread_mutex_lock, pthread_mutex_unlock, store_int,
@@ -399,8 +399,14 @@ cdef inline bint writer_fill(writer_t* writer) noexcept nogil:
     writer_take(writer)
     while writer.taken is not NULL:
         job = writer.taken
-        if frame_of(&end.frames, job.segments + 1, job.n_segments - 1, &frame,
-                    &decoded) != WIRE_OK:
+        if not job.has_facts:
+            if wire_decode(<const uint8_t*>job.segments[1].iov_base, job.segments[1].iov_len,
+                           &decoded) != WIRE_OK:
+                return False
+            facts_of(&decoded, &job.facts)
+            job.has_facts = True        # for when its turn comes again
+        if not frame_of(
+                &end.frames, job.segments + 1, job.n_segments - 1, &job.facts, &frame):
             return False
         if job.n_owners > 0 or frame.size > WRITER_COPIED_MAX:
             if at != begin:

@@ -28,11 +28,10 @@ from libc.string cimport memcpy, memset
 from posix.uio cimport iovec
 
 from pipeline.wire._raftpb cimport (
-    WIRE_EMPTY_SNAPSHOT_SIZE, WIRE_FRAME_KIND, WIRE_FRAME_LIMIT, WIRE_MAX_ENTRIES, WIRE_MESSAGE,
-    WIRE_OK, WIRE_PROFILE_35, WIRE_PROFILE_36, WIRE_PROFILE_37, WIRE_TOO_MANY_ENTRIES,
-    WIRE_TRUNCATED, wire_decode, wire_decoded_t, wire_entry_t, wire_fail, wire_get_entry,
-    wire_get_u64, wire_has_ids, wire_is_empty_snapshot, wire_message_t, wire_put_empty_snapshot,
-    wire_put_field, wire_put_head, wire_put_reject, wire_put_u64,
+    WIRE_FRAME_KIND, WIRE_FRAME_LIMIT, WIRE_MAX_ENTRIES, WIRE_MESSAGE, WIRE_OK, WIRE_PROFILE_35,
+    WIRE_PROFILE_36, WIRE_PROFILE_37, WIRE_TOO_MANY_ENTRIES, wire_decode, wire_decoded_t,
+    wire_entry_t, wire_fail, wire_get_entry, wire_get_u64, wire_has_ids, wire_message_t,
+    wire_put_empty_snapshot, wire_put_field, wire_put_head, wire_put_reject, wire_put_u64,
 )
 
 # Kinds of streams.
@@ -80,6 +79,20 @@ cdef struct frames_t:
     bint has_unknown        # among them is a field that is in none of our structs
     size_t need             # bytes that the frame has at the least, told with FRAMES_MORE
 
+# What the frame of a message is chosen by, as whoever has encoded or read the message tells.
+cdef struct facts_t:
+    bint is_bare            # it says nothing that a MsgApp of kind 01 would not
+    uint64_t from_
+    uint64_t to
+    uint64_t term
+    uint64_t log_term
+    uint64_t index
+    uint64_t last_index     # of its last entry, or its own without entries
+    uint64_t commit
+    size_t entries_at       # before which there are none
+    size_t count
+    size_t entries_bytes
+
 # A frame that is about to be written.
 cdef struct frame_t:
     int kind                # FRAME_
@@ -87,12 +100,9 @@ cdef struct frame_t:
     const iovec* segments   # the message: borrowed
     int n_segments
     size_t message_bytes
-    const uint8_t* entries  # where they begin, in the first segment; NULL if it is not known
-    size_t count
-    uint64_t commit
+    const facts_t* facts    # borrowed
     uint64_t term           # what the stream's will be, and its index
     uint64_t index
-    bint has_unknown        # the message has a field that is in none of our structs
 
 
 cdef inline void frames_init(
@@ -105,14 +115,6 @@ cdef inline void frames_init(
     frames.to = to
     frames.limit = FRAME_LIMIT
     frames.need = 1
-
-
-cdef inline void frames_follow(
-    const wire_decoded_t* decoded, uint64_t* term, uint64_t* index
-) noexcept nogil:
-    """What a stream's term and index are after a frame of kind 02."""
-    term[0] = decoded.message.term
-    index[0] = decoded.last_index if decoded.entries_len > 0 else decoded.message.index
 
 
 # Reading.
@@ -152,7 +154,10 @@ cdef inline int frames_read_message(
         decoded.error.offset += head
         return FRAMES_BAD
     if frames.stream == STREAM_MSGAPP:
-        frames_follow(decoded, &frames.term, &frames.index)
+        frames.term = decoded.message.term
+        frames.index = decoded.message.index
+        if decoded.entries_len > 0:
+            frames.index = decoded.last_index
     used[0] = head + <size_t>length
     return FRAMES_HEARTBEAT if frames_is_heartbeat(&decoded.message) else FRAMES_MESSAGE
 
@@ -303,151 +308,76 @@ cdef inline size_t pieces_varint(pieces_t* pieces, uint64_t* value) noexcept nog
     return n
 
 
-cdef inline bint pieces_entry(pieces_t* pieces, uint64_t length, uint64_t* index) noexcept nogil:
-    """Read an entry for its index."""
-    cdef uint64_t tag, value
-    cdef size_t n
-    index[0] = 0
-    while length > 0:
-        n = pieces_varint(pieces, &tag)
-        if n == 0:
-            return False
-        n += pieces_varint(pieces, &value)
-        if n > length:
-            return False
-        length -= n
-        if tag == 0x18:
-            index[0] = value
-        elif tag == 0x22:
-            if value > length or not pieces_skip(pieces, value):
-                return False
-            length -= value
-        elif tag != 0x08 and tag != 0x10:
-            return False
-    return True
-
-
-cdef inline int frame_walk(
-    const iovec* segments, int n_segments, wire_decoded_t* decoded
-) noexcept nogil:
-    """Read as much of a message in several segments as a frame is chosen by.
-
-    Only we make such messages, with fields that we know; a pointer that is not NULL says no more
-    than that there is something.
-    """
-    cdef wire_message_t* message = &decoded.message
-    cdef pieces_t pieces
-    cdef uint64_t tag, value
-    cdef const uint8_t* field
-    memset(decoded, 0, sizeof(wire_decoded_t))
-    pieces_init(&pieces, segments, n_segments)
-    while pieces_more(&pieces):
-        field = pieces.at
-        if pieces.left >= WIRE_EMPTY_SNAPSHOT_SIZE and wire_is_empty_snapshot(field):
-            pieces_take(&pieces, WIRE_EMPTY_SNAPSHOT_SIZE)
-            continue
-        if pieces_varint(&pieces, &tag) == 0 or pieces_varint(&pieces, &value) == 0:
-            return WIRE_TRUNCATED
-        if tag == 0x08:
-            message.type = <int32_t>value
-        elif tag == 0x10:
-            message.to = value
-        elif tag == 0x18:
-            message.from_ = value
-        elif tag == 0x20:
-            message.term = value
-        elif tag == 0x28:
-            message.log_term = value
-        elif tag == 0x30:
-            message.index = value
-        elif tag == 0x3A:
-            decoded.entries_len += 1
-            decoded.entries_bytes += <size_t>value
-            if not pieces_entry(&pieces, value, &decoded.last_index):
-                return WIRE_TRUNCATED
-        elif tag == 0x40:
-            message.commit = value
-        elif tag == 0x50:
-            message.reject = value != 0
-        elif tag == 0x58:
-            message.reject_hint = value
-        elif tag == 0x4A or tag == 0x62:
-            if tag == 0x4A:
-                decoded.snapshot.data = field
-            else:
-                message.context = field
-            if not pieces_skip(&pieces, value):
-                return WIRE_TRUNCATED
-        elif tag != 0x68:       # vote, which is 0
-            return WIRE_TRUNCATED
-    return WIRE_OK
-
-
-cdef inline bint frame_is_entries(
-    const frames_t* frames, const wire_decoded_t* decoded
-) noexcept nogil:
-    """Tell whether a message is the MsgApp that is expected next, and nothing besides it.
-
-    Differs from etcd: it looks at term, log_term and index only, and what else the message says is
-    lost. Of what a Raft makes this is all there is.
-    """
+cdef inline void facts_of(const wire_decoded_t* decoded, facts_t* facts) noexcept nogil:
+    """What there is to tell of a message that was read."""
     cdef const wire_message_t* message = &decoded.message
-    return (
-        message.index == frames.index and message.log_term == frames.term
-        and message.term == frames.term
-        and message.type == FRAMES_TYPE_APP
-        and message.from_ == frames.from_ and message.to == frames.to
+    facts.is_bare = (
+        message.type == FRAMES_TYPE_APP
         and not message.reject and message.reject_hint == 0 and message.context is NULL
         and decoded.snapshot.data is NULL and decoded.snapshot.index == 0
         and decoded.snapshot.term == 0 and not decoded.snapshot.conf_state.auto_leave
         and not wire_has_ids(&decoded.snapshot.conf_state) and not decoded.has_unknown
     )
+    facts.from_ = message.from_
+    facts.to = message.to
+    facts.term = message.term
+    facts.log_term = message.log_term
+    facts.index = message.index
+    facts.last_index = decoded.last_index if decoded.entries_len > 0 else message.index
+    facts.commit = message.commit
+    facts.count = decoded.entries_len
+    facts.entries_bytes = decoded.entries_bytes
+    facts.entries_at = 0
+    if decoded.entries is not NULL:
+        facts.entries_at = <size_t>(decoded.entries - decoded.input)
 
 
-cdef inline int frame_of(
-    const frames_t* frames, const iovec* segments, int n_segments, frame_t* frame,
-    wire_decoded_t* decoded
+cdef inline bint frame_is_entries(const frames_t* frames, const facts_t* facts) noexcept nogil:
+    """Tell whether a message is the MsgApp that is expected next, and nothing besides it.
+
+    Differs from etcd: it looks at term, log_term and index only, and what else the message says is
+    lost. Of what a Raft makes this is all there is.
+    """
+    return (
+        facts.is_bare and facts.index == frames.index and facts.log_term == frames.term
+        and facts.term == frames.term and facts.from_ == frames.from_ and facts.to == frames.to
+    )
+
+
+cdef inline bint frame_of(
+    const frames_t* frames, const iovec* segments, int n_segments, const facts_t* facts,
+    frame_t* frame
 ) noexcept nogil:
-    """Choose the frame that carries a message.
+    """Choose the frame that carries a message; False if it is above what a frame may have.
 
-    Of one segment, whoever has made it, it is made sure that it is a message: an etcd that reads no
-    message in a frame of a msgapp stream ends itself, and to older ones a field that has not the
-    type we know is none either (``has_unknown``). A message in several is one that we have made.
-    Returns a wire_code; ``decoded``, which may be uninitialised memory, then says what is wrong,
-    unless it is WIRE_FRAME_LIMIT.
+    It has to be a message: an etcd that reads none in a frame of a msgapp stream ends itself, and
+    to older ones a field that has not the type we know is none either (``has_unknown``). So what
+    others have encoded was read. ``facts`` are borrowed until the frame is written.
     """
     cdef size_t size = 0
-    cdef int code, i
+    cdef int i
     for i in range(n_segments):
         size += segments[i].iov_len
     if size > frames.limit:
-        return WIRE_FRAME_LIMIT
-    if n_segments == 1:
-        code = wire_decode(<const uint8_t*>segments[0].iov_base, size, decoded)
-    else:
-        code = frame_walk(segments, n_segments, decoded)
-    if code != WIRE_OK:
-        return code
+        return False
     frame.segments = segments
     frame.n_segments = n_segments
     frame.message_bytes = size
-    frame.entries = decoded.entries
-    frame.count = decoded.entries_len
-    frame.commit = decoded.message.commit
-    frame.has_unknown = decoded.has_unknown
+    frame.facts = facts
     frame.term = frames.term
     frame.index = frames.index
-    if frames.stream == STREAM_MSGAPP and frame_is_entries(frames, decoded):
+    if frames.stream == STREAM_MSGAPP and frame_is_entries(frames, facts):
         frame.kind = FRAME_ENTRIES
-        frame.size = 17 + 8 * decoded.entries_len + decoded.entries_bytes
-        frame.index += decoded.entries_len
-        return WIRE_OK
+        frame.size = 17 + 8 * facts.count + facts.entries_bytes
+        frame.index += facts.count
+        return True
     frame.kind = FRAME_MESSAGE
     frame.size = 8 + size
     if frames.stream == STREAM_MSGAPP:
         frame.size += 1
-        frames_follow(decoded, &frame.term, &frame.index)
-    return WIRE_OK
+        frame.term = facts.term
+        frame.index = facts.last_index
+    return True
 
 
 # What is written of a frame: a large piece of the message stays where it is and becomes a segment,
@@ -511,11 +441,10 @@ cdef inline void frame_put_entries(frame_sink_t* sink, const frame_t* frame) noe
     """Put the entries of a message that has been read already, each behind its length."""
     cdef pieces_t pieces
     cdef uint64_t tag = 0, value = 0
-    cdef size_t count = frame.count
+    cdef size_t count = frame.facts.count
     cdef const uint8_t* at
     pieces_init(&pieces, frame.segments, frame.n_segments)
-    if frame.entries is not NULL:
-        pieces_take(&pieces, <size_t>(frame.entries - pieces.at))
+    pieces_skip(&pieces, frame.facts.entries_at)
     frame_put_u64(sink, count)
     while count > 0:
         if pieces_varint(&pieces, &tag) == 0 or pieces_varint(&pieces, &value) == 0:
@@ -531,7 +460,7 @@ cdef inline void frame_put_entries(frame_sink_t* sink, const frame_t* frame) noe
             frame_put_piece(sink, at, pieces_take(&pieces, <size_t>value))
             value -= <size_t>(pieces.at - at)
         count -= 1
-    frame_put_u64(sink, frame.commit)
+    frame_put_u64(sink, frame.facts.commit)
 
 
 cdef inline void frame_put(

@@ -11,11 +11,11 @@ from posix.uio cimport iovec
 
 from pipeline.wire._guard cimport guard_read, guard_read_end
 from pipeline.wire._messages cimport (
-    EncodedMessage, Message, decode_error, encoded_from_decoded, gather_plan_t,
-    message_encode, message_from_decoded, message_gather, message_gather_plan, message_hold,
+    EncodedMessage, Message, decode_error, encoded_from_decoded, gather_plan_t, message_encode,
+    message_facts, message_from_decoded, message_gather, message_gather_plan, message_hold,
     message_let_go, profile_index,
 )
-from pipeline.wire._raftpb cimport WIRE_FRAME_LIMIT, WIRE_OK, wire_decoded_t, wire_move
+from pipeline.wire._raftpb cimport WIRE_OK, wire_decode, wire_decoded_t, wire_move
 
 from pipeline.errors import MarshalError, UsageError
 
@@ -32,6 +32,14 @@ cdef int stream_of(str stream) except -1:
     if stream == "msgapp":
         return STREAM_MSGAPP
     raise UsageError(f"stream: {stream!r} is neither 'message' nor 'msgapp'")
+
+
+cdef int read_facts(const iovec* message, facts_t* facts) except -1:
+    cdef wire_decoded_t decoded
+    if wire_decode(<const uint8_t*>message.iov_base, message.iov_len, &decoded) != WIRE_OK:
+        raise decode_error(&decoded)
+    facts_of(&decoded, facts)
+    return 0
 
 
 cdef class FrameReader:
@@ -210,6 +218,7 @@ cdef class FrameWriter:
         MarshalError
             If it is above what a frame may have.
         """
+        cdef facts_t facts
         cdef iovec whole
         if type(message) is EncodedMessage:
             guard_read(&(<EncodedMessage>message).guard)
@@ -217,21 +226,28 @@ cdef class FrameWriter:
             whole.iov_base = <void*>(<EncodedMessage>message).payload
             whole.iov_len = (<EncodedMessage>message).size
             guard_read_end(&(<EncodedMessage>message).guard)
-            return self.frame(&whole, 1, borrow_min)
+            if whole.iov_len <= self.c.limit:       # otherwise it is refused for that
+                read_facts(&whole, &facts)
+            return self.frame(&whole, 1, &facts, borrow_min)
         if borrow_min > 0:
             return self.write_gathered(<Message?>message, borrow_min)
         encoded = message_encode(<Message?>message, self.profile)
         whole.iov_base = PyBytes_AS_STRING(encoded)
         whole.iov_len = <size_t>len(encoded)
-        return self.frame(&whole, 1, 0)
+        message_hold(<Message>message)
+        message_facts(<Message>message, self.profile, &facts)
+        message_let_go(<Message>message)
+        return self.frame(&whole, 1, &facts, 0)
 
     cdef bytes write_gathered(self, Message message, size_t borrow_min):
+        cdef facts_t facts
         cdef gather_plan_t plan
         cdef uint8_t* framing
         cdef iovec* segments
         cdef PyObject** owners
         cdef int i
         message_hold(message)
+        message_facts(message, self.profile, &facts)
         message_gather_plan(message, self.profile, borrow_min, &plan)
         framing = <uint8_t*>calloc(plan.framing_bytes, 1)
         segments = <iovec*>calloc(plan.segments, sizeof(iovec))
@@ -239,7 +255,7 @@ cdef class FrameWriter:
         message_gather(message, self.profile, borrow_min, framing, segments, owners)
         message_let_go(message)
         try:
-            return self.frame(segments, plan.segments, borrow_min)
+            return self.frame(segments, plan.segments, &facts, borrow_min)
         finally:
             for i in range(plan.owners):
                 Py_DECREF(<object>owners[i])
@@ -250,26 +266,28 @@ cdef class FrameWriter:
     def write_segments(self, list pieces not None):
         """Return the frame of a message that comes encoded, in these pieces of bytes."""
         cdef iovec* segments = <iovec*>calloc(len(pieces), sizeof(iovec))
+        cdef bytes joined = b"".join(pieces)
+        cdef facts_t facts
+        cdef iovec whole
         cdef int i
+        whole.iov_base = PyBytes_AS_STRING(joined)
+        whole.iov_len = <size_t>len(joined)
         try:
+            read_facts(&whole, &facts)
             for i in range(<int>len(pieces)):
                 segments[i].iov_base = PyBytes_AS_STRING(<bytes?>pieces[i])
                 segments[i].iov_len = <size_t>len(<bytes>pieces[i])
-            return self.frame(segments, <int>len(pieces), 0)
+            return self.frame(segments, <int>len(pieces), &facts, 0)
         finally:
             free(segments)
 
-    cdef bytes frame(self, const iovec* message, int n, size_t borrow_min):
-        cdef wire_decoded_t decoded
+    cdef bytes frame(
+            self, const iovec* message, int n, const facts_t* facts, size_t borrow_min):
         cdef frame_t frame
         cdef bytes written
         cdef bint is_whole
-        cdef int code
-        code = frame_of(&self.c, message, n, &frame, &decoded)
-        if code == WIRE_FRAME_LIMIT:
+        if not frame_of(&self.c, message, n, facts, &frame):
             raise MarshalError("message: above what a frame may have")
-        if code != WIRE_OK:
-            raise decode_error(&decoded)
         if borrow_min > 0:
             return self.gather(&frame, borrow_min)
         written = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>frame.size)
@@ -307,7 +325,7 @@ def _write_changed(FrameWriter writer not None, bytes message not None, bytes af
     For a test: whether the frame was written, in one piece and in segments. The memory is exactly
     what was planned, so that a sanitizer sees one byte more.
     """
-    cdef wire_decoded_t decoded
+    cdef facts_t facts
     cdef frame_t frame
     cdef frame_plan_t plan
     cdef frames_t again = writer.c
@@ -319,8 +337,8 @@ def _write_changed(FrameWriter writer not None, bytes message not None, bytes af
         memcpy(own, PyBytes_AS_STRING(message), len(message))
         whole.iov_base = own
         whole.iov_len = len(message)
-        if frame_of(&writer.c, &whole, 1, &frame, &decoded) != WIRE_OK:
-            raise decode_error(&decoded)
+        read_facts(&whole, &facts)
+        frame_of(&writer.c, &whole, 1, &facts, &frame)
         frame_plan(&writer.c, &frame, borrow_min, &plan)
         memcpy(own, PyBytes_AS_STRING(after), len(after))
         out = <uint8_t*>malloc(frame.size)

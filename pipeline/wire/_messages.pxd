@@ -11,6 +11,7 @@ from posix.uio cimport iovec
 
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 
+from pipeline.wire._frames cimport facts_t
 from pipeline.wire._guard cimport GUARD_IS_NEEDED, guard_read, guard_read_end, guard_t
 from pipeline.wire._raftpb cimport (
     wire_conf_state_t,
@@ -156,6 +157,9 @@ cdef int profile_index(object profile) except -1
 cdef bytes message_encode(Message m, int profile)
 
 # What follows is for who holds the message.
+
+# What a frame of the message is chosen by; see _frames.pxd.
+cdef void message_facts(Message m, int profile, facts_t* facts) noexcept
 
 # Length of the encoded message in bytes.
 cdef Py_ssize_t message_size(Message m, int profile) noexcept

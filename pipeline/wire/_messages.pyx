@@ -94,6 +94,7 @@ from pipeline.wire._raftpb cimport (
     wire_snapshot_t,
     wire_span_size,
 )
+from pipeline.wire._types cimport TYPE_APP
 
 import operator
 from typing import NamedTuple
@@ -1530,6 +1531,29 @@ cdef size_t snapshot_size(Snapshot snapshot, int profile) noexcept:
     view = snapshot_view(snapshot)
     wire_snapshot_measure(&view, profile == WIRE_PROFILE_37, &sizes)
     return wire_span_size(sizes.snapshot)
+
+
+cdef void message_facts(Message m, int profile, facts_t* facts) noexcept:
+    cdef bint sparse = profile == WIRE_PROFILE_37
+    cdef Entry entry
+    cdef Py_ssize_t i
+    facts.is_bare = (
+        m.c.type == TYPE_APP and not m.c.reject and m.c.reject_hint == 0 and m.c.context is NULL
+        and is_empty_snapshot(m._snapshot)
+    )
+    facts.from_ = m.c.from_
+    facts.to = m.c.to
+    facts.term = m.c.term
+    facts.log_term = m.c.log_term
+    facts.index = facts.last_index = m.c.index
+    facts.commit = m.c.commit
+    facts.entries_at = wire_head_size(&m.c, sparse)
+    facts.count = <size_t>PyTuple_GET_SIZE(m._entries)
+    facts.entries_bytes = 0
+    for i in range(PyTuple_GET_SIZE(m._entries)):
+        entry = <Entry>PyTuple_GET_ITEM(m._entries, i)
+        facts.entries_bytes += wire_entry_size(&entry.c, sparse)
+        facts.last_index = entry.c.index
 
 
 cdef Py_ssize_t message_size(Message m, int profile) noexcept:

@@ -17,7 +17,7 @@ The decoder trusts nothing. Rules and bounds are those of docs/wire.md (spec sec
 
 from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 
 
 cdef extern from * nogil:
@@ -323,13 +323,6 @@ cdef inline uint8_t* wire_put_metadata(
         out = wire_put_field(out, 0x28, state.auto_leave, sparse)
     out = wire_put_field(out, 0x10, snapshot.index, sparse)
     return wire_put_field(out, 0x18, snapshot.term, sparse)
-
-
-cdef inline bint wire_is_empty_snapshot(const uint8_t* field) noexcept nogil:
-    """Tell whether the WIRE_EMPTY_SNAPSHOT_SIZE bytes of a field are those of an absent snapshot.
-    """
-    return memcmp(field, b"\x4a\x0a\x12\x08\x0a\x02\x28\x00\x10\x00\x18\x00",
-                  WIRE_EMPTY_SNAPSHOT_SIZE) == 0
 
 
 cdef inline uint8_t* wire_put_empty_snapshot(uint8_t* out) noexcept nogil:

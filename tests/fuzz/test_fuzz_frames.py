@@ -76,11 +76,11 @@ def test_what_is_written_is_the_models_and_is_read(
 def test_a_message_in_pieces_makes_the_same_frame(
     stream: str, conversation: list[Message], profile: str, cuts: list[int]
 ) -> None:
-    """Wherever they were cut, but in the snapshot of nothing that 3.5 writes: ours never are."""
+    """Wherever it was cut."""
     whole = FrameWriter(stream, from_=1, to=2)
     cut = FrameWriter(stream, from_=1, to=2)
     for message in conversation:
-        data = message.marshal("3.6" if profile == "3.5" else profile)
+        data = message.marshal(profile)
         places = sorted({0, len(data), *(place for place in cuts if place < len(data))})
         pieces = [data[begin:end] for begin, end in itertools.pairwise(places)]
         encoded = EncodedMessage(data, type=0, to=0)
