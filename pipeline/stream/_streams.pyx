@@ -686,11 +686,6 @@ cdef class Channels:
     on_full : callable
         Called with a message that its full channel has refused. It must not block.
 
-    Attributes
-    ----------
-    is_paused : bool
-        Whether messages are dropped instead, as if the network lost them.
-
     Notes
     -----
     Thread-safe; never waits. A MsgApp goes by the first of msgapp, message and the pipeline that is
@@ -713,7 +708,7 @@ cdef class Channels:
 
     @property
     def is_paused(self):
-        """Whether messages are dropped instead."""
+        """Whether messages are dropped instead, as if the network lost them."""
         return load_int(&self.paused) != 0
 
     @is_paused.setter
