@@ -580,14 +580,9 @@ cdef class Reader(End):
         """What it is at: down, dialling, asking, judged, up or refused."""
         return STATES[load_int(&self.r.state)]
 
-    @property
-    def is_paused(self):
-        """Whether what comes is thrown away, as if the network lost it."""
-        return load_int(&self.r.is_paused) != 0
-
-    @is_paused.setter
-    def is_paused(self, bint value):
-        store_int(&self.r.is_paused, value)
+    def pause(self, *, bint is_paused):
+        """Throw away what comes, as if the network lost it, from now on or not any more."""
+        store_int(&self.r.is_paused, is_paused)
 
     def dial_after(self, double seconds):
         """Have ``on_connect`` called in so many seconds, unless the stream is up or stops."""

@@ -94,7 +94,7 @@ class PeerStreams:
     def pause(self, *, is_paused: bool) -> None:
         """Throw away what comes on them from now on, or not any more."""
         for reader in self.readers.values():
-            reader.is_paused = is_paused
+            reader.pause(is_paused=is_paused)
 
     def retry(self) -> None:
         """Ask for the streams that were refused: the peer has other URLs. What is up stays."""
