@@ -98,7 +98,8 @@ def test_a_service_has_a_node_on_its_loop(start: Start) -> None:
 
     def has_heard(port: str) -> bool:
         try:
-            told = urllib3.request("GET", f"http://127.0.0.1:{port}/", retries=False).json()
+            url = f"http://127.0.0.1:{port}/"
+            told = urllib3.request("GET", url, retries=False, timeout=10.0).json()
         except urllib3.exceptions.HTTPError:
             return False  # not listening yet
         return bool(told["peers"] == 1 and told["heartbeats"] > 1)
