@@ -17,7 +17,7 @@ from pipeline.send._books cimport (
 from pipeline.send._ring cimport (
     RING_OK, ring_free, ring_init, ring_len, ring_peek, ring_t, ring_try_pop, ring_try_push,
 )
-from pipeline.wire._frames cimport facts_t
+from pipeline.wire._facts cimport facts_t
 from pipeline._system cimport add_i64, clock_ns, load_i64
 
 cdef enum:

@@ -27,6 +27,7 @@ from libc.stdint cimport INT32_MAX, int32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 from posix.uio cimport iovec
 
+from pipeline.wire._facts cimport facts_t
 from pipeline.wire._raftpb cimport (
     WIRE_FRAME_KIND, WIRE_FRAME_LIMIT, WIRE_MAX_ENTRIES, WIRE_MESSAGE, WIRE_OK, WIRE_PROFILE_35,
     WIRE_PROFILE_36, WIRE_PROFILE_37, WIRE_TOO_MANY_ENTRIES, wire_decode, wire_decoded_t,
@@ -78,20 +79,6 @@ cdef struct frames_t:
     uint64_t entries_left   # behind them
     bint has_unknown        # among them is a field that is in none of our structs
     size_t need             # bytes that the frame has at the least, told with FRAMES_MORE
-
-# What the frame of a message is chosen by, as whoever has encoded or read the message tells.
-cdef struct facts_t:
-    bint is_bare            # it says nothing that a MsgApp of kind 01 would not
-    uint64_t from_
-    uint64_t to
-    uint64_t term
-    uint64_t log_term
-    uint64_t index
-    uint64_t last_index     # of its last entry, or its own without entries
-    uint64_t commit
-    size_t entries_at       # before which there are none
-    size_t count
-    size_t entries_bytes
 
 # A frame that is about to be written.
 cdef struct frame_t:

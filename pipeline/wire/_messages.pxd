@@ -11,7 +11,7 @@ from posix.uio cimport iovec
 
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 
-from pipeline.wire._frames cimport facts_t
+from pipeline.wire._facts cimport facts_t
 from pipeline.wire._guard cimport GUARD_IS_NEEDED, guard_read, guard_read_end, guard_t
 from pipeline.wire._raftpb cimport (
     wire_conf_state_t,
