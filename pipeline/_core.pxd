@@ -27,6 +27,7 @@ cdef class Sender:
     cdef IOLoop loop
     cdef ActiveFlag active      # pipe.active points into it
     cdef int profile
+    cdef bint has_streams       # a message may go by a stream instead; set before the first
     cdef int is_open            # atomic; the last that ``open`` sets
 
     cdef job_t* make_job(self, object message) except NULL
@@ -40,5 +41,6 @@ cdef object follower_seen(const follower_t* follower)
 # SendResult, by OFFER_*.
 cdef tuple RESULTS
 
-# Make the job of a message, in a profile's encoding. ``loop`` lets go of what is finished.
-cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL
+# Make the job of a message, in a profile's encoding, with what its frame is chosen by if it
+# ``is_framed``. ``loop`` lets go of what is finished.
+cdef job_t* job_of(IOLoop loop, object message, int profile, bint is_framed) except NULL

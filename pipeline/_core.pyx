@@ -160,12 +160,12 @@ cdef object follower_seen(const follower_t* follower):
         follower_stddev_ms(follower), follower.minimum_ms, follower.maximum_ms)
 
 
-cdef job_t* job_of(IOLoop loop, object message, int profile) except NULL:
+cdef job_t* job_of(IOLoop loop, object message, int profile, bint is_framed) except NULL:
     """Make the job of a message; see ``_core.pxd``."""
     if not list_is_empty(&loop.sending.finished):
         loop.drop_finished()
     if isinstance(message, Message):
-        return job_from_message(<Message>message, profile)
+        return job_from_message(<Message>message, profile, is_framed)
     if isinstance(message, EncodedMessage):
         return job_from_encoded(<EncodedMessage>message)
     return job_from_protobuf(message)
@@ -525,7 +525,7 @@ cdef class Sender:
         """Make the job of a message; UsageError if nothing can be offered yet."""
         if not load_int(&self.is_open):
             raise UsageError("send: the pipeline was not started")
-        return job_of(self.loop, message, self.profile)
+        return job_of(self.loop, message, self.profile, self.has_streams)
 
     cdef int offer(self, job_t* job) noexcept:
         """Offer a job, which is not the caller's any more; OFFER_*."""

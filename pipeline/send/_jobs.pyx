@@ -92,7 +92,7 @@ cdef job_t* job_borrow(const void* data, size_t size, object owner) except NULL:
     return job
 
 
-cdef job_t* job_from_message(Message message, int profile) except NULL:
+cdef job_t* job_from_message(Message message, int profile, bint is_framed) except NULL:
     """Encode up to COPY_LIMIT; above it encode the framing and borrow the payloads (R3)."""
     cdef gather_plan_t plan
     cdef job_t* job
@@ -110,8 +110,9 @@ cdef job_t* job_from_message(Message message, int profile) except NULL:
             job = job_new(size, plan.framing_bytes, plan.segments, plan.owners)
             message_gather(message, profile, BORROW_MIN, job_bytes(job), job.segments + 1,
                            <PyObject**>job.owners)
-        message_facts(message, profile, &job.facts)
-        job.has_facts = True
+        if is_framed:
+            message_facts(message, profile, &job.facts)
+            job.has_facts = True
         job.type = message.c.type
         job.to = message.c.to
     finally:

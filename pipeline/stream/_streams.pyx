@@ -697,6 +697,7 @@ cdef class Channels:
 
     def __cinit__(self, Sender pipeline not None, Writer msgapp, Writer message, on_full not None):
         self.pipeline = pipeline
+        pipeline.has_streams = msgapp is not None or message is not None
         self.msgapp = msgapp
         self.message = message
         self.on_full = on_full
@@ -728,10 +729,7 @@ cdef class Channels:
         return None
 
     cdef int offer(self, object message, bint is_alone, int32_t* type) except -2:
-        """Offer a message, and tell of which type it is; OFFER_*.
-
-        It ``is_alone`` unless others follow at once.
-        """
+        """Offer a message, which others follow at once unless it ``is_alone``; OFFER_*."""
         cdef job_t* job = self.pipeline.make_job(message)
         cdef Writer writer = self.pick(job.type, job.size_bytes)
         cdef int rc = OFFER_NOT_WORKING
