@@ -72,7 +72,7 @@ for script in (
     sent += 5
     assert books.sent == sent, f"{books}, expected {sent} sent"
 failures: list[str] = []
-pipeline.status.deactivate = lambda source, action, reason: failures.append(reason)  # type: ignore[method-assign]
+pipeline.status.deactivate = lambda source, action, reason, *, url: failures.append(reason)  # type: ignore[method-assign]
 server.script = always(answer("404 Not Found"))
 pipeline.send(message())
 settle(pipeline)

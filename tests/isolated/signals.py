@@ -199,7 +199,7 @@ class World:
         peer = self.transport._peers.get(THERE)
         if peer is not None:
             peer.status.activate()
-            peer.status.deactivate("pipeline", "write", "a reason")
+            peer.status.deactivate("pipeline", "write", "a reason", url=None)
 
     def close_last(self) -> None:
         while len(self.listeners) > 1:
