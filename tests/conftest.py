@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ tls_use.watch()
 # What answers a probe has a second to. Who answers on a machine so busy that it takes longer is
 # there all the same.
 probing.STEP_TIMEOUT_S = LONG_TIMEOUT
+
+# A shell has what it starts in the background ignore Ctrl-C; so would what the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples everywhere, every time: what is new comes from `make fuzz`. A busy machine makes
 # a deadline per example meaningless, and how long it takes to make one. HYPOTHESIS_PROFILE=ci takes
