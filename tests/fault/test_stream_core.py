@@ -160,6 +160,7 @@ def test_proposals_without_room_are_dropped_or_wait(drops: bool) -> None:
         beat = Message(type=MessageType.HEARTBEAT, from_=PEER, to=MEMBER, term=1)
         lines.peer.sendall(chunk(frames(*proposals, beat, kind="message")))
         if drops:
+            eventually(lambda: reader.stats()[4] == 3, "three are dropped")
             assert node.taken(3) == [*proposals[:2], beat]
             assert reader.stats()[4] == 3
         else:

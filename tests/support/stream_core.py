@@ -62,6 +62,9 @@ class Lines:
         self.peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.ours.close()
         self.peer.close()
 
@@ -154,6 +157,8 @@ class Node:
                 books = end.stats()
                 assert_balanced(books)
                 assert (books.queued, books.in_flight) == (0, 0)
+        for line in self.lines:
+            line.close()
 
     def writer(self, kind: str = "msgapp", **settings: Any) -> OurWriter:
         limits = {"queue_length": 4096, "queue_bytes": 64 * MIB, **settings}
