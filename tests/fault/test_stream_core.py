@@ -484,6 +484,19 @@ def test_what_the_socket_does_not_take_of_it_is_left_to_the_loop() -> None:
         eventually(lambda: writer.stats().sent == sent)
 
 
+def test_what_the_socket_never_takes_of_it_ends_the_stream() -> None:
+    with Node() as node:
+        writer, _ = node.attached(receive_buffer=4096)
+        channels = node.channels(writer)
+        sent = 0
+        while writer.stats().sent == sent:
+            rest()
+            assert channels.send(outgoing(sent, b"x" * 3000)) is SendResult.ACCEPTED
+            sent += 1
+        reason, lost = writer.lost.get(timeout=LONG_TIMEOUT)
+        assert (reason, lost) == (STALLED, 1)
+
+
 def test_when_the_connection_is_gone_it_fails_once() -> None:
     for _ in range(20):
         with Node() as node:
